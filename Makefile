@@ -1,0 +1,91 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv. Each install leaves a stamp there, so that a
+# second run starts at once; a changed pyproject.toml or setup.py installs again.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The first of these that runs and is new enough (a pyenv shim of a missing version exists but does not run).
+PYTHON ?= $(firstword $(foreach python,python3 python3.12 python3.13 python3.11 python3.14,\
+	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
+
+# Options for the server, as in: make serve ARGS="--http-port 9000 --log-verbose 1"
+ARGS ?=
+# Options for pytest, as in: make test TESTS="tests/unit -k settings"
+TESTS ?=
+
+# What is checked and formatted; a folder that a checkout lacks is left out.
+SOURCES := setup.py $(wildcard engine frontend ipc conf tests bench examples)
+
+.DEFAULT_GOAL := help
+
+help:  ## Print this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/' | expand -t 20
+
+serve: $(VENV)/.installed  ## Serve the example repository conf/models on ports 8000 (HTTP) and 8002 (metrics)
+	@exec $(BIN)/forebay serve --model-repository conf/models $(ARGS)
+
+demo: $(VENV)/.installed-demo  ## Serve on free ports, send requests, check the answers, print latencies
+	@exec $(BIN)/python -m forebay.engine.demo $(ARGS)
+
+install: $(VENV)/.installed  ## Create .venv and install forebay into it
+
+gpu: $(VENV)/.installed  ## Add what a machine with an NVIDIA GPU needs (about 1 GB)
+	$(PIP) install -e '.[gpu]'
+	@# Both builds of ONNX Runtime own one directory: the CPU build's files go before the GPU build's come back.
+	$(PIP) uninstall --yes onnxruntime
+	$(PIP) install --force-reinstall --no-deps onnxruntime-gpu
+
+test: $(VENV)/.installed-test  ## Install what the tests need and run them
+	$(BIN)/python -P -m pytest $(TESTS)
+
+format: $(VENV)/.installed-test  ## Format the code and sort its imports
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix --select I $(SOURCES)
+
+format-check: $(VENV)/.installed-test
+	$(BIN)/ruff format --check --diff $(SOURCES)
+
+lint: $(VENV)/.installed-test  ## Run ruff
+	$(BIN)/ruff check $(SOURCES)
+
+typecheck: $(VENV)/.installed-test build/typing/forebay  ## Run mypy and pyright, both strict
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: format-check lint typecheck test  ## Everything that CI runs
+
+clean:  ## Remove .venv, build output and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# --- what the targets above need
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "forebay needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
+	$(PIP) install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(PIP) install --quiet -e '.[demo]'
+	@touch $@
+
+# PyTorch is large, so only CI fetches it unasked; without it the tests that need it are skipped, saying so.
+# silero-vad comes for its ONNX file; its own dependencies would bring PyTorch.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --quiet -e '.[test]'
+	$(PIP) install --quiet --no-deps silero-vad
+ifeq ($(CI),true)
+	$(PIP) install --quiet torch==2.13.0
+endif
+	@touch $@ $(VENV)/.installed-demo
+
+# mypy and pyright cannot see through an editable finder: give them one link that spells the name.
+build/typing/forebay:
+	mkdir -p build/typing && ln -sfn ../.. $@
+
+.PHONY: help serve demo install gpu test format format-check lint typecheck check clean

@@ -1,0 +1,1 @@
+"""Shipped configuration: the settings file, the example model repository, deployment examples."""

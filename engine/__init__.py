@@ -1,0 +1,1 @@
+"""The server itself: supervisor, scheduler, workers, backends, model repository."""

@@ -1,0 +1,1 @@
+"""The network side: HTTP, gRPC, metrics and the dashboard; stateless, one process per listener."""

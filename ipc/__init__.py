@@ -1,0 +1,1 @@
+"""Everything that crosses a process: arenas, slabs, messages, doorbells. Knows nothing of models or HTTP."""

@@ -1,0 +1,21 @@
+"""Maps the folders at the repository root into one import package; metadata is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+NAME = "forebay"
+TREES = ("engine", "frontend", "ipc", "conf")
+
+#: What a package ships besides its modules: type markers, settings, protocol descriptors, the dashboard's pages.
+DATA = ["py.typed"] + [f"**/*.{suffix}" for suffix in ("toml", "binpb", "proto", "html", "css", "js", "svg", "json")]
+
+setup(
+    # forebay is a namespace: engine/x.py is forebay.engine.x in a checkout and in a
+    # wheel alike, and no module called plain "engine" or "ipc" is ever installed.
+    package_dir={f"{NAME}.{tree}": tree for tree in TREES},
+    packages=[
+        name for tree in TREES for name in (f"{NAME}.{tree}", *(f"{NAME}.{tree}.{sub}" for sub in find_packages(tree)))
+    ],
+    # The example model repository travels inside the wheel: `forebay demo` needs nothing else.
+    package_data={f"{NAME}.{tree}": DATA for tree in TREES} | {f"{NAME}.conf": [*DATA, "models/**/*"]},
+    exclude_package_data={"": ["*.py[co]", "**/__pycache__/*"]},
+)
