@@ -17,7 +17,7 @@ Both models are fitted on data that the scikit-learn package ships, so nothing i
     standard errors) of the already scaled measurements; all 50 are scaled to mean 0 and standard deviation 1. A
     50-16-1 perceptron. On 143 held-out tumours it is right on 98.6 %.
 
-Every random choice has a fixed seed: the same package versions write the same bytes again.
+Every random choice has a fixed seed: the same package versions write the same weights again.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def write_without_debug_records(archive: io.BytesIO, path: Path) -> None:
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
         for record in source.infolist():
             if not record.filename.endswith((".debug_pkl", "/.data/serialization_id")):
-                # A ZipInfo of our own has a fixed date, so that the same weights are the same bytes.
+                # A ZipInfo of our own carries neither date nor owner of the file.
                 target.writestr(zipfile.ZipInfo(record.filename), source.read(record))
 
 
