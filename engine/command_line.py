@@ -407,7 +407,8 @@ class _Parser:
             origin = "" if item.source == "command line" else f", set by {item.source},"
             advice = f": {flag.note}" if flag.note else ""
             raise CommandLineExit(
-                f"Error: --{flag.name}={item.text}{origin} is not implemented yet in forebay {version()}. Leave it out{advice}.\n"
+                f"Error: --{flag.name}={item.text}{origin} is not implemented yet in forebay {version()}. "
+                f"Leave it out{advice}.\n"
             )
 
     def _output_format(self, given: Iterable[Given]) -> Literal["text", "json"]:
