@@ -1,0 +1,567 @@
+"""The model repositories on disk: which models there are, their configurations, versions and fingerprints.
+
+Pure file code. The supervisor calls it from a thread when it starts, when it polls and when a load is asked for; what
+to do with the answer (load, keep, complain) is the supervisor's business. Files are only opened through
+:mod:`forebay.engine.repository.beneath`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from forebay.engine.repository.beneath import (
+    Beneath,
+    Entry,
+    Refused,
+    check_model_name,
+    check_name,
+    check_relative,
+)
+from forebay.engine.repository.config import MAX_CONFIG_BYTES, parse_config_bytes, parse_config_json
+from forebay.engine.repository.config_problem import ConfigError, Problem
+from forebay.engine.repository.model_config_schema import ModelConfig
+from forebay.engine.repository.normalise import detect_backend, normalise_defaults
+from forebay.engine.repository.validate import directory_name_problem, poll_problems
+from forebay.engine.repository.versions import ChosenVersions, FoundVersions, choose_versions, find_versions
+from forebay.ipc.errors import InvalidArgument, NotFound, ServingError
+
+CONFIG_FILE = "config.pbtxt"
+
+#: Files that count for one model's fingerprint at most, and how deep they may lie.
+MAX_FINGERPRINT_FILES = 100_000
+MAX_FINGERPRINT_DEPTH = 16
+
+#: Bytes of one label file; a million classes fit.
+MAX_LABEL_BYTES = 64 * 1024 * 1024
+
+#: Bytes of one warm-up or initial-state file.
+MAX_TENSOR_FILE_BYTES = 1 << 30
+
+#: Reason in the index for a name that two repositories have (spec R-010).
+DUPLICATE_TEXT = "model appears in two or more repositories"
+
+FILE_PREFIX = "file:"
+
+
+class Fingerprint(msgspec.Struct, frozen=True):
+    """What changes when a model's files do: names, sizes, modification times and inodes (spec R-089, R-091)."""
+
+    config: str
+    """Digest of the configuration file, or of the override."""
+    shared: str
+    """Digest of what lies beside the versions: labels, warm-up data, libraries."""
+    versions: dict[int, str]
+    """Digest of each version directory."""
+
+    def changed_versions(self, older: Fingerprint) -> frozenset[int]:
+        """Return the versions that are new or whose files differ from ``older``'s."""
+        return frozenset(number for number, digest in self.versions.items() if older.versions.get(number) != digest)
+
+
+class FoundModel(msgspec.Struct, frozen=True):
+    """One model directory as it was at one moment."""
+
+    name: str
+    repository: str
+    """The repository as it was given; also the namespace if namespacing is on."""
+    path: str
+    """Absolute path of the model directory without links; empty if it cannot be used."""
+    namespace: str = ""
+    config: ModelConfig | None = None
+    """Backend detected and defaults filled in; None if there is a problem that prevents it."""
+    config_text: str = ""
+    """What was read: text format, or JSON if ``is_override``; empty if there is no configuration file."""
+    config_file: str = ""
+    """``config.pbtxt`` or ``configs/<name>.pbtxt``; empty if there is none."""
+    versions: FoundVersions = FoundVersions(())
+    fingerprint: Fingerprint | None = None
+    problems: tuple[Problem, ...] = ()
+    """Why the model cannot be polled; empty if it can be loaded."""
+    is_override: bool = False
+    """Made from a load request's ``config`` parameter."""
+    temporary_directory: str = ""
+    """Owned by whoever holds this: delete it with :meth:`discard` when the model is unloaded or was not loaded."""
+
+    @property
+    def identity(self) -> str:
+        """``name``, or ``namespace::name`` (spec R-015)."""
+        return f"{self.namespace}::{self.name}" if self.namespace else self.name
+
+    @property
+    def usable_config(self) -> ModelConfig:
+        """The configuration.
+
+        Raises:
+            ConfigError: with all problems.
+        """
+        if self.problems or self.config is None:
+            raise ConfigError(self.problems or (Problem(f"model '{self.name}' has no configuration"),))
+        return self.config
+
+    def chosen_versions(self) -> ChosenVersions:
+        """Apply the version policy.
+
+        Raises:
+            ConfigError: the model has problems, or no version satisfies the policy.
+        """
+        return choose_versions(self.usable_config, self.versions.numbers)
+
+    def version_path(self, version: int) -> str:
+        """Return the directory of a version; it may not exist for an override."""
+        return os.path.join(self.path, str(version))
+
+    def discard(self) -> None:
+        """Delete the temporary directory, if there is one."""
+        if self.temporary_directory:
+            shutil.rmtree(self.temporary_directory, ignore_errors=True)
+
+
+class ModelRepository:
+    """All repositories that the server was started with.
+
+    Holds no descriptors and no cache between calls; calls may come from any thread.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        namespacing: bool = False,
+        model_config_name: str = "",
+        auto_complete: bool = True,
+    ) -> None:
+        """Remember the paths and check that they can be read (spec R-011, R-012).
+
+        Args:
+            paths: directories, in the order of the flags.
+            namespacing: the same model name may be in several repositories.
+            model_config_name: use ``configs/<this>.pbtxt`` where a model has it (spec R-016).
+            auto_complete: configurations may be missing or partial.
+
+        Raises:
+            InvalidArgument: no path, a path that is no readable directory, or an impossible config name.
+        """
+        if not paths:
+            raise InvalidArgument("--model-repository must be specified")
+        if model_config_name:
+            check_name(model_config_name, "model config name")
+        for path in paths:
+            _check_root(path)
+        self.paths = tuple(dict.fromkeys(paths))
+        self.namespacing = namespacing
+        self.model_config_name = model_config_name
+        self.auto_complete = auto_complete
+
+    def scan(self) -> list[FoundModel]:
+        """Return every model directory, sorted by name and then by repository.
+
+        A model that cannot be used is in the list with its problems; a plain file in a repository is not (spec R-013).
+
+        Raises:
+            InvalidArgument: a repository has become unreadable.
+        """
+        found: list[FoundModel] = []
+        for repository in self.paths:
+            with _open_root(repository) as root:
+                found += [self._examine(root, repository, item.name) for item in root.entries() if item.is_directory]
+                found += [
+                    _unusable(name, repository, Problem(reason)) for name, reason in root.refused_entries().items()
+                ]
+        if not self.namespacing:
+            found = _mark_duplicates(found)
+        return sorted(found, key=lambda model: (model.name, self.paths.index(model.repository)))
+
+    def names(self) -> list[str]:
+        """Return the names of all model directories, sorted, without reading any of them."""
+        names: set[str] = set()
+        for repository in self.paths:
+            with _open_root(repository) as root:
+                names.update(item.name for item in root.entries() if item.is_directory)
+        return sorted(names)
+
+    def poll_model(self, name: str, *, namespace: str = "") -> FoundModel:
+        """Look at one model now.
+
+        Args:
+            name: as a client or a flag gave it; any text.
+            namespace: a repository's path, to choose among equal names.
+
+        Raises:
+            Refused: the name is no model name (spec H-223).
+            NotFound: no repository has it.
+        """
+        check_model_name(name)
+        found: list[FoundModel] = []
+        for repository in self.paths:
+            if namespace and repository != namespace:
+                continue
+            with _open_root(repository) as root:
+                item = root.entry((name,))
+                if item is not None and item.is_directory:
+                    found.append(self._examine(root, repository, name))
+        if not found:
+            raise NotFound(f"failed to poll model '{name}': not found in any model repository")
+        if len(found) > 1:
+            if self.namespacing:
+                raise InvalidArgument(f"ambiguity for model '{name}': found in namespaces {_listed(found)}")
+            return _mark_duplicates(found)[0]
+        return found[0]
+
+    def override_model(
+        self,
+        name: str,
+        config_json: str | None,
+        files: Mapping[str, bytes] | None = None,
+        *,
+        workspace: str | None = None,
+    ) -> FoundModel:
+        """Make a model from a load request's parameters (spec H-215, H-216).
+
+        Without files the model directory of the repository is used with the other configuration. With files the
+        repository is not used at all: they are written into a new temporary directory that the returned model owns.
+
+        Args:
+            config_json: the ``config`` parameter, a JSON ModelConfig that replaces the file's completely.
+            files: path below the model directory (with or without ``file:``) to content.
+            workspace: where temporary directories are made; default: the system's.
+
+        Raises:
+            Refused: a name or a path that is none.
+            ConfigError: files without a configuration, or a configuration that is none.
+            NotFound: no files, and no repository has the model.
+        """
+        check_model_name(name)
+        if config_json is None:
+            raise ConfigError([Problem("Load parameter 'config' must be specified for model file override")])
+        try:
+            config = parse_config_json(config_json)
+        except ConfigError as error:
+            first = msgspec.structs.replace(error.problems[0], text=f"Invalid config override: {error.text}")
+            raise ConfigError([first, *error.problems[1:]]) from None
+        if files:
+            return self._override_with_files(name, config, config_json, files, workspace)
+        model = self.poll_model(name)
+        with _open_root(model.repository) as root:
+            return self._assemble(root, model.repository, (name,), name, config, config_json, is_override=True)
+
+    def _override_with_files(
+        self, name: str, config: ModelConfig, config_json: str, files: Mapping[str, bytes], workspace: str | None
+    ) -> FoundModel:
+        checked = {check_relative(path.removeprefix(FILE_PREFIX)): content for path, content in files.items()}
+        directory = tempfile.mkdtemp(prefix="override-", dir=workspace)
+        try:
+            for names, content in checked.items():
+                target = os.path.join(directory, name, *names)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(target, "xb") as file:
+                    file.write(content)
+            with Beneath(directory) as root:
+                found = self._assemble(root, directory, (name,), name, config, config_json, is_override=True)
+        except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            reason = os.strerror(error.errno) if error.errno else "unknown error"
+            raise InvalidArgument(f"failed to write the files of model '{name}': {reason}") from None
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return msgspec.structs.replace(found, temporary_directory=directory)
+
+    def _examine(self, root: Beneath, repository: str, name: str) -> FoundModel:
+        """Read one model directory; whatever goes wrong becomes a problem of the model."""
+        config_file = ""
+        try:
+            check_model_name(name)
+            config_file = self._config_file(root, name)
+            if not config_file:
+                config, text = ModelConfig(), ""
+                if not self.auto_complete:
+                    raise NotFound(f"model configuration is not provided for model '{name}'")
+            else:
+                data = root.read((name, *config_file.split("/")), MAX_CONFIG_BYTES)
+                text = data.decode(errors="replace")
+                config = parse_config_bytes(data, f"{name}/{config_file}")
+            return self._assemble(root, repository, (name,), name, config, text, config_file=config_file)
+        except ConfigError as error:
+            return _unusable(name, repository, *error.problems, config_file=config_file, namespacing=self.namespacing)
+        except ServingError as error:
+            problem = Problem(error.text, code=error.code)
+            return _unusable(name, repository, problem, config_file=config_file, namespacing=self.namespacing)
+
+    def _assemble(
+        self,
+        root: Beneath,
+        repository: str,
+        path: tuple[str, ...],
+        name: str,
+        config: ModelConfig,
+        text: str,
+        *,
+        config_file: str = "",
+        is_override: bool = False,
+    ) -> FoundModel:
+        """Normalise and judge a configuration together with the directory that it is for."""
+        entries = root.entries(path)
+        versions = find_versions(item.name for item in entries if item.is_directory)
+        problems: list[Problem] = []
+        usable: ModelConfig | None = config
+        try:
+            detect_backend(config, name, _first_version_files(root, path, versions))
+        except ConfigError as error:
+            problems += error.problems
+            usable = None
+        if usable is not None:
+            normalise_defaults(config)
+            problems += poll_problems(config, auto_complete=self.auto_complete)
+            wrong_name = directory_name_problem(config, name)
+            if wrong_name is not None:
+                problems.append(wrong_name)
+        problems += _file_problems(config)
+        return FoundModel(
+            name=name,
+            repository=repository,
+            path=root.real_path(path),
+            namespace=repository if self.namespacing else "",
+            config=usable,
+            config_text=text,
+            config_file=config_file,
+            versions=versions,
+            fingerprint=_fingerprint(root, path, entries, text if is_override else "", config_file, versions),
+            problems=tuple(problems),
+            is_override=is_override,
+        )
+
+    def _config_file(self, root: Beneath, name: str) -> str:
+        """Return the configuration file to use, relative to the model directory; empty if there is none."""
+        if self.model_config_name:
+            custom = f"configs/{self.model_config_name}.pbtxt"
+            if root.is_file((name, *custom.split("/"))):
+                return custom
+        item = root.entry((name, CONFIG_FILE))
+        if item is not None and not item.is_file:
+            raise Refused(f"'{CONFIG_FILE}' of model '{name}' is not a file")
+        return CONFIG_FILE if item is not None else ""
+
+
+def read_labels(model_path: str, repository: str, filename: str) -> tuple[str, ...]:
+    """Return the labels of an output, one per line (spec H-173).
+
+    Args:
+        model_path: the model directory.
+        repository: the repository that a link must not leave.
+        filename: ``label_filename`` of the configuration.
+
+    Raises:
+        Refused: the name leads out of the model directory, or a link out of the repository.
+        NotFound: there is no such file.
+    """
+    data = read_model_file(model_path, repository, filename, MAX_LABEL_BYTES)
+    return tuple(line.rstrip("\r") for line in data.decode(errors="replace").removesuffix("\n").split("\n"))
+
+
+def read_model_file(model_path: str, repository: str, filename: str, max_bytes: int = MAX_TENSOR_FILE_BYTES) -> bytes:
+    """Return a file of a model directory: labels, warm-up data, initial state.
+
+    Raises:
+        Refused: the name leads out of the model directory, a link out of the repository, or the file is too large.
+        NotFound: there is no such file.
+    """
+    names = check_relative(filename)
+    with Beneath(repository) as root:
+        return root.read((*_below(root, model_path), *names), max_bytes)
+
+
+def resolve_model_file(model_path: str, repository: str, filename: str) -> str | None:
+    """Return the real path of a file or directory of a model, or None if it is not there.
+
+    For backends, whose libraries open files by name: ``default_model_filename`` below a version directory, or a custom
+    operator library.
+
+    Raises:
+        Refused: the name leads out of the model directory, or a link out of the repository.
+    """
+    names = check_relative(filename)
+    with Beneath(repository) as root:
+        path = (*_below(root, model_path), *names)
+        return root.real_path(path) if root.entry(path) is not None else None
+
+
+def requires_reload(older: ModelConfig, newer: ModelConfig) -> bool:
+    """True unless only ``instance_group`` and ``version_policy`` differ (spec R-090)."""
+    return bool(changed_fields(older, newer) - {"instance_group", "version_policy"})
+
+
+def changed_fields(older: ModelConfig, newer: ModelConfig) -> frozenset[str]:
+    """Return the top-level fields in which two normalised configurations differ."""
+    changed: set[str] = set()
+    for field in older.message.DESCRIPTOR.fields:
+        before, after = getattr(older.message, field.name), getattr(newer.message, field.name)
+        present = field.has_presence and (
+            older.message.HasField(field.name) != newer.message.HasField(field.name)
+        )
+        if present or before != after:
+            changed.add(str(field.name))
+    return frozenset(changed)
+
+
+# ---- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _check_root(path: str) -> None:
+    try:
+        if not os.path.isdir(path):
+            state = "is not a directory" if os.path.exists(path) else "does not exist"
+            raise InvalidArgument(f"failed to stat file {path}: {state}")
+    except ValueError:
+        raise InvalidArgument("failed to stat file: a model repository path contains a NUL character") from None
+
+
+def _open_root(repository: str) -> Beneath:
+    _check_root(repository)
+    return Beneath(repository)
+
+
+def _below(root: Beneath, model_path: str) -> tuple[str, ...]:
+    """Return the names from the repository to a model directory.
+
+    Raises:
+        Refused: the directory is not in the repository.
+    """
+    relative = os.path.relpath(os.path.realpath(model_path), root.real_root)
+    if relative == "..":
+        raise Refused("the model directory is not in the model repository")
+    return check_relative(relative, "model directory")
+
+
+def _unusable(
+    name: str, repository: str, *problems: Problem, config_file: str = "", namespacing: bool = False
+) -> FoundModel:
+    return FoundModel(
+        name=name,
+        repository=repository,
+        path="",
+        namespace=repository if namespacing else "",
+        config_file=config_file,
+        problems=problems,
+    )
+
+
+def _mark_duplicates(found: list[FoundModel]) -> list[FoundModel]:
+    """Keep one entry per name; a name that two repositories have is unusable (spec R-010)."""
+    by_name: dict[str, list[FoundModel]] = {}
+    for model in found:
+        by_name.setdefault(model.name, []).append(model)
+    kept: list[FoundModel] = []
+    for name, models in by_name.items():
+        if len(models) == 1:
+            kept += models
+        else:
+            hint = f"It is in {_listed(models)}; rename one, or start with --model-namespacing=true."
+            kept.append(_unusable(name, models[0].repository, Problem(DUPLICATE_TEXT, hint=hint)))
+    return kept
+
+
+def _listed(models: list[FoundModel]) -> str:
+    return " and ".join(f"'{model.repository}'" for model in models)
+
+
+def _first_version_files(root: Beneath, path: tuple[str, ...], versions: FoundVersions) -> dict[str, bool] | None:
+    """Return what the lexicographically first version directory holds (spec R-041)."""
+    if not versions.numbers:
+        return None
+    first = min(str(number) for number in versions.numbers)
+    return {item.name: item.is_directory for item in root.entries((*path, first))}
+
+
+def _file_problems(config: ModelConfig) -> list[Problem]:
+    """Names of files in the configuration must stay inside the model directory (spec C-039)."""
+    message = config.message
+    named: list[tuple[tuple[str | int, ...], str]] = [
+        (("output", index, "label_filename"), output.label_filename) for index, output in enumerate(message.output)
+    ]
+    named.append((("default_model_filename",), message.default_model_filename))
+    named += [(("cc_model_filenames", key), message.cc_model_filenames[key]) for key in message.cc_model_filenames]
+    named += [
+        (("model_operations", "op_library_filename", index), filename)
+        for index, filename in enumerate(message.model_operations.op_library_filename)
+    ]
+    for index, sample in enumerate(message.model_warmup):
+        named += [
+            (("model_warmup", index, "inputs", key, "input_data_file"), sample.inputs[key].input_data_file)
+            for key in sample.inputs
+        ]
+    for index, state in enumerate(message.sequence_batching.state):
+        named += [
+            (("sequence_batching", "state", index, "initial_state", number, "data_file"), initial.data_file)
+            for number, initial in enumerate(state.initial_state)
+        ]
+    problems: list[Problem] = []
+    for path, filename in named:
+        if not filename:
+            continue
+        try:
+            check_relative(filename, str(path[-1]) if not isinstance(path[-1], int) else str(path[-2]))
+        except Refused as error:
+            problems.append(Problem(error.text, path, written=filename).located(config.source))
+    return problems
+
+
+def _fingerprint(
+    root: Beneath,
+    path: tuple[str, ...],
+    entries: list[Entry],
+    override: str,
+    config_file: str,
+    versions: FoundVersions,
+) -> Fingerprint:
+    budget = [MAX_FINGERPRINT_FILES]
+    numbers = {str(number) for number in versions.numbers}
+    digests: dict[int, str] = {}
+    shared = hashlib.blake2b(digest_size=16)
+    config = hashlib.blake2b(override.encode(), digest_size=16)
+    for item in entries:
+        if item.is_directory and item.name in numbers:
+            digest = hashlib.blake2b(digest_size=16)
+            _add_tree(digest, root, (*path, item.name), budget, 0)
+            digests[int(item.name)] = digest.hexdigest()
+        elif item.is_directory and item.name != "configs":
+            _add_entry(shared, item)
+            _add_tree(shared, root, (*path, item.name), budget, 0)
+        elif not item.is_directory:
+            _add_entry(config if item.name == config_file else shared, item)
+    if "/" in config_file:
+        found = root.entry((*path, *config_file.split("/")))
+        if found is not None:
+            _add_entry(config, found)
+    return Fingerprint(config.hexdigest(), shared.hexdigest(), digests)
+
+
+def _add_tree(digest: hashlib.blake2b, root: Beneath, path: tuple[str, ...], budget: list[int], depth: int) -> None:
+    """Add every file below a directory.
+
+    Raises:
+        Refused: too many files, or too deep.
+    """
+    if depth > MAX_FINGERPRINT_DEPTH:
+        raise Refused(f"'{'/'.join(path)}' lies deeper than {MAX_FINGERPRINT_DEPTH} directories")
+    for item in root.entries(path):
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise Refused(f"model '{path[0]}' has more than {MAX_FINGERPRINT_FILES} files")
+        _add_entry(digest, item)
+        if item.is_directory and item.name != "__pycache__":
+            _add_tree(digest, root, (*path, item.name), budget, depth + 1)
+
+
+def _add_entry(digest: hashlib.blake2b, item: Entry) -> None:
+    """Add one entry. A directory counts by name only: its time changes when Python writes ``__pycache__`` into it."""
+    if item.is_directory:
+        if item.name != "__pycache__":
+            digest.update(os.fsencode(item.name) + b"\0d")
+        return
+    digest.update(os.fsencode(item.name) + f"\0{item.mtime_ns} {item.size_bytes} {item.inode}\0".encode())

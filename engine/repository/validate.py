@@ -1,0 +1,714 @@
+"""Judge a normalised configuration, with Triton's sentences (spec 05, 06; source: core ``model_config_utils.cc``).
+
+Triton checks in two stages and the difference is visible (spec C-121): what :func:`poll_problems` finds keeps the model
+out of the repository ("failed to poll"), what :func:`load_problems` finds makes its load fail with the sentence. Both
+yield every problem, in Triton's order, so the first one is what Triton would have said.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from forebay.engine.repository.config_problem import ConfigError, Problem, likely_meant
+from forebay.engine.repository.model_config_schema import FieldPath, ModelConfig, enum_name, enum_number
+from forebay.engine.repository.normalise import DEFAULT_MIN_COMPUTE_CAPABILITY, ENSEMBLE, Gpu, usable_gpus
+from forebay.ipc.errors import Code
+
+#: Platforms that a known backend may have (spec R-043); a backend that is not here may have any.
+PLATFORMS = {
+    "tensorflow": ("tensorflow_graphdef", "tensorflow_savedmodel"),
+    "tensorrt": ("tensorrt_plan",),
+    "onnxruntime": ("onnxruntime_onnx",),
+    "pytorch": ("pytorch_libtorch", "torch_aoti"),
+}
+
+#: Accelerators that ``execution_accelerators`` may name (spec C-053).
+GPU_ACCELERATORS = ("tensorrt", "cuda", "auto_mixed_precision", "gpu_io")
+CPU_ACCELERATORS = ("openvino",)
+
+#: Backends whose own sentence about missing inputs and outputs is the one that people know (spec B-082).
+_JUDGE_THEMSELVES = frozenset({"identity"})
+
+_KINDS = "ModelSequenceBatching.Control.Kind"
+_CORRID_TYPES = ("TYPE_UINT64", "TYPE_INT64", "TYPE_UINT32", "TYPE_INT32", "TYPE_STRING")
+
+
+def poll_problems(config: ModelConfig, *, auto_complete: bool = True) -> list[Problem]:
+    """Return what is wrong before anything of the model is loaded.
+
+    Args:
+        auto_complete: the server completes configurations, so that inputs and outputs may be incomplete still.
+    """
+    message = config.message
+    problems = [*_general(message), *_scheduling(message)]
+    if not auto_complete:
+        problems += _tensors(message)
+    return [problem.located(config.source) for problem in problems]
+
+
+def load_problems(
+    config: ModelConfig,
+    gpus: Sequence[Gpu] = (),
+    *,
+    min_compute_capability: float = DEFAULT_MIN_COMPUTE_CAPABILITY,
+) -> list[Problem]:
+    """Return what is wrong with a completed configuration, instance groups included."""
+    message = config.message
+    problems = [
+        *_general(message),
+        *_scheduling(message),
+        *_tensors(message),
+        *_instance_groups(message, usable_gpus(gpus, min_compute_capability), min_compute_capability),
+        *_rate_limiter(message),
+        *_states(message),
+        *_warmup(message),
+        *_accelerators(message),
+    ]
+    return [problem.located(config.source) for problem in problems]
+
+
+def check_poll(config: ModelConfig, *, auto_complete: bool = True) -> None:
+    """Raise ConfigError with everything that :func:`poll_problems` finds."""
+    raise_problems(poll_problems(config, auto_complete=auto_complete))
+
+
+def check_load(
+    config: ModelConfig,
+    gpus: Sequence[Gpu] = (),
+    *,
+    min_compute_capability: float = DEFAULT_MIN_COMPUTE_CAPABILITY,
+) -> None:
+    """Raise ConfigError with everything that :func:`load_problems` finds."""
+    raise_problems(load_problems(config, gpus, min_compute_capability=min_compute_capability))
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raise ConfigError if there is any problem."""
+    found = list(problems)
+    if found:
+        raise ConfigError(found)
+
+
+def directory_name_problem(config: ModelConfig, directory: str) -> Problem | None:
+    """Return spec R-009's problem if a model's name differs from its directory's."""
+    if config.name == directory:
+        return None
+    return Problem(
+        f"unexpected directory name '{directory}' for model '{config.name}', directory name must equal model name",
+        path=("name",),
+        suggestion=directory,
+        hint="Leave 'name' out and the directory's name is used.",
+    ).located(config.source)
+
+
+# ---- top level --------------------------------------------------------------------------------------------------------
+
+
+def _general(message: Any) -> Iterator[Problem]:
+    name, backend, platform = message.name, message.backend, message.platform
+    if not name:
+        yield Problem("model configuration must specify 'name'", ("name",))
+    if not backend and not platform:
+        yield Problem(f"must specify 'platform' or 'backend' for '{name}'", ("backend",))
+    elif not backend and platform != ENSEMBLE:
+        known = (ENSEMBLE, *(platform for platforms in PLATFORMS.values() for platform in platforms))
+        yield Problem(
+            f"unexpected platform type '{platform}' for {name}",
+            ("platform",),
+            possible=known,
+            suggestion=likely_meant(platform, known),
+        )
+    elif backend and platform == ENSEMBLE:
+        yield Problem(
+            f"Ensemble model '{name}' must have platform type '{platform}' and empty backend type", ("backend",)
+        )
+    elif backend in PLATFORMS and platform not in PLATFORMS[backend]:
+        yield Problem(
+            f"unexpected 'platform' and 'backend' pair, got:{platform}, {backend}",
+            ("platform",),
+            possible=PLATFORMS[backend],
+        )
+    if message.max_batch_size < 0:
+        yield Problem(f"'max_batch_size' must be non-negative value for {name}", ("max_batch_size",))
+    if message.version_policy.WhichOneof("policy_choice") is None:
+        yield Problem(f"must specify 'version policy' for {name}", ("version_policy",))
+
+
+def _scheduling(message: Any) -> Iterator[Problem]:
+    name = message.name
+    scheduling = message.WhichOneof("scheduling_choice")
+    if scheduling == "dynamic_batching":
+        yield from _dynamic_batching(message)
+    elif scheduling == "sequence_batching":
+        yield from _sequence_batching(message)
+    if scheduling == "ensemble_scheduling":
+        yield from _ensemble(message)
+    elif message.platform == ENSEMBLE:
+        yield Problem(
+            f"ensemble scheduling must be set for ensemble {name} whose platform is {ENSEMBLE}",
+            ("ensemble_scheduling",),
+        )
+    if message.model_transaction_policy.decoupled and message.response_cache.enable:
+        yield Problem(
+            f"Response Cache does not currently support model {name} with 'decoupled' transaction policy. "
+            "Please disable the response cache.",
+            ("response_cache",),
+        )
+    for index, control in enumerate(message.model_metrics.metric_control):
+        path = ("model_metrics", "metric_control", index)
+        if not control.HasField("metric_identifier"):
+            yield Problem("metric control must specify 'metric_identifier'", path)
+        elif not control.metric_identifier.family:
+            yield Problem("metric identifier must specify non-empty 'family'", (*path, "metric_identifier"))
+        elif not control.HasField("histogram_options"):
+            yield Problem("metric control must specify 'histogram_options'", path)
+        elif not control.histogram_options.buckets:
+            yield Problem("histogram options must specify non-empty 'buckets'", (*path, "histogram_options"))
+
+
+def _dynamic_batching(message: Any) -> Iterator[Problem]:
+    name, batching = message.name, message.dynamic_batching
+    path = ("dynamic_batching",)
+    for index, size in enumerate(batching.preferred_batch_size):
+        here = (*path, "preferred_batch_size", index)
+        if size <= 0:
+            yield Problem(f"dynamic batching preferred size must be positive for {name}", here)
+        elif size > message.max_batch_size:
+            yield Problem(f"dynamic batching preferred size must be <= max batch size for {name}", here)
+    levels = batching.priority_levels
+    if levels:
+        if not 1 <= batching.default_priority_level <= levels:
+            yield Problem(
+                f"default priority level must be in range [1, {levels}] for {name}", (*path, "default_priority_level")
+            )
+        for level in sorted(batching.priority_queue_policy):
+            if not 1 <= level <= levels:
+                yield Problem(
+                    f"priority queue policy must have priority level in range [1, {levels}] for {name}",
+                    (*path, "priority_queue_policy", str(level)),
+                )
+    if batching.preserve_ordering:
+        if levels > 1:
+            yield Problem(
+                f"Only one priority level is allowed when 'preserve_ordering' is true for {name}",
+                (*path, "priority_levels"),
+            )
+        delay = enum_number("ModelQueuePolicy.TimeoutAction", "DELAY")
+        policies = [(("default_queue_policy",), batching.default_queue_policy)] + [
+            (("priority_queue_policy", str(level)), batching.priority_queue_policy[level])
+            for level in sorted(batching.priority_queue_policy)
+        ]
+        for where, policy in policies:
+            if policy.default_timeout_microseconds and policy.timeout_action == delay:
+                yield Problem(
+                    "Queue policy can not have DELAY as timeout action when 'preserve_ordering' is true for " + name,
+                    (*path, *where),
+                )
+
+
+def _sequence_batching(message: Any) -> Iterator[Problem]:
+    name, batching = message.name, message.sequence_batching
+    path = ("sequence_batching",)
+    if message.response_cache.enable:
+        yield Problem(
+            f"Response Cache does not currently support model {name} with sequence batching scheduler. "
+            "Please disable the response cache.",
+            ("response_cache",),
+        )
+    yield from _controls(message)
+    if batching.HasField("oldest"):
+        for index, size in enumerate(batching.oldest.preferred_batch_size):
+            here = (*path, "oldest", "preferred_batch_size", index)
+            if size <= 0:
+                yield Problem(f"sequence batching preferred batch size must be positive for {name}", here)
+            elif size > message.max_batch_size:
+                yield Problem(f"sequence batching preferred batch size must be <= max batch size for {name}", here)
+    if batching.HasField("direct") and not 0.0 <= batching.direct.minimum_slot_utilization <= 1.0:
+        yield Problem(
+            f"sequence batching minimum slot utilization must be in range (0.0, 1.0] for {name}",
+            (*path, "direct", "minimum_slot_utilization"),
+        )
+
+
+def _controls(message: Any) -> Iterator[Problem]:
+    """Control tensors of a sequence batcher (spec C-079)."""
+    name = message.name
+    tensors: set[str] = set()
+    kinds: set[str] = set()
+    for index, control_input in enumerate(message.sequence_batching.control_input):
+        path: FieldPath = ("sequence_batching", "control_input", index)
+        if not control_input.name:
+            yield Problem(f"sequence batching control tensor must have a name for {name}", path)
+        elif control_input.name in tensors:
+            yield Problem(
+                f"sequence batching control tensor '{control_input.name}' is specified for multiple control kinds "
+                f"for {name}",
+                (*path, "name"),
+            )
+        tensors.add(control_input.name)
+        for number, control in enumerate(control_input.control):
+            here = (*path, "control", number)
+            kind = enum_name(_KINDS, control.kind)
+            if kind in kinds:
+                yield Problem(f"sequence batching specifies multiple {kind} tensors for {name}", here)
+            kinds.add(kind)
+            if kind == "CONTROL_SEQUENCE_CORRID":
+                yield from _corrid_control(control, name, here)
+            else:
+                yield from _boolean_control(control, kind, name, here)
+
+
+def _boolean_control(control: Any, kind: str, name: str, path: FieldPath) -> Iterator[Problem]:
+    fields = ("int32_false_true", "fp32_false_true", "bool_false_true")
+    given = [field for field in fields if len(getattr(control, field))]
+    if not given:
+        yield Problem(
+            "sequence batching must specify either 'int32_false_true', 'fp32_false_true' or 'bool_false_true' for "
+            f"{kind} for {name}",
+            path,
+        )
+    elif len(given) > 1:
+        yield Problem(
+            "sequence batching specifies more than one from 'int32_false_true', 'fp32_false_true' and "
+            f"'bool_false_true' for {kind} for {name}",
+            path,
+        )
+    elif len(getattr(control, given[0])) != 2:
+        yield Problem(
+            f"sequence batching control '{given[0]}' must have exactly 2 entries for {kind} for {name}",
+            (*path, given[0]),
+        )
+
+
+def _corrid_control(control: Any, name: str, path: FieldPath) -> Iterator[Problem]:
+    kind = "CONTROL_SEQUENCE_CORRID"
+    if len(control.int32_false_true) or len(control.fp32_false_true) or len(control.bool_false_true):
+        yield Problem(
+            "sequence batching must not specify either 'int32_false_true', 'fp32_false_true' or 'bool_false_true' for "
+            f"{kind} for {name}",
+            path,
+        )
+    if enum_name("DataType", control.data_type) not in _CORRID_TYPES:
+        yield Problem(
+            f"unexpected data type for control {kind} for {name}. Allowed data types are TYPE_UINT64, TYPE_INT64, "
+            "TYPE_UINT32, TYPE_INT32 and TYPE_STRING",
+            (*path, "data_type"),
+            possible=_CORRID_TYPES,
+        )
+
+
+# ---- ensembles --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _EnsembleTensor:
+    """One tensor of an ensemble's graph; it depends on ``sources`` and feeds ``targets``."""
+
+    name: str
+    is_output: bool = False
+    is_ready: bool = False
+    sources: list[_EnsembleTensor] = field(default_factory=list["_EnsembleTensor"])
+    targets: list[_EnsembleTensor] = field(default_factory=list["_EnsembleTensor"])
+
+
+def _ensemble(message: Any) -> Iterator[Problem]:
+    name = message.name
+    if message.platform != ENSEMBLE:
+        yield Problem(
+            f"ensemble scheduling cannot be set for model '{name}' whose platform is not {ENSEMBLE}", ("platform",)
+        )
+    if message.instance_group:
+        yield Problem(f"instance group should not be specified for ensemble '{name}'", ("instance_group",))
+    if message.HasField("optimization"):
+        yield Problem(f"optimization should not be specified for ensemble '{name}'", ("optimization",))
+    if message.model_warmup:
+        yield Problem(f"model_warmup can not be specified for ensemble '{name}'", ("model_warmup",))
+    if not message.ensemble_scheduling.step:
+        yield Problem(f"must specify 'step' for ensemble '{name}'", ("ensemble_scheduling",))
+        return
+    problems: list[Problem] = []
+    tensors = _ensemble_graph(message, problems)
+    yield from problems
+    if not problems:
+        yield from _ensemble_flow(message, tensors)
+
+
+def _ensemble_graph(message: Any, problems: list[Problem]) -> dict[str, _EnsembleTensor]:
+    """Return the ensemble's tensors by name, linked; appends what is wrong with single steps."""
+    name = message.name
+    tensors: dict[str, _EnsembleTensor] = {}
+    for index, step in enumerate(message.ensemble_scheduling.step):
+        path = ("ensemble_scheduling", "step", index)
+        missing = [part for part in ("model_name", "input_map", "output_map") if not getattr(step, part)]
+        problems += [
+            Problem(f"must specify '{part}' in step {index} of ensemble '{name}'", path) for part in missing
+        ]
+        outputs: list[_EnsembleTensor] = []
+        for key in sorted(step.output_map):
+            tensor = tensors.setdefault(step.output_map[key], _EnsembleTensor(step.output_map[key]))
+            if tensor.is_output:
+                problems.append(
+                    Problem(
+                        f"ensemble tensor '{tensor.name}' can appear in an output map only once for ensemble "
+                        f"'{name}' step {index}",
+                        (*path, "output_map", key),
+                    )
+                )
+            tensor.is_output = True
+            outputs.append(tensor)
+        for key in sorted(step.input_map):
+            source = tensors.setdefault(step.input_map[key], _EnsembleTensor(step.input_map[key]))
+            for target in outputs:
+                target.sources.append(source)
+                source.targets.append(target)
+    return tensors
+
+
+def _ensemble_flow(message: Any, tensors: dict[str, _EnsembleTensor]) -> Iterator[Problem]:
+    """Check that every tensor is written and used (spec S-102)."""
+    name = message.name
+    ready: deque[_EnsembleTensor] = deque()
+    for index, given in enumerate(message.input):
+        tensor = tensors.get(given.name)
+        if tensor is None:
+            yield Problem(f"ensemble input '{given.name}' for ensemble {name}' is not used", ("input", index))
+            continue
+        tensor.is_ready = True
+        ready.append(tensor)
+    while ready:
+        for target in ready.popleft().targets:
+            if not target.is_ready and all(source.is_ready for source in target.sources):
+                target.is_ready = True
+                ready.append(target)
+    outputs: set[str] = set()
+    unwritten = False
+    for index, given in enumerate(message.output):
+        tensor = tensors.get(given.name)
+        if tensor is None:
+            yield Problem(f"ensemble output '{given.name}' for ensemble {name}' is not used", ("output", index))
+            continue
+        outputs.add(given.name)
+        if not tensor.is_ready:
+            unwritten = True
+            text = f"output '{given.name}' for ensemble '{name}' is not written"
+            cause = _unready_source(tensor)
+            if cause is not tensor:
+                text += f": at least one of its depending tensors, '{cause.name}', is not connected"
+            yield Problem(text, ("output", index))
+    if unwritten:
+        return  # what follows from it would only repeat it
+    for tensor in tensors.values():
+        if tensor.name not in outputs and (not tensor.is_ready or not tensor.targets):
+            yield Problem(f"ensemble tensor '{tensor.name}' is unused in ensemble '{name}'", ("ensemble_scheduling",))
+
+
+def _unready_source(tensor: _EnsembleTensor) -> _EnsembleTensor:
+    """Return the tensor furthest up that is not written; the graph may have circles."""
+    seen: set[str] = set()
+    last = tensor
+    while True:
+        upstream = next((node for node in last.sources if not node.is_ready and node.name not in seen), None)
+        if upstream is None:
+            return last
+        seen.add(upstream.name)
+        last = upstream
+
+
+# ---- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _tensors(message: Any) -> Iterator[Problem]:
+    name, max_batch_size = message.name, message.max_batch_size
+    is_tensorrt = message.platform == "tensorrt_plan"
+    problems: list[Problem] = []
+    for direction in ("input", "output"):
+        tensors = getattr(message, direction)
+        if not tensors and message.backend not in _JUDGE_THEMSELVES:
+            problems.append(Problem(f"must specify one or more '{direction}'s", (direction,)))
+        seen: set[str] = set()
+        for index, tensor in enumerate(tensors):
+            path = (direction, index)
+            found = list(_tensor(tensor, direction, max_batch_size, path))
+            found += _special_tensor(tensor, direction, is_tensorrt, path)
+            if tensor.name and tensor.name in seen:
+                found.append(
+                    Problem(f"model {direction} '{tensor.name}' is specified more than once", (*path, "name"))
+                )
+            seen.add(tensor.name)
+            problems += found
+    problems += _batch_tensors(message)
+    for problem in problems:
+        yield msgspec.structs.replace(problem, text=f"{problem.text} for {name}")
+
+
+def _tensor(tensor: Any, direction: str, max_batch_size: int, path: FieldPath) -> Iterator[Problem]:
+    """One input or output: name, datatype, dims and reshape (spec C-030..C-034, D-013..D-015)."""
+    if not tensor.name:
+        yield Problem(f"model {direction} must specify 'name'", path)
+        return
+    prefix = f"model {direction} '{tensor.name}' "
+    if not tensor.data_type:
+        yield Problem(f"{prefix}must specify 'data_type'", path)
+    if not tensor.dims:
+        yield Problem(f"{prefix}must specify 'dims'", path)
+        return
+    if tensor.HasField("reshape") and not tensor.reshape.shape and max_batch_size == 0:
+        yield Problem(
+            f"{prefix}cannot have empty reshape for non-batching model as scalar tensors are not supported",
+            (*path, "reshape"),
+        )
+        return
+    bad = [index for index, dim in enumerate(tensor.dims) if dim < 1 and dim != -1]
+    if bad:
+        yield Problem(
+            f"{prefix}dimension must be integer >= 1, or -1 to indicate a variable-size dimension",
+            (*path, "dims", bad[0]),
+        )
+        return
+    if tensor.HasField("reshape"):
+        yield from _reshape(tuple(tensor.dims), tuple(tensor.reshape.shape), prefix, (*path, "reshape"))
+
+
+def _reshape(dims: tuple[int, ...], shape: tuple[int, ...], prefix: str, path: FieldPath) -> Iterator[Problem]:
+    if any(dim < 1 and dim != -1 for dim in shape):
+        yield Problem(
+            f"{prefix}reshape dimensions must be integer >= 1, or -1 to indicate a variable-size dimension", path
+        )
+        return
+    dims_products, shape_products = _products(dims), _products(shape)
+    if not shape:
+        if dims_products != [1]:
+            yield Problem(f"{prefix}has different size for dims and reshape", path)
+    elif len(dims_products) != len(shape_products) and len(dims_products) > 1 and len(shape_products) > 1:
+        yield Problem(f"{prefix}has different number of variable-size dimensions for dims and reshape", path)
+    elif dims_products != shape_products:
+        yield Problem(f"{prefix}has different size for dims and reshape", path)
+
+
+def _products(dims: tuple[int, ...]) -> list[int]:
+    """Return the element counts of the runs between variable dimensions: ``[2, 4, -1, 6]`` gives ``[8, 6]``."""
+    products = [1]
+    for dim in dims:
+        if dim == -1:
+            products.append(1)
+        else:
+            products[-1] *= dim
+    return products
+
+
+def _special_tensor(tensor: Any, direction: str, is_tensorrt: bool, path: FieldPath) -> Iterator[Problem]:
+    if direction == "input" and tensor.format and len(tensor.dims) != 3:
+        yield Problem("model input NHWC/NCHW require 3 dims", (*path, "format"))
+    if tensor.is_shape_tensor and not is_tensorrt:
+        yield Problem("shape tensors are only supported for TensorRT platform", (*path, "is_shape_tensor"))
+    if tensor.is_non_linear_format_io:
+        here = (*path, "is_non_linear_format_io")
+        if not is_tensorrt:
+            yield Problem("Non-linear IO format is only supported for the TensorRT platform", here)
+        elif len(tensor.dims) != 3:
+            yield Problem(f"Non-linear IO format {direction} requires 3 dims", here)
+
+
+def _batch_tensors(message: Any) -> Iterator[Problem]:
+    """``batch_input`` and ``batch_output`` (spec C-124)."""
+    inputs = {tensor.name for tensor in message.input}
+    outputs = {tensor.name for tensor in message.output}
+    for direction, kinds in (("input", "BatchInput.Kind"), ("output", "BatchOutput.Kind")):
+        for index, item in enumerate(getattr(message, f"batch_{direction}")):
+            path = (f"batch_{direction}", index)
+            kind = enum_name(kinds, item.kind)
+            if kind.isdigit():
+                yield Problem(f"unknown batch {direction} kind '{kind}'", (*path, "kind"))
+            elif len(item.source_input) != 1:
+                yield Problem(
+                    f"batch {direction} kind '{kind}' expects 1 source input, got {len(item.source_input)}", path
+                )
+            if direction == "input" and enum_name("DataType", item.data_type) not in ("TYPE_INT32", "TYPE_FP32"):
+                yield Problem("batch input data type must be TYPE_INT32 or TYPE_FP32", (*path, "data_type"))
+            for source in item.source_input:
+                if source not in inputs:
+                    yield Problem(
+                        f"unknown source input name '{source}'",
+                        (*path, "source_input"),
+                        suggestion=likely_meant(source, inputs),
+                    )
+            if direction == "output":
+                yield from _scatter_targets(item, outputs, path)
+
+
+def _scatter_targets(item: Any, outputs: set[str], path: FieldPath) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for target in item.target_name:
+        here = (*path, "target_name")
+        if target not in outputs:
+            yield Problem(f"unknown target output name '{target}'", here, suggestion=likely_meant(target, outputs))
+        elif target in seen:
+            yield Problem(f"target output name '{target}' can only be specified once", here)
+        seen.add(target)
+
+
+# ---- instances --------------------------------------------------------------------------------------------------------
+
+
+def _instance_groups(message: Any, usable: list[int], min_compute_capability: float) -> Iterator[Problem]:
+    name = message.name
+    if message.WhichOneof("scheduling_choice") == "ensemble_scheduling" or message.platform == ENSEMBLE:
+        return
+    if not message.instance_group:
+        yield Problem(f"must specify one or more 'instance group's for {name}", ("instance_group",))
+    for index, group in enumerate(message.instance_group):
+        path = ("instance_group", index)
+        prefix = f"instance group {group.name} of model {name}"
+        kind = enum_name("ModelInstanceGroup.Kind", group.kind)
+        if kind in ("KIND_CPU", "KIND_MODEL"):
+            if group.gpus:
+                yield Problem(f"{prefix} has kind {kind} but specifies one or more GPUs", (*path, "gpus"))
+        elif kind == "KIND_GPU":
+            yield from _gpu_group(group, prefix, usable, min_compute_capability, path)
+        else:
+            yield Problem(f"{prefix} has unexpected kind {kind}", (*path, "kind"), code=Code.INTERNAL)
+        yield from _profiles(group, message.platform, prefix, (*path, "profile"))
+
+
+def _gpu_group(
+    group: Any, prefix: str, usable: list[int], min_compute_capability: float, path: FieldPath
+) -> Iterator[Problem]:
+    hint = "Set 'kind: KIND_CPU', or start the server with --gpu-fallback=cpu to serve it on the CPU."
+    if not group.gpus:
+        missing = "specifies no GPUs" if usable else "no GPUs are available"
+        yield Problem(f"{prefix} has kind KIND_GPU but {missing}", (*path, "kind"), hint=hint)
+    for index, gpu in enumerate(group.gpus):
+        if gpu not in usable:
+            listed = ", ".join(str(known) for known in usable)
+            yield Problem(
+                f"{prefix} specifies invalid or unsupported gpu id {gpu}. GPUs with at least the minimum required "
+                f"CUDA compute compatibility of {min_compute_capability:.6f} are: {listed}",
+                (*path, "gpus", index),
+                hint=hint,
+            )
+
+
+def _profiles(group: Any, platform: str, prefix: str, path: FieldPath) -> Iterator[Problem]:
+    if group.profile and platform != "tensorrt_plan":
+        yield Problem(
+            f"{prefix} and platform {platform} specifies profile field which is only supported for TensorRT models",
+            path,
+        )
+        return
+    for index, profile in enumerate(group.profile):
+        if not (profile.isascii() and profile.isdigit()):
+            yield Problem(
+                f"{prefix} and platform {platform} specifies invalid profile {profile}. The field should contain the "
+                "string representation of a non-negative integer.",
+                (*path, index),
+            )
+
+
+def _rate_limiter(message: Any) -> Iterator[Problem]:
+    """A resource is global or per device, not both (spec S-153)."""
+    scopes: dict[str, bool] = {}
+    for index, group in enumerate(message.instance_group):
+        for number, resource in enumerate(group.rate_limiter.resources):
+            known = getattr(resource, "global")
+            if scopes.setdefault(resource.name, known) != known:
+                yield Problem(
+                    f'Resource "{resource.name}" is present as both global and device-specific resource in the model '
+                    "configuration.",
+                    ("instance_group", index, "rate_limiter", "resources", number),
+                )
+
+
+# ---- sequence state, warm-up, accelerators ----------------------------------------------------------------------------
+
+
+def _states(message: Any) -> Iterator[Problem]:
+    """Implicit state (spec C-080, S-081, S-086)."""
+    names: dict[str, set[str]] = {"input_name": set(), "output_name": set()}
+    for index, state in enumerate(message.sequence_batching.state):
+        path = ("sequence_batching", "state", index)
+        for part, seen in names.items():
+            tensor = getattr(state, part)
+            if not tensor:
+                yield Problem(f"sequence batching state must specify '{part}' for {message.name}", path)
+            elif tensor in seen:
+                yield Problem(
+                    f"sequence batching state '{tensor}' is specified more than once for {message.name}", (*path, part)
+                )
+            seen.add(tensor)
+        label = f"sequence batching state '{state.input_name}'"
+        if not state.data_type:
+            yield Problem(f"{label} must specify 'data_type' for {message.name}", path)
+        if not state.dims or any(dim < 1 and dim != -1 for dim in state.dims):
+            yield Problem(f"{label} must specify 'dims' of integers >= 1, or -1, for {message.name}", path)
+        if len(state.initial_state) > 1:
+            yield Problem(
+                f"initial_state field for state input '{state.input_name}' must contain exactly one or zero element. "
+                f"Found '{len(state.initial_state)}' elements.",
+                (*path, "initial_state"),
+            )
+        for number, initial in enumerate(state.initial_state):
+            yield from _initial_state(state, initial, (*path, "initial_state", number))
+
+
+def _initial_state(state: Any, initial: Any, path: FieldPath) -> Iterator[Problem]:
+    label = f"initial_state for state input '{state.input_name}'"
+    if not initial.name:
+        yield Problem(f"{label} must specify 'name'", path)
+    if initial.data_type != state.data_type:
+        yield Problem(f"{label} must have the data type of the state", (*path, "data_type"))
+    if any(dim < 1 for dim in initial.dims):
+        yield Problem(f"{label} must specify every dimension", (*path, "dims"))
+    elif len(initial.dims) != len(state.dims) or any(
+        dim not in (-1, given) for dim, given in zip(state.dims, initial.dims, strict=True)
+    ):
+        yield Problem(f"{label} must have the dimensions of the state", (*path, "dims"))
+    if initial.WhichOneof("state_data") is None:
+        yield Problem(f"{label} must specify 'zero_data' or 'data_file'", path)
+
+
+def _warmup(message: Any) -> Iterator[Problem]:
+    for index, sample in enumerate(message.model_warmup):
+        path = ("model_warmup", index)
+        if not sample.name:
+            yield Problem(f"warmup sample must specify 'name' for {message.name}", path)
+        if sample.batch_size > max(message.max_batch_size, 1):
+            yield Problem(
+                f"warmup sample '{sample.name}' has batch size {sample.batch_size}, but the model's maximum is "
+                f"{message.max_batch_size}",
+                (*path, "batch_size"),
+            )
+        for key in sorted(sample.inputs):
+            given = sample.inputs[key]
+            here = (*path, "inputs", key)
+            if any(dim < 0 for dim in given.dims):
+                yield Problem(
+                    f"warmup setting expects all variable-size dimensions are specified for input '{key}'", here
+                )
+            if not given.data_type:
+                yield Problem(f"warmup setting must specify 'data_type' for input '{key}'", here)
+            if given.WhichOneof("input_data_type") is None:
+                yield Problem(f"warmup setting expects input '{key}' to have input_data_type set", here)
+
+
+def _accelerators(message: Any) -> Iterator[Problem]:
+    """Only for ONNX Runtime, whose backend refuses what it does not know (spec C-053, B-015)."""
+    if message.backend != "onnxruntime":
+        return
+    accelerators = message.optimization.execution_accelerators
+    for part, known in (
+        ("gpu_execution_accelerator", GPU_ACCELERATORS),
+        ("cpu_execution_accelerator", CPU_ACCELERATORS),
+    ):
+        for index, accelerator in enumerate(getattr(accelerators, part)):
+            if accelerator.name not in known:
+                yield Problem(
+                    f"unknown Execution Accelerator '{accelerator.name}' is requested",
+                    ("optimization", "execution_accelerators", part, index, "name"),
+                    possible=known,
+                    suggestion=likely_meant(accelerator.name, known),
+                )
