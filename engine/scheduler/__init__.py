@@ -1,0 +1,1 @@
+"""The scheduler process: queues, batching, routing. A pure core, and ``loop.py`` with the sockets around it."""

@@ -1,0 +1,244 @@
+"""The worker's life: take the specification from the lifeline, load, then serve batches from the doorbell.
+
+Runs in a process forked from a zygote. It blocks on its doorbell only; the supervisor rings WAKE when something waits
+on the lifeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
+from forebay.engine.worker.parcels import ParcelsRunner
+from forebay.engine.worker.places import Producer, Producers
+from forebay.engine.worker.rows import RowsRunner
+from forebay.ipc.counters import CountersFile, instance_words
+from forebay.ipc.doorbell import Bell
+from forebay.ipc.errors import Internal, ServingError
+from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.messages import (
+    ArenaDown,
+    ArenaUp,
+    Describe,
+    Described,
+    Failed,
+    InstanceSpec,
+    Load,
+    Loaded,
+    Phase,
+    Stop,
+    SupervisorToWorker,
+)
+from forebay.ipc.process import set_name
+from forebay.ipc.wire import FLAG_GRANTED, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, Kind
+
+#: How long to wait between tries to deliver to a producer that does not read.
+_BACKLOG_RETRY_S = 0.01
+
+
+class Worker:
+    """One instance. ``serve`` returns when the supervisor says stop or is gone."""
+
+    def __init__(
+        self, lifeline: Lifeline[SupervisorToWorker], doorbell: socket.socket, done: Bell, counters: CountersFile
+    ) -> None:
+        self._lifeline = lifeline
+        self._doorbell = doorbell
+        self._done = done
+        self._counters_file = counters
+        self._producers = Producers()
+        self._spec: InstanceSpec | None = None
+        self._backend: Backend | None = None
+        self._instance: TensorInstance | RequestInstance | None = None
+        self._rows: RowsRunner | None = None
+        self._parcels: ParcelsRunner | None = None
+        self._stopping = False
+
+    # --- lifeline ---
+
+    def prepare(self) -> bool:
+        """Handle lifeline messages until the model is loaded; False if it never will be."""
+        while self._instance is None:
+            message, fds = self._lifeline.receive()
+            self._handle(message, fds)
+            if self._stopping:
+                return False
+        return True
+
+    def _handle(self, message: SupervisorToWorker, fds: list[int]) -> None:
+        match message:
+            case ArenaUp():
+                self._producers.attach(Producer(message.producer, fds[0], message.byte_size, fds[1]))
+            case ArenaDown():
+                if self._rows is not None:
+                    self._rows.forget_producer()
+                if self._parcels is not None:
+                    self._parcels.forget_producer(message.producer)
+                self._producers.detach(message.producer)
+            case Describe():
+                self._answer(lambda: self._describe(message.spec))
+            case Load():
+                self._answer(lambda: self._load(message.spec))
+            case Stop():
+                self._stopping = True
+
+    def _answer(self, action: Callable[[], None]) -> None:
+        # One place turns whatever loading raises into the reason that the index shows.
+        try:
+            action()
+        except ServingError as error:
+            self._fail(error)
+        except MemoryError:
+            self._fail(Internal("not enough memory to load the model"))
+        except Exception as error:  # a framework may raise anything
+            traceback.print_exc(file=sys.stderr)
+            self._fail(Internal(f"{type(error).__name__}: {error}"))
+
+    def _fail(self, error: ServingError) -> None:
+        self._stopping = True
+        self._lifeline.send(Failed(code=error.code, text=error.text))
+
+    def _open(self, spec: InstanceSpec) -> Backend:
+        self._spec = spec
+        set_name(f"worker {spec.model}:{spec.version} {spec.instance_name}")
+        if spec.cores:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, spec.cores)
+        if self._backend is None:
+            self._backend = open_backend(spec.backend)
+        return self._backend
+
+    def _describe(self, spec: InstanceSpec) -> None:
+        described = self._open(spec).describe(spec)
+        self._lifeline.send(
+            Described(
+                inputs=tuple(
+                    {"name": t.name, "data_type": t.data_type, "shape": list(t.shape)} for t in described.inputs
+                ),
+                outputs=tuple(
+                    {"name": t.name, "data_type": t.data_type, "shape": list(t.shape)} for t in described.outputs
+                ),
+                config=dict(described.config),
+            )
+        )
+
+    def _load(self, spec: InstanceSpec) -> None:
+        start_ns = time.monotonic_ns()
+        self._lifeline.send(Phase(text="loading"))
+        instance = self._open(spec).load(spec)
+        counters = self._counters_file.block(spec.counter_offset, instance_words(spec.max_batch_size))
+        if isinstance(instance, TensorInstance):
+            self._rows = RowsRunner(spec, instance, self._producers, counters)
+        self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
+        self._instance = instance
+        self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
+
+    # --- doorbell ---
+
+    def serve(self) -> None:
+        """Take batches until told to stop."""
+        buffer = bytearray(MESSAGE_BYTES_MAX)
+        view = memoryview(buffer)
+        receive = self._doorbell.recv_into
+        runs, parcels = Kind.RUNS, Kind.PARCELS
+        self._doorbell.setblocking(True)
+        rows_runner = self._rows
+        while not self._stopping:
+            if self._producers.has_backlog() or self._done.backlog_count:
+                size = self._receive_with_retry(buffer)
+            else:
+                size = receive(buffer)
+            if size < HEADER.size:
+                if size == 0:
+                    return  # Every sender is gone.
+                continue
+            kind = buffer[0]
+            if kind == runs and rows_runner is not None:
+                start_ns = time.monotonic_ns()
+                times = rows_runner.execute(view[:size], start_ns)
+                if not buffer[1] & FLAG_GRANTED:
+                    self._done.ring(self._done_header(buffer) + times)
+            elif kind == parcels:
+                self._run_parcels(buffer, view[:size])
+            else:
+                self._handle_signal(kind, buffer, view[:size])
+
+    def _done_header(self, buffer: bytearray) -> bytes:
+        assert self._spec is not None
+        _kind, _flags, count, _sender, batch = HEADER.unpack_from(buffer)
+        return HEADER.pack(Kind.DONE, 0, count, self._spec.instance, batch)
+
+    def _run_parcels(self, buffer: bytearray, message: memoryview) -> None:
+        assert self._parcels is not None
+        try:
+            times = self._parcels.execute(message, time.monotonic_ns())
+        except struct.error:
+            times = NO_TIMES
+        if not buffer[1] & FLAG_GRANTED:
+            self._done.ring(self._done_header(buffer) + times)
+
+    def _receive_with_retry(self, buffer: bytearray) -> int:
+        # A producer does not read its doorbell. Keep serving the others, and try it again between their batches.
+        self._doorbell.settimeout(_BACKLOG_RETRY_S)
+        try:
+            while True:
+                self._producers.flush()
+                self._done.flush()
+                try:
+                    return self._doorbell.recv_into(buffer)
+                except TimeoutError:
+                    if not self._producers.has_backlog() and not self._done.backlog_count:
+                        self._doorbell.settimeout(None)
+        finally:
+            self._doorbell.settimeout(None)
+
+    def _handle_signal(self, kind: int, buffer: bytearray, message: memoryview) -> None:
+        assert self._spec is not None
+        _kind, _flags, count, sender, batch = HEADER.unpack_from(buffer)
+        if kind == Kind.WAKE:
+            try:
+                for received, fds in self._lifeline.receive_nowait():
+                    self._handle(received, fds)
+            except PeerClosed:
+                self._stopping = True
+        elif kind == Kind.SYNC:
+            self._done.ring(HEADER.pack(Kind.SYNCED, 0, 0, self._spec.instance, batch))
+        elif kind == Kind.COLLECT and self._parcels is not None:
+            self._parcels.collect(sender, message)
+        elif kind == Kind.CANCEL and self._parcels is not None:
+            self._parcels.cancel(sender, message, count)
+
+    def close(self) -> None:
+        if self._instance is not None:
+            self._instance.close()
+
+
+def run_worker(lifeline: socket.socket, doorbell: socket.socket, done: socket.socket, counters_fd: int) -> NoReturn:
+    """Run one worker in this (forked) process; never returns. Takes ownership of all four."""
+    status = 0
+    try:
+        worker = Worker(Lifeline(lifeline, SupervisorToWorker), doorbell, Bell(done), CountersFile(counters_fd))
+        os.close(counters_fd)
+        try:
+            if worker.prepare():
+                worker.serve()
+        except PeerClosed:
+            status = 1
+        worker.close()
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+        status = 1
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # The frameworks' exit handlers are not needed here, and some crash in a forked process.
+        os._exit(status)

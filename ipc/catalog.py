@@ -1,0 +1,75 @@
+"""What a frontend knows about the models: enough to check, place and answer a request without asking anybody.
+
+The supervisor builds the entries and pushes a :class:`Catalog` to every frontend whenever something changes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from forebay.ipc.tensor import TensorSpec
+
+
+class ModelEntry(msgspec.Struct, frozen=True):
+    """One version of one model, READY or not."""
+
+    name: str
+    version: int
+    state: str
+    """``READY``, ``LOADING``, ``UNLOADING`` or ``UNAVAILABLE`` (spec R-099)."""
+    reason: str = ""
+    """Why it is not READY, as the index shows it: ``<Code text>: <message>``."""
+    route: int = 0
+    """The engine's number for this loaded version; never reused while the server runs. 0: none."""
+    platform: str = ""
+    """What metadata shows as platform (spec H-038)."""
+    max_batch_size: int = 0
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    config_json: bytes = b"{}"
+    """The reply of ``GET .../config``."""
+    decoupled: bool = False
+    wants_parcels: bool = False
+    """The backend or the scheduler needs each request's id and parameters (Python, sequences, ensembles, cache, priorities)."""
+    is_ensemble: bool = False
+    state_names: tuple[str, ...] = ()
+    counter_offset: int = 0
+    """Byte offset of this frontend's counters for this route in the counters file; 0: none."""
+    instance_counter_offsets: tuple[int, ...] = ()
+    """Byte offsets of the instances' counters, for statistics."""
+    producer_counter_offsets: tuple[int, ...] = ()
+    """Byte offsets of all frontends' counters for this route, for statistics and metrics."""
+    metric_tags: dict[str, str] = {}
+    namespace: str = ""
+    load_ns: int = 0
+    """How long the load took."""
+    response_cache: bool = False
+    default_timeout_us: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "READY"
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if requests may live in slab rows: every input and output has one size per batch item."""
+        return not self.wants_parcels and all(t.is_fixed for t in (*self.inputs, *self.outputs))
+
+    def input_named(self, name: str) -> TensorSpec | None:
+        return next((t for t in self.inputs if t.name == name), None)
+
+    def output_named(self, name: str) -> TensorSpec | None:
+        return next((t for t in self.outputs if t.name == name), None)
+
+
+class Catalog(msgspec.Struct, frozen=True):
+    """Every model known to the server, sorted by name then version."""
+
+    generation: int
+    models: tuple[ModelEntry, ...] = ()
+    live: bool = True
+    ready: bool = False
+    """What ``GET /v2/health/ready`` says, by ``--strict-readiness`` (spec H-031)."""
+
+    def versions(self, name: str) -> tuple[ModelEntry, ...]:
+        return tuple(entry for entry in self.models if entry.name == name)

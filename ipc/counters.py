@@ -1,0 +1,122 @@
+"""Counters in shared memory: fixed layouts of unsigned 64-bit words, one writer each, read by anybody.
+
+The supervisor owns one counters file and cuts blocks from it. A block has exactly one writing process, so no atomics
+are needed; words are written through a cast memoryview, which stores all eight bytes at once (``struct.pack_into``
+zero-fills first and must not be used here, FACTS 8).
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+
+from forebay.ipc.arena import BlockAllocator, create_memory_file
+
+#: Bytes of the counters file: sparse, pages cost nothing until used.
+COUNTERS_BYTES = 16 * 1024 * 1024
+
+
+class InstanceCounter(enum.IntEnum):
+    """Words of an instance's block, written by its worker. Durations are summed over requests, as Triton does (H-234)."""
+
+    SUCCESS = 0
+    FAILED_BACKEND = 1
+    FAILED_OTHER = 2
+    CANCELED = 3
+    INFERENCES = 4
+    EXECUTIONS = 5
+    QUEUE_NS = 6
+    INPUT_NS = 7
+    INFER_NS = 8
+    OUTPUT_NS = 9
+    LAST_INFERENCE_MS = 10
+    GATHERED_BYTES = 11
+    SCATTERED_BYTES = 12
+    SEGMENTS = 13
+    FAIL_NS = 14
+    BUSY_NS = 15
+    BATCHES_GATHERED = 16
+    MEMORY_BYTES = 17
+    #: From here, four words per batch size (1 first): executions, input ns, infer ns, output ns.
+    BATCH_SIZES = 24
+
+
+class ProducerCounter(enum.IntEnum):
+    """Words of a (frontend, route) block, written by that frontend."""
+
+    SUCCESS = 0
+    SUCCESS_NS = 1
+    FAILED = 2
+    FAILED_NS = 3
+    COPIED_IN_BYTES = 4
+    COPIED_OUT_BYTES = 5
+    REJECTED = 6
+    CANCELED = 7
+    FAILED_BACKEND = 8
+    FAILED_OTHER = 9
+    ROWS_IN_USE = 10
+    ROWS_CAPACITY = 11
+    BLOCK_BYTES_IN_USE = 12
+    GRANTED_BATCHES = 13
+    RESUBMITTED = 14
+    PENDING = 15
+
+
+#: Words of a producer block.
+PRODUCER_WORDS = 16
+
+
+class SchedulerCounter(enum.IntEnum):
+    """Words of a route's block, written by the scheduler."""
+
+    PENDING = 0
+    REJECTED = 1
+    TIMED_OUT = 2
+    CANCELED = 3
+    BATCHES = 4
+    GRANTS = 5
+    REVOKES = 6
+    LOST_BATCHES = 7
+    CACHE_HITS = 8
+    CACHE_MISSES = 9
+    CACHE_HIT_NS = 10
+    CACHE_MISS_NS = 11
+
+
+#: Words of a scheduler block.
+SCHEDULER_WORDS = 16
+
+
+def instance_words(max_batch_size: int) -> int:
+    """Words of an instance's block for a model of that batch size."""
+    return InstanceCounter.BATCH_SIZES + 4 * max(max_batch_size, 1)
+
+
+class CountersFile:
+    """A mapping of the counters file. The supervisor also allocates blocks in it."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        """Map ``fd`` (the caller keeps it) or create a new file."""
+        self.fd = create_memory_file("forebay-counters", COUNTERS_BYTES) if fd is None else os.dup(fd)
+        self._map = mmap.mmap(self.fd, COUNTERS_BYTES)
+        #: uint64 words of the whole file
+        self.words = memoryview(self._map).cast("Q")
+        self._allocator = BlockAllocator(COUNTERS_BYTES)
+        # Offset 0 means "none" in messages.
+        self._allocator.allocate(64)
+
+    def allocate(self, words: int) -> int:
+        """Return the byte offset of a zeroed block of ``words`` words."""
+        offset = self._allocator.allocate(words * 8)
+        self.words[offset // 8 : offset // 8 + words] = memoryview(bytes(words * 8)).cast("Q")
+        return offset
+
+    def free(self, offset: int, words: int) -> None:
+        """Give a block back; its writer must have ended."""
+        self._allocator.free(offset, words * 8)
+
+    def block(self, offset: int, words: int) -> memoryview:
+        """Return the words of one block: uint64 [words], writable."""
+        first = offset // 8
+        return self.words[first : first + words]

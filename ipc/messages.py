@@ -1,0 +1,516 @@
+"""Every typed message that is not on a doorbell: submissions, heads of parcels, control commands, the lifeline.
+
+On the wire each is one MessagePack array whose first item is the tag. One union per direction, one decoder per union.
+A new field goes last, with a default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from forebay.ipc.catalog import Catalog
+from forebay.ipc.tensor import TensorSpec
+
+#: What a request or response parameter may be (spec H-156, H-098).
+ParameterValue = str | int | bool | float
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False, kw_only=True):
+    """Base: a frozen array on the wire."""
+
+
+# --- parcels ---------------------------------------------------------------------------------------------------------
+
+
+class TensorPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A tensor in its producer's arena."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    """Full shape, batch dimension included."""
+    offset: int
+    byte_size: int
+    arena: int = 0
+    """Producer id of the arena if it is not the requester's own (ensembles, BLS); 0: the requester's."""
+
+
+class ParcelHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a worker must know of one request outside a slab."""
+
+    inputs: tuple[TensorPlace, ...]
+    reply_offset: int
+    reply_bytes: int
+    """The block that the producer lends for the outputs; 0 bytes: none yet."""
+    outputs: tuple[str, ...] = ()
+    """Requested outputs; empty: all."""
+    id: str = ""
+    parameters: dict[str, ParameterValue] = {}
+    correlation_id: int | str = 0
+    sequence_start: bool = False
+    sequence_end: bool = False
+    priority: int = 0
+    timeout_us: int = 0
+    deadline_ns: int = 0
+    """Monotonic time after which nobody waits for the answer; 0: none."""
+    trace_context: str = ""
+
+
+class InlineTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A small output that travels in the message (decoupled responses)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class ReplyHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A worker's answer to a parcel."""
+
+    outputs: tuple[TensorPlace, ...] = ()
+    inline: tuple[InlineTensor, ...] = ()
+    parameters: dict[str, ParameterValue] = {}
+    code: int = 0
+    text: str = ""
+    """Error text; empty: success."""
+    index: int = 0
+    """Which response of this request, from 0."""
+    needs_bytes: int = 0
+    """Above 0: no answer yet, the outputs need a reply block of so many bytes (answer with COLLECT)."""
+
+
+# --- frontend -> scheduler (submit socket) ----------------------------------------------------------------------------
+
+
+class RunSubmit(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``requests`` requests of ``rows_each`` rows in consecutive slab rows from ``first``."""
+
+    route: int
+    base: int
+    capacity: int
+    first: int
+    requests: int
+    rows_each: int
+    enqueue_ns: int
+    attempt: int = 0
+    priority: int = 0
+    timeout_us: int = 0
+
+
+class ParcelSubmit(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One request outside a slab. ``head`` is an encoded :class:`ParcelHead` that the scheduler passes on unread."""
+
+    route: int
+    token: int
+    rows: int
+    enqueue_ns: int
+    head: bytes
+    shape_key: int = 0
+    """Equal for requests that may share a batch (spec S-011)."""
+    priority: int = 0
+    timeout_us: int = 0
+    deadline_ns: int = 0
+    correlation_id: int | str = 0
+    sequence_start: bool = False
+    sequence_end: bool = False
+    attempt: int = 0
+
+
+class Submit(Message, tag=1):
+    """What arrived in one event-loop turn of a producer."""
+
+    producer: int
+    epoch: int
+    """The scheduler's epoch that the producer knows; an older one is dropped and resubmitted after RESYNC."""
+    runs: tuple[RunSubmit, ...] = ()
+    parcels: tuple[ParcelSubmit, ...] = ()
+
+
+class Cancel(Message, tag=2):
+    """The clients of these parcels left."""
+
+    producer: int
+    tokens: tuple[int, ...]
+    """Parcel tokens."""
+
+
+class GrantReturned(Message, tag=3):
+    """The producer will not ring this instance any more until the next grant."""
+
+    producer: int
+    instance: int
+    generation: int
+    batches: int = 0
+
+
+FrontendToScheduler = Submit | Cancel | GrantReturned
+
+
+# --- supervisor -> scheduler (lifeline, with descriptors) --------------------------------------------------------------
+
+
+class QueuePolicy(msgspec.Struct, frozen=True, array_like=True):
+    """One ModelQueuePolicy (spec C-075)."""
+
+    timeout_action: str = "REJECT"
+    default_timeout_us: int = 0
+    allow_timeout_override: bool = False
+    max_queue_size: int = 0
+
+
+class BatchingPolicy(msgspec.Struct, frozen=True, array_like=True):
+    """How a model's requests become batches (spec 6.1, 6.2)."""
+
+    max_batch_size: int = 0
+    dynamic: bool = False
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_delay_us: int = 0
+    preserve_ordering: bool = False
+    priority_levels: int = 0
+    default_priority_level: int = 0
+    default_queue_policy: QueuePolicy = QueuePolicy()
+    priority_queue_policy: dict[int, QueuePolicy] = {}
+
+
+class RouteUp(Message, tag=1):
+    """A model version can take requests as soon as it has instances."""
+
+    route: int
+    name: str
+    version: int
+    batching: BatchingPolicy
+    extra: dict[str, Any] = {}
+    """Scheduling beyond the dynamic batcher (sequences, ensembles, rate limits, cache), by kind."""
+    counter_offset: int = 0
+
+
+class RouteDrain(Message, tag=2):
+    """Accept no new requests for the route; answer RouteDrained when nothing is queued or running."""
+
+    route: int
+
+
+class RouteGone(Message, tag=3):
+    """Forget the route; what is still queued is failed with ``text``."""
+
+    route: int
+    code: int
+    text: str
+
+
+class InstanceUp(Message, tag=4):
+    """A worker is ready. Comes with one descriptor: the sending end of its doorbell."""
+
+    route: int
+    instance: int
+    name: str
+
+
+class InstanceDown(Message, tag=5):
+    """A worker ended or is about to be stopped; its unanswered batch is LOST."""
+
+    instance: int
+    exit_status: int = 0
+
+
+class InstanceDrain(Message, tag=6):
+    """Give this instance no new batches; answer InstanceDrained when it is idle and not granted."""
+
+    instance: int
+
+
+class ProducerUp(Message, tag=7):
+    """A producer exists. Comes with one descriptor: the sending end of its completion doorbell."""
+
+    producer: int
+    name: str
+    arena_bytes: int = 0
+    trusted: bool = True
+    """False for shared-memory clients: never granted, everything it submits is checked again."""
+
+
+class ProducerDown(Message, tag=8):
+    """A producer ended: drop its queued requests, forget its grants."""
+
+    producer: int
+
+
+class SchedulerStart(Message, tag=9):
+    """First message to a scheduler. Comes with one descriptor: the receiving end of the done doorbell."""
+
+    epoch: int
+    runtime_directory: str
+    counters_bytes: int = 0
+
+
+class Stop(Message, tag=10):
+    """Finish what runs, then exit 0."""
+
+
+class CountersFile(Message, tag=11):
+    """Comes with one descriptor: the counters file."""
+
+    byte_size: int
+
+
+class Drained(Message, tag=12):
+    """Child -> supervisor: the route (``route``) or instance (``instance``) asked for is drained."""
+
+    route: int = 0
+    instance: int = 0
+
+
+class Started(Message, tag=13):
+    """Child -> supervisor: initialised and serving."""
+
+    detail: str = ""
+
+
+class Failed(Message, tag=14):
+    """Child -> supervisor: cannot start; one clear line."""
+
+    code: int
+    text: str
+
+
+class Explain(Message, tag=15):
+    """Supervisor -> scheduler: send the ring of the last batches of a route."""
+
+    route: int
+    request: int
+
+
+class Explained(Message, tag=16):
+    """Scheduler -> supervisor."""
+
+    request: int
+    batches: list[dict[str, Any]] = []
+
+
+class Restored(Message, tag=17):
+    """Supervisor -> scheduler, after a restart: every route, instance and producer has been announced again."""
+
+
+SupervisorToScheduler = (
+    SchedulerStart
+    | RouteUp
+    | RouteDrain
+    | RouteGone
+    | InstanceUp
+    | InstanceDown
+    | InstanceDrain
+    | ProducerUp
+    | ProducerDown
+    | CountersFile
+    | Stop
+    | Explain
+    | Restored
+)
+SchedulerToSupervisor = Started | Failed | Drained | Explained
+
+
+# --- supervisor -> frontend (lifeline, with descriptors) ---------------------------------------------------------------
+
+
+class FrontendStart(Message, tag=20):
+    """First message to a frontend.
+
+    Descriptors: its arena, the receiving end of its completion doorbell, the counters file, then one bound TCP socket
+    per entry of ``listen``. The sockets do not listen yet: the frontend starts serving on them at :class:`Serve`.
+    """
+
+    producer: int
+    arena_bytes: int
+    counters_bytes: int
+    runtime_directory: str
+    scheduler_epoch: int
+    settings: dict[str, Any]
+    """The settings groups the frontend needs, as plain data."""
+    listen: tuple[tuple[str, int], ...] = ()
+
+
+class DoorbellUp(Message, tag=21):
+    """The instance may be granted to this frontend later. Comes with the sending end of its doorbell."""
+
+    instance: int
+    route: int
+
+
+class DoorbellDown(Message, tag=22):
+    """The instance is gone."""
+
+    instance: int
+
+
+class Serve(Message, tag=23):
+    """Supervisor -> frontend: the initial load is done, listen and accept connections now (spec H-032)."""
+
+
+SupervisorToFrontend = FrontendStart | DoorbellUp | DoorbellDown | Serve | Stop
+FrontendToSupervisor = Started | Failed
+
+
+# --- supervisor <-> zygote and worker (lifeline, with descriptors) -----------------------------------------------------
+
+
+class Fork(Message, tag=30):
+    """Supervisor -> zygote: fork a worker. Descriptors: doorbell receive end, done send end, worker lifeline, counters file."""
+
+    instance: int
+    name: str
+
+
+class Forked(Message, tag=31):
+    """Zygote -> supervisor."""
+
+    instance: int
+    pid: int
+
+
+class WorkerExited(Message, tag=32):
+    """Zygote -> supervisor: the wait status of a worker as ``os.waitstatus_to_exitcode`` gives it (negative: signal)."""
+
+    instance: int
+    pid: int
+    exit_code: int
+
+
+class InstanceSpec(msgspec.Struct, frozen=True):
+    """Everything a worker needs to load one instance of one model version."""
+
+    model: str
+    version: int
+    route: int
+    instance: int
+    instance_name: str
+    backend: str
+    model_path: str
+    """The model's directory (config, labels, warmup)."""
+    version_path: str
+    """The version's directory."""
+    model_file: str
+    """Default model file name, for example ``model.onnx``."""
+    kind: str = "CPU"
+    device_id: int = 0
+    cores: tuple[int, ...] = ()
+    """Cores to pin to; empty: none."""
+    max_batch_size: int = 0
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    parameters: dict[str, str] = {}
+    backend_config: dict[str, str] = {}
+    config_json: bytes = b"{}"
+    platform: str = ""
+    decoupled: bool = False
+    optimization: dict[str, Any] = {}
+    warmup: tuple[dict[str, Any], ...] = ()
+    extra: dict[str, Any] = {}
+    counter_offset: int = 0
+    rows_mode: bool = False
+    """True: requests come as RUNS, else as PARCELS."""
+
+
+class Describe(Message, tag=33):
+    """Supervisor -> worker: say what the model file holds (auto-complete), do not load for serving yet."""
+
+    spec: InstanceSpec
+
+
+class Described(Message, tag=34):
+    """Worker -> supervisor."""
+
+    inputs: tuple[dict[str, Any], ...]
+    """``{"name", "data_type": "TYPE_*", "shape": [...]}`` with -1 for sizes that vary, batch dimension included."""
+    outputs: tuple[dict[str, Any], ...]
+    config: dict[str, Any] = {}
+    """What else the backend sets (Python ``auto_complete_config``)."""
+
+
+class Load(Message, tag=35):
+    """Supervisor -> worker: load, warm up, then answer Loaded or Failed."""
+
+    spec: InstanceSpec
+
+
+class Loaded(Message, tag=36):
+    """Worker -> supervisor: ready for batches."""
+
+    load_ns: int
+    warmup_ns: int = 0
+    memory_bytes: int = 0
+
+
+class ArenaUp(Message, tag=37):
+    """Supervisor -> worker. Descriptors: the producer's arena, the sending end of its completion doorbell."""
+
+    producer: int
+    byte_size: int
+
+
+class ArenaDown(Message, tag=38):
+    """Supervisor -> worker: the producer is gone; unmap."""
+
+    producer: int
+
+
+class Phase(Message, tag=39):
+    """Worker -> supervisor: what it is doing, for the start-up display."""
+
+    text: str
+
+
+SupervisorToZygote = Fork | Stop
+ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
+SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | Stop
+WorkerToSupervisor = Described | Loaded | Failed | Phase
+
+
+# --- control socket (ZeroMQ): frontend <-> supervisor ------------------------------------------------------------------
+
+
+class Hello(Message, tag=60):
+    """Frontend -> supervisor, first message: send me catalogs."""
+
+    producer: int
+
+
+class CatalogSeen(Message, tag=61):
+    """Frontend -> supervisor: no request is routed by an older catalog any more."""
+
+    producer: int
+    generation: int
+
+
+class Command(Message, tag=62):
+    """Frontend -> supervisor: one control call on behalf of a client.
+
+    ``verb`` is one of load, unload, index, trace_get, trace_set, log_get, log_set, region_register, region_status,
+    region_unregister, explain; ``arguments`` is checked by the supervisor's handler of that verb.
+    """
+
+    request: int
+    verb: str
+    arguments: dict[str, Any] = {}
+
+
+class CatalogPush(Message, tag=63):
+    """Supervisor -> frontend."""
+
+    catalog: Catalog
+
+
+class CommandReply(Message, tag=64):
+    """Supervisor -> frontend."""
+
+    request: int
+    code: int = -1
+    """-1: success, else a Code."""
+    text: str = ""
+    result: Any = None
+
+
+FrontendToControl = Hello | CatalogSeen | Command
+ControlToFrontend = CatalogPush | CommandReply

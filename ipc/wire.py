@@ -1,0 +1,131 @@
+r"""The fixed binary structs on doorbells: what crosses between processes for every batch.
+
+A doorbell is a SEQPACKET socket, so one ``send`` is one message and the kernel orders memory between the two sides.
+All integers are little endian. Nobody trusts a field: the receiver checks ranges against its own tables.
+
+To a worker (senders: scheduler, and frontends that hold a grant)::
+
+    header   kind u8 | flags u8 | count u16 | sender u32 | batch u64                                  16 bytes
+    RUNS     header + count * RUN
+    PARCELS  header + count * (PARCEL + head bytes)
+    COLLECT  header + GROW                     the producer lends a larger reply block
+    CANCEL   header + count * TOKEN            the client of these parcels left
+    SYNC     header                            answer with SYNCED when everything before is done
+    WAKE     header                            something waits on the lifeline
+
+To a producer, its completion doorbell (senders: workers, scheduler)::
+
+    header   kind u8 | flags u8 | count u16 | instance u32 | batch u64
+    RUNS_DONE     header + TIMES + count * RUN
+    RUNS_FAILED   header + TIMES + count * RUN + code u8 + text
+    RUNS_LOST     header + TIMES (zero) + count * RUN      the worker died before it answered
+    PARCEL_REPLY  header + TIMES + TOKEN + ReplyHead       one per response
+    PARCEL_LOST   header + TIMES (zero) + count * TOKEN
+    GRANT, REVOKE header + GRANT
+    RESYNC        header                                   batch: the new scheduler's epoch
+
+To the scheduler, its done doorbell (senders: workers)::
+
+    DONE     header + TIMES                                one per batch that was not sent under a grant
+    SYNCED   header                                        batch: the epoch of the SYNC
+
+Layouts of RUN, PARCEL and so on stand beside their ``struct.Struct`` below.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+#: Bytes of the largest doorbell message; receivers' buffers have this size.
+MESSAGE_BYTES_MAX = 192 * 1024
+
+#: Bytes of one parcel's head at most: ids and parameters live in it, tensors do not.
+HEAD_BYTES_MAX = 32 * 1024
+
+
+class Kind(enum.IntEnum):
+    """First byte of every doorbell message."""
+
+    RUNS = 1
+    PARCELS = 2
+    COLLECT = 3
+    CANCEL = 4
+    SYNC = 5
+    WAKE = 6
+    RUNS_DONE = 16
+    RUNS_FAILED = 17
+    RUNS_LOST = 18
+    PARCEL_REPLY = 19
+    PARCEL_LOST = 20
+    GRANT = 21
+    REVOKE = 22
+    RESYNC = 23
+    DONE = 32
+    SYNCED = 33
+
+
+#: Flag of RUNS: sent by a frontend under a grant, so the scheduler is not told.
+FLAG_GRANTED = 1
+#: Flag of DONE: the backend failed the batch.
+FLAG_FAILED = 2
+#: Flag of PARCEL_REPLY: the last response to this request.
+FLAG_FINAL = 4
+#: Flag of REVOKE: the instance is gone; what was rung under the grant and not answered is lost.
+FLAG_GONE = 8
+
+#: kind u8, flags u8, count u16, sender or instance u32, batch u64
+HEADER = struct.Struct("<BBHIQ")
+#: producer u32, requests u32, base u64, capacity u32, first u32, rows u32, attempt u32, enqueue_sum_ns u64
+RUN = struct.Struct("<IIQIIIIQ")
+#: producer u32, rows u32, token u64, enqueue_ns u64, head_bytes u32
+PARCEL = struct.Struct("<IIQQI")
+#: start, input_end, output_start, end: monotonic ns
+TIMES = struct.Struct("<QQQQ")
+#: a parcel's token u64
+TOKEN = struct.Struct("<Q")
+#: route u32, instance u32, generation u32, rows_max u32
+GRANT = struct.Struct("<IIII")
+#: token u64, offset u64, byte_size u64
+GROW = struct.Struct("<QQQ")
+
+NO_TIMES = TIMES.pack(0, 0, 0, 0)
+
+
+class Run(NamedTuple):
+    """Requests in consecutive rows of one slab; see :data:`RUN`.
+
+    ``base`` and ``capacity`` name the slab inside the producer's arena and, with the model's signature, its whole layout.
+    """
+
+    producer: int
+    requests: int
+    base: int
+    capacity: int
+    first: int
+    rows: int
+    attempt: int
+    enqueue_sum_ns: int
+
+
+class Times(NamedTuple):
+    """When a batch passed its stages, monotonic ns."""
+
+    start_ns: int
+    input_end_ns: int
+    output_start_ns: int
+    end_ns: int
+
+
+def pack_runs(kind: Kind, flags: int, sender: int, batch: int, runs: list[Run], times: bytes = b"") -> bytes:
+    """Build a RUNS, RUNS_DONE or RUNS_LOST message."""
+    if len(runs) == 1:
+        return HEADER.pack(kind, flags, 1, sender, batch) + times + RUN.pack(*runs[0])
+    return b"".join((HEADER.pack(kind, flags, len(runs), sender, batch), times, *(RUN.pack(*run) for run in runs)))
+
+
+def unpack_runs(message: memoryview, count: int, offset: int) -> list[Run]:
+    """Read ``count`` runs from ``offset``; raises ``struct.error`` if the message is too short."""
+    size = RUN.size
+    return [Run._make(RUN.unpack_from(message, offset + index * size)) for index in range(count)]
