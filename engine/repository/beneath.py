@@ -5,7 +5,7 @@ directory descriptor, with ``O_NOFOLLOW`` at each step, and resolves symbolic li
 does (spec R-014), as long as its target stays inside the root. A renamed or swapped directory cannot move the walk
 outside, because every step starts at a descriptor that is already inside.
 
-Paths are relative and made of names: no NUL, no ``..``, not absolute, not over-long. The texts of refusals name what the
+Paths are relative and made of names: no NUL, no ``..``, not absolute, not over-long. Texts of refusals name what the
 caller wrote, never a path of this machine.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -226,7 +226,7 @@ class Beneath:
             return os.path.join(self._real_root, *names)
 
     @contextmanager
-    def _opened(self, path: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    def _opened(self, path: Sequence[str]) -> Generator[tuple[int, list[str]]]:
         """Walk to ``path``; yield its descriptor and its names below the root after links were resolved."""
         shown = "/".join(path)
         pending = list(reversed(path))

@@ -27,7 +27,7 @@ from forebay.engine.repository.text_source import TextSource
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 #: 64-bit fields that ``/config`` prints as numbers. protobuf prints all of them as strings and Triton turns back
-#: exactly these (spec H-043); ``initial_state.dims``, ``graph_spec`` and ``device_id`` stay strings there, so also here.
+#: exactly these (spec H-043); ``initial_state.dims``, ``graph_spec`` and ``device_id`` stay strings there and here.
 _NUMBER_PATHS = frozenset(
     {
         "input.dims",
@@ -143,7 +143,7 @@ def config_json(config: ModelConfig) -> str:
     )
 
 
-# ---- printing ---------------------------------------------------------------------------------------------------------
+# ---- printing --------------------------------------------------------------------------------------------------------
 
 
 def _json_object(message: Any, descriptor: MessageType, path: str) -> dict[str, object]:
@@ -154,9 +154,7 @@ def _json_object(message: Any, descriptor: MessageType, path: str) -> dict[str, 
         entry = map_entry(field)
         if entry is not None:
             # protobuf's own order of map entries is that of a hash table; sorted, equal configs print equal.
-            document[field.name] = {
-                _map_key(key): _json_value(value[key], entry[1], here) for key in sorted(value)
-            }
+            document[field.name] = {_map_key(key): _json_value(value[key], entry[1], here) for key in sorted(value)}
         elif schema.is_repeated(field):
             document[field.name] = [_json_value(item, field, here) for item in value]
         elif not field.has_presence or message.HasField(field.name):
@@ -195,7 +193,7 @@ def _json_float(value: float, *, single: bool) -> object:
     return value
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _too_large(source_name: str) -> Problem:

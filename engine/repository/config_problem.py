@@ -43,8 +43,10 @@ class Problem(msgspec.Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        """``config.pbtxt:3:5``, as much of it as is known."""
-        return ":".join([self.source or "config", *(str(n) for n in (self.line, self.column) if n)])
+        """``config.pbtxt:3:5``, as much of it as is known; without a line the field is named."""
+        if self.line:
+            return ":".join([self.source or "config", *(str(n) for n in (self.line, self.column) if n)])
+        return ": ".join([self.source or "config", *([self.field] if self.path else [])])
 
     @property
     def field(self) -> str:

@@ -401,15 +401,13 @@ def changed_fields(older: ModelConfig, newer: ModelConfig) -> frozenset[str]:
     changed: set[str] = set()
     for field in older.message.DESCRIPTOR.fields:
         before, after = getattr(older.message, field.name), getattr(newer.message, field.name)
-        present = field.has_presence and (
-            older.message.HasField(field.name) != newer.message.HasField(field.name)
-        )
+        present = field.has_presence and (older.message.HasField(field.name) != newer.message.HasField(field.name))
         if present or before != after:
             changed.add(str(field.name))
     return frozenset(changed)
 
 
-# ---- helpers ----------------------------------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _check_root(path: str) -> None:

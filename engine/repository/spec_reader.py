@@ -167,9 +167,7 @@ def _sequence(batching: Any) -> spec.SequenceBatchingSpec:
     return spec.SequenceBatchingSpec(
         max_sequence_idle_us=batching.max_sequence_idle_microseconds,
         strategy=strategy,
-        controls=tuple(
-            _control(given.name, control) for given in batching.control_input for control in given.control
-        ),
+        controls=tuple(_control(given.name, control) for given in batching.control_input for control in given.control),
         states=tuple(_state(state) for state in batching.state),
         iterative_sequence=batching.iterative_sequence,
     )

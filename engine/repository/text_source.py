@@ -93,22 +93,29 @@ class TextSource:
 
     def locate(self, path: FieldPath) -> Located | None:
         """Return where ``path`` stands, or its closest ancestor that was written; None if not even that was."""
-        inside: Inside | None = self._reader.root
-        found: Located | None = None
-        parts = list(path)
-        while parts and inside is not None:
-            values = inside.fields.get(str(parts.pop(0)))
-            if not values:
-                break
-            value = values[0]
-            if parts and isinstance(parts[0], int):
-                index = parts.pop(0)
-                value = values[int(index)] if int(index) < len(values) else values[-1]
-            elif parts and _is_map(values):
-                key = str(parts.pop(0))
-                value = next((entry for entry in values if _entry_key(entry) == key), value)
-            found, inside = value, value.inside
-        return found
+        return _find(self._reader.root, path)
+
+
+def _find(inside: Inside, path: FieldPath) -> Located | None:
+    """Return the value that ``path`` leads to, or the last one on the way to it."""
+    values = inside.fields.get(str(path[0])) if path else None
+    if not values:
+        return None
+    value, rest = _choose(values, path[1:])
+    deeper = _find(value.inside, rest) if value.inside is not None else None
+    return deeper or value
+
+
+def _choose(values: list[Located], rest: FieldPath) -> tuple[Located, FieldPath]:
+    """Pick one of a field's values by the index or map key after its name; return it and the rest of the path."""
+    if not rest:
+        return values[0], rest
+    selector = rest[0]
+    if isinstance(selector, int):
+        return values[min(selector, len(values) - 1)], rest[1:]
+    if _is_map(values):
+        return next((entry for entry in values if _entry_key(entry) == selector), values[0]), rest[1:]
+    return values[0], rest
 
 
 def _is_map(values: list[Located]) -> bool:
@@ -131,7 +138,7 @@ class _Reader:
         self._name = name
         self._tokens = _tokens(text)
         self._next = 0
-        self.root = Inside()
+        self.root: Inside = Inside()
         self.problems: list[Problem] = []
 
     def read(self) -> None:
@@ -159,9 +166,7 @@ class _Reader:
             if self._peek().text in (",", ";"):
                 self._take()
 
-    def _field(
-        self, message: MessageType, inside: Inside, path: FieldPath, oneofs: dict[str, str], depth: int
-    ) -> None:
+    def _field(self, message: MessageType, inside: Inside, path: FieldPath, oneofs: dict[str, str], depth: int) -> None:
         name = self._take()
         known = message.fields_by_name.get(name.text)
         if known is None:
@@ -367,10 +372,10 @@ def _tokens(text: str) -> list[Token]:
     line, line_start, position = 1, 0, 0
     while position < len(text):
         match = _TOKEN.match(text, position)
-        assert match is not None and match.lastgroup is not None, "the last alternative takes any character"
-        word = match.group()
-        if match.lastgroup != "space":
-            tokens.append(Token(match.lastgroup, word, line, position - line_start + 1))
+        assert match is not None, "the last alternative takes any character"
+        word, kind = match.group(), str(match.lastgroup)
+        if kind != "space":
+            tokens.append(Token(kind, word, line, position - line_start + 1))
         newlines = word.count("\n")
         if newlines:
             line += newlines

@@ -106,7 +106,7 @@ def directory_name_problem(config: ModelConfig, directory: str) -> Problem | Non
     ).located(config.source)
 
 
-# ---- top level --------------------------------------------------------------------------------------------------------
+# ---- top level -------------------------------------------------------------------------------------------------------
 
 
 def _general(message: Any) -> Iterator[Problem]:
@@ -302,7 +302,7 @@ def _corrid_control(control: Any, name: str, path: FieldPath) -> Iterator[Proble
         )
 
 
-# ---- ensembles --------------------------------------------------------------------------------------------------------
+# ---- ensembles -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -345,9 +345,7 @@ def _ensemble_graph(message: Any, problems: list[Problem]) -> dict[str, _Ensembl
     for index, step in enumerate(message.ensemble_scheduling.step):
         path = ("ensemble_scheduling", "step", index)
         missing = [part for part in ("model_name", "input_map", "output_map") if not getattr(step, part)]
-        problems += [
-            Problem(f"must specify '{part}' in step {index} of ensemble '{name}'", path) for part in missing
-        ]
+        problems += [Problem(f"must specify '{part}' in step {index} of ensemble '{name}'", path) for part in missing]
         outputs: list[_EnsembleTensor] = []
         for key in sorted(step.output_map):
             tensor = tensors.setdefault(step.output_map[key], _EnsembleTensor(step.output_map[key]))
@@ -419,7 +417,7 @@ def _unready_source(tensor: _EnsembleTensor) -> _EnsembleTensor:
         last = upstream
 
 
-# ---- tensors ----------------------------------------------------------------------------------------------------------
+# ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def _tensors(message: Any) -> Iterator[Problem]:
@@ -436,9 +434,7 @@ def _tensors(message: Any) -> Iterator[Problem]:
             found = list(_tensor(tensor, direction, max_batch_size, path))
             found += _special_tensor(tensor, direction, is_tensorrt, path)
             if tensor.name and tensor.name in seen:
-                found.append(
-                    Problem(f"model {direction} '{tensor.name}' is specified more than once", (*path, "name"))
-                )
+                found.append(Problem(f"model {direction} '{tensor.name}' is specified more than once", (*path, "name")))
             seen.add(tensor.name)
             problems += found
     problems += _batch_tensors(message)
@@ -552,7 +548,7 @@ def _scatter_targets(item: Any, outputs: set[str], path: FieldPath) -> Iterator[
         seen.add(target)
 
 
-# ---- instances --------------------------------------------------------------------------------------------------------
+# ---- instances -------------------------------------------------------------------------------------------------------
 
 
 def _instance_groups(message: Any, usable: list[int], min_compute_capability: float) -> Iterator[Problem]:
@@ -623,7 +619,7 @@ def _rate_limiter(message: Any) -> Iterator[Problem]:
                 )
 
 
-# ---- sequence state, warm-up, accelerators ----------------------------------------------------------------------------
+# ---- sequence state, warm-up, accelerators ---------------------------------------------------------------------------
 
 
 def _states(message: Any) -> Iterator[Problem]:

@@ -47,9 +47,7 @@ def find_versions(directories: Iterable[str]) -> FoundVersions:
         if name in RESERVED_DIRECTORIES:
             continue
         if len(name) > 1 and name[0] == "0":
-            warnings.append(
-                f"ignore version directory '{name}' which contains leading zeros in its directory name"
-            )
+            warnings.append(f"ignore version directory '{name}' which contains leading zeros in its directory name")
         elif not (name.isascii() and name.isdigit()) or len(name) > len(str(MAX_VERSION)) or int(name) > MAX_VERSION:
             warnings.append(f"ignore version directory '{name}' which fails to convert to integral number")
         else:
