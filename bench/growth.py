@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,7 @@ SETTLE_S = 2.0
 
 def main() -> None:
     """Measure what was asked for, print and save."""
-    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("questions", nargs="*", metavar="question", help=f"any of {', '.join(QUESTIONS)}; default: all")
     parser.add_argument("--server", choices=["forebay", "triton"], default="forebay")
     parser.add_argument("--rounds", type=int, default=5)
@@ -164,7 +164,7 @@ def idle(server_name: ServerName, rounds: int) -> tuple[Lines, dict[str, Any]]:
 
 
 @contextmanager
-def alpha_server(server_name: ServerName, *, instances: int, copies: int = 1) -> Iterator[Server]:
+def alpha_server(server_name: ServerName, *, instances: int, copies: int = 1) -> Generator[Server, None, None]:
     """Run a server with ``alpha_model``, queue delay 0."""
     backend: Literal["onnxruntime", "python"] = "onnxruntime" if server_name == "forebay" else "python"
     start = forebay if server_name == "forebay" else triton
@@ -173,7 +173,7 @@ def alpha_server(server_name: ServerName, *, instances: int, copies: int = 1) ->
 
 
 @contextmanager
-def example_server(server_name: ServerName) -> Iterator[Server]:
+def example_server(server_name: ServerName) -> Generator[Server, None, None]:
     """Run a server with the example repository, or what Triton can serve of it."""
     if server_name == "triton":
         with alpha_server("triton", instances=2) as server:

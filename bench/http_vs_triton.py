@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from bench.kserve import infer_once, infer_request
+from bench.kserve import FloatArray, get_json, infer_once, infer_request
 from bench.machine import describe_machine, machine_line, save_results
 from bench.measurement import Client, Measurement, measure
 from bench.servers import EXAMPLE_REPOSITORY, PEER_FOLDER, Server, alpha_repository, forebay, triton
@@ -59,6 +59,7 @@ def main() -> None:
         requests = {server.name: infer_request(MODEL, {"features": rows}, ["prediction"]) for server in (ours, peer)}
         for server in (ours, peer):
             check_prediction(server, requests[server.name], rows)
+        peer_version: str = get_json(peer.http_port, "/v2")["version"]
         rounds: Rounds = {connections: {ours.name: [], peer.name: []} for connections in options.connections}
         for number_of_round in range(options.rounds):
             order = (ours, peer) if number_of_round % 2 == 0 else (peer, ours)
@@ -81,15 +82,16 @@ def main() -> None:
                     )
     machine = describe_machine()
     print(f"\n{machine_line(machine)}\n{machine['command']}\n")
-    print(report(rounds, options.delay))
-    figures = {
+    print(report(rounds, options.delay, peer_version))
+    measurements = {
         connections: {name: [measurement.as_json() for measurement in seen] for name, seen in servers.items()}
         for connections, servers in rounds.items()
     }
+    figures = {"triton_version": peer_version, "by_connections": measurements}
     print(f"\nsaved: {save_results('http_vs_triton', machine, figures, options.output)}")
 
 
-def check_prediction(server: Server, request: bytes, rows: np.ndarray) -> None:
+def check_prediction(server: Server, request: bytes, rows: FloatArray) -> None:
     """See that a server computes what the model computes in process; a fast wrong answer is no result.
 
     Raises:
@@ -97,10 +99,10 @@ def check_prediction(server: Server, request: bytes, rows: np.ndarray) -> None:
     """
     session = onnxruntime.InferenceSession(EXAMPLE_REPOSITORY / MODEL / "2" / "model.onnx")
     (expected,) = session.run(None, {"features": rows})
-    np.testing.assert_allclose(infer_once(server.http_port, request)["prediction"], expected, rtol=1e-5)
+    np.testing.assert_allclose(infer_once(server.http_port, request)["prediction"], np.asarray(expected), rtol=1e-5)
 
 
-def report(rounds: Rounds, delay_us: int) -> str:
+def report(rounds: Rounds, delay_us: int, peer_version: str) -> str:
     """Return the tables: medians, ratios, and the estimate against Triton's C++ backend."""
     titles = ["connections, server", "inferences/s", "p50 us", "p99 us", "p99.9 us", "batch", "server CPU us"]
     titles += ["switches", "client CPU us"]
@@ -116,7 +118,7 @@ def report(rounds: Rounds, delay_us: int) -> str:
     }
     ratio_rows = [[str(count), *(number(ratio[column]) for column in RATIO_COLUMNS)] for count, ratio in ratios.items()]
     text = [
-        "Medians; Triton runs the model in its Python backend.\n",
+        f"Medians; Triton {peer_version} runs the model in its Python backend.\n",
         markdown_table(titles, medians),
         "\nforebay / Triton (Python backend), medians of paired ratios\n",
         markdown_table(["connections", *RATIO_COLUMNS.values()], ratio_rows),
@@ -156,7 +158,9 @@ class _Options(argparse.Namespace):
 
 
 def _parse_options() -> _Options:
-    parser = argparse.ArgumentParser(prog="python -m bench.http_vs_triton", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.http_vs_triton", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument(
         "--connections", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32, 128]
     )

@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +45,7 @@ dynamic_batching {{ }}
 
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(prog="python -m bench.large_body", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.large_body", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duration", type=float, default=3)
@@ -115,7 +115,7 @@ def load_and_usage(server: Server, request: bytes, options: argparse.Namespace) 
 
 
 @contextmanager
-def image_repository() -> Iterator[Path]:
+def image_repository() -> Generator[Path, None, None]:
     """Make a repository with the model that returns an image's first and last pixel."""
     float32 = onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(

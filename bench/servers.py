@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -134,7 +134,7 @@ def alpha_repository(
     delay_us: int = 0,
     instances: int = 2,
     copies: int = 1,
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Make a repository with version 2 of ``alpha_model``, with another queue delay and number of instances.
 
     Args:

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -215,7 +215,7 @@ def _result_of(figures: dict[str, Any]) -> LoadResult:
 
 
 @contextmanager
-def _file_of(request: bytes) -> Iterator[Path]:
+def _file_of(request: bytes) -> Generator[Path, None, None]:
     """Give the generators the request as a file."""
     with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
         path = Path(folder) / "request"

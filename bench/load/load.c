@@ -90,10 +90,8 @@ static uint64_t window_start_ns, window_end_ns; /* what is measured, monotonic c
 static uint64_t completed_count, non_200_count, length_mismatch_count, connection_error_count, idle_closed_count;
 static uint64_t unanswered_count, unsent_count;
 static int64_t expected_body_bytes = -1;
-static int first_error_status;
-static char first_error[401];
 
-enum { HEADER_LIMIT = 8192, EXCERPT_BYTES = 200 };
+enum { HEADER_LIMIT = 8192, EXCERPT_LIMIT = 200 };
 static char scratch[1 << 18];
 
 typedef struct {
@@ -260,15 +258,23 @@ static bool parse_header(Connection *connection) {
     return false;
 }
 
-static void keep_first_error(Connection *connection, const char *body, size_t body_bytes) {
-    if (connection->status == 200 || first_error_status != 0) return;
-    first_error_status = connection->status;
-    size_t used = 0;
-    for (size_t i = 0; i < body_bytes && i < EXCERPT_BYTES; i++) { /* as a JSON string */
-        if (body[i] == '"' || body[i] == '\\') first_error[used++] = '\\';
-        first_error[used++] = (unsigned char)body[i] < 0x20 || (unsigned char)body[i] > 0x7e ? ' ' : body[i];
+/* The beginning of the first answer that was not 200; its body may come in pieces. */
+static const Connection *error_connection;
+static int error_status;
+static char error_excerpt[EXCERPT_LIMIT + 1];
+static size_t error_bytes;
+
+static void keep_first_error(const Connection *connection, const char *body, size_t count) {
+    if (connection->status == 200) return;
+    if (error_connection == NULL) {
+        error_connection = connection;
+        error_status = connection->status;
     }
-    first_error[used] = 0;
+    bool is_first_answer = error_connection == connection && non_200_count == 0;
+    for (size_t i = 0; is_first_answer && i < count && error_bytes < EXCERPT_LIMIT; i++) {
+        bool is_plain = body[i] >= 0x20 && body[i] <= 0x7e && body[i] != '\\';
+        error_excerpt[error_bytes++] = is_plain ? (body[i] == '"' ? '\'' : body[i]) : ' ';
+    }
 }
 
 /* Take received bytes; false if they are no answer to one request. */
@@ -287,8 +293,8 @@ static bool take(Connection *connection, const char *bytes, size_t count) {
         if (!parse_header(connection)) return false;
         bytes += taken;
         count -= taken;
-        keep_first_error(connection, bytes, count);
     }
+    keep_first_error(connection, bytes, count);
     if ((int64_t)count > connection->body_left) return false;
     connection->body_left -= (int64_t)count;
     if (connection->body_left == 0) finish_request(connection);
@@ -452,7 +458,7 @@ int main(int argc, char **argv) {
            "\"mean_us\": %.2f, \"min_us\": %.2f, \"max_us\": %.2f, "
            "\"p50_us\": %.2f, \"p75_us\": %.2f, \"p90_us\": %.2f, \"p95_us\": %.2f, \"p99_us\": %.2f, \"p99_9_us\": %.2f}\n",
            duration_s, completed_count, non_200_count, length_mismatch_count, connection_error_count, idle_closed_count,
-           unanswered_count, unsent_count, (long)expected_body_bytes, first_error_status, first_error,
+           unanswered_count, unsent_count, (long)expected_body_bytes, error_status, error_excerpt,
            cpu_end_us - cpu_start_us, recorded_count ? (double)recorded_sum_ns / 1e3 / (double)recorded_count : 0,
            recorded_count ? (double)recorded_min_ns / 1e3 : 0, (double)recorded_max_ns / 1e3, percentile_us(50),
            percentile_us(75), percentile_us(90), percentile_us(95), percentile_us(99), percentile_us(99.9));
