@@ -16,7 +16,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import msgspec
 import numpy as np
@@ -214,7 +214,7 @@ def flatten_result(result: Any) -> list[Any]:
     if isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, tuple):
-        items = list(cast("tuple[Any, ...]", result))
+        items: list[Any] = [*result]
         if not all(isinstance(item, torch.Tensor) or _is_strings(item) for item in items):
             raise BackendFailed(_OUTPUT_KIND_TEXT)
         return items
@@ -580,7 +580,7 @@ def prepare_module(spec: InstanceSpec) -> Loaded:
     def call(tensors: list[Any]) -> list[Any]:
         result = module(*tensors)
         if isinstance(result, list) and not _is_strings(result):
-            result = tuple(cast("list[Any]", result))
+            result = (*result,)
         return flatten_result(result)
 
     return Loaded(call, Signature(names, outputs), device)
