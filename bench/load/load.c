@@ -410,6 +410,7 @@ int main(int argc, char **argv) {
             fflush(stdout);
         }
         if (!ended && now >= window_end_ns) {
+            start_due_requests(window_end_ns - 1, window_end_ns); /* what fell due since the last look */
             ended = true;
             cpu_end_us = cpu_us();
             puts("end");
