@@ -49,6 +49,11 @@ format-check: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test  ## Run ruff
 	$(BIN)/ruff check $(SOURCES)
 
+reference: $(VENV)/.installed  ## Renew docs/flags.md and conf/forebay.toml after a change of a flag or setting
+	mkdir -p docs
+	$(BIN)/python -m forebay.engine.command_line --markdown > docs/flags.md
+	$(BIN)/python -m forebay.engine.command_line --toml > conf/forebay.toml
+
 typecheck: $(VENV)/.installed-test build/typing/forebay  ## Run mypy and pyright, both strict
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -88,4 +93,4 @@ endif
 build/typing/forebay:
 	mkdir -p build/typing && ln -sfn ../.. $@
 
-.PHONY: help serve demo install gpu test format format-check lint typecheck check clean
+.PHONY: help serve demo install gpu test format format-check lint reference typecheck check clean

@@ -306,14 +306,13 @@ class _Parser:
         """Apply what one setting implies for another (Triton's post-parsing step)."""
         by_flag = {item.flag.name: item for item in given}
         repository, http, grpc, metrics = settings.repository, settings.http, settings.grpc, settings.metrics
-        if "disable-auto-complete-config" in by_flag and not repository.disable_auto_complete_config:
-            disabling = by_flag["disable-auto-complete-config"]
-            if disabling.text == "true":
-                self.warnings.append(
-                    "Warning: Overriding deprecated '--strict-model-config' from False to True in favor of "
-                    "'--disable-auto-complete-config'!"
-                )
-                repository = msgspec.structs.replace(repository, disable_auto_complete_config=True)
+        both = [by_flag.get(name) for name in ("disable-auto-complete-config", "strict-model-config")]
+        if [item and parse_value(item.flag, item.text) for item in both] == [True, False]:
+            self.warnings.append(
+                "Warning: Overriding deprecated '--strict-model-config' from False to True in favor of "
+                "'--disable-auto-complete-config'!"
+            )
+            repository = msgspec.structs.replace(repository, disable_auto_complete_config=True)
         if grpc.use_ssl_mutual:
             grpc = msgspec.structs.replace(grpc, use_ssl=True)
         metrics = msgspec.structs.replace(

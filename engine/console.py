@@ -196,9 +196,8 @@ class Console:
 
     def show_client(self, lines: Sequence[str]) -> None:
         """Write a client program to paste, as `client_snippet` returns it."""
-        self._write_lines(
-            ["", "Try it (pip install 'tritonclient[http]'):", "", *[f"    {line}" for line in lines], ""]
-        )
+        # Not indented: Python's prompt refuses a pasted line that begins with spaces.
+        self._write_lines(["", "Try it (pip install 'tritonclient[http]'):", "", *lines, ""])
 
     # --- the live line
 
@@ -359,6 +358,9 @@ def client_snippet(
         has_batch: whether a batch dimension, of 1, goes before each shape that does not show it.
     """
     lines = ["import numpy as np", "import tritonclient.http as httpclient", ""]
+    if any(tensor.datatype == "BF16" for tensor in inputs):
+        # numpy has no such type; tritonclient brings this package along.
+        lines.insert(0, "import ml_dtypes")
     lines += [f"client = httpclient.InferenceServerClient(url={_quote(url)})", "inputs = ["]
     values: list[str] = []
     for tensor in inputs:
@@ -377,10 +379,10 @@ def _example_values(datatype: str, shape: tuple[int, ...]) -> str:
     """Return an expression for an array that a client may send for an input."""
     if datatype == "BYTES":
         return f'np.full({shape}, b"text", dtype=np.object_)'
-    if datatype in ("FP16", "FP32", "FP64", "BF16"):
-        # tritonclient takes float32 for BF16 and cuts it itself.
-        numpy_type = _NUMPY_TYPES.get(datatype, "float32")
-        return f"np.random.randn({', '.join(map(str, shape))}).astype(np.{numpy_type})"
+    if datatype in ("FP16", "FP32", "FP64"):
+        return f"np.random.randn({', '.join(map(str, shape))}).astype(np.{_NUMPY_TYPES[datatype]})"
+    if datatype == "BF16":
+        return f"np.ones({shape}, dtype=ml_dtypes.bfloat16)"
     return f"np.ones({shape}, dtype=np.{_NUMPY_TYPES.get(datatype, 'float32')})"
 
 

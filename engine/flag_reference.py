@@ -65,7 +65,7 @@ def markdown_reference() -> str:
     lines = [
         "# Flags",
         "",
-        "Made from `engine/flags.py` and `engine/settings.py` by `python -m forebay.engine.command_line --markdown`.",
+        "Made from `engine/flags.py` and `engine/settings.py` by `make reference`.",
         "",
         "Every setting has a flag, an environment variable and a place in the settings file (`--settings FILE` or",
         "`FOREBAY_SETTINGS`; `conf/forebay.toml` explains each). A flag wins over the environment, the environment",
@@ -89,7 +89,7 @@ def settings_file() -> str:
     """Return conf/forebay.toml: every setting with its explanation, set to its default and commented out."""
     lines = [
         "# Settings of a forebay server: every one that there is, explained and at its default.",
-        "# Made from engine/settings.py by: python -m forebay.engine.command_line --toml",
+        "# Made from engine/settings.py by: make reference",
         "#",
         "# Copy this file, take the '# ' away before what you change, and start the server with",
         "#   forebay serve --settings FILE        (or FOREBAY_SETTINGS=FILE in the environment)",

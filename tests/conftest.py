@@ -1,0 +1,24 @@
+"""Fixtures and rules that hold for all tests."""
+
+import importlib.util
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what a machine cannot run, saying so, rather than fail it: CI has PyTorch, a small checkout need not."""
+    has_torch = importlib.util.find_spec("torch") is not None
+    for item in items:
+        if item.get_closest_marker("torch") and not has_torch:
+            item.add_marker(pytest.mark.skip(reason="PyTorch is not installed: pip install 'forebay[torch]'"))
+        if item.get_closest_marker("gpu") and not has_cuda_device():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+def has_cuda_device() -> bool:
+    """Whether the driver's device file of a first GPU is there."""
+    try:
+        with open("/dev/nvidia0", "rb"):
+            return True
+    except OSError:
+        return False
