@@ -108,7 +108,7 @@ class Server:
 def forebay(repository: Path, *flags: str, name: str = "forebay") -> Server:
     """Return forebay of this checkout, not yet started, serving a repository on free ports."""
     http_port, metrics_port = free_ports(2)
-    command = [sys.executable, "-m", "forebay.engine.main", "serve", f"--model-repository={repository}"]
+    command = [sys.executable, "-P", "-m", "forebay.engine.main", "serve", f"--model-repository={repository}"]
     command += ["--http-address=127.0.0.1", f"--http-port={http_port}", "--allow-grpc=false"]
     command += ["--metrics-address=127.0.0.1", f"--metrics-port={metrics_port}"]
     return Server(name, [*command, *flags], http_port)
