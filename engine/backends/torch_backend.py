@@ -580,7 +580,7 @@ def prepare_module(spec: InstanceSpec) -> Loaded:
     def call(tensors: list[Any]) -> list[Any]:
         result = module(*tensors)
         if isinstance(result, list) and not _is_strings(result):
-            result = (*result,)
+            return flatten_result((*result,))
         return flatten_result(result)
 
     return Loaded(call, Signature(names, outputs), device)
