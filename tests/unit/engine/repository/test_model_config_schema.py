@@ -1,0 +1,73 @@
+"""The schema of spec 05, in a pool of its own."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from forebay.engine.repository import make_schema
+from forebay.engine.repository import model_config_schema as schema
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "number"),
+    [
+        ("ModelConfig", "runtime", 25),
+        ("ModelConfig", "model_metrics", 26),
+        ("ModelConfig", "response_cache", 24),
+        ("ModelConfig", "model_repository_agents", 23),
+        ("ModelConfig", "model_transaction_policy", 19),
+        ("ModelConfig", "batch_input", 20),
+        ("ModelConfig", "batch_output", 21),
+        ("ModelConfig", "model_operations", 18),
+        ("ModelSequenceBatching", "iterative_sequence", 6),
+        ("ModelSequenceBatching.State", "use_growable_memory", 7),
+        ("ModelSequenceBatching.State", "use_same_buffer_for_input_output", 6),
+        ("ModelOptimizationPolicy.Cuda", "graph_spec", 3),
+        ("ModelEnsembling", "max_inflight_requests", 2),
+        ("ModelEnsembling.Step", "model_namespace", 5),
+        ("ModelInput", "is_non_linear_format_io", 9),
+        ("ModelWarmup", "count", 4),
+        ("ModelInstanceGroup", "host_policy", 9),
+    ],
+)
+def test_the_fields_of_current_triton_exist(message: str, field: str, number: int) -> None:
+    """Spec 5.1: numbers as in model_config.proto."""
+    assert schema.message_class(message).DESCRIPTOR.fields_by_name[field].number == number
+
+
+def test_datatypes_have_the_numbers_of_the_protocol() -> None:
+    """Spec D-002."""
+    assert schema.enum_number("DataType", "TYPE_FP32") == 11
+    assert schema.enum_name("DataType", 13) == "TYPE_STRING"
+    assert schema.enum_name("DataType", 99) == "99"
+
+
+def test_it_lives_beside_tritonclients_own_copy() -> None:
+    """Two files that define package ``inference`` collide only in one pool."""
+    model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    theirs = model_config_pb2.ModelConfig(name="m", max_batch_size=3)
+    ours = schema.ModelConfig.from_bytes(theirs.SerializeToString())
+    assert (ours.name, ours.max_batch_size) == ("m", 3)
+    assert ours.to_bytes() == theirs.SerializeToString(deterministic=True)
+
+
+def test_the_shipped_files_are_what_the_script_derives(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer tritonclient with a longer schema fails here, and the script mends it."""
+    pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    shipped = make_schema.FOLDER
+    monkeypatch.setattr(make_schema, "FOLDER", tmp_path)
+    make_schema.main()
+    assert (tmp_path / "model_config.proto").read_text() == (shipped / "model_config.proto").read_text()
+    assert (tmp_path / "model_config.binpb").read_bytes() == (shipped / "model_config.binpb").read_bytes()
+
+
+def test_configs_compare_by_value_and_copies_are_independent() -> None:
+    config = schema.ModelConfig()
+    config.message.name = "a"
+    copy = config.copy()
+    assert copy == config
+    copy.message.name = "b"
+    assert copy != config
+    assert config.name == "a"
