@@ -45,7 +45,7 @@ class Flag:
         takes_value: False for a flag whose presence means true.
         deprecated: the warning printed when it is used, as Triton prints it.
         group: for a flag without a path, the section of the help that it stands in.
-        help: for a flag without a path, its explanation.
+        help: its explanation, where that is not its setting's.
     """
 
     name: str
@@ -130,7 +130,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("log-escape", "log.escape", environment=("TRITON_SERVER_ESCAPE_LOG_MESSAGES",)),
     # Model repository
     Flag("model-repository", "repository.paths", metavar="DIRECTORY"),
-    Flag("model-store", "repository.paths", metavar="DIRECTORY"),
+    Flag("model-store", "repository.paths", metavar="DIRECTORY", help="The same as --model-repository."),
     Flag("exit-on-error", "repository.exit_on_error"),
     Flag("disable-auto-complete-config", "repository.disable_auto_complete_config", takes_value=False),
     Flag("strict-readiness", "repository.strict_readiness"),
@@ -173,6 +173,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "strict-model-config",
         "repository.disable_auto_complete_config",
+        help="The same as --disable-auto-complete-config.",
         deprecated="Warning: '--strict-model-config' has been deprecated! "
         "Please use '--disable-auto-complete-config' instead.",
     ),
@@ -339,6 +340,7 @@ FLAGS: tuple[Flag, ...] = (
         NOT_YET,
         "every request runs its model",
         metavar="BYTES",
+        help="The same as --cache-config local,size=BYTES.",
         parse=values.parse_cache_byte_size,
         deprecated="Warning: '--response-cache-byte-size' has been deprecated! This will default to the 'local' cache "
         "implementation with the provided byte size for its config. Please use '--cache-config' instead.",
