@@ -1,0 +1,59 @@
+"""Which backends share a zygote, and which libraries each needs. Read by the supervisor and the zygotes."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import msgspec
+
+
+class BackendFamily(msgspec.Struct, frozen=True):
+    """Backends whose workers are forked from one zygote."""
+
+    modules: tuple[str, ...]
+    """What the zygote imports, besides the worker itself."""
+    library: str = ""
+    """Top-level package without which the family cannot run."""
+    title: str = ""
+    """How the library is called in texts."""
+    extra: str = ""
+    """The extra of our package that installs it."""
+
+
+FAMILIES: dict[str, BackendFamily] = {
+    "onnxruntime": BackendFamily(("forebay.engine.backends.onnx_backend",), "onnxruntime", "ONNX Runtime"),
+    "pytorch": BackendFamily(("forebay.engine.backends.torch_backend",), "torch", "PyTorch", "torch"),
+    "tensorrt": BackendFamily(("forebay.engine.backends.tensorrt_backend",), "tensorrt", "TensorRT", "tensorrt"),
+    "tensorflow": BackendFamily(
+        ("forebay.engine.backends.tensorflow_backend",), "tensorflow", "TensorFlow", "tensorflow"
+    ),
+    # Everything that needs no framework: identity, Python models (which import what they like after the fork).
+    "python": BackendFamily(("forebay.engine.backends.base",)),
+}
+
+#: Model files that tell which zygotes will be needed before any configuration was read.
+FILE_HINTS = {
+    "model.onnx": "onnxruntime",
+    "model.pt": "pytorch",
+    "model.pt2": "pytorch",
+    "model.plan": "tensorrt",
+    "model.savedmodel": "tensorflow",
+    "model.graphdef": "tensorflow",
+    "model.py": "python",
+}
+
+
+def family_of(backend: str) -> str:
+    """Return the family that runs a backend."""
+    return backend if backend in FAMILIES else "python"
+
+
+def missing_library(backend: str) -> str | None:
+    """Return why a backend cannot run here and the command that mends it, or None if it can."""
+    family = FAMILIES[family_of(backend)]
+    if not family.library or importlib.util.find_spec(family.library) is not None:
+        return None
+    what = f"forebay[{family.extra}]" if family.extra else family.library
+    return (
+        f"backend '{backend}' needs {family.title}, which is not installed; install it with: pip install '{what}'"
+    )

@@ -1,0 +1,136 @@
+"""The ``forebay`` command. Imports little: ``serve`` has its children starting before it reads anything large."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from forebay.engine.command_line import Command, CommandLineExit, parse_command_line
+
+if TYPE_CHECKING:
+    from forebay.engine.settings import Settings
+    from forebay.engine.supervisor.listeners import Listener
+    from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
+
+#: Commands besides ``serve``: modules with ``run(command) -> exit code``, imported when asked for.
+_COMMAND_MODULES = {
+    "validate": "forebay.engine.validate_command",
+    "explain": "forebay.engine.explain_command",
+    "demo": "forebay.engine.demo",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    try:
+        command = parse_command_line(sys.argv[1:] if arguments is None else arguments, os.environ)
+    except CommandLineExit as answer:
+        print(answer.text.rstrip("\n"), file=sys.stdout if answer.is_answer else sys.stderr)
+        return answer.exit_code
+    for warning in command.warnings:
+        print(warning, file=sys.stderr)
+    if command.name == "serve":
+        return serve(command.settings)
+    if command.name == "version":
+        print(f"forebay {importlib.metadata.version('forebay')}")
+        return 0
+    run: Callable[[Command], int] = importlib.import_module(_COMMAND_MODULES[command.name]).run
+    return run(command)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal; return the exit code (spec F-175)."""
+    from forebay.ipc.errors import ServingError
+    from forebay.ipc.log import LogOptions, log
+
+    chosen = settings.log
+    try:
+        log.configure(
+            LogOptions(
+                verbose=chosen.verbose,
+                info=chosen.info,
+                warning=chosen.warning,
+                error=chosen.error,
+                format=chosen.format,
+                file=chosen.file,
+                escape=chosen.escape,
+            )
+        )
+    except OSError as error:
+        print(f"error: cannot open the log file '{chosen.file}': {error.strerror}", file=sys.stderr)
+        return 1
+    if not settings.repository.paths:
+        print("error: creating server: Invalid argument - --model-repository must be specified", file=sys.stderr)
+        return 1
+
+    from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
+
+    try:
+        # Before anything else: a port in use is one clear line, and there is nothing to clean up yet.
+        listeners = bind_endpoints(settings)
+        runtime = RuntimeDirectory(settings.process.runtime_directory)
+    except ServingError as error:
+        print(f"error: creating server: {error.code.label} - {error.text}", file=sys.stderr)
+        return 1
+    try:
+        return _supervise(settings, runtime, listeners)
+    finally:
+        runtime.remove()
+
+
+def bind_endpoints(settings: Settings) -> dict[str, Listener]:
+    """Bind the sockets of all endpoints that are switched on, by protocol.
+
+    Raises:
+        Unavailable: a port is in use (spec H-021); none stays bound.
+    """
+    from forebay.engine.supervisor.listeners import Listener, bind
+    from forebay.ipc.log import log
+
+    http, grpc, metrics = settings.http, settings.grpc, settings.metrics
+    listeners: dict[str, Listener] = {}
+    try:
+        if http.allow:
+            listeners["http"] = bind("HTTPService", "HTTP", http.address, http.port, reuse_port=http.reuse_port)
+        if grpc.allow:
+            if importlib.util.find_spec("forebay.frontend.grpc_main") is None:
+                log.warning("gRPC is not served by this version of forebay; --allow-grpc=false silences this line")
+            else:
+                listeners["grpc"] = bind(
+                    "GRPCInferenceService", "GRPC", grpc.address, grpc.port, reuse_port=grpc.reuse_port
+                )
+        if metrics.allow:
+            listeners["metrics"] = bind("Metrics Service", "metrics", metrics.address or http.address, metrics.port)
+    except BaseException:
+        for listener in listeners.values():
+            listener.close()
+        raise
+    return listeners
+
+
+def _supervise(settings: Settings, runtime: RuntimeDirectory, listeners: dict[str, Listener]) -> int:
+    import asyncio
+
+    from forebay.engine.console import Console
+    from forebay.engine.supervisor.supervisor import Supervisor
+    from forebay.ipc.process import set_name
+
+    set_name("supervisor")
+    console = Console(sys.stdout)
+    console.announce(
+        f"forebay {importlib.metadata.version('forebay')}, models from {', '.join(settings.repository.paths)}"
+    )
+
+    async def run() -> int:
+        return await Supervisor(settings, runtime, listeners, console).run()
+
+    return asyncio.run(run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""One instance of a loaded model version: a slot that always tries to have a living worker.
+
+A slot outlives its workers. Its counters stay when a worker is replaced, so that totals never go backwards; its worker's
+number is new each time, so that nothing meant for the dead one reaches the living.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from forebay.engine.backend_families import family_of
+from forebay.engine.supervisor.backoff import LOOP_COUNT, LOOP_WINDOW_S, Backoff
+from forebay.engine.supervisor.child import describe_exit
+from forebay.engine.supervisor.plant import Plant
+from forebay.engine.supervisor.worker_handle import WorkerHandle
+from forebay.ipc.counters import InstanceCounter, instance_words
+from forebay.ipc.errors import ServingError
+from forebay.ipc.log import log
+from forebay.ipc.messages import InstanceSpec, Loaded
+
+#: A crash loop is tried again so often, s: what it crashed on may have gone away.
+LOOP_RETRY_S = 60.0
+
+#: How long a worker may take to finish its last batch when it is stopped, s.
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceEvents:
+    """What a slot tells its owner, in the event loop."""
+
+    changed: Callable[[], None]
+    """It has got or lost its worker."""
+    phase: Callable[[str], None]
+    """What its worker is doing while it loads."""
+
+
+class Instance:
+    """A slot. Created by its model version; ``start`` once, ``stop`` once."""
+
+    def __init__(self, plant: Plant, spec: InstanceSpec, index: int, events: InstanceEvents) -> None:
+        """Allocate the counters.
+
+        Args:
+            spec: complete but for ``instance``, ``counter_offset`` and ``cores``.
+            index: its place among the version's instances, for its name in ps.
+        """
+        self._plant = plant
+        self._events = events
+        self._words = instance_words(spec.max_batch_size)
+        self.counter_offset = plant.counters.allocate(self._words)
+        self.cores: tuple[int, ...] = ()
+        self.spec = msgspec.structs.replace(spec, counter_offset=self.counter_offset)
+        self.title = f"{spec.model}:{spec.version} #{index}"
+        #: Why there is no worker; empty while there is one.
+        self.reason = "not started"
+        self.memory_bytes = 0
+        self._worker: WorkerHandle | None = None
+        self._is_serving = False
+        self._is_stopping = False
+        self._since_s = 0.0
+        self._backoff = Backoff()
+        self._delay_s = 0.0
+        self._successes_at_death = 0
+        self._restart: asyncio.Task[None] | None = None
+
+    @property
+    def is_serving(self) -> bool:
+        return self._is_serving
+
+    @property
+    def pid(self) -> int:
+        """Its worker's process id, 0 without one."""
+        return self._worker.pid if self._worker is not None else 0
+
+    async def start(self) -> Loaded:
+        """Fork a worker and load the model; serving when this returns.
+
+        Raises:
+            ServingError: why not; nothing of the attempt is left.
+        """
+        plant = self._plant
+        worker = WorkerHandle(next(plant.next_instance), self.title, self._ended)
+        worker.on_phase = self._events.phase
+        self._worker = worker
+        spec = msgspec.structs.replace(self.spec, instance=worker.number, cores=self.cores)
+        try:
+            await plant.fork(family_of(spec.backend), worker)
+            plant.switchboard.introduce_worker(worker)
+            loaded = await worker.load(spec)
+        except BaseException:
+            worker.kill()
+            plant.switchboard.remove_worker(worker)
+            self._worker = None
+            raise
+        self.memory_bytes = loaded.memory_bytes
+        plant.switchboard.add_instance(spec.route, spec.instance_name, worker)
+        self._is_serving = True
+        self._since_s = time.monotonic()
+        self.reason = ""
+        self._events.changed()
+        return loaded
+
+    async def stop(self) -> None:
+        """End the worker, after what it runs; nobody sends to it any more. The counters stay until ``release``."""
+        self._is_stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+            await asyncio.gather(self._restart, return_exceptions=True)
+        worker = self._worker
+        if worker is not None:
+            self._is_serving = False
+            self._plant.switchboard.remove_worker(worker)
+            await worker.stop(STOP_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End the worker at once, for good."""
+        self._is_stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._worker is not None:
+            self._worker.kill()
+
+    def release(self) -> None:
+        """Give counters and cores back; the worker has ended."""
+        self._plant.counters.free(self.counter_offset, self._words)
+        self._plant.cores.give_back(self.cores)
+        self.cores = ()
+
+    # --- restarts ---
+
+    def _ended(self, worker: WorkerHandle) -> None:
+        """The worker's process is gone."""
+        self._plant.switchboard.remove_worker(worker)
+        if worker is not self._worker:
+            return
+        if self._is_serving and not self._is_stopping:
+            self._is_serving = False
+            self._worker = None
+            self._restart = asyncio.create_task(self._keep_restarting(worker))
+
+    async def _keep_restarting(self, worker: WorkerHandle) -> None:
+        exit_code = await worker.wait_exit_code()
+        ending = "ended" if exit_code is None else f"ended with {describe_exit(exit_code)}"
+        self._note_death(f"worker {self.title} {ending}")
+        while not self._is_serving:
+            await asyncio.sleep(self._delay_s)
+            try:
+                await self.start()
+            except ServingError as error:
+                self._note_death(f"worker {self.title} could not be started again: {error.text}")
+        log.info(f"worker {self.title} is back")
+
+    def _note_death(self, text: str) -> None:
+        now_s = time.monotonic()
+        successes = self._plant.counters.block(self.counter_offset, self._words)[InstanceCounter.SUCCESS]
+        # One that has answered requests since it last died is not in a crash loop, however often it dies.
+        lived_s = float("inf") if successes != self._successes_at_death else now_s - self._since_s
+        self._successes_at_death = successes
+        self._since_s = now_s
+        delay_s = self._backoff.died(now_s, lived_s)
+        if self._backoff.is_looping:
+            delay_s = LOOP_RETRY_S
+            self.reason = (
+                f"{text}; it ended {LOOP_COUNT} times within {LOOP_WINDOW_S:g} s without answering a request, "
+                f"next attempt in {LOOP_RETRY_S:g} s"
+            )
+        else:
+            self.reason = f"{text}; starting it again"
+        self._delay_s = delay_s
+        log.error(self.reason)
+        self._events.changed()

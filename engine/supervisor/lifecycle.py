@@ -1,0 +1,576 @@
+"""The life of models: which versions serve, what is loading, and why something is not.
+
+A version's states (spec R-099)::
+
+    (unknown) -> LOADING -> READY -> UNLOADING -> UNAVAILABLE "unloaded"
+                    |         ^ |
+                    v         | v
+               UNAVAILABLE(reason)       its workers died / were replaced
+
+One load of one model is atomic (spec R-086): all versions that its policy selects come up, or what served before goes on
+serving. New versions are loaded beside the old ones; then every frontend learns the new catalog and says that it has;
+only then are the old ones drained and ended. So no request ever meets a version that is going away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+from forebay.engine.backend_families import missing_library
+from forebay.engine.repository.config_problem import ConfigError
+from forebay.engine.repository.repository import FoundModel, ModelRepository, changed_fields
+from forebay.engine.supervisor.plant import Plant
+from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version
+from forebay.engine.supervisor.served_version import ServedVersion
+from forebay.ipc.catalog import Catalog, ModelEntry
+from forebay.ipc.errors import Code, Internal, InvalidArgument, NotFound, ServingError, Unavailable
+from forebay.ipc.log import log
+
+#: How long frontends may take to say that they know a new catalog before the old version is ended all the same, s.
+_CATALOG_TIMEOUT_S = 10.0
+
+#: Reason of a version that somebody unloaded (spec H-213).
+UNLOADED = "unloaded"
+
+#: Model, version (0: all), phase, instances ready, instances in all, reason.
+ProgressSink = Callable[[str, int, str, int, int, str], None]
+
+
+@dataclass(slots=True)
+class VersionStatus:
+    """What the index says of one version."""
+
+    state: str
+    reason: str = ""
+    is_excused: bool = False
+    """Failed for want of an optional library."""
+
+
+@dataclass(slots=True)
+class Model:
+    """Everything about one model name."""
+
+    name: str
+    found: FoundModel | None = None
+    """The directory as it was when last loaded or tried."""
+    serving: dict[int, ServedVersion] = field(default_factory=dict)
+    status: dict[int, VersionStatus] = field(default_factory=dict)
+    problem: str = ""
+    """Why it could not even be polled, or why its last update failed."""
+    is_excused: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def is_known_only(self) -> bool:
+        """True if it was never loaded: only its directory is known."""
+        return not self.status and not self.problem
+
+
+class LoadFailed(ServingError):
+    """A load failed; what served before goes on. Carries Triton's text and code."""
+
+    code = Code.INVALID_ARG
+
+
+class PollFailed(Internal):
+    """A model's directory or configuration cannot be used (spec H-218)."""
+
+
+class ModelLifecycle:
+    """All models. Used in the supervisor's event loop only."""
+
+    def __init__(
+        self,
+        plant: Plant,
+        repository: ModelRepository,
+        *,
+        announce: Callable[[], Awaitable[None]],
+        wait_seen: Callable[[int, float], Awaitable[bool]],
+        progress: ProgressSink,
+    ) -> None:
+        """Know nothing yet.
+
+        Args:
+            announce: pushes the catalog to all frontends.
+            wait_seen: waits until they route by a catalog of at least that generation.
+            progress: told of every step, for people who watch.
+        """
+        self.plant = plant
+        self.repository = repository
+        self.models: dict[str, Model] = {}
+        self.generation = 1
+        self.is_live = True
+        self.is_initialised = False
+        self._announce = announce
+        self._wait_seen = wait_seen
+        self._progress = progress
+        self._load_slots = asyncio.Semaphore(max(1, plant.settings.repository.load_thread_count))
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._announcing: asyncio.Task[None] | None = None
+
+    # --- what others are told ---
+
+    def touch(self) -> int:
+        """Something changed: push a new catalog soon; return its generation."""
+        self.generation += 1
+        if self._announcing is None or self._announcing.done():
+            self._announcing = asyncio.create_task(self._announce_all())
+        return self.generation
+
+    async def _announce_all(self) -> None:
+        announced = 0
+        while announced < self.generation:
+            announced = self.generation
+            await self._announce()
+
+    def catalog(self, slot: str, slots: tuple[str, ...]) -> Catalog:
+        """Return the catalog for the frontend of ``slot``; ``slots`` are all frontends that count requests."""
+        entries: list[ModelEntry] = []
+        for model in self.models.values():
+            entries += self._entries(model, slot, slots)
+        entries.sort(key=lambda entry: (entry.name, entry.version))
+        return Catalog(
+            generation=self.generation, models=tuple(entries), live=self.is_live, ready=self.is_live and self.is_ready
+        )
+
+    def _entries(self, model: Model, slot: str, slots: tuple[str, ...]) -> list[ModelEntry]:
+        entries: list[ModelEntry] = []
+        for version, status in model.status.items():
+            state, reason = self._state(model, version, status)
+            served = model.serving.get(version)
+            if served is not None:
+                entries.append(served.entry(slot, slots, state=state, reason=reason))
+            else:
+                namespace = model.found.namespace if model.found is not None else ""
+                entries.append(
+                    ModelEntry(name=model.name, version=version, state=state, reason=reason, namespace=namespace)
+                )
+        if not entries:
+            # Known by its directory alone (spec H-211); no version number is 0.
+            entries.append(ModelEntry(name=model.name, version=0, state="UNAVAILABLE", reason=model.problem))
+        return entries
+
+    def _state(self, model: Model, version: int, status: VersionStatus) -> tuple[str, str]:
+        served = model.serving.get(version)
+        if served is not None and status.state == "READY" and not served.is_serving:
+            return "UNAVAILABLE", served.reason
+        return status.state, status.reason
+
+    def index(self, *, ready_only: bool) -> list[dict[str, str]]:
+        """Return the repository index (spec H-210..H-213), sorted by name then version."""
+        rows: list[dict[str, str]] = []
+        for name in sorted(self.models):
+            model = self.models[name]
+            if not model.status:
+                if not ready_only:
+                    rows.append({"name": model.name})
+                continue
+            for version in sorted(model.status):
+                state, reason = self._state(model, version, model.status[version])
+                if ready_only and state != "READY":
+                    continue
+                row = {"name": model.name, "version": str(version), "state": state}
+                # A failed update leaves the old version serving, and says so here (better than L-014, L-017).
+                if reason or model.problem:
+                    row["reason"] = reason or f"update failed: {model.problem}"
+                rows.append(row)
+        return rows
+
+    @property
+    def is_ready(self) -> bool:
+        """What ``GET /v2/health/ready`` says (spec H-031)."""
+        if not self.is_initialised:
+            return False
+        if not self.plant.settings.repository.strict_readiness:
+            return True
+        return all(self._is_model_ready(model) for model in self.models.values())
+
+    def _is_model_ready(self, model: Model) -> bool:
+        if not model.status:
+            return not model.problem or model.is_excused
+        for version, status in model.status.items():
+            state, reason = self._state(model, version, status)
+            if state == "UNAVAILABLE" and (reason == UNLOADED or status.is_excused):
+                continue
+            if state not in ("READY", "UNLOADING"):
+                return False
+        return True
+
+    # --- loading ---
+
+    async def load_at_start(self, wanted: Iterable[str] | None) -> list[str]:
+        """Load all models, or those ``wanted`` (explicit mode); return the names of those that failed.
+
+        A model that lacks an optional library is UNAVAILABLE, and not among them.
+        """
+        found = {model.identity: model for model in await asyncio.to_thread(self.repository.scan)}
+        for identity, model in found.items():
+            self.models.setdefault(identity, Model(model.name))
+            self.models[identity].found = None
+        if wanted is None:
+            chosen = list(found)
+        else:
+            chosen = list(dict.fromkeys(wanted))
+        usable = [found[name] for name in chosen if name in found]
+        self._expect_cores(usable)
+        for name in chosen:
+            self._progress(name, 0, "queued", 0, 0, "")
+        results = await asyncio.gather(*(self._load_one_at_start(name, found.get(name)) for name in chosen))
+        return [name for name, has_failed in zip(chosen, results, strict=True) if has_failed]
+
+    async def _load_one_at_start(self, name: str, found: FoundModel | None) -> bool:
+        """Load one model; whether it failed."""
+        for attempt in range(self.plant.settings.repository.load_retry_count + 1):
+            if attempt:
+                log.info(f"retrying to load '{name}', attempt {attempt + 1}")
+            try:
+                if found is None:
+                    raise NotFound(f"failed to poll model '{name}': not found in any model repository")
+                await self.load(name, found)
+            except ServingError as error:
+                model = self.models.setdefault(name, Model(name))
+                if not model.status and not model.problem:
+                    model.problem = f"{error.code.label}: {error.text}"
+                    self._progress(name, 0, "failed", 0, 0, error.text)
+            else:
+                return False
+        return not self.models[name].is_excused
+
+    def _expect_cores(self, models: Iterable[FoundModel]) -> None:
+        """Pin instances to cores only if all that are about to be loaded find one."""
+        count = 0
+        for model in models:
+            if model.config is None or missing_library(model.config.backend) is not None:
+                continue
+            try:
+                versions = len(model.chosen_versions().numbers)
+            except ConfigError:
+                continue
+            groups = model.config.message.instance_group
+            count += versions * (sum(max(group.count, 1) for group in groups) or 1)
+        self.plant.cores.expect(count)
+
+    async def load(self, name: str, found: FoundModel) -> None:
+        """Load or update one model; returns when the new versions serve.
+
+        Takes ownership of ``found``'s temporary directory.
+
+        Raises:
+            PollFailed: its directory or configuration cannot be used.
+            LoadFailed: a version could not be loaded.
+        """
+        model = self.models.setdefault(name, Model(found.name))
+        async with model.lock:
+            try:
+                await self._load(model, found)
+            except BaseException:
+                if model.found is not found:
+                    await asyncio.to_thread(found.discard)
+                raise
+
+    async def _load(self, model: Model, found: FoundModel) -> None:
+        name = found.name
+        try:
+            chosen = found.chosen_versions()
+        except ConfigError as error:
+            raise self._poll_failed(model, error) from None
+        for line in (*found.versions.warnings, *chosen.errors):
+            log.warning(line)
+        kept = self._unchanged(model, found, chosen.numbers)
+        if kept and len(kept) == len(chosen.numbers) == len(model.serving):
+            model.found, model.problem = found, ""
+            return  # Nothing changed (spec R-089).
+        starting = [version for version in chosen.numbers if version not in kept]
+        for version in starting:
+            log.info(f"loading: {name}:{version}")
+            if version not in model.serving:
+                model.status[version] = VersionStatus("LOADING")
+            self._progress(name, version, "queued", 0, 0, "")
+        self.touch()
+        async with self._load_slots:
+            results = await asyncio.gather(
+                *(self._start_version(found, version) for version in starting), return_exceptions=True
+            )
+        started: dict[int, ServedVersion] = {}
+        failed: dict[int, ServingError] = {}
+        for version, result in zip(starting, results, strict=True):
+            if isinstance(result, ServedVersion):
+                started[version] = result
+            elif isinstance(result, ServingError):
+                failed[version] = result
+            else:
+                assert isinstance(result, BaseException)
+                await self._abandon(model, started, starting)
+                raise result
+        if failed:
+            await self._abandon(model, started, starting)
+            raise self._load_failed(model, failed, starting)
+        await self._switch(model, found, started, kept)
+
+    def _unchanged(self, model: Model, found: FoundModel, versions: Iterable[int]) -> set[int]:
+        """Return the serving versions that neither their files nor their configuration would change (spec R-091)."""
+        older = model.found
+        if older is None or found.is_override or older.is_override or found.fingerprint is None:
+            return set()
+        if older.config is None or found.config is None or older.fingerprint is None:
+            return set()
+        if older.fingerprint.shared != found.fingerprint.shared:
+            return set()
+        if changed_fields(older.config, found.config) - {"version_policy"}:
+            return set()
+        changed = found.fingerprint.changed_versions(older.fingerprint)
+        return {version for version in versions if version in model.serving and version not in changed}
+
+    async def _start_version(self, found: FoundModel, version: int) -> ServedVersion:
+        """Prepare and start one version; LOADING until the whole model is."""
+        name = found.name
+        self._progress(name, version, "loading config", 0, 0, "")
+        try:
+            prepared = await prepare_version(self.plant, found, version)
+            served = self._create(prepared)
+            count = len(served.instances)
+            self._progress(name, version, "starting worker", 0, count, "")
+            await served.start()
+        except ServingError as error:
+            self._progress(name, version, "failed", 0, 0, error.text)
+            raise
+        except Exception as error:
+            log.error(f"loading {name}:{version} failed:\n{traceback.format_exc()}")
+            raise Internal(f"{type(error).__name__}: {error}") from error
+        self._progress(name, version, "ready", count, count, "")
+        return served
+
+    def _create(self, prepared: PreparedVersion) -> ServedVersion:
+        name, version = prepared.found.name, prepared.version
+        served: ServedVersion
+
+        def show(text: str) -> None:
+            phase = "warming" if text.startswith("warm") else "loading"
+            self._progress(name, version, phase, served.serving_count, len(served.instances), "")
+
+        def changed() -> None:
+            if served.load_ns:
+                self.touch()
+            else:
+                show("loading")
+
+        served = ServedVersion(self.plant, prepared, on_change=changed, on_phase=show)
+        return served
+
+    async def _abandon(self, model: Model, started: dict[int, ServedVersion], starting: Iterable[int]) -> None:
+        """End what a failed load had started."""
+        await asyncio.gather(*(served.stop() for served in started.values()))
+        for version in starting:
+            if version not in model.serving:
+                model.status.pop(version, None)
+        self.touch()
+
+    def _poll_failed(self, model: Model, error: ConfigError) -> PollFailed:
+        for line in error.describe().splitlines():
+            log.error(line)
+        model.problem = f"{error.code.label}: {error.text_with_hint}"
+        if not model.serving:
+            model.status.clear()
+        self._progress(model.name, 0, "failed", 0, 0, error.text_with_hint)
+        self.touch()
+        # Triton's text has no reason (L-014); the index, the log and the catalog have it.
+        return PollFailed(f"failed to load '{model.name}', failed to poll from model repository")
+
+    def _load_failed(self, model: Model, failed: dict[int, ServingError], starting: Iterable[int]) -> LoadFailed:
+        parts: list[str] = []
+        excused = all(isinstance(error, MissingLibrary) for error in failed.values())
+        for version in starting:
+            error = failed.get(version)
+            if error is None:
+                continue
+            reason = f"{error.code.label}: {error.text}"
+            log.error(f"failed to load '{model.name}' version {version}: {reason}")
+            parts.append(f"version {version} is at UNAVAILABLE state: {reason};\n")
+            if version not in model.serving:
+                model.status[version] = VersionStatus("UNAVAILABLE", reason, isinstance(error, MissingLibrary))
+        model.is_excused = excused
+        if model.serving:
+            first = next(iter(failed.values()))
+            model.problem = f"{first.code.label}: {first.text}"
+        self.touch()
+        return LoadFailed(f"load failed for model '{model.name}': {''.join(parts)}")
+
+    async def _switch(
+        self, model: Model, found: FoundModel, started: dict[int, ServedVersion], kept: set[int]
+    ) -> None:
+        """Route to the new versions, then end the old ones in the background."""
+        old_found = model.found
+        retired = [served for version, served in model.serving.items() if version not in kept]
+        model.serving = {**{version: model.serving[version] for version in kept}, **started}
+        model.found, model.problem, model.is_excused = found, "", False
+        replaced = {served.version for served in retired if served.version in started}
+        for version in list(model.status):
+            if version not in model.serving:
+                is_retired = any(served.version == version for served in retired)
+                if is_retired:
+                    model.status[version] = VersionStatus("UNLOADING")
+                elif model.status[version].state != "UNAVAILABLE" or model.status[version].reason != UNLOADED:
+                    del model.status[version]
+        for version in started:
+            model.status[version] = VersionStatus("READY")
+        generation = self.touch()
+        log.info(f"successfully loaded '{model.name}'")
+        if retired:
+            self._retire_later(model, retired, replaced, generation, old_found if old_found is not found else None)
+
+    # --- unloading ---
+
+    async def unload(self, name: str) -> None:
+        """Take all versions of a model out of service; returns before requests in flight have finished.
+
+        An unknown model is no error (spec H-220).
+        """
+        model = self.models.get(name)
+        if model is None:
+            return
+        async with model.lock:
+            retired = list(model.serving.values())
+            model.serving = {}
+            model.problem = ""
+            model.is_excused = False
+            for version in model.status:
+                is_serving = any(served.version == version for served in retired)
+                model.status[version] = VersionStatus("UNLOADING") if is_serving else VersionStatus(
+                    "UNAVAILABLE", UNLOADED
+                )
+            generation = self.touch()
+            found, model.found = model.found, None
+            if retired:
+                self._retire_later(model, retired, set(), generation, found)
+            # New requests are refused from here on (spec R-094).
+            await self._wait_seen(generation, _CATALOG_TIMEOUT_S)
+
+    def forget(self, name: str) -> None:
+        """Its directory is gone, and it serves no more: the index does not list it any longer."""
+        model = self.models.get(name)
+        if model is not None and not model.serving:
+            del self.models[name]
+            self.touch()
+
+    def _retire_later(
+        self,
+        model: Model,
+        retired: list[ServedVersion],
+        replaced: set[int],
+        generation: int,
+        found: FoundModel | None,
+    ) -> None:
+        task = asyncio.create_task(self._retire(model, retired, replaced, generation, found))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _retire(
+        self,
+        model: Model,
+        retired: list[ServedVersion],
+        replaced: set[int],
+        generation: int,
+        found: FoundModel | None,
+    ) -> None:
+        """Drain and end versions that no catalog of ``generation`` or later routes to."""
+        if not await self._wait_seen(generation, _CATALOG_TIMEOUT_S):
+            log.warning(f"a frontend did not take in the new catalog within {_CATALOG_TIMEOUT_S:g} s")
+        for served in retired:
+            timeout_s = float(self.plant.settings.server.exit_timeout_secs)
+            if not await served.drain(timeout_s):
+                log.error(f"requests to '{model.name}' version {served.version} did not end within {timeout_s:g} s")
+            await served.stop()
+            if served.version not in replaced:
+                status = model.status.get(served.version)
+                if status is not None and status.state == "UNLOADING":
+                    model.status[served.version] = VersionStatus("UNAVAILABLE", UNLOADED)
+            log.info(f"successfully unloaded '{model.name}' version {served.version}")
+        if found is not None:
+            await asyncio.to_thread(found.discard)
+        self.touch()
+
+    # --- the server's end ---
+
+    @property
+    def live_count(self) -> int:
+        """How many versions are loaded."""
+        return sum(len(model.serving) for model in self.models.values()) + len(self._retiring)
+
+    async def unload_all(self) -> None:
+        """Unload every model and wait until all workers have ended."""
+        await asyncio.gather(*(self.unload(name) for name in self.models))
+        await asyncio.gather(*self._retiring)
+
+    def kill_all(self) -> None:
+        """End all workers at once."""
+        for task in self._retiring:
+            task.cancel()
+        for model in self.models.values():
+            for served in model.serving.values():
+                served.kill()
+
+    async def close(self) -> None:
+        """Push nothing any more."""
+        if self._announcing is not None:
+            self._announcing.cancel()
+            await asyncio.gather(self._announcing, return_exceptions=True)
+
+
+# --- control commands
+
+
+class RepositoryCommands:
+    """The verbs load, unload and index (spec H-210..H-224)."""
+
+    def __init__(self, lifecycle: ModelLifecycle) -> None:
+        self._lifecycle = lifecycle
+
+    async def index(self, arguments: dict[str, object]) -> list[dict[str, str]]:
+        return self._lifecycle.index(ready_only=arguments.get("ready") is True)
+
+    async def load(self, arguments: dict[str, object]) -> None:
+        """Load a model by name, with an optional configuration and files in place of the repository's.
+
+        Raises:
+            ServingError: Triton's text and code for what went wrong.
+        """
+        self._require_explicit()
+        lifecycle = self._lifecycle
+        name = _text(arguments, "name")
+        config = arguments.get("config")
+        files = arguments.get("files") or {}
+        if not isinstance(files, dict) or not all(isinstance(data, bytes) for data in files.values()):
+            raise InvalidArgument("load parameter 'files' must map paths to bytes")
+        try:
+            if config is not None or files:
+                text = config if isinstance(config, str) else None
+                found = await asyncio.to_thread(lifecycle.repository.override_model, name, text, files)
+            else:
+                found = await asyncio.to_thread(lifecycle.repository.poll_model, name)
+        except ServingError as error:
+            for line in (error.describe() if isinstance(error, ConfigError) else error.text).splitlines():
+                log.error(line)
+            if (model := lifecycle.models.get(name)) is not None:
+                model.problem = f"{error.code.label}: {error.text}"
+                lifecycle.touch()
+            raise PollFailed(f"failed to load '{name}', failed to poll from model repository") from None
+        await lifecycle.load(found.identity, found)
+
+    async def unload(self, arguments: dict[str, object]) -> None:
+        """Unload a model by name."""
+        self._require_explicit()
+        await self._lifecycle.unload(_text(arguments, "name"))
+
+    def _require_explicit(self) -> None:
+        if self._lifecycle.plant.settings.repository.control_mode != "explicit":
+            raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
+
+
+def _text(arguments: dict[str, object], name: str) -> str:
+    value = arguments.get(name)
+    if not isinstance(value, str):
+        raise InvalidArgument(f"control argument '{name}' must be a string")
+    return value

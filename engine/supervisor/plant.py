@@ -1,0 +1,36 @@
+"""What everybody who builds models in the supervisor needs: one object instead of eight arguments."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from forebay.engine.repository.normalise import Gpu
+from forebay.engine.settings import Settings
+from forebay.engine.supervisor.core_pool import CorePool
+from forebay.engine.supervisor.switchboard import Switchboard
+from forebay.engine.supervisor.worker_handle import WorkerHandle
+from forebay.engine.supervisor.zygotes import Zygotes
+from forebay.ipc.counters import CountersFile
+
+
+@dataclass(slots=True)
+class Plant:
+    """The supervisor's machinery. Numbers from here are never used twice while the server runs."""
+
+    settings: Settings
+    switchboard: Switchboard
+    zygotes: Zygotes
+    counters: CountersFile
+    cores: CorePool
+    gpus: tuple[Gpu, ...] = ()
+    next_instance: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    next_route: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    async def fork(self, family: str, worker: WorkerHandle) -> None:
+        """Fork a worker from its family's zygote.
+
+        Raises:
+            Unavailable: the family's libraries cannot be imported.
+        """
+        await self.zygotes.start(family).fork(worker, self.switchboard.done_fd, self.counters.fd)

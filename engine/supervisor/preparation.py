@@ -1,0 +1,330 @@
+"""From a model directory to what is loaded: completes, checks and reads the configuration of each version.
+
+What a model file holds is asked of a worker that is thrown away afterwards (spec R-063, R-066): a broken file ends that
+process, not the supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass
+
+import msgspec
+
+from forebay.engine.backend_families import family_of, missing_library
+from forebay.engine.repository.auto_complete import (
+    DEFAULT_MAX_BATCH_SIZE,
+    DescribedModel,
+    DescribedTensor,
+    check_described,
+    complete_config,
+    is_complete,
+    merge_completed,
+    require_config,
+)
+from forebay.engine.repository.config import config_json, parse_config_json
+from forebay.engine.repository.model_config_schema import ModelConfig
+from forebay.engine.repository.model_spec import (
+    DynamicBatchingSpec,
+    EnsembleSpec,
+    ModelSpec,
+    QueuePolicySpec,
+    SequenceBatchingSpec,
+)
+from forebay.engine.repository.normalise import normalise_instance_groups
+from forebay.engine.repository.repository import FoundModel, read_labels
+from forebay.engine.repository.spec_reader import spec_from_config
+from forebay.engine.repository.validate import check_load
+from forebay.engine.supervisor.gpus import gpus_of_backend
+from forebay.engine.supervisor.plant import Plant
+from forebay.engine.supervisor.worker_handle import WorkerHandle
+from forebay.ipc.errors import InvalidArgument, NotFound, Unavailable
+from forebay.ipc.log import log
+from forebay.ipc.messages import BatchingPolicy, Described, InstanceSpec, QueuePolicy
+from forebay.ipc.tensor import TensorSpec
+
+#: Backends whose models may set their own configuration; asked even if it is complete (spec R-066).
+_SELF_COMPLETING = frozenset({"python"})
+
+#: Backends that can say what their model files hold.
+_DESCRIBING = frozenset({"onnxruntime", "tensorrt", "python", "pytorch", "tensorflow"})
+
+#: Backends that see each request with its id and parameters, or answer requests one by one.
+_WANTS_PARCELS = frozenset({"python"})
+
+_STOP_TIMEOUT_S = 2.0
+
+
+class MissingLibrary(Unavailable):
+    """An optional framework is not installed.
+
+    Does not count for ``--exit-on-error``: the model cannot be served on this machine before somebody installs
+    something, which is no defect of the repository, and the reason says what to do.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedVersion:
+    """One version of a model, ready to be loaded."""
+
+    found: FoundModel
+    version: int
+    config: ModelConfig
+    spec: ModelSpec
+    config_json: bytes
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.found.identity}:{self.version}"
+
+    @property
+    def wants_parcels(self) -> bool:
+        """True if the engine must see every request by itself (DESIGN: such models are never granted)."""
+        spec = self.spec
+        return (
+            spec.backend in _WANTS_PARCELS
+            or spec.decoupled
+            or spec.is_ensemble
+            or spec.response_cache
+            or isinstance(spec.scheduling, SequenceBatchingSpec)
+            or (isinstance(spec.scheduling, DynamicBatchingSpec) and spec.scheduling.has_queue_policy)
+            or bool(spec.batch_inputs or spec.batch_outputs)
+        )
+
+
+async def prepare_version(plant: Plant, found: FoundModel, version: int) -> PreparedVersion:
+    """Complete and check one version's configuration.
+
+    Raises:
+        MissingLibrary: the backend's framework is not installed.
+        ServingError: everything else that is wrong, with Triton's sentence.
+    """
+    config = found.usable_config.copy()
+    backend = config.backend
+    if (missing := missing_library(backend)) is not None:
+        raise MissingLibrary(missing)
+    is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
+    if not is_ensemble and not os.path.isdir(found.version_path(version)):
+        raise NotFound(f"failed to find version {version} of model '{found.name}'")
+    if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
+        config = await _auto_complete(plant, found, version, config)
+    settings = plant.settings.gpu
+    gpus = gpus_of_backend(plant.gpus, config)
+    notes = normalise_instance_groups(
+        config,
+        gpus,
+        min_compute_capability=settings.min_supported_compute_capability,
+        gpu_fallback=settings.fallback == "cpu",
+    )
+    for note in notes:
+        log.warning(note)
+    try:
+        check_load(config, gpus, min_compute_capability=settings.min_supported_compute_capability)
+    except InvalidArgument as error:
+        if "KIND_GPU" in error.text:
+            raise InvalidArgument(
+                f"{error.text}; set 'kind: KIND_CPU' in instance_group, or start with --gpu-fallback cpu to serve such "
+                "models on the CPU"
+            ) from None
+        raise
+    spec = spec_from_config(config)
+    outputs = await asyncio.to_thread(_read_outputs, found, spec)
+    return PreparedVersion(
+        found=found,
+        version=version,
+        config=config,
+        spec=spec,
+        config_json=config_json(config).encode(),
+        inputs=tuple(tensor.tensor() for tensor in spec.inputs),
+        outputs=outputs,
+    )
+
+
+def _read_outputs(found: FoundModel, spec: ModelSpec) -> tuple[TensorSpec, ...]:
+    root = found.temporary_directory or found.repository
+    return tuple(
+        output.tensor(read_labels(found.path, root, output.label_filename) if output.label_filename else ())
+        for output in spec.outputs
+    )
+
+
+async def _auto_complete(plant: Plant, found: FoundModel, version: int, config: ModelConfig) -> ModelConfig:
+    backend = config.backend
+    if backend not in _DESCRIBING:
+        if not is_complete(config):
+            require_config(config, bool(found.config_file) or found.is_override)
+        return config
+    if is_complete(config) and backend not in _SELF_COMPLETING:
+        log.verbose(
+            1,
+            f"skipping model configuration auto-complete for '{found.name}': inputs and outputs already specified",
+        )
+        return config
+    described = await _describe(plant, found, version, config)
+    if backend in _SELF_COMPLETING:
+        completed = merge_completed(config, _edited_config(config, described))
+    else:
+        tensors = DescribedModel(
+            inputs=tuple(_tensor(item) for item in described.inputs),
+            outputs=tuple(_tensor(item) for item in described.outputs),
+        )
+        options = plant.settings.backend.options(backend)
+        completed = complete_config(
+            config, tensors, default_max_batch_size=_default_max_batch_size(options.get("default-max-batch-size"))
+        )
+        check_described(completed.config, tensors)
+    for line in completed.log:
+        log.info(line)
+    return completed.config
+
+
+def _default_max_batch_size(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_MAX_BATCH_SIZE
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidArgument(f"backend setting 'default-max-batch-size' must be an integer, got '{text}'") from None
+
+
+def _edited_config(config: ModelConfig, described: Described) -> ModelConfig:
+    """Return what a model made of its configuration; nothing if its backend did not say."""
+    return parse_config_json(json.dumps(described.config)) if described.config else config
+
+
+def _tensor(item: dict[str, object]) -> DescribedTensor:
+    shape = item.get("shape")
+    return DescribedTensor(
+        name=str(item["name"]),
+        datatype=str(item["data_type"]),
+        shape=tuple(int(dim) for dim in shape) if isinstance(shape, list | tuple) else (),
+        optional=bool(item.get("optional", False)),
+    )
+
+
+async def _describe(plant: Plant, found: FoundModel, version: int, config: ModelConfig) -> Described:
+    """Fork a worker, ask it, end it."""
+    number = next(plant.next_instance)
+    worker = WorkerHandle(number, f"{found.name}:{version} describe", lambda _worker: None)
+    message = config.message
+    spec = InstanceSpec(
+        model=found.name,
+        version=version,
+        route=0,
+        instance=number,
+        instance_name=f"{found.name} describe",
+        backend=config.backend,
+        model_path=found.path,
+        version_path=found.version_path(version),
+        model_file=config.default_model_filename,
+        max_batch_size=config.max_batch_size,
+        parameters={key: message.parameters[key].string_value for key in message.parameters},
+        backend_config=plant.settings.backend.options(config.backend),
+        config_json=config_json(config).encode(),
+        platform=config.platform,
+        extra={"runtime": str(message.runtime)},
+    )
+    try:
+        await plant.fork(family_of(config.backend), worker)
+        return await worker.describe(spec)
+    finally:
+        if worker.ended.is_set():
+            pass
+        elif worker.pid:
+            worker.kill()
+        else:
+            await worker.stop(_STOP_TIMEOUT_S)
+
+
+# --- what other processes get of a specification
+
+
+def batching_policy(spec: ModelSpec) -> BatchingPolicy:
+    """Return how the scheduler forms batches (spec 6.1, 6.2)."""
+    scheduling = spec.scheduling
+    if not isinstance(scheduling, DynamicBatchingSpec):
+        return BatchingPolicy(max_batch_size=spec.max_batch_size)
+    return BatchingPolicy(
+        max_batch_size=spec.max_batch_size,
+        dynamic=True,
+        preferred_batch_sizes=scheduling.preferred_batch_sizes,
+        max_queue_delay_us=scheduling.max_queue_delay_us,
+        preserve_ordering=scheduling.preserve_ordering,
+        priority_levels=scheduling.priority_levels,
+        default_priority_level=scheduling.default_priority_level,
+        default_queue_policy=_queue_policy(scheduling.default_queue_policy),
+        priority_queue_policy={
+            level: _queue_policy(policy) for level, policy in scheduling.priority_queue_policies.items()
+        },
+    )
+
+
+def scheduling_extra(spec: ModelSpec) -> dict[str, object]:
+    """Return scheduling beyond the dynamic batcher, by kind, as plain data."""
+    extra: dict[str, object] = {}
+    if isinstance(spec.scheduling, SequenceBatchingSpec):
+        extra["sequence"] = msgspec.to_builtins(spec.scheduling)
+    elif isinstance(spec.scheduling, EnsembleSpec):
+        extra["ensemble"] = msgspec.to_builtins(spec.scheduling)
+    if spec.response_cache:
+        extra["response_cache"] = True
+    return extra
+
+
+def default_timeout_us(spec: ModelSpec) -> int:
+    """Return how long a request may queue by default; 0: for ever."""
+    scheduling = spec.scheduling
+    return scheduling.default_queue_policy.default_timeout_us if isinstance(scheduling, DynamicBatchingSpec) else 0
+
+
+def _queue_policy(policy: QueuePolicySpec) -> QueuePolicy:
+    return QueuePolicy(
+        timeout_action=str(policy.timeout_action),
+        default_timeout_us=policy.default_timeout_us,
+        allow_timeout_override=policy.allow_timeout_override,
+        max_queue_size=policy.max_queue_size,
+    )
+
+
+def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[InstanceSpec]:
+    """Return what each worker of a version needs, complete but for what belongs to its slot."""
+    spec, found = prepared.spec, prepared.found
+    is_fixed = all(tensor.is_fixed for tensor in (*prepared.inputs, *prepared.outputs))
+    return [
+        InstanceSpec(
+            model=found.name,
+            version=prepared.version,
+            route=route,
+            instance=0,
+            instance_name=instance.name,
+            backend=spec.backend,
+            model_path=found.path,
+            version_path=found.version_path(prepared.version),
+            model_file=spec.default_model_filename,
+            kind=str(instance.kind),
+            device_id=instance.device_id,
+            max_batch_size=spec.max_batch_size,
+            inputs=prepared.inputs,
+            outputs=prepared.outputs,
+            parameters=spec.parameters,
+            backend_config=plant.settings.backend.options(spec.backend),
+            config_json=prepared.config_json,
+            platform=spec.platform,
+            decoupled=spec.decoupled,
+            optimization=msgspec.to_builtins(spec.optimization),
+            warmup=tuple(msgspec.to_builtins(sample) for sample in spec.warmup),
+            extra={
+                "runtime": spec.runtime,
+                "op_libraries": list(spec.op_libraries),
+                "cc_model_filenames": spec.cc_model_filenames,
+                "profiles": list(instance.profiles),
+                "host_policy": instance.host_policy,
+            },
+            rows_mode=is_fixed and not prepared.wants_parcels,
+        )
+        for instance in spec.instances
+    ]

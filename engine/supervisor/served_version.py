@@ -1,0 +1,186 @@
+"""One loaded version of a model: its route, its instances, its counters, and what frontends are told about it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from forebay.engine.backend_families import family_of
+from forebay.engine.supervisor.instance import Instance, InstanceEvents
+from forebay.engine.supervisor.plant import Plant
+from forebay.engine.supervisor.preparation import (
+    PreparedVersion,
+    batching_policy,
+    default_timeout_us,
+    instance_specs,
+    scheduling_extra,
+)
+from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS
+from forebay.ipc.errors import Code
+from forebay.ipc.messages import RouteUp
+
+#: How long after its end a version's counters may still be written by those who count its requests, s.
+_COUNTERS_QUARANTINE_S = 5.0
+
+
+class ServedVersion:
+    """Created unloaded; ``start`` once, then ``drain`` and ``stop`` once, or ``kill``."""
+
+    def __init__(
+        self,
+        plant: Plant,
+        prepared: PreparedVersion,
+        *,
+        on_change: Callable[[], None],
+        on_phase: Callable[[str], None],
+    ) -> None:
+        """Allocate numbers and counters; nothing runs yet.
+
+        Args:
+            on_change: called when it becomes or ceases to be able to take requests.
+            on_phase: called with what its workers are doing while they load.
+        """
+        self.prepared = prepared
+        self.route = next(plant.next_route)
+        self.load_ns = 0
+        self._plant = plant
+        self._on_change = on_change
+        self._scheduler_offset = plant.counters.allocate(SCHEDULER_WORDS)
+        #: Frontend slot (for example ``http 0``) to the offset of its counters for this route.
+        self._producer_offsets: dict[str, int] = {}
+        events = InstanceEvents(changed=on_change, phase=on_phase)
+        specs = instance_specs(plant, prepared, self.route)
+        self.instances = [Instance(plant, spec, index, events) for index, spec in enumerate(specs)]
+
+    @property
+    def version(self) -> int:
+        return self.prepared.version
+
+    @property
+    def serving_count(self) -> int:
+        """How many instances have a living worker."""
+        return sum(instance.is_serving for instance in self.instances)
+
+    @property
+    def is_serving(self) -> bool:
+        return self.prepared.spec.is_ensemble or self.serving_count > 0
+
+    @property
+    def reason(self) -> str:
+        """Why it is not serving, as the index shows it."""
+        if self.is_serving:
+            return ""
+        text = next((instance.reason for instance in self.instances if instance.reason), "no instance is running")
+        return f"{Code.INTERNAL.label}: {text}"
+
+    @property
+    def device(self) -> str:
+        """Where the instances run, for tables: ``CPU``, ``CPU 2,3`` or ``GPU 0,1``."""
+        kinds: dict[str, list[str]] = {}
+        for instance in self.instances:
+            spec = instance.spec
+            kind = "GPU" if spec.kind == "GPU" else "CPU"
+            where = [str(spec.device_id)] if kind == "GPU" else [str(core) for core in instance.cores]
+            kinds.setdefault(kind, []).extend(where)
+        return " ".join(f"{kind} {','.join(dict.fromkeys(where))}".rstrip() for kind, where in kinds.items())
+
+    async def start(self) -> None:
+        """Announce the route and load every instance.
+
+        Raises:
+            ServingError: an instance could not be loaded; all are gone again.
+        """
+        plant = self._plant
+        began_ns = time.monotonic_ns()
+        spec = self.prepared.spec
+        for instance, cores in zip(self.instances, self._take_cores(), strict=True):
+            instance.cores = cores
+        plant.switchboard.add_route(
+            RouteUp(
+                route=self.route,
+                name=self.prepared.found.identity,
+                version=self.version,
+                batching=batching_policy(spec),
+                extra=scheduling_extra(spec),
+                counter_offset=self._scheduler_offset,
+            )
+        )
+        if self.instances:
+            plant.zygotes.start(family_of(spec.backend))
+        tasks = [asyncio.create_task(instance.start()) for instance in self.instances]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.stop()
+            raise
+        self.load_ns = time.monotonic_ns() - began_ns
+
+    def _take_cores(self) -> list[tuple[int, ...]]:
+        on_cpu = sum(instance.spec.kind == "CPU" for instance in self.instances)
+        cores = iter(self._plant.cores.take(on_cpu))
+        return [next(cores) if instance.spec.kind == "CPU" else () for instance in self.instances]
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or running; no frontend may route to it any more."""
+        return await self._plant.switchboard.drain_route(self.route, timeout_s)
+
+    async def stop(self) -> None:
+        """End the workers and give everything back."""
+        plant = self._plant
+        name = self.prepared.found.name
+        plant.switchboard.remove_route(
+            self.route, Code.UNAVAILABLE, f"Request for unknown model: '{name}' version {self.version} is not at ready state"
+        )
+        await asyncio.gather(*(instance.stop() for instance in self.instances))
+        for instance in self.instances:
+            instance.release()
+        # Scheduler and frontends may still be counting the last requests: their blocks are used again later.
+        asyncio.get_running_loop().call_later(_COUNTERS_QUARANTINE_S, self._free_counters)
+
+    def _free_counters(self) -> None:
+        counters = self._plant.counters
+        counters.free(self._scheduler_offset, SCHEDULER_WORDS)
+        for offset in self._producer_offsets.values():
+            counters.free(offset, PRODUCER_WORDS)
+        self._producer_offsets.clear()
+
+    def kill(self) -> None:
+        """End the workers at once; the server is going down."""
+        for instance in self.instances:
+            instance.kill()
+
+    def entry(self, slot: str, slots: tuple[str, ...], *, state: str, reason: str) -> ModelEntry:
+        """Return what the frontend of ``slot`` is told; ``slots`` are all frontends that count requests."""
+        for name in slots:
+            if name not in self._producer_offsets:
+                self._producer_offsets[name] = self._plant.counters.allocate(PRODUCER_WORDS)
+        prepared = self.prepared
+        spec = prepared.spec
+        return ModelEntry(
+            name=prepared.found.name,
+            version=self.version,
+            state=state,
+            reason=reason,
+            route=self.route,
+            platform=spec.metadata_platform,
+            max_batch_size=spec.max_batch_size,
+            inputs=prepared.inputs,
+            outputs=prepared.outputs,
+            config_json=prepared.config_json,
+            decoupled=spec.decoupled,
+            wants_parcels=prepared.wants_parcels,
+            is_ensemble=spec.is_ensemble,
+            counter_offset=self._producer_offsets.get(slot, 0),
+            instance_counter_offsets=tuple(instance.counter_offset for instance in self.instances),
+            producer_counter_offsets=tuple(self._producer_offsets[name] for name in slots),
+            metric_tags=spec.metric_tags,
+            namespace=prepared.found.namespace,
+            load_ns=self.load_ns,
+            response_cache=spec.response_cache,
+            default_timeout_us=default_timeout_us(spec),
+        )

@@ -1,0 +1,501 @@
+"""The supervisor: starts all other processes, keeps them running, and ends them in order.
+
+Order of a start-up: everything that takes long is begun at once and in parallel (zygotes import their libraries, scheduler
+and frontends start) while the repository is read here; the models are loaded; then the sockets listen (spec H-032).
+Order of an end: stop accepting, answer what was accepted, unload the models, then scheduler, zygotes and metrics. If this
+process is killed, the kernel kills its children and the janitor removes the runtime directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import importlib.util
+import itertools
+import os
+import signal
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import msgspec
+
+from forebay.engine.backend_families import FAMILIES, FILE_HINTS
+from forebay.engine.console import Console, Endpoint, ExampleTensor, ModelProgress, ModelRow, Phase, client_snippet
+from forebay.engine.settings import Settings
+from forebay.engine.supervisor.core_pool import CorePool, usable_cores
+from forebay.engine.supervisor.listeners import Listener
+from forebay.engine.supervisor.plant import Plant
+from forebay.engine.supervisor.processes import FrontendRole, SchedulerRole
+from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
+from forebay.engine.supervisor.switchboard import Switchboard
+from forebay.engine.supervisor.zygotes import Zygotes
+from forebay.ipc.catalog import Catalog
+from forebay.ipc.counters import COUNTERS_BYTES, CountersFile
+from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError
+from forebay.ipc.log import ENVIRONMENT_VARIABLE, LogOptions, log
+from forebay.ipc.messages import Explain, LogChanged
+
+#: How long processes get to end after everything they had to do is done, s.
+_STOP_TIMEOUT_S = 5.0
+
+#: How long a frontend may take to be ready to serve once the models are loaded, s.
+_START_TIMEOUT_S = 60.0
+
+#: Connections that may wait to be accepted.
+_BACKLOG = 4096
+
+#: Arena of the metrics frontend, which places no tensors; one page.
+_NO_ARENA_BYTES = 4096
+
+
+class StartFailed(Internal):
+    """The server cannot start; the text is the reason."""
+
+
+class Supervisor:
+    """One server. ``run`` once."""
+
+    def __init__(
+        self, settings: Settings, runtime: RuntimeDirectory, listeners: dict[str, Listener], console: Console
+    ) -> None:
+        """Create nothing that needs an event loop.
+
+        Args:
+            runtime: its directory; removed by the caller after ``run``.
+            listeners: bound sockets by protocol: ``http``, ``grpc``, ``metrics``; closed here when the server stops.
+        """
+        self.settings = settings
+        self._runtime = runtime
+        self._listeners = listeners
+        self._console = console
+        self._began_s = time.monotonic()
+        self._signals = 0
+        self._stop_requested = asyncio.Event()
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    async def run(self) -> int:
+        """Serve until a signal; return the exit code."""
+        self._watch_signals()
+        os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(log.options).decode()
+        counters = CountersFile()
+        self._switchboard = Switchboard(self._runtime.path, counters.fd, COUNTERS_BYTES)
+        self._zygotes = Zygotes()
+        for family in self._likely_families():
+            self._zygotes.start(family)
+        self._scheduler = SchedulerRole(self._switchboard)
+        self._scheduler.start()
+        self._frontends = self._create_frontends()
+        for frontend in self._frontends:
+            frontend.start()
+        # Only now, while the children import their libraries, what takes us long to import (protobuf, ZeroMQ).
+        from forebay.engine.supervisor.control import ControlServer
+        from forebay.engine.supervisor.gpus import find_gpus
+
+        plant = Plant(
+            settings=self.settings,
+            switchboard=self._switchboard,
+            zygotes=self._zygotes,
+            counters=counters,
+            cores=CorePool(usable_cores()),
+            gpus=find_gpus(cpu_only=self.settings.gpu.cpu_only),
+        )
+        self._control = ControlServer(self._runtime.path, self._catalog_for)
+        try:
+            self._create_lifecycle(plant)
+            self._tasks.append(asyncio.create_task(self._control.run()))
+            starting = asyncio.create_task(self._start())
+            stopping = asyncio.create_task(self._stop_requested.wait())
+            self._tasks += [starting, stopping]
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                await stopping
+            else:
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+            return await self._drain()
+        except StartFailed as error:
+            log.error(f"error: creating server: {error.code.label} - {error.text}")
+            return 1
+        finally:
+            await self._end()
+
+    def _create_lifecycle(self, plant: Plant) -> None:
+        from forebay.engine.repository.repository import ModelRepository
+        from forebay.engine.supervisor.lifecycle import ModelLifecycle, RepositoryCommands
+
+        chosen = self.settings.repository
+        try:
+            repository = ModelRepository(
+                chosen.paths,
+                namespacing=chosen.namespacing,
+                model_config_name=chosen.config_name,
+                auto_complete=not chosen.disable_auto_complete_config,
+            )
+        except ServingError as error:
+            raise StartFailed(error.text) from None
+        self._lifecycle = ModelLifecycle(
+            plant,
+            repository,
+            announce=self._control.publish,
+            wait_seen=self._control.wait_seen,
+            progress=self._show_progress,
+        )
+        commands = RepositoryCommands(self._lifecycle)
+        self._control.handlers.update(
+            index=commands.index,
+            load=commands.load,
+            unload=commands.unload,
+            log_get=self._log_get,
+            log_set=self._log_set,
+            explain=self._explain,
+        )
+
+    # --- start ---
+
+    def _likely_families(self) -> list[str]:
+        """Guess from file names which zygotes will be needed; they are started before any configuration is read."""
+        families: dict[str, None] = {}
+        if self.settings.repository.control_mode == "explicit":
+            return []
+        for path in self.settings.repository.paths:
+            with contextlib.suppress(OSError):
+                for model in os.scandir(path):
+                    for name in _files_two_below(model):
+                        if (family := FILE_HINTS.get(name)) is not None:
+                            families[family] = None
+        return [family for family in families if _is_installed(family)]
+
+    def _create_frontends(self) -> list[FrontendRole]:
+        settings: dict[str, Any] = msgspec.to_builtins(self.settings)
+        numbers = itertools.count(1)
+
+        def create(name: str, module: str, protocol: str, *, submits: bool = True) -> FrontendRole:
+            return FrontendRole(
+                name,
+                module,
+                self._switchboard,
+                numbers=numbers,
+                arena_bytes=self.settings.memory.arena_byte_size if submits else _NO_ARENA_BYTES,
+                settings=settings,
+                listeners=(self._listeners[protocol],),
+                on_gone=self._forget_frontend,
+                submits=submits,
+            )
+
+        frontends: list[FrontendRole] = []
+        if "http" in self._listeners:
+            count = max(1, self.settings.http.frontends)
+            frontends += [create(f"http {index}", "forebay.frontend.http_main", "http") for index in range(count)]
+        if "grpc" in self._listeners:
+            frontends.append(create("grpc", "forebay.frontend.grpc_main", "grpc"))
+        if "metrics" in self._listeners:
+            frontends.append(create("metrics", "forebay.frontend.metrics_main", "metrics", submits=False))
+        return frontends
+
+    async def _start(self) -> None:
+        """Bring everything up.
+
+        Raises:
+            StartFailed: a process or, with ``--exit-on-error``, a model cannot be started.
+        """
+        if self.settings.repository.control_mode == "explicit":
+            names = self.settings.repository.load_models
+            wanted = None if names == ("*",) else names
+        else:
+            wanted = None
+        ready = asyncio.gather(*(role.ready for role in (self._scheduler, *self._frontends)))
+        ticking = asyncio.create_task(self._tick())
+        try:
+            failed = await self._lifecycle.load_at_start(wanted)
+            await asyncio.wait_for(ready, _START_TIMEOUT_S)
+        except TimeoutError:
+            late = [role.name for role in (self._scheduler, *self._frontends) if not role.is_up]
+            raise StartFailed(f"{' and '.join(late)} did not start within {_START_TIMEOUT_S:g} s") from None
+        except StartFailed:
+            raise
+        except ServingError as error:
+            raise StartFailed(error.text) from None
+        finally:
+            ready.cancel()
+            ticking.cancel()
+            await asyncio.gather(ready, ticking, return_exceptions=True)
+        self._show_models()
+        if failed and self.settings.repository.exit_on_error:
+            raise StartFailed("failed to load all models")
+        self._lifecycle.is_initialised = True
+        generation = self._lifecycle.touch()
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await asyncio.gather(
+                    *(self._control.wait_seen_by(role.number, generation) for role in self._frontends)
+                )
+        except TimeoutError:
+            log.warning("a frontend has not taken in the list of models yet")
+        self._listen()
+        if self.settings.repository.control_mode == "poll":
+            from forebay.engine.supervisor.poller import RepositoryPoller
+
+            poller = RepositoryPoller(self._lifecycle, float(self.settings.repository.poll_secs))
+            self._tasks.append(asyncio.create_task(poller.run()))
+
+    def _listen(self) -> None:
+        for listener in self._listeners.values():
+            listener.allow_restart()
+            try:
+                listener.sock.listen(_BACKLOG)
+            except OSError as error:
+                address, port = listener.address
+                raise StartFailed(
+                    f"failed to start {listener.kind} service: Unavailable - Socket '{address}:{port}' already in use"
+                    if error.errno == errno.EADDRINUSE
+                    else f"failed to start {listener.kind} service: {error.strerror}"
+                ) from None
+        for frontend in self._frontends:
+            frontend.serve()
+        for listener in self._listeners.values():
+            address, port = listener.address
+            log.info(f"Started {listener.service} at {address}:{port}")
+        self._show_endpoints()
+
+    # --- while serving ---
+
+    def _catalog_for(self, producer: int) -> Catalog:
+        slots = tuple(role.name for role in self._frontends if role.submits)
+        slot = next((role.name for role in self._frontends if role.number == producer), "")
+        return self._lifecycle.catalog(slot, slots)
+
+    def _forget_frontend(self, number: int) -> None:
+        task = asyncio.create_task(self._control.forget(number))
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+
+    async def _log_get(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        options = log.options
+        return {
+            "log_file": options.file,
+            "log_info": options.info,
+            "log_warning": options.warning,
+            "log_error": options.error,
+            "log_verbose_level": options.verbose,
+            "log_format": options.format,
+        }
+
+    async def _log_set(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Change what the whole server logs (spec H-261..H-263)."""
+        names = {
+            "log_info": "info",
+            "log_warning": "warning",
+            "log_error": "error",
+            "log_verbose_level": "verbose",
+            "log_format": "format",
+        }
+        given = arguments.get("settings")
+        if not isinstance(given, dict):
+            raise InvalidArgument("control argument 'settings' must be an object")
+        changes = {names[name]: value for name, value in given.items() if name in names}
+        try:
+            options = msgspec.convert({**msgspec.structs.asdict(log.options), **changes}, LogOptions)
+        except msgspec.ValidationError as error:
+            raise InvalidArgument(str(error)) from None
+        log.configure(options)
+        # For those that are started from now on, and for those that run.
+        os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(options).decode()
+        for frontend in self._frontends:
+            if frontend.child is not None:
+                frontend.child.send(LogChanged(options=msgspec.structs.asdict(options)))
+        return await self._log_get({})
+
+    async def _explain(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the last batches of a version as the scheduler remembers them."""
+        model = self._lifecycle.models.get(str(arguments.get("model")))
+        version = arguments.get("version")
+        served = model.serving.get(version) if model is not None and isinstance(version, int) else None
+        if served is None:
+            raise NotFound(f"Request for unknown model: '{arguments.get('model')}' is not found")
+        child = self._scheduler.child
+        number, answer = self._scheduler.expect_explanation()
+        if child is None or not child.send(Explain(route=served.route, request=number)):
+            answer.cancel()
+            raise Internal("the scheduler is being restarted, try again")
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
+            return await answer
+
+    # --- stop ---
+
+    def _watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
+                loop.add_signal_handler(number, self._take_signal, number)
+
+    def _take_signal(self, number: int) -> None:
+        self._signals += 1
+        with contextlib.suppress(OSError, ValueError), self._console.paused():
+            print(f"Signal ({number}) received.", flush=True)
+        if self._signals > 1:
+            # Children first: nothing may be left behind even by an impatient user.
+            self._kill_all()
+            self._runtime.remove()
+            os._exit(1)
+        self._stop_requested.set()
+
+    async def _drain(self) -> int:
+        """Finish what was accepted and unload everything (spec R-110..R-113); return the exit code."""
+        timeout_s = float(self.settings.server.exit_timeout_secs)
+        self._lifecycle.is_live = False
+        log.info("Waiting for in-flight requests to complete.")
+        counting = asyncio.create_task(self._count_down(timeout_s))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._finish(timeout_s)
+        except TimeoutError:
+            log.error("failed to stop server: Internal - Exit timeout expired. Exiting immediately.")
+            return 1
+        finally:
+            counting.cancel()
+        return 0
+
+    async def _finish(self, timeout_s: float) -> None:
+        submitting = [role for role in self._frontends if role.submits]
+        watching = [role for role in self._frontends if not role.submits]
+        for role in submitting:
+            for listener in self._listeners.values():
+                if listener.service != "Metrics Service":
+                    listener.close()
+        # Beyond the timeout of the whole stop, so that it is that one which ends them.
+        await asyncio.gather(*(role.stop(timeout_s + _STOP_TIMEOUT_S) for role in submitting))
+        await self._lifecycle.unload_all()
+        ends: list[Awaitable[Any]] = [role.stop(_STOP_TIMEOUT_S) for role in watching]
+        await asyncio.gather(self._scheduler.stop(_STOP_TIMEOUT_S), self._zygotes.stop(_STOP_TIMEOUT_S), *ends)
+
+    async def _count_down(self, timeout_s: float) -> None:
+        left = int(timeout_s)
+        while left > 0:
+            await asyncio.sleep(1)
+            left -= 1
+            log.info(
+                f"Timeout {left}: Found {self._lifecycle.live_count} live models and 0 in-flight non-inference requests"
+            )
+
+    def _kill_all(self) -> None:
+        if lifecycle := getattr(self, "_lifecycle", None):
+            lifecycle.kill_all()
+        for role in (*getattr(self, "_frontends", ()), self._scheduler):
+            role.kill()
+        self._zygotes.kill()
+
+    async def _end(self) -> None:
+        """Leave nothing behind, whatever happened before."""
+        self._kill_all()
+        for task in list(self._tasks):
+            task.cancel()
+        if lifecycle := getattr(self, "_lifecycle", None):
+            await lifecycle.close()
+        children = [role.child for role in (*self._frontends, self._scheduler) if role.child is not None]
+        await asyncio.gather(*(child.exited.wait() for child in children), *list(self._tasks), return_exceptions=True)
+        await self._control.close()
+        for listener in self._listeners.values():
+            listener.close()
+        self._switchboard.close()
+
+    # --- what people see ---
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            self._console.tick()
+
+    def _show_progress(
+        self, model: str, version: int, phase: str, instances_ready: int, instance_count: int, reason: str
+    ) -> None:
+        if self._lifecycle.is_initialised:
+            return
+        event = ModelProgress(model, version, _phase(phase), instances_ready, instance_count, reason)
+        self._console.show_progress(event)
+
+    def _show_models(self) -> None:
+        rows: list[ModelRow] = []
+        for name in sorted(self._lifecycle.models):
+            model = self._lifecycle.models[name]
+            if not model.status:
+                rows.append(ModelRow(name, "", "", 0, "", "UNAVAILABLE", model.problem or "not loaded"))
+            for version, status in sorted(model.status.items()):
+                served = model.serving.get(version)
+                backend = model.found.config.backend if model.found is not None and model.found.config else ""
+                rows.append(
+                    ModelRow(
+                        name,
+                        str(version),
+                        served.prepared.spec.backend if served is not None else backend,
+                        served.serving_count if served is not None else 0,
+                        served.device if served is not None else "",
+                        status.state,
+                        status.reason,
+                        served.load_ns / 1e9 if served is not None else None,
+                    )
+                )
+        self._console.show_models(rows)
+
+    def _show_endpoints(self) -> None:
+        names = {"http": "HTTP", "grpc": "gRPC", "metrics": "Metrics"}
+        endpoints = [
+            Endpoint(names[protocol], _url(protocol, listener), _NOTES.get(protocol, ""))
+            for protocol, listener in self._listeners.items()
+        ]
+        self._console.show_endpoints(endpoints)
+        if "http" in self._listeners and (lines := self._example_client(self._listeners["http"])):
+            self._console.show_client(lines)
+
+    def _example_client(self, listener: Listener) -> list[str]:
+        for name in sorted(self._lifecycle.models):
+            for served in self._lifecycle.models[name].serving.values():
+                prepared = served.prepared
+                return client_snippet(
+                    f"{_reachable(listener.address[0])}:{listener.address[1]}",
+                    name,
+                    [ExampleTensor(tensor.name, tensor.datatype, tensor.dims) for tensor in prepared.inputs],
+                    [ExampleTensor(tensor.name, tensor.datatype, tensor.dims) for tensor in prepared.outputs],
+                    has_batch=prepared.spec.is_batching,
+                )
+        return []
+
+
+_NOTES = {"http": "KServe v2, Triton's HTTP protocol", "metrics": "Prometheus"}
+
+
+def _phase(text: str) -> Phase:
+    match text:
+        case "queued" | "loading config" | "starting worker" | "loading" | "warming" | "ready" | "failed":
+            return text
+        case _:
+            return "loading"
+
+
+def _reachable(address: str) -> str:
+    """Return an address that a client on this machine can connect to."""
+    return "localhost" if address in ("0.0.0.0", "::", "127.0.0.1") else address
+
+
+def _url(protocol: str, listener: Listener) -> str:
+    address, port = listener.address
+    place = f"{_reachable(address)}:{port}"
+    return f"http://{place}/metrics" if protocol == "metrics" else place if protocol == "grpc" else f"http://{place}"
+
+
+def _is_installed(family: str) -> bool:
+    library = FAMILIES[family].library
+    return not library or importlib.util.find_spec(library) is not None
+
+
+def _files_two_below(model: os.DirEntry[str]) -> list[str]:
+    """Return the names in a model's version directories."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        for version in os.scandir(model.path):
+            if version.name.isdigit() and version.is_dir():
+                names += os.listdir(version.path)
+    return names
+

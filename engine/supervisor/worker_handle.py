@@ -1,0 +1,205 @@
+"""The supervisor's side of one worker process: its lifeline, the sending end of its doorbell, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+import msgspec
+
+from forebay.ipc.doorbell import Bell, create_doorbell
+from forebay.ipc.errors import WorkerDied, from_wire
+from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.log import log
+from forebay.ipc.messages import (
+    Describe,
+    Described,
+    Failed,
+    InstanceSpec,
+    Load,
+    Loaded,
+    Message,
+    Phase,
+    Stop,
+    WorkerToSupervisor,
+)
+from forebay.ipc.wire import HEADER, Kind
+
+#: How long to wait for the zygote's word on how a worker ended, once its lifeline has closed, s.
+_EXIT_CODE_WAIT_S = 1.0
+
+_WAKE = HEADER.pack(Kind.WAKE, 0, 0, 0, 0)
+
+
+class WorkerHandle:
+    """One worker, from before its fork until after its end. Its number is never used again."""
+
+    def __init__(self, number: int, name: str, on_end: Callable[[WorkerHandle], None]) -> None:
+        """Create the sockets; the zygote gets the other ends from :meth:`take_child_fds`.
+
+        Args:
+            number: the instance number in messages.
+            name: for ps and log lines, as ``alpha_model:2 #0``.
+            on_end: called in the event loop as soon as the process is gone. What it had sent into doorbells is then
+                already in them.
+        """
+        self.number = number
+        self.name = name
+        self.pid = 0
+        self.exit_code: int | None = None
+        self.ended = asyncio.Event()
+        self.is_stopping = False
+        self.on_phase: Callable[[str], None] | None = None
+
+        self._loop = asyncio.get_running_loop()
+        self._on_end = on_end
+        self._exit_known = asyncio.Event()
+        self._reply: asyncio.Future[Described | Loaded] | None = None
+        sender, self._child_doorbell = create_doorbell()
+        self.bell = Bell(sender)
+        ours, self._child_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        self._lifeline: Lifeline[WorkerToSupervisor] = Lifeline(ours, WorkerToSupervisor)
+        self._loop.add_reader(ours.fileno(), self._read)
+
+    @property
+    def child_fds(self) -> tuple[int, int]:
+        """The worker's ends: doorbell, lifeline. Ours until :meth:`release_child_fds`."""
+        return self._child_doorbell.fileno(), self._child_lifeline.fileno()
+
+    def release_child_fds(self) -> None:
+        """Close our copies of the worker's ends, so that its end is noticed."""
+        self._child_doorbell.close()
+        self._child_lifeline.close()
+
+    # --- talking ---
+
+    async def describe(self, spec: InstanceSpec) -> Described:
+        """Ask what the model file holds.
+
+        Raises:
+            ServingError: the backend's reason, or WorkerDied.
+        """
+        reply = await self._call(Describe(spec=spec))
+        assert isinstance(reply, Described)
+        return reply
+
+    async def load(self, spec: InstanceSpec) -> Loaded:
+        """Have it load the model; it takes batches from then on.
+
+        Raises:
+            ServingError: the backend's reason, or WorkerDied.
+        """
+        reply = await self._call(Load(spec=spec))
+        assert isinstance(reply, Loaded)
+        return reply
+
+    async def _call(self, message: Message) -> Described | Loaded:
+        if self.ended.is_set():
+            raise self._death()
+        self._reply = self._loop.create_future()
+        self._send(message)
+        try:
+            return await self._reply
+        finally:
+            self._reply = None
+
+    def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Send something that needs no answer; the caller keeps ``fds``. The worker looks when its doorbell rings."""
+        if self._send(message, fds):
+            self.bell.ring(_WAKE)
+
+    def _send(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
+        if self.ended.is_set():
+            return False
+        try:
+            self._lifeline.send(message, fds)
+        except PeerClosed:
+            return False  # The reader notices, and tells everybody.
+        return True
+
+    # --- the end ---
+
+    async def stop(self, timeout_s: float) -> None:
+        """Have it finish what it runs and exit; kill it after ``timeout_s``."""
+        self.is_stopping = True
+        self.tell(Stop())
+        try:
+            await asyncio.wait_for(self.ended.wait(), timeout_s)
+        except TimeoutError:
+            log.warning(f"worker {self.name} did not stop within {timeout_s:g} s and was killed")
+            self.kill()
+            await self.ended.wait()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.is_stopping = True
+        if self.pid and self.exit_code is None and not self.ended.is_set():
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        elif not self.pid:
+            # Not forked yet; whoever is forked later finds its lifeline closed.
+            self._end()
+
+    def note_exit(self, exit_code: int) -> None:
+        """The zygote says how it ended."""
+        self.exit_code = exit_code
+        self._exit_known.set()
+        self._end()
+
+    async def wait_exit_code(self) -> int | None:
+        """Return how it ended, as ``os.waitstatus_to_exitcode`` gives it; None if nobody knows."""
+        await self.ended.wait()
+        try:
+            await asyncio.wait_for(self._exit_known.wait(), _EXIT_CODE_WAIT_S)
+        except TimeoutError:
+            pass
+        return self.exit_code
+
+    def _read(self) -> None:
+        try:
+            messages = self._lifeline.receive_nowait()
+        except PeerClosed:
+            self._end()
+            return
+        except msgspec.MsgspecError as error:
+            # A worker runs its users' code; whatever it did to itself, it is not to be trusted any more.
+            log.error(f"worker {self.name} sent a message that cannot be read: {error}")
+            self.kill()
+            return
+        for message, fds in messages:
+            for fd in fds:
+                os.close(fd)
+            self._take(message)
+
+    def _take(self, message: WorkerToSupervisor) -> None:
+        if isinstance(message, Phase):
+            if self.on_phase is not None:
+                self.on_phase(message.text)
+        elif self._reply is not None and not self._reply.done():
+            if isinstance(message, Failed):
+                self._reply.set_exception(from_wire(message.code, message.text))
+            else:
+                self._reply.set_result(message)
+        elif isinstance(message, Failed):
+            log.error(f"worker {self.name}: {message.text}")
+
+    def _end(self) -> None:
+        if self.ended.is_set():
+            return
+        self._loop.remove_reader(self._lifeline.fileno())
+        self._lifeline.close()
+        self.ended.set()
+        if self._reply is not None and not self._reply.done():
+            self._reply.set_exception(self._death())
+        self._on_end(self)
+        self.bell.close()
+        self.release_child_fds()
+
+    def _death(self) -> WorkerDied:
+        return WorkerDied(f"the process of {self.name} ended while it loaded the model")

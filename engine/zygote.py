@@ -1,0 +1,176 @@
+"""A zygote: a process that imported a family of backends once and forks every worker of that family.
+
+A forked worker shares the zygote's pages (interpreter, numpy, ONNX Runtime or PyTorch) and is up in milliseconds. The
+zygote has no threads and no CUDA context, so that forking is safe. It waits for its workers and tells the supervisor
+how each ended.
+
+    python -m forebay.engine.zygote --lifeline-fd N --family onnxruntime --parent-pid P
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from forebay.engine.backend_families import FAMILIES
+from forebay.ipc.errors import Code
+from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.log import log
+from forebay.ipc.messages import Failed, Fork, Forked, Started, Stop, SupervisorToZygote, WorkerExited
+from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
+
+
+class NewWorker(NamedTuple):
+    """What a forked child continues with; it owns the descriptors."""
+
+    name: str
+    doorbell_fd: int
+    done_fd: int
+    lifeline_fd: int
+    counters_fd: int
+
+
+class Zygote:
+    """The loop: fork on request, report workers that ended."""
+
+    def __init__(self, lifeline: Lifeline[SupervisorToZygote]) -> None:
+        self._lifeline = lifeline
+        self._poll = select.poll()
+        self._poll.register(lifeline.fileno(), select.POLLIN)
+        #: pidfd -> (pid, instance)
+        self._workers: dict[int, tuple[int, int]] = {}
+
+    def run(self) -> NewWorker | None:
+        """Serve until told to stop (None), or, in a forked child, return what to do as a worker.
+
+        Raises:
+            PeerClosed: the supervisor is gone.
+        """
+        while True:
+            for fd, _events in self._poll.poll():
+                if fd != self._lifeline.fileno():
+                    self._reap(fd)
+                    continue
+                for message, fds in self._lifeline.receive_nowait():
+                    if isinstance(message, Stop):
+                        return None
+                    worker = self._fork(message, fds)
+                    if worker is not None:
+                        return worker
+
+    def _fork(self, request: Fork, fds: list[int]) -> NewWorker | None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            die_with_parent(parent)
+            # The descriptors below belong to the zygote's objects, which must not close a number that was reused.
+            self._lifeline.sock.detach()
+            close_descriptors_except(fds)
+            return NewWorker(request.name, *fds)
+        for fd in fds:
+            os.close(fd)
+        pidfd = os.pidfd_open(pid)
+        self._workers[pidfd] = (pid, request.instance)
+        self._poll.register(pidfd, select.POLLIN)
+        self._lifeline.send(Forked(instance=request.instance, pid=pid))
+        return None
+
+    def _reap(self, pidfd: int) -> None:
+        pid, instance = self._workers.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        self._lifeline.send(
+            WorkerExited(instance=instance, pid=pid, exit_code=os.waitstatus_to_exitcode(status))
+        )
+
+
+def close_descriptors_except(kept: Sequence[int]) -> None:
+    """Close everything that was open in the zygote but its standard streams and ``kept``."""
+    wanted = {0, 1, 2, *kept}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in wanted:
+            try:
+                os.close(int(name))
+            except OSError:
+                # The descriptor of the listing itself.
+                pass
+
+
+def import_family(family: str) -> None:
+    """Import what the workers of a family need.
+
+    Raises:
+        ImportError: a library is missing or broken.
+    """
+    for module in ("forebay.engine.worker.loop", *FAMILIES[family].modules):
+        importlib.import_module(module)
+
+
+def thread_count() -> int:
+    """Return how many threads this process has."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def become_worker(worker: NewWorker) -> NoReturn:
+    """Turn this freshly forked process into a worker. Does not return."""
+    from forebay.engine.worker.loop import run_worker
+
+    set_name(f"worker {worker.name}")
+    try:
+        run_worker(
+            socket.socket(fileno=worker.lifeline_fd),
+            socket.socket(fileno=worker.doorbell_fd),
+            socket.socket(fileno=worker.done_fd),
+            worker.counters_fd,
+        )
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not the zygote's exit handlers.
+        os._exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a zygote; in forked children, run a worker."""
+    parser = argparse.ArgumentParser(prog="forebay.engine.zygote")
+    parser.add_argument("--lifeline-fd", type=int, required=True)
+    parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    options = parser.parse_args(arguments)
+
+    die_with_parent(options.parent_pid)
+    ignore_terminal_signals()
+    set_name(f"zygote {options.family}")
+    lifeline: Lifeline[SupervisorToZygote] = Lifeline(socket.socket(fileno=options.lifeline_fd), SupervisorToZygote)
+    try:
+        try:
+            import_family(options.family)
+        except ImportError as error:
+            lifeline.send(Failed(code=Code.UNAVAILABLE, text=f"cannot import {error.name or 'a library'}: {error}"))
+            return 1
+        if (threads := thread_count()) > 1:
+            log.warning(f"zygote {options.family} has {threads} threads; forking such a process is not safe")
+        # Collected before and frozen now, the imported objects' pages stay shared with every worker.
+        gc.collect()
+        gc.freeze()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        lifeline.send(Started())
+        worker = Zygote(lifeline).run()
+    except PeerClosed:
+        return 1
+    if worker is None:
+        return 0
+    become_worker(worker)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
