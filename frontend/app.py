@@ -11,10 +11,8 @@ import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from aiohttp import hdrs, web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from forebay.frontend.errors import error_body, http_status
 from forebay.frontend.handlers import (
@@ -27,6 +25,7 @@ from forebay.frontend.handlers import (
     trace_settings,
 )
 from forebay.frontend.handlers.context import JSON_TYPE, TEXT_TYPE, Call, ControlContext, Handler, Reply
+from forebay.frontend.plain_server import PlainServer
 from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
 from forebay.ipc.log import log
 
@@ -190,54 +189,9 @@ def _too_large(size: int, limit: int) -> InvalidArgument:
     )
 
 
-class _PlainRequest(web.BaseRequest):
-    """A request whose response tells nothing about what serves it."""
-
-    async def _prepare_hook(self, response: web.StreamResponse) -> None:
-        response.headers.popall(hdrs.SERVER, None)
-
-
-class _Connection(web.RequestHandler):
-    """aiohttp's HTTP protocol, with our error bodies in place of its pages."""
-
-    __slots__ = ()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what is no HTTP, or what failed outside of a handler; the connection is closed after it."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("the reply has already begun")
-        if isinstance(exc, HttpProcessingError):
-            text = f"invalid HTTP request: {exc.message.partition(chr(10))[0].rstrip(' :') or 'malformed'}"
-        else:
-            log.error(f"{request.method} {request.raw_path} failed: {exc!r}")
-            text = "internal error, see the server's log"
-        response = web.Response(body=error_body(text), status=status, content_type=JSON_TYPE)
-        response.force_close()
-        return response
-
-
-class ControlServer(web.Server):
-    """A factory of protocols, one per client connection; also for a fast path that passes bytes on."""
-
-    def __call__(self) -> web.RequestHandler:
-        # auto_decompress: Triton reads these bodies as they come, and a bomb stays as small as it was sent.
-        return _Connection(self, loop=asyncio.get_running_loop(), auto_decompress=False)
-
-
-def build_server(context: ControlContext) -> ControlServer:
+def build_server(context: ControlContext) -> PlainServer:
     """Return the server of all endpoints besides inference, for the running event loop.
 
     Call it to get a protocol per connection; end it with ``pre_shutdown()`` and ``await shutdown(timeout)``.
     """
-    loop = asyncio.get_running_loop()
-
-    def make_request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
-        return _PlainRequest(message, payload, protocol, writer, task, loop)
-
-    return ControlServer(Dispatcher(context), request_factory=make_request)
+    return PlainServer(Dispatcher(context))

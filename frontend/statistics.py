@@ -44,12 +44,12 @@ def sum_blocks(words: Words, offsets: Iterable[int], count: int) -> list[int]:
 class ModelTotals:
     """The counters of one model version, summed over its instances and over all frontends."""
 
-    __slots__ = ("_entry", "_words", "instances", "last_inference_ms", "producers")
+    __slots__ = ("_words", "entry", "instances", "last_inference_ms", "producers")
 
     def __init__(self, words: Words, entry: ModelEntry) -> None:
         """Read now; ``words``: uint64, the whole counters file."""
         self._words = words
-        self._entry = entry
+        self.entry = entry
         #: Sums by :class:`InstanceCounter`, up to the words per batch size.
         self.instances = sum_blocks(words, entry.instance_counter_offsets, InstanceCounter.BATCH_SIZES)
         #: Sums by :class:`ProducerCounter`.
@@ -71,9 +71,9 @@ class ModelTotals:
 
     def batch_sizes(self) -> list[BatchSizeTotals]:
         """Return one record per batch size that occurred, smallest first."""
-        sizes = max(self._entry.max_batch_size, 1)
+        sizes = max(self.entry.max_batch_size, 1)
         first = InstanceCounter.BATCH_SIZES
-        offsets = [offset + first * _WORD_BYTES for offset in self._entry.instance_counter_offsets if offset]
+        offsets = [offset + first * _WORD_BYTES for offset in self.entry.instance_counter_offsets if offset]
         totals = sum_blocks(self._words, offsets, sizes * _BATCH_SIZE_WORDS)
         return [
             BatchSizeTotals(index + 1, *totals[index * _BATCH_SIZE_WORDS : (index + 1) * _BATCH_SIZE_WORDS])

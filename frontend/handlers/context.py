@@ -37,14 +37,20 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_groups(cls, groups: Mapping[str, Any]) -> ControlSettings:
         """Pick them from the settings groups of `FrontendStart.settings`; what is missing keeps its default."""
-        server, http, memory = (groups.get(name) or {} for name in ("server", "http", "memory"))
-        found = {
+        server: Mapping[str, Any] = groups.get("server", {})
+        http: Mapping[str, Any] = groups.get("http", {})
+        memory: Mapping[str, Any] = groups.get("memory", {})
+        found: dict[str, Any] = {
             "server_id": server.get("id"),
             "max_input_size": http.get("max_input_size"),
             "restricted_apis": http.get("restricted_apis"),
             "allow_client_shm": memory.get("allow_client_shm"),
         }
         return msgspec.convert({name: value for name, value in found.items() if value is not None}, cls)
+
+
+#: What answers the requests of a route; every error that the client may read is raised as a `ServingError`.
+Handler = Callable[["ControlContext", "Call"], Awaitable["Reply"]]
 
 
 @dataclass
@@ -57,7 +63,7 @@ class ControlContext:
     """uint64: the whole counters file."""
     is_exiting: bool = False
     """True from the moment the server drains: every new call is answered 503 (spec H-009)."""
-    infer_handlers: Mapping[str, Handler] = field(default_factory=dict)
+    infer_handlers: Mapping[str, Handler] = field(default_factory=dict[str, Handler])
     """``infer``, ``generate`` and ``generate_stream``, for requests that the fast path handed on."""
 
 
@@ -86,6 +92,3 @@ class Reply:
     body: bytes = b""
     status: int = 200
     content_type: str = JSON_TYPE
-
-
-Handler = Callable[[ControlContext, Call], Awaitable[Reply]]
