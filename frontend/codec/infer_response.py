@@ -171,7 +171,7 @@ def classify(
         item_count *= dim
     kept = min(class_count, item_count)
     elements = [
-        frame_element(_class_text(values_of_item[index], index, labels))
+        frame_element(_class_text(values_of_item.item(index), index, labels))
         for values_of_item in values.reshape(max(1, batch_size), item_count)
         for index in _descending(values_of_item)[:kept].tolist()
     ]
@@ -185,7 +185,7 @@ def _descending(values: npt.NDArray[np.generic]) -> npt.NDArray[np.intp]:
     return (len(values) - 1 - ascending)[::-1]
 
 
-def _class_text(value: np.generic, index: int, labels: Sequence[str]) -> bytes:
-    number = f"{value:.6f}" if value.dtype.kind == "f" else str(value)
+def _class_text(value: float | int, index: int, labels: Sequence[str]) -> bytes:
+    number = f"{value:.6f}" if isinstance(value, float) else str(value)
     label = f":{labels[index]}" if index < len(labels) and labels[index] else ""
     return f"{number}:{index}{label}".encode()

@@ -90,7 +90,7 @@ def encode_json_data(
         InvalidArgument: the datatype is unknown (H-069) or has no JSON form (H-077), the shape is impossible (H-092).
     """
     count = tensor_element_count(name, shape)
-    if count == 0:
+    if count == 0 or not shape:  # Triton counts no element for a shape without dimensions
         return b""
     if not isinstance(data, list):
         raise Internal("Unable to parse 'data': attempt to access JSON non-array as array")

@@ -461,7 +461,7 @@ def _write(value: Any, parts: list[bytes]) -> None:
     elif value is None:
         parts.append(b"null")
     elif isinstance(value, (bytes, memoryview)):
-        parts.append(quote_bytes(value))
+        parts.append(quote_bytes(value))  # pyright: ignore[reportUnknownArgumentType]
     elif isinstance(value, Mapping):
         _write_all(b"{", b"}", value.items(), parts)  # pyright: ignore[reportUnknownArgumentType]
     elif isinstance(value, Sequence):

@@ -8,16 +8,17 @@ so do we: where two inputs are wrong, the later one is named.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import msgspec
 
 from forebay.frontend.codec.infer_request import (
     RAW_INPUT_NAME,
-    BinaryData,
     JsonData,
     ParsedInfer,
     ParsedInput,
+    RegionData,
     id_prefix,
 )
 from forebay.frontend.codec.json_tensor import Buffer, tensor_byte_size, tensor_element_count
@@ -55,19 +56,31 @@ class Validated(msgspec.Struct, frozen=True):
         return max(1, self.batch_size)
 
 
-def validate_infer(entry: ModelEntry, request: ParsedInfer, body: Buffer) -> Validated:
-    """Check a parsed HTTP request whose binary tensors lie in ``body``; errors as :func:`validate_request`."""
-    facts = [_facts(tensor, request, memoryview(body)) for tensor in request.inputs]
+#: Gives the bytes of an input that lies in a region, or None where this process cannot read them (device memory).
+RegionReader: TypeAlias = Callable[[RegionData], Buffer | None]
+
+
+def validate_infer(
+    entry: ModelEntry, request: ParsedInfer, body: Buffer, *, read_region: RegionReader | None = None
+) -> Validated:
+    """Check a parsed HTTP request whose binary tensors lie in ``body``; errors as :func:`validate_request`.
+
+    Args:
+        read_region: asked for BYTES inputs in regions, whose framing is then walked (spec H-202).
+    """
+    facts = [_facts(tensor, request, memoryview(body), read_region) for tensor in request.inputs]
     return validate_request(entry, request.id, facts, [output.name for output in request.outputs])
 
 
-def _facts(tensor: ParsedInput, request: ParsedInfer, body: memoryview) -> InputFacts:
+def _facts(tensor: ParsedInput, request: ParsedInfer, body: memoryview, read_region: RegionReader | None) -> InputFacts:
     source = tensor.source
     content: Buffer | None = None
     if tensor.datatype == "BYTES":
         if isinstance(source, JsonData):
             content = source.data
-        elif isinstance(source, BinaryData) and not source.prefix:
+        elif isinstance(source, RegionData):
+            content = read_region(source) if read_region else None
+        elif not source.prefix:
             content = body[source.offset : source.offset + source.body_bytes]
     return InputFacts(
         name=tensor.name,
