@@ -20,7 +20,7 @@ from forebay.frontend.codec.infer_request import (
 )
 from forebay.frontend.codec.infer_response import OutputTensor
 from forebay.frontend.codec.json_tensor import encode_leaves, render_json_data
-from forebay.frontend.codec.rapid_json import Json, as_object, dump_json, parse_json, quote
+from forebay.frontend.codec.rapid_json import Json, as_object, as_text, dump_json, parse_json, quote
 from forebay.frontend.errors import error_body
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError, from_wire
@@ -80,7 +80,7 @@ class _Mapping:
             elif (spec := self._specs.get(key)) is not None:
                 self._add_input(spec, value)
             else:
-                self.parameters[key] = custom_parameter(key, value)
+                self.parameters[as_text(key)] = custom_parameter(as_text(key), value)
 
     def _read_nested(self, value: Json) -> None:
         if NESTED_KEY in self._specs:

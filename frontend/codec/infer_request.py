@@ -125,7 +125,7 @@ class ParsedInfer(msgspec.Struct, frozen=True):
         return tuple(wanted[spec.name] for spec in entry.outputs if spec.name in wanted)
 
 
-_HEADER_NUMBER = re.compile(r"[ \t]*([+-]?)0*([0-9]+)[ \t]*")
+_HEADER_NUMBER = re.compile(r"[ \t]*([+-]?)([0-9]+)[ \t]*")
 
 
 def parse_header_length(text: str | None, body_bytes: int) -> int:
@@ -142,7 +142,7 @@ def parse_header_length(text: str | None, body_bytes: int) -> int:
     number = _HEADER_NUMBER.fullmatch(text)
     if number is None:
         raise InvalidArgument(f"Unable to parse Inference-Header-Content-Length, got: {text}")
-    sign, digits = number.groups()
+    sign, digits = number.group(1), number.group(2).lstrip("0") or "0"
     length = int(digits) if len(digits) < 19 else MAX_ELEMENT_COUNT
     if length > body_bytes or (sign == "-" and length):
         raise InvalidArgument(f"inference header size should be in range (0, {body_bytes}), got: {text}")

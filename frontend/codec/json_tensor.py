@@ -7,6 +7,7 @@ is not a number, 1.5 is not an integer, and 64-bit integers are exact.
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from collections.abc import Sequence
 from typing import NoReturn, TypeAlias
@@ -221,9 +222,12 @@ def render_json_data(name: str, datatype: str, shape: Sequence[int], data: Buffe
     if array.dtype.kind != "f":
         return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
     wide = array.astype(np.float64)  # FP32 is printed as the double it widens to (spec H-076)
-    if count > EXACT_LAYOUT_COUNT and bool(np.isfinite(wide).all()):
-        return orjson.dumps(wide, option=orjson.OPT_SERIALIZE_NUMPY)
-    return b"[%s]" % ",".join(map(format_double, wide.tolist())).encode()
+    if count <= EXACT_LAYOUT_COUNT:
+        return b"[%s]" % ",".join(map(format_double, wide.tolist())).encode()
+    text = orjson.dumps(wide, option=orjson.OPT_SERIALIZE_NUMPY)
+    odd = wide[~np.isfinite(wide)]  # which orjson wrote as null, and nothing else
+    tokens = iter(odd.tolist())
+    return re.sub(b"null", lambda _: format_double(next(tokens)).encode(), text) if odd.size else text
 
 
 def _elements(name: str, data: Buffer, count: int) -> list[bytes]:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from forebay.ipc.errors import Internal, InvalidArgument
@@ -34,7 +35,8 @@ SCANNER_LIMIT_BYTES = 64 * 1024
 
 _INT64_MIN, _INT64_MAX, _UINT64_MAX = -(2**63), 2**63 - 1, 2**64 - 1
 
-_STRING_LITERAL = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+#: A string literal, or what there is of one that never ends: so a search over any bytes is linear in their number.
+_STRING_LITERAL = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _BLANK = re.compile(r"[ \n\r\t]*")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _DIGITS = re.compile(r"[0-9]*")
@@ -64,9 +66,14 @@ def parse_json(buffer: bytes | memoryview, *, max_depth: int = MAX_DEPTH) -> Jso
 
 def _depth(data: bytes) -> int:
     """Return how deep brackets nest outside of strings; exact for valid JSON."""
-    codes = np.frombuffer(_STRING_LITERAL.sub(b"", data), dtype=np.uint8) | 0x20  # '[' and '{' differ in this bit
-    steps = (codes == ord("{")).astype(np.int8) - (codes == ord("}")).astype(np.int8)
-    return int(np.cumsum(steps, dtype=np.int64).max(initial=0))
+    return int(np.cumsum(_bracket_steps(_STRING_LITERAL.sub(b"", data)), dtype=np.int64).max(initial=0))
+
+
+def _bracket_steps(bare: bytes) -> npt.NDArray[np.int8]:
+    """Return +1 for each opening bracket, -1 for each closing one, 0 for all other bytes."""
+    codes = np.frombuffer(bare, dtype=np.uint8) | 0x20  # '[' and '{' differ in this bit
+    steps: npt.NDArray[np.int8] = (codes == ord("{")).astype(np.int8) - (codes == ord("}")).astype(np.int8)
+    return steps
 
 
 def _fail(text: str, message: str, at: int) -> NoReturn:
@@ -104,15 +111,9 @@ _TRANSLATED = {
 def _innermost_is_object(text: str) -> bool:
     """Return whether the innermost bracket that is open at the end of ``text`` is a brace."""
     bare = _STRING_LITERAL.sub(b"", to_utf8(text))
-    closed = 0
-    for code in reversed(bare):
-        if code in b"]}":
-            closed += 1
-        elif code in b"[{":
-            if closed == 0:
-                return code == ord("{")
-            closed -= 1
-    return False
+    open_from_here = np.cumsum(_bracket_steps(bare)[::-1], dtype=np.int64)
+    unclosed = np.flatnonzero(open_from_here == 1)
+    return unclosed.size > 0 and bare[len(bare) - 1 - int(unclosed[0])] == ord("{")
 
 
 def _first(text: str) -> int:

@@ -195,6 +195,11 @@ def test_any_object_is_mapped_or_refused(document):
         validate_infer(ENTRY, parse(ENTRY, document), b"")
 
 
+def test_parameters_are_valid_utf8(model):
+    parsed = parse(model("m", [("FP32", (-1,))]), b'{"k\xff":"v\xff"}')
+    assert parsed.parameters == {"k\ufffd": "v\ufffd"}
+
+
 def test_syntax_errors_are_internal(model):
     with pytest.raises(Internal):
         parse(model("m", [("FP32", (-1,))]), b"{")

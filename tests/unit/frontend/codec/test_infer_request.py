@@ -254,7 +254,9 @@ def test_json_size_limit():
     )
 
 
-@pytest.mark.parametrize(("text", "length"), [(None, 10), ("0", 0), ("10", 10), (" 007 ", 7), ("+3", 3), ("-0", 0)])
+@pytest.mark.parametrize(
+    ("text", "length"), [(None, 10), ("0", 0), ("10", 10), (" 007 ", 7), ("0" * 9000 + "7", 7), ("+3", 3), ("-0", 0)]
+)
 def test_header_length(text, length):
     """Spec H-110."""
     assert parse_header_length(text, 10) == length

@@ -169,6 +169,10 @@ def test_outputs_that_do_not_fill_their_shape(datatype, shape, data):
 def test_large_float_outputs_keep_their_values(count):
     wide = np.geomspace(1e-300, 1e300, count)
     assert as_array(parse_json(render_json_data("Y", "FP64", (count,), wide.tobytes()))) == wide.tolist()
+    wide[[0, 1, 2]] = [np.inf, -np.inf, np.nan]
+    text = render_json_data("Y", "FP64", (count,), wide.tobytes())
+    assert text.startswith(b"[Infinity,-Infinity,NaN")
+    assert b"null" not in text
 
 
 @st.composite

@@ -134,6 +134,11 @@ def test_nesting_is_limited():
         parse_json(tricky)
 
 
+def test_unterminated_strings_cost_no_more_than_their_length():
+    """Quadratic work here would take hours."""
+    assert fault(b"[" * 99 + b'["[{' + b'\\"' * 2_000_000).startswith("Missing a closing quotation mark in string.")
+
+
 @pytest.mark.parametrize(
     ("tail", "text"),
     [
