@@ -25,7 +25,7 @@ from forebay.frontend.handlers import (
     trace_settings,
 )
 from forebay.frontend.handlers.context import JSON_TYPE, TEXT_TYPE, Call, ControlContext, Handler, Reply
-from forebay.frontend.plain_server import PlainServer
+from forebay.frontend.plain_server import PlainConnection, PlainServer
 from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
 from forebay.ipc.log import log
 
@@ -189,9 +189,14 @@ def _too_large(size: int, limit: int) -> InvalidArgument:
     )
 
 
-def build_server(context: ControlContext) -> PlainServer:
+#: The server of these endpoints, and one client's connection to it; a fast path may derive from the latter.
+ControlServer = PlainServer
+ControlConnection = PlainConnection
+
+
+def build_server(context: ControlContext) -> ControlServer:
     """Return the server of all endpoints besides inference, for the running event loop.
 
     Call it to get a protocol per connection; end it with ``pre_shutdown()`` and ``await shutdown(timeout)``.
     """
-    return PlainServer(Dispatcher(context))
+    return ControlServer(Dispatcher(context))

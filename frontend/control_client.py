@@ -64,7 +64,7 @@ class ControlClient:
         self._loop = loop
         self._producer = producer
         self._own_context = None if context is not None else zmq.Context[zmq.Socket[bytes]](io_threads=1)
-        self._codec: TypedCodec[CatalogPush | CommandReply] = TypedCodec(ControlToFrontend)
+        self._codec: TypedCodec[ControlToFrontend] = TypedCodec(ControlToFrontend)
         self._listeners: list[CatalogListener] = []
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._last_request = 0

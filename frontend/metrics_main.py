@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import os
 import socket
 import sys
 
+import msgspec
 import uvloop
 from aiohttp import hdrs, web
 
@@ -24,12 +26,11 @@ from forebay.frontend.plain_server import PlainServer
 from forebay.ipc.counters import CountersFile
 from forebay.ipc.errors import Code, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.log import log
+from forebay.ipc.log import LogOptions, log
 from forebay.ipc.messages import (
-    DoorbellDown,
-    DoorbellUp,
     Failed,
     FrontendStart,
+    LogChanged,
     Serve,
     Started,
     Stop,
@@ -37,10 +38,11 @@ from forebay.ipc.messages import (
 )
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
 
+#: Connections that may wait to be accepted: scrapers are few.
+_BACKLOG = 128
+
 #: Seconds that scrapes in progress get when the process is told to stop.
 _SHUTDOWN_SECS = 1.0
-
-FromSupervisor = FrontendStart | DoorbellUp | DoorbellDown | Serve | Stop
 
 
 class MetricsHandler:
@@ -64,7 +66,7 @@ def _text(body: bytes, *, status: int = 200, content_type: str = "text/plain") -
 class MetricsProcess:
     """From `FrontendStart` to `Stop`."""
 
-    def __init__(self, lifeline: Lifeline[FromSupervisor], start: FrontendStart, fds: list[int]) -> None:
+    def __init__(self, lifeline: Lifeline[SupervisorToFrontend], start: FrontendStart, fds: list[int]) -> None:
         """Take ownership of ``lifeline`` and ``fds``; runs in the event loop that is to serve."""
         loop = asyncio.get_running_loop()
         self._lifeline = lifeline
@@ -95,7 +97,7 @@ class MetricsProcess:
             await self._first(self._serve)
             if not self._stop.is_set():
                 await self._control.wait_catalog()
-                servers = [await loop.create_server(factory, sock=sock) for sock in self._sockets]
+                servers = [await loop.create_server(factory, sock=sock, backlog=_BACKLOG) for sock in self._sockets]
             await self._stop.wait()
         finally:
             loop.remove_reader(self._lifeline.fileno())
@@ -125,11 +127,14 @@ class MetricsProcess:
                 os.close(fd)
             if isinstance(message, Serve):
                 self._serve.set()
+            elif isinstance(message, LogChanged):
+                with contextlib.suppress(OSError):
+                    log.configure(msgspec.convert(message.options, LogOptions))
             elif isinstance(message, Stop):
                 self._stop.set()
 
 
-async def _run(lifeline: Lifeline[FromSupervisor], start: FrontendStart, fds: list[int]) -> int:
+async def _run(lifeline: Lifeline[SupervisorToFrontend], start: FrontendStart, fds: list[int]) -> int:
     return await MetricsProcess(lifeline, start, fds).run()
 
 
@@ -141,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     die_with_parent(os.getppid())
     ignore_terminal_signals()
     set_name("metrics")
-    lifeline: Lifeline[FromSupervisor] = Lifeline(socket.socket(fileno=options.lifeline_fd), SupervisorToFrontend)
+    lifeline: Lifeline[SupervisorToFrontend] = Lifeline(socket.socket(fileno=options.lifeline_fd), SupervisorToFrontend)
     try:
         message, fds = lifeline.receive()
         if not isinstance(message, FrontendStart):

@@ -24,7 +24,7 @@ class _PlainRequest(web.BaseRequest):
         response.headers.popall(hdrs.SERVER, None)
 
 
-class _PlainConnection(web.RequestHandler):
+class PlainConnection(web.RequestHandler):
     """aiohttp's HTTP protocol, with our error bodies in place of its pages."""
 
     __slots__ = ()
@@ -64,4 +64,4 @@ class PlainServer(web.Server):
 
     def __call__(self) -> web.RequestHandler:
         # auto_decompress: Triton reads these bodies as they come, and a bomb stays as small as it was sent.
-        return _PlainConnection(self, loop=asyncio.get_running_loop(), auto_decompress=False)
+        return PlainConnection(self, loop=asyncio.get_running_loop(), auto_decompress=False)
