@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import msgspec
 
@@ -37,10 +39,12 @@ class LogOptions(msgspec.Struct, frozen=True):
 class Log:
     """One process's log. Not for hot paths."""
 
-    def __init__(self, options: LogOptions = LogOptions()) -> None:
-        self.options = options
+    def __init__(self) -> None:
+        """Start with the defaults, on standard error."""
+        self.options = LogOptions()
+        #: Entered around every write; the supervisor's display gets out of the way here.
+        self.interrupting: Callable[[], AbstractContextManager[object]] = nullcontext
         self._fd = 2
-        self.configure(options)
 
     def configure(self, options: LogOptions) -> None:
         """Use ``options`` from now on.
@@ -96,12 +100,10 @@ class Log:
 
     def _write(self, text: str) -> None:
         data = memoryview(text.encode("utf-8", "backslashreplace"))
-        try:
+        # A closed terminal or a full disk must not end the server.
+        with self.interrupting(), suppress(OSError):
             while data:
                 data = data[os.write(self._fd, data) :]
-        except OSError:
-            # A closed terminal or a full disk must not end the server.
-            pass
 
 
 def options_from_environment() -> LogOptions:
@@ -114,10 +116,10 @@ def options_from_environment() -> LogOptions:
 
 
 def _create() -> Log:
-    try:
-        return Log(options_from_environment())
-    except OSError:
-        return Log()
+    created = Log()
+    with suppress(OSError):
+        created.configure(options_from_environment())
+    return created
 
 
 #: This process's log.

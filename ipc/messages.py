@@ -349,7 +349,13 @@ class Serve(Message, tag=23):
     """Supervisor -> frontend: the initial load is done, listen and accept connections now (spec H-032)."""
 
 
-SupervisorToFrontend = FrontendStart | DoorbellUp | DoorbellDown | Serve | Stop
+class LogChanged(Message, tag=24):
+    """Supervisor -> frontend: log like this from now on (spec H-263). Fields of :class:`forebay.ipc.log.LogOptions`."""
+
+    options: dict[str, Any]
+
+
+SupervisorToFrontend = FrontendStart | DoorbellUp | DoorbellDown | Serve | LogChanged | Stop
 FrontendToSupervisor = Started | Failed
 
 

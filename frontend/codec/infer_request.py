@@ -167,9 +167,17 @@ def decode_infer_request(
 
 
 def parse_infer_request(
-    body: bytes | memoryview, header_length: int | None, *, model_name: str, max_json_bytes: int
+    body: bytes | memoryview,
+    header_length: int | None,
+    *,
+    model_name: str,
+    max_json_bytes: int,
+    body_bytes: int | None = None,
 ) -> ParsedInfer:
     """Return the request whose JSON is the first ``header_length`` bytes (None: all) of ``body``.
+
+    Args:
+        body_bytes: bytes of the whole body if ``body`` is only its beginning, the JSON included.
 
     Raises:
         Internal: the JSON is malformed or a member has the wrong type (spec H-002: 500).
@@ -180,7 +188,7 @@ def parse_infer_request(
     document = parse_json(body[:json_bytes] if json_bytes < len(body) else body)
     request_id = parse_request_id(document)
     fields = _parse_parameters(document)
-    cursor = _BodyCursor(model_name, json_bytes, len(body))
+    cursor = _BodyCursor(model_name, json_bytes, len(body) if body_bytes is None else body_bytes)
     inputs = _parse_inputs(document, request_id, cursor, max_json_bytes)
     return ParsedInfer(
         inputs=inputs,

@@ -1,0 +1,772 @@
+"""A frontend's end of the engine: places requests in shared memory, hands them over, and takes the answers.
+
+One per frontend process, used from its event loop only. Requests of one event-loop turn are coalesced: neighbouring rows
+become one run, all runs of a turn one message (I-3). Under a grant the run goes straight to the worker's doorbell.
+
+What a caller sees is small: :meth:`RouteClient.loan` rows or :meth:`EngineClient.allocate` blocks, fill them, publish
+them with an owner, and be called back. Ownership: loaned rows and blocks belong to the caller until published, then to
+the engine until the owner's callback, then to the caller again, who releases them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import time
+from typing import Protocol
+
+import msgspec
+
+from forebay.ipc.arena import Arena, BlockAllocator
+from forebay.ipc.catalog import Catalog, ModelEntry
+from forebay.ipc.channel import SubmitSender
+from forebay.ipc.counters import PRODUCER_WORDS, CountersFile
+from forebay.ipc.counters import ProducerCounter as Count
+from forebay.ipc.doorbell import Bell
+from forebay.ipc.errors import (
+    ArenaFull,
+    BackendFailed,
+    Code,
+    Internal,
+    ServingError,
+    Unavailable,
+    WorkerDied,
+    from_wire,
+)
+from forebay.ipc.messages import Cancel, GrantReturned, ParcelHead, ParcelSubmit, ReplyHead, RunSubmit, Submit
+from forebay.ipc.slabs import Slab, SlabLayout
+from forebay.ipc.wire import (
+    FLAG_FINAL,
+    FLAG_GONE,
+    FLAG_GRANTED,
+    GRANT,
+    GROW,
+    HEADER,
+    MESSAGE_BYTES_MAX,
+    PARCEL,
+    RUN,
+    TIMES,
+    TOKEN,
+    Kind,
+    Run,
+    pack_runs,
+    unpack_runs,
+)
+
+#: A request whose tensors take more bytes per row than this lives in blocks of its own: a slow upload must not hold
+#: up the slab's ring, and gathering large rows would cost more than running them one by one.
+SLAB_ROW_BYTES_MAX = 16 * 1024
+#: Bytes of a route's first slab, at most.
+SLAB_BYTES_FIRST = 2 * 1024 * 1024
+#: Rows of a route's first slab.
+SLAB_ROWS_MIN, SLAB_ROWS_MAX = 64, 65536
+#: Times a request is handed to another worker after its worker died.
+ATTEMPTS_MAX = 1
+
+_TIMES_END = HEADER.size + TIMES.size
+
+
+class RowOwner(Protocol):
+    """Who waits for a request in slab rows."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows the request has."""
+        ...
+
+    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+        """The outputs are in place. The rows are released when this returns."""
+        ...
+
+    def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
+        """There are no outputs; ``ran`` tells whether a worker tried. The rows are released when this returns."""
+        ...
+
+
+OwnedSlab = Slab[RowOwner]
+
+
+class ParcelOwner(Protocol):
+    """Who waits for a parcel."""
+
+    def parcel_reply(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        """One response; an error if ``reply.text`` is set. Places are valid until the owner frees its blocks."""
+        ...
+
+    def lend(self, byte_size: int) -> int:
+        """Return the offset of a reply block of at least this size.
+
+        Raises:
+            ArenaFull: there is no room.
+        """
+        ...
+
+
+class Grant:
+    """The right to ring one worker. Owns nothing: the doorbell belongs to the client."""
+
+    __slots__ = ("batches", "bell", "generation", "instance", "outstanding", "revoked", "route", "rows_max", "tokens")
+
+    def __init__(self, route: RouteClient, instance: int, generation: int, rows_max: int, bell: Bell) -> None:
+        self.route = route
+        self.instance = instance
+        self.generation = generation
+        self.rows_max = rows_max
+        self.bell = bell
+        #: What the worker runs now; empty: it is idle.
+        self.outstanding: list[Run] = []
+        self.tokens: list[int] = []
+        self.revoked = False
+        self.batches = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.outstanding and not self.tokens
+
+
+class _TurnRun:
+    """Consecutive rows published in this event-loop turn."""
+
+    __slots__ = ("attempt", "enqueue_ns", "first", "priority", "requests", "rows_each", "slab", "timeout_us")
+
+    def __init__(
+        self,
+        slab: OwnedSlab,
+        first: int,
+        rows_each: int,
+        enqueue_ns: int,
+        requests: int,
+        attempt: int,
+        priority: int,
+        timeout_us: int,
+    ) -> None:
+        self.slab = slab
+        self.first = first
+        self.requests = requests
+        self.rows_each = rows_each
+        self.enqueue_ns = enqueue_ns
+        self.attempt = attempt
+        self.priority = priority
+        self.timeout_us = timeout_us
+
+
+class _Parcel:
+    """A parcel in flight."""
+
+    __slots__ = ("instance", "owner", "route", "submit")
+
+    def __init__(self, route: RouteClient, submit: ParcelSubmit, owner: ParcelOwner) -> None:
+        self.route = route
+        self.submit = submit
+        self.owner = owner
+        self.instance = 0
+
+
+class RouteClient:
+    """One loaded model version as this frontend uses it."""
+
+    def __init__(self, engine: EngineClient, entry: ModelEntry) -> None:
+        self.engine = engine
+        self.entry = entry
+        self.route = entry.route
+        self.is_retired = False
+        self.slabs: list[OwnedSlab] = []
+        self.counters = engine.counters_block(entry.counter_offset)
+        #: Bytes copied in user space since the counters were last written.
+        self.copied_in_bytes = 0
+        self.copied_out_bytes = 0
+        self.turn: list[_TurnRun] = []
+        self.turn_parcels: list[ParcelSubmit] = []
+        self.grants: list[Grant] = []
+        #: Bytes that replies of unknown size are expected to take; learned from those that did not fit.
+        self.reply_guess_bytes = 1024
+        self._row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
+        #: True if requests may live in slab rows.
+        self.uses_rows = entry.is_fixed and self._row_bytes <= SLAB_ROW_BYTES_MAX
+        self._layouts: dict[int, SlabLayout] = {}
+
+    # --- rows ---
+
+    def loan(self, rows: int) -> tuple[OwnedSlab, int]:
+        """Return a slab and the first of ``rows`` free consecutive rows in it.
+
+        Raises:
+            ArenaFull: the arena has no room for a larger slab.
+        """
+        if self.slabs:
+            slab = self.slabs[-1]
+            first = slab.loan(rows)
+            if first >= 0:
+                return slab, first
+        return self._loan_from_new(rows)
+
+    def _loan_from_new(self, rows: int) -> tuple[OwnedSlab, int]:
+        for slab in self.slabs[:-1]:
+            first = slab.loan(rows)
+            if first >= 0:
+                return slab, first
+        if self.slabs:
+            capacity = self.slabs[-1].capacity * 2
+        else:
+            fitting = SLAB_BYTES_FIRST // max(self._row_bytes, 1)
+            wanted = max(SLAB_ROWS_MIN, 8 * self.entry.max_batch_size)
+            capacity = max(min(wanted, fitting), 2 * max(self.entry.max_batch_size, 1))
+        capacity = min(max(capacity, rows), SLAB_ROWS_MAX)
+        layout = SlabLayout(self.entry.inputs, self.entry.outputs, capacity)
+        slab = Slab[RowOwner](self.engine.allocate(layout.byte_size), layout)
+        self.slabs.append(slab)
+        self.engine.slabs[slab.base] = (self, slab)
+        first = slab.loan(rows)
+        if first < 0:
+            raise ArenaFull("too many requests in flight for one model; send fewer at a time")
+        return slab, first
+
+    def publish(
+        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
+    ) -> None:
+        """Hand filled rows over; they go out at the end of this event-loop turn."""
+        slab.owners[first] = owner
+        turn = self.turn
+        if turn:
+            last = turn[-1]
+            if (
+                last.slab is slab
+                and last.rows_each == rows
+                and last.first + last.requests * rows == first
+                and last.priority == priority
+                and last.timeout_us == timeout_us
+            ):
+                last.requests += 1
+                return
+        elif not self.turn_parcels:
+            self.engine.schedule_flush(self)
+        turn.append(_TurnRun(slab, first, rows, self.engine.turn_ns(), 1, 0, priority, timeout_us))
+
+    def input_slice(self, slab: OwnedSlab, first: int, rows: int, index: int) -> memoryview:
+        """Return the bytes of input ``index`` of loaned rows: writable, ``rows * row_bytes``."""
+        area = slab.layout.inputs[index]
+        start = slab.base + area.offset + first * area.row_bytes
+        return self.engine.view[start : start + rows * area.row_bytes]
+
+    def output_slice(self, slab: OwnedSlab, first: int, rows: int, index: int) -> memoryview:
+        """Return the bytes of output ``index``; valid until the rows are released."""
+        area = slab.layout.outputs[index]
+        start = slab.base + area.offset + first * area.row_bytes
+        return self.engine.view[start : start + rows * area.row_bytes]
+
+    # --- parcels ---
+
+    def submit_parcel(self, submit: ParcelSubmit, owner: ParcelOwner) -> None:
+        """Hand over a parcel whose tensors are filled in."""
+        self.engine.parcels[submit.token] = _Parcel(self, submit, owner)
+        if not self.turn_parcels and not self.turn:
+            self.engine.schedule_flush(self)
+        self.turn_parcels.append(submit)
+
+    # --- end of a turn ---
+
+    def flush_direct(self) -> bool:
+        """Ring an idle granted worker with this turn's requests; False if they must go to the scheduler."""
+        if not self.grants:
+            return False
+        grant = next((grant for grant in self.grants if grant.is_idle and not grant.revoked), None)
+        if grant is None:
+            return False
+        if self.turn:
+            if len(self.turn) != 1 or self.turn_parcels:
+                return False
+            run = self.turn[0]
+            if run.requests > 1 and run.requests * run.rows_each > grant.rows_max:
+                return False
+            wire_run = self.engine.to_wire(run)
+            message = pack_runs(Kind.RUNS, FLAG_GRANTED, self.engine.producer, grant.batches, [wire_run])
+            grant.outstanding = [wire_run]
+        else:
+            if len(self.turn_parcels) != 1:
+                return False
+            parcel = self.turn_parcels[0]
+            message = b"".join(
+                (
+                    HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, self.engine.producer, grant.batches),
+                    PARCEL.pack(
+                        self.engine.producer, max(parcel.rows, 1), parcel.token, parcel.enqueue_ns, len(parcel.head)
+                    ),
+                    parcel.head,
+                )
+            )
+            grant.tokens = [parcel.token]
+            self.engine.parcels[parcel.token].instance = grant.instance
+        grant.batches += 1
+        if not grant.bell.ring(message):
+            # The worker is gone; the scheduler says so (REVOKE, gone) after everything the worker had sent.
+            return True
+        self.counters[Count.GRANTED_BATCHES] += 1
+        return True
+
+    def retire(self) -> None:
+        """The model version is no longer routed to; give back slabs as they empty."""
+        self.is_retired = True
+        self.free_idle_slabs()
+
+    def free_idle_slabs(self) -> None:
+        """Free slabs that hold nothing: all of a retired route, all but the newest of a live one."""
+        keep = [] if self.is_retired else self.slabs[-1:]
+        for slab in list(self.slabs):
+            if slab.live == 0 and slab not in keep:
+                self.slabs.remove(slab)
+                self.engine.slabs.pop(slab.base, None)
+                self.engine.free(slab.base, slab.layout.byte_size)
+
+    def write_counters(self) -> None:
+        counters = self.counters
+        if self.copied_in_bytes:
+            counters[Count.COPIED_IN_BYTES] += self.copied_in_bytes
+            self.copied_in_bytes = 0
+        if self.copied_out_bytes:
+            counters[Count.COPIED_OUT_BYTES] += self.copied_out_bytes
+            self.copied_out_bytes = 0
+
+
+class EngineClient:
+    """All routes, the arena, the doorbells."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        producer: int,
+        epoch: int,
+        arena: Arena,
+        completions: socket.socket,
+        counters: CountersFile,
+        submit: SubmitSender,
+    ) -> None:
+        self.producer = producer
+        self.arena = arena
+        #: uint8 [arena bytes]: the whole arena
+        self.view = arena.view
+        self.slabs: dict[int, tuple[RouteClient, OwnedSlab]] = {}
+        self.parcels: dict[int, _Parcel] = {}
+        self.routes: dict[int, RouteClient] = {}
+        self._epoch = epoch
+        self._loop = loop
+        self._completions = completions
+        completions.setblocking(False)
+        self._counters_file = counters
+        self._submit = submit
+        self._blocks = BlockAllocator(arena.byte_size)
+        # Offset 0 is nobody's, so that a zeroed place is never a real one.
+        self._blocks.allocate(64)
+        self._tokens = itertools.count(1)
+        self._dirty: list[RouteClient] = []
+        self._turn_ns = 0
+        self._bells: dict[int, Bell] = {}
+        self._grants: dict[int, Grant] = {}
+        self._buffer = bytearray(MESSAGE_BYTES_MAX)
+        self._buffer_view = memoryview(self._buffer)
+        self._decode_reply = msgspec.msgpack.Decoder(ReplyHead).decode
+        self._encode_head = msgspec.msgpack.Encoder().encode
+        self._no_counters = memoryview(bytearray(PRODUCER_WORDS * 8)).cast("Q")
+        loop.add_reader(completions.fileno(), self._on_completion)
+
+    # --- models ---
+
+    def update_catalog(self, catalog: Catalog) -> None:
+        """Follow a new catalog: open what is new, retire what is gone."""
+        alive: set[int] = set()
+        for entry in catalog.models:
+            if entry.route and entry.is_ready:
+                alive.add(entry.route)
+                if entry.route not in self.routes:
+                    self.routes[entry.route] = RouteClient(self, entry)
+        for number in [number for number in self.routes if number not in alive]:
+            self.routes.pop(number).retire()
+
+    def counters_block(self, offset: int) -> memoryview:
+        """Return the words of one of this frontend's blocks; a private one for offset 0."""
+        return self._counters_file.block(offset, PRODUCER_WORDS) if offset else self._no_counters
+
+    # --- memory ---
+
+    def allocate(self, byte_size: int) -> int:
+        """Return the offset of a block.
+
+        Raises:
+            ArenaFull: there is no room.
+        """
+        return self._blocks.allocate(byte_size)
+
+    def free(self, offset: int, byte_size: int) -> None:
+        """Give a block back; large ones return their pages to the kernel."""
+        self._blocks.free(offset, byte_size)
+        if byte_size >= 64 * 1024 * 1024:
+            self.arena.discard(offset, byte_size)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the arena in use."""
+        return self._blocks.used_bytes
+
+    @property
+    def in_flight_count(self) -> int:
+        """Rows and parcels handed over and not answered."""
+        return sum(slab.live for _route, slab in self.slabs.values()) + len(self.parcels)
+
+    def next_token(self) -> int:
+        return next(self._tokens)
+
+    def encode_head(self, head: ParcelHead) -> bytes:
+        return self._encode_head(head)
+
+    # --- turns ---
+
+    def turn_ns(self) -> int:
+        """Return the time of this event-loop turn; one clock read per turn."""
+        if not self._turn_ns:
+            self._turn_ns = time.monotonic_ns()
+        return self._turn_ns
+
+    def schedule_flush(self, route: RouteClient) -> None:
+        """Remember that the route has something to send at the end of the turn."""
+        if not self._dirty:
+            self._loop.call_soon(self._flush)
+        self._dirty.append(route)
+
+    def to_wire(self, run: _TurnRun) -> Run:
+        return Run(
+            self.producer, run.requests, run.slab.base, run.slab.capacity, run.first, run.requests * run.rows_each,
+            run.attempt, run.requests * run.enqueue_ns,
+        )  # fmt: skip
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        self._turn_ns = 0
+        runs: list[RunSubmit] = []
+        parcels: list[ParcelSubmit] = []
+        for route in dirty:
+            if not route.flush_direct():
+                for run in route.turn:
+                    runs.append(
+                        RunSubmit(
+                            route.route,
+                            run.slab.base,
+                            run.slab.capacity,
+                            run.first,
+                            run.requests,
+                            run.rows_each,
+                            run.enqueue_ns,
+                            run.attempt,
+                            run.priority,
+                            run.timeout_us,
+                        )  # fmt: skip
+                    )
+                parcels.extend(route.turn_parcels)
+            route.turn.clear()
+            route.turn_parcels.clear()
+            route.write_counters()
+        if not runs and not parcels:
+            return
+        message = Submit(producer=self.producer, epoch=self._epoch, runs=tuple(runs), parcels=tuple(parcels))
+        if not self._submit.send_nowait(message):
+            self._refuse_unsent(runs, parcels)
+
+    def _refuse_unsent(self, runs: list[RunSubmit], parcels: list[ParcelSubmit]) -> None:
+        error = Unavailable("the scheduler does not keep up; try again later")
+        for run in runs:
+            _route, slab = self.slabs[run.base]
+            self._fail_rows(slab, run.first, run.requests * run.rows_each, error, ran=False)
+        for parcel in parcels:
+            self._fail_parcel(parcel.token, error)
+
+    # --- completions ---
+
+    def _on_completion(self) -> None:
+        try:
+            size = self._completions.recv_into(self._buffer)
+        except BlockingIOError:
+            return
+        if size < HEADER.size:
+            return
+        message = self._buffer_view[:size]
+        kind, flags, count, instance, batch = HEADER.unpack_from(message)
+        if kind == Kind.RUNS_DONE:
+            self._runs_done(message, count, instance)
+        elif kind == Kind.PARCEL_REPLY:
+            self._parcel_reply(message, flags, instance)
+        elif kind == Kind.RUNS_FAILED:
+            self._runs_failed(message, count, instance)
+        elif kind == Kind.GRANT:
+            self._granted(message)
+        elif kind == Kind.REVOKE:
+            self._revoked(message, flags)
+        elif kind == Kind.RUNS_LOST:
+            for run in unpack_runs(message, count, _TIMES_END):
+                self._run_lost(run)
+        elif kind == Kind.PARCEL_LOST:
+            for index in range(count):
+                (token,) = TOKEN.unpack_from(message, _TIMES_END + index * TOKEN.size)
+                self._parcel_lost(token)
+        elif kind == Kind.RESYNC:
+            self._resync(batch)
+
+    def _runs_done(self, message: memoryview, count: int, instance: int) -> None:
+        now_ns = time.monotonic_ns()
+        slabs = self.slabs
+        for index in range(count):
+            _producer, requests, base, _capacity, first, rows, _attempt, enqueue_sum_ns = RUN.unpack_from(
+                message, _TIMES_END + index * RUN.size
+            )
+            found = slabs.get(base)
+            if found is None:
+                continue
+            route, slab = found
+            owners = slab.owners
+            if rows == 1:
+                owner = owners[first]
+                owners[first] = None
+                if owner is not None:
+                    owner.rows_done(slab, first)
+            else:
+                for row, owner in enumerate(owners[first : first + rows], first):
+                    if owner is not None:
+                        owners[row] = None
+                        owner.rows_done(slab, row)
+            slab.release(first, rows)
+            counters = route.counters
+            counters[Count.SUCCESS] += requests
+            counters[Count.SUCCESS_NS] += max(requests * now_ns - enqueue_sum_ns, 0)
+            route.write_counters()
+            if route.is_retired or len(route.slabs) > 1:
+                route.free_idle_slabs()
+        if self._grants:
+            self._grant_idle(instance)
+
+    def _runs_failed(self, message: memoryview, count: int, instance: int) -> None:
+        now_ns = time.monotonic_ns()
+        end = _TIMES_END + count * RUN.size
+        error = from_wire(message[end], bytes(message[end + 1 :]).decode(errors="replace"))
+        for run in unpack_runs(message, count, _TIMES_END):
+            found = self.slabs.get(run.base)
+            if found is None:
+                continue
+            route, slab = found
+            self._fail_rows(slab, run.first, run.rows, error, ran=instance != 0)
+            route.counters[Count.FAILED] += run.requests
+            route.counters[Count.FAILED_NS] += max(run.requests * now_ns - run.enqueue_sum_ns, 0)
+        self._grant_idle(instance)
+
+    def _fail_rows(self, slab: OwnedSlab, first: int, rows: int, error: ServingError, *, ran: bool) -> None:
+        for row in range(first, first + rows):
+            owner = slab.owners[row]
+            if owner is not None:
+                slab.owners[row] = None
+                owner.rows_failed(slab, row, error, ran=ran)
+        slab.release(first, rows)
+
+    def _run_lost(self, run: Run) -> None:
+        found = self.slabs.get(run.base)
+        if found is None or run.first + run.rows > found[1].capacity:
+            return
+        route, slab = found
+        if all(slab.owners[row] is None for row in range(run.first, run.first + run.rows)):
+            return
+        if run.attempt >= ATTEMPTS_MAX or route.is_retired:
+            error = WorkerDied(
+                f"an instance of model '{route.entry.name}' ended unexpectedly while it ran the request, "
+                "and so did the one that tried it again"
+            )
+            self._fail_rows(slab, run.first, run.rows, error, ran=True)
+            route.counters[Count.FAILED] += run.requests
+            route.counters[Count.FAILED_OTHER] += run.requests
+            return
+        enqueue_ns = run.enqueue_sum_ns // max(run.requests, 1)
+        self._resubmit_rows(route, slab, range(run.first, run.first + run.rows), enqueue_ns, run.attempt + 1)
+
+    def _resubmit_rows(
+        self,
+        route: RouteClient,
+        slab: OwnedSlab,
+        rows: range,
+        enqueue_ns: int,
+        attempt: int,
+        skip: frozenset[int] = frozenset(),
+    ) -> None:
+        """Hand in again every request that starts in ``rows`` and still has an owner, each for itself."""
+        for row in rows:
+            owner = slab.owners[row]
+            if owner is None or row in skip:
+                continue
+            if not route.turn and not route.turn_parcels:
+                self.schedule_flush(route)
+            route.turn.append(_TurnRun(slab, row, owner.rows, enqueue_ns, 1, attempt, 0, 0))
+            route.counters[Count.RESUBMITTED] += 1
+
+    # --- parcels ---
+
+    def _parcel_reply(self, message: memoryview, flags: int, instance: int) -> None:
+        (token,) = TOKEN.unpack_from(message, _TIMES_END)
+        parcel = self.parcels.get(token)
+        final = bool(flags & FLAG_FINAL)
+        if parcel is not None:
+            try:
+                reply = self._decode_reply(message[_TIMES_END + TOKEN.size :])
+                for place in reply.outputs:
+                    self.arena.check(place.offset, place.byte_size)
+            except (msgspec.DecodeError, msgspec.ValidationError, Internal):
+                reply = ReplyHead(code=int(Code.INTERNAL), text="the model's answer could not be read")
+                final = True
+            if reply.needs_bytes:
+                self._lend(parcel, token, reply.needs_bytes, instance)
+            else:
+                if final:
+                    self._count_parcel(parcel, reply)
+                    del self.parcels[token]
+                parcel.owner.parcel_reply(reply, final=final, ran=instance != 0)
+                parcel.route.write_counters()
+        grant = self._grants.get(instance)
+        if grant is not None and final and token in grant.tokens:
+            grant.tokens.remove(token)
+            self._grant_idle(instance)
+
+    def _count_parcel(self, parcel: _Parcel, reply: ReplyHead) -> None:
+        counters = parcel.route.counters
+        elapsed_ns = time.monotonic_ns() - parcel.submit.enqueue_ns
+        if reply.text:
+            counters[Count.FAILED] += 1
+            counters[Count.FAILED_NS] += elapsed_ns
+        else:
+            counters[Count.SUCCESS] += 1
+            counters[Count.SUCCESS_NS] += elapsed_ns
+
+    def _lend(self, parcel: _Parcel, token: int, byte_size: int, instance: int) -> None:
+        bell = self._bells.get(instance)
+        try:
+            if bell is None:
+                raise WorkerDied("the model instance is gone")
+            offset = parcel.owner.lend(byte_size)
+        except ServingError as error:
+            self._fail_parcel(token, error)
+            self.cancel(token)
+            return
+        bell.ring(HEADER.pack(Kind.COLLECT, 0, 1, self.producer, 0) + GROW.pack(token, offset, byte_size))
+
+    def _fail_parcel(self, token: int, error: ServingError) -> None:
+        parcel = self.parcels.pop(token, None)
+        if parcel is not None:
+            reply = ReplyHead(code=int(error.code), text=error.text)
+            self._count_parcel(parcel, reply)
+            parcel.owner.parcel_reply(reply, final=True, ran=isinstance(error, BackendFailed | WorkerDied))
+
+    def _parcel_lost(self, token: int) -> None:
+        parcel = self.parcels.get(token)
+        if parcel is None:
+            return
+        submit = parcel.submit
+        if submit.attempt >= ATTEMPTS_MAX or parcel.route.is_retired:
+            self._fail_parcel(
+                token,
+                WorkerDied(
+                    f"an instance of model '{parcel.route.entry.name}' ended unexpectedly while it ran the request, "
+                    "and so did the one that tried it again"
+                ),
+            )
+            return
+        parcel.route.counters[Count.RESUBMITTED] += 1
+        again = msgspec.structs.replace(submit, attempt=submit.attempt + 1)
+        parcel.instance = 0
+        parcel.route.submit_parcel(again, parcel.owner)
+
+    def cancel(self, token: int) -> None:
+        """Tell the engine that nobody waits for the parcel; its owner is still called back once, with the last word."""
+        self._submit.send_nowait(Cancel(producer=self.producer, tokens=(token,)))
+
+    # --- grants ---
+
+    def add_doorbell(self, instance: int, sock: socket.socket) -> None:
+        """A worker that may be granted, and that is told where larger reply blocks are."""
+        self._bells[instance] = Bell(sock)
+
+    def remove_doorbell(self, instance: int) -> None:
+        bell = self._bells.pop(instance, None)
+        if bell is not None and instance not in self._grants:
+            bell.close()
+
+    def _granted(self, message: memoryview) -> None:
+        route_id, instance, generation, rows_max = GRANT.unpack_from(message, HEADER.size)
+        route = self.routes.get(route_id)
+        bell = self._bells.get(instance)
+        if route is None or bell is None:
+            self._submit.send_nowait(GrantReturned(producer=self.producer, instance=instance, generation=generation))
+            return
+        grant = Grant(route, instance, generation, rows_max, bell)
+        self._grants[instance] = grant
+        route.grants.append(grant)
+
+    def _revoked(self, message: memoryview, flags: int) -> None:
+        _route, instance, generation, _rows = GRANT.unpack_from(message, HEADER.size)
+        grant = self._grants.get(instance)
+        if grant is None or grant.generation != generation:
+            return
+        grant.revoked = True
+        if flags & FLAG_GONE:
+            lost_runs, lost_tokens = grant.outstanding, grant.tokens
+            grant.outstanding, grant.tokens = [], []
+            self._drop_grant(grant)
+            for run in lost_runs:
+                self._run_lost(run)
+            for token in lost_tokens:
+                self._parcel_lost(token)
+        elif grant.is_idle:
+            self._return_grant(grant)
+
+    def _grant_idle(self, instance: int) -> None:
+        grant = self._grants.get(instance)
+        if grant is not None:
+            grant.outstanding = []
+            if grant.revoked and grant.is_idle:
+                self._return_grant(grant)
+
+    def _return_grant(self, grant: Grant) -> None:
+        self._drop_grant(grant)
+        self._submit.send_nowait(
+            GrantReturned(
+                producer=self.producer, instance=grant.instance, generation=grant.generation, batches=grant.batches
+            )
+        )
+
+    def _drop_grant(self, grant: Grant) -> None:
+        self._grants.pop(grant.instance, None)
+        if grant in grant.route.grants:
+            grant.route.grants.remove(grant)
+
+    # --- restart of the scheduler ---
+
+    def _resync(self, epoch: int) -> None:
+        """A new scheduler is up and every worker has finished what the old one sent: hand in again what is left."""
+        self._epoch = epoch
+        # What was rung under a grant runs or has run; what was not yet sent goes out with this turn.
+        exempt_rows: set[tuple[int, int]] = set()
+        exempt_tokens: set[int] = set()
+        for grant in self._grants.values():
+            for granted in grant.outstanding:
+                exempt_rows.update((granted.base, row) for row in range(granted.first, granted.first + granted.rows))
+            exempt_tokens.update(grant.tokens)
+            grant.route.grants.clear()
+        self._grants.clear()
+        for route in self._dirty:
+            for run in route.turn:
+                rows = run.requests * run.rows_each
+                exempt_rows.update((run.slab.base, row) for row in range(run.first, run.first + rows))
+            exempt_tokens.update(submit.token for submit in route.turn_parcels)
+        now_ns = time.monotonic_ns()
+        for base, (route, slab) in list(self.slabs.items()):
+            skip = frozenset(row for exempt_base, row in exempt_rows if exempt_base == base)
+            self._resubmit_rows(route, slab, range(slab.capacity), now_ns, 0, skip)
+        for token, parcel in list(self.parcels.items()):
+            if token not in exempt_tokens:
+                parcel.route.submit_parcel(parcel.submit, parcel.owner)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._completions.fileno())
+        self._submit.close()

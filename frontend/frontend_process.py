@@ -1,0 +1,182 @@
+"""What every serving frontend process does alike: start from the lifeline, connect to engine and supervisor, stop.
+
+A protocol gives :func:`run_frontend` a function that opens its servers; the rest is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import uvloop
+import zmq
+
+from forebay.frontend.control_client import ControlClient
+from forebay.frontend.engine_client import EngineClient
+from forebay.ipc.arena import Arena
+from forebay.ipc.channel import SubmitSender
+from forebay.ipc.counters import CountersFile
+from forebay.ipc.errors import Code, ServingError
+from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.log import LogOptions, log
+from forebay.ipc.messages import (
+    DoorbellDown,
+    DoorbellUp,
+    Failed,
+    FrontendStart,
+    LogChanged,
+    Serve,
+    Started,
+    Stop,
+    SupervisorToFrontend,
+)
+from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
+
+#: Seconds between looks at whether the last request has been answered while stopping.
+_DRAIN_POLL_SECS = 0.02
+
+
+class Served(Protocol):
+    """A protocol's servers."""
+
+    def stop_accepting(self) -> None:
+        """Take no new connections."""
+        ...
+
+    def drain(self) -> None:
+        """Close idle connections; the others after what they have been asked."""
+        ...
+
+    @property
+    def connection_count(self) -> int:
+        """Connections still open."""
+        ...
+
+    def abort(self) -> None:
+        """Close everything now."""
+        ...
+
+
+class FrontendProcess:
+    """One frontend: engine, control connection, settings, sockets."""
+
+    def __init__(self, lifeline: Lifeline[SupervisorToFrontend], start: FrontendStart, fds: Sequence[int]) -> None:
+        """Take ownership of ``lifeline`` and ``fds``; call in the running event loop."""
+        self.loop = asyncio.get_running_loop()
+        self.start = start
+        self._lifeline = lifeline
+        arena_fd, completion_fd, counters_fd, *listener_fds = fds
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self.counters = CountersFile(counters_fd)
+        self.arena = Arena(arena_fd, start.arena_bytes)
+        os.close(counters_fd)
+        os.close(arena_fd)
+        self.sockets = [socket.socket(fileno=fd) for fd in listener_fds]
+        self.engine = EngineClient(
+            self.loop,
+            producer=start.producer,
+            epoch=start.scheduler_epoch,
+            arena=self.arena,
+            completions=socket.socket(fileno=completion_fd),
+            counters=self.counters,
+            submit=SubmitSender(self._context, start.runtime_directory),
+        )
+        self.control = ControlClient(self.loop, start.runtime_directory, start.producer, context=self._context)
+        #: Set when clients may be accepted.
+        self.may_serve = asyncio.Event()
+        #: Set when the process shall end.
+        self.stopping = asyncio.Event()
+        self.exit_code = 0
+        self.loop.add_reader(lifeline.fileno(), self._on_lifeline)
+
+    def _on_lifeline(self) -> None:
+        try:
+            messages = self._lifeline.receive_nowait()
+        except PeerClosed:
+            self.exit_code = 1
+            self.stopping.set()
+            return
+        for message, fds in messages:
+            match message:
+                case DoorbellUp():
+                    self.engine.add_doorbell(message.instance, socket.socket(fileno=fds[0]))
+                case DoorbellDown():
+                    self.engine.remove_doorbell(message.instance)
+                case Serve():
+                    self.may_serve.set()
+                case Stop():
+                    self.stopping.set()
+                case LogChanged():
+                    with contextlib.suppress(TypeError, ValueError):
+                        log.configure(LogOptions(**message.options))
+                case FrontendStart():
+                    pass
+
+    async def run(self, open_servers: Callable[[FrontendProcess], Awaitable[Served]]) -> int:
+        """Serve from ``Serve`` to ``Stop``; return the exit code."""
+        self._lifeline.send(Started())
+        # Everything imported so far stays for good: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        await self._either(self.may_serve)
+        if not self.stopping.is_set():
+            await self.control.wait_catalog()
+            served = await open_servers(self)
+            await self.stopping.wait()
+            await self._drain(served)
+        self.loop.remove_reader(self._lifeline.fileno())
+        self.engine.close()
+        self.control.close()
+        return self.exit_code
+
+    async def _either(self, event: asyncio.Event) -> None:
+        tasks = [asyncio.ensure_future(waiting.wait()) for waiting in (event, self.stopping)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+    async def _drain(self, served: Served) -> None:
+        # The supervisor bounds the time (--exit-timeout-secs) and kills us after it.
+        served.stop_accepting()
+        served.drain()
+        if self.exit_code == 0:
+            while served.connection_count and self.engine.in_flight_count:
+                await asyncio.sleep(_DRAIN_POLL_SECS)
+            # Answers are with the kernel or in the transports; let those be written.
+            await asyncio.sleep(_DRAIN_POLL_SECS)
+        served.abort()
+
+
+def run_frontend(role: str, open_servers: Callable[[FrontendProcess], Awaitable[Served]]) -> int:
+    """Run a frontend process: ``python -m <module> --lifeline-fd N``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lifeline-fd", type=int, required=True)
+    options = parser.parse_args()
+    die_with_parent(os.getppid())
+    ignore_terminal_signals()
+    set_name(role)
+    lifeline: Lifeline[SupervisorToFrontend] = Lifeline(socket.socket(fileno=options.lifeline_fd), SupervisorToFrontend)
+
+    async def serve(start: FrontendStart, fds: list[int]) -> int:
+        return await FrontendProcess(lifeline, start, fds).run(open_servers)
+
+    try:
+        message, fds = lifeline.receive()
+        if not isinstance(message, FrontendStart):
+            return 0 if isinstance(message, Stop) else 1
+        set_name(f"{role} {message.producer}")
+        return uvloop.run(serve(message, fds))
+    except PeerClosed:
+        return 1
+    except (ServingError, OSError) as error:
+        with contextlib.suppress(PeerClosed):
+            lifeline.send(Failed(code=int(Code.INTERNAL), text=f"{role} frontend failed to start: {error}"))
+        print(f"forebay {role}: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,82 @@
+"""Plans: what is to be done for a request whose head and JSON have been seen before.
+
+A plan exists only for requests that are all binary, of fixed shapes, and need nothing from their header but sizes. It
+holds where each input's bytes go and the whole reply head, so a repeated request costs two dictionary look-ups, a copy
+of the bytes that came with the header, and one system call for the reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
+from forebay.frontend.codec.infer_response import FixedOutput, response_prefix
+from forebay.frontend.engine_client import RouteClient
+from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.tensor import byte_size
+
+#: JSON headers remembered for one head; at the limit all are dropped.
+PLANS_PER_HEAD_MAX = 1024
+#: JSON headers longer than this are parsed every time.
+PLAN_JSON_BYTES_MAX = 4096
+
+
+class InferPlan:
+    """How to place and answer one form of request."""
+
+    __slots__ = ("copied_bytes", "copies", "outputs", "priority", "reply_head", "route", "rows", "timeout_us")
+
+    def __init__(
+        self,
+        route: RouteClient,
+        rows: int,
+        copies: Sequence[tuple[int, int, int]],
+        outputs: Sequence[int],
+        reply_head: bytes,
+        priority: int,
+        timeout_us: int,
+    ) -> None:
+        self.route = route
+        self.rows = rows
+        #: Per input: where its bytes start and end in the body, and its index in the model.
+        self.copies = tuple(copies)
+        #: Indices of the outputs in the order of the reply.
+        self.outputs = tuple(outputs)
+        #: Status line, headers and JSON.
+        self.reply_head = reply_head
+        self.priority = priority
+        self.timeout_us = timeout_us
+        self.copied_bytes = sum(end - start for start, end, _index in copies)
+
+
+def make_plan(route: RouteClient, entry: ModelEntry, request: ParsedInfer, rows: int) -> InferPlan | None:
+    """Return the plan for requests that are equal to this validated one but for their tensor bytes; None: no plan.
+
+    Args:
+        rows: batch items, at least 1.
+    """
+    if not route.uses_rows or request.sequence_id or request.is_raw:
+        return None
+    index_of = {spec.name: index for index, spec in enumerate(entry.inputs)}
+    copies: list[tuple[int, int, int]] = []
+    for tensor in request.inputs:
+        if not isinstance(tensor.source, BinaryData) or tensor.source.prefix:
+            return None
+        start = tensor.source.offset
+        copies.append((start, start + tensor.source.body_bytes, index_of[tensor.name]))
+    output_of = {spec.name: index for index, spec in enumerate(entry.outputs)}
+    fixed: list[FixedOutput] = []
+    indices: list[int] = []
+    for output in request.output_plan(entry):
+        if not output.binary or output.classification or output.region is not None:
+            return None
+        index = output_of[output.name]
+        spec = entry.outputs[index]
+        shape = (rows, *spec.dims) if entry.max_batch_size > 0 else spec.dims
+        size = byte_size(spec.datatype, shape)
+        if size == 0:
+            return None
+        fixed.append(FixedOutput(spec.name, spec.datatype, shape, size))
+        indices.append(index)
+    reply_head = response_prefix(entry.name, entry.version, request.id, fixed)
+    return InferPlan(route, rows, copies, indices, reply_head, request.priority, request.timeout_us)

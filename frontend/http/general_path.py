@@ -1,0 +1,306 @@
+"""Inference requests that no plan is known for: parse, check, place, submit, render. Makes the plans."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forebay.frontend.codec.compression import decompress, request_encoding
+from forebay.frontend.codec.infer_request import (
+    BinaryData,
+    JsonData,
+    ParsedInfer,
+    ParsedInput,
+    RegionData,
+    decode_infer_request,
+    parse_infer_request,
+    raw_infer_request,
+)
+from forebay.frontend.codec.infer_response import OutputTensor, classify, render_infer_response
+from forebay.frontend.codec.validation import InputFacts, validate_infer, validate_request
+from forebay.frontend.http.connection import Call
+from forebay.frontend.http.fast_path import PLAN_JSON_BYTES_MAX, PLANS_PER_HEAD_MAX, make_plan
+from forebay.frontend.http.head import Head
+from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
+from forebay.frontend.inference import Inference, InputTensor, RequestMeta, Response
+from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.errors import InvalidArgument, NotFound, ServingError, Unsupported
+
+if TYPE_CHECKING:
+    from forebay.frontend.http.connection import Connection
+    from forebay.frontend.http.server import HttpFrontend
+
+
+def request_meta(request: ParsedInfer, head: Head) -> RequestMeta:
+    """Return what the engine must know of a request besides its tensors."""
+    parameters = {**request.parameters, **head.forwarded} if head.forwarded else request.parameters
+    return RequestMeta(
+        id=request.id,
+        outputs=tuple(output.name for output in request.outputs),
+        parameters=parameters,
+        sequence_id=request.sequence_id,
+        sequence_start=request.sequence_start,
+        sequence_end=request.sequence_end,
+        priority=request.priority,
+        timeout_us=request.timeout_us,
+    )
+
+
+class GeneralCall(Call):
+    """One inference request on its way through the engine."""
+
+    __slots__ = ("_entry", "_frontend", "_head", "_inference", "_request")
+
+    def __init__(self, frontend: HttpFrontend, connection: Connection, head: Head) -> None:
+        super().__init__(connection, keep_alive=head.keep_alive)
+        self._frontend = frontend
+        self._head = head
+        self._entry: ModelEntry | None = None
+        self._request: ParsedInfer | None = None
+        self._inference: Inference | None = None
+
+    def find_model(self) -> ModelEntry:
+        """Return the model that is asked.
+
+        Raises:
+            ServingError: there is none that HTTP can ask (spec H-039..H-042, H-061).
+        """
+        entry = self._frontend.catalog.find(self._head.model, self._head.version)
+        if entry.decoupled:
+            raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
+        return entry
+
+    def fail(self, error: ServingError, content_type: str = "application/json") -> None:
+        """Answer with an error."""
+        self.connection.answer(self, [error_reply(error, content_type)])
+
+    def start(self, body: memoryview) -> None:
+        """Take a request whose whole body is here; the body may be reused when this returns."""
+        frontend, head = self._frontend, self._head
+        try:
+            # Checked before the body is looked at; Triton answers these as text (spec H-003, H-060).
+            entry = self.find_model()
+        except ServingError as error:
+            self.fail(error, TEXT_TYPE)
+            return
+        try:
+            encoding = request_encoding(head.content_encoding)
+            plain: memoryview = body
+            if encoding != "identity":
+                plain = memoryview(decompress(body, encoding, max_bytes=frontend.settings.max_input_size))
+            request = decode_infer_request(
+                entry, plain, head.header_length, max_json_bytes=frontend.settings.max_input_size
+            )
+            batch_size = validate_infer(entry, request, plain).batch_size
+            inference = Inference(frontend.engine, entry.route, _tensors(request), batch_size)
+        except ServingError as error:
+            self.fail(error)
+            return
+        copied = 0
+        for tensor, place in zip(request.inputs, inference.places, strict=True):
+            copied += fill(place, tensor, plain)
+        inference.route.copied_in_bytes += copied
+        if 0 <= head.json_bytes <= PLAN_JSON_BYTES_MAX and head.is_plain:
+            self._remember_plan(inference, entry, request, bytes(body[: head.json_bytes]))
+        self.submit(entry, request, inference)
+
+    def _remember_plan(self, inference: Inference, entry: ModelEntry, request: ParsedInfer, json: bytes) -> None:
+        plan = make_plan(inference.route, entry, request, inference.rows)
+        if plan is not None:
+            plans = self._head.plans
+            if len(plans) >= PLANS_PER_HEAD_MAX:
+                plans.clear()
+            plans[json] = plan
+
+    def submit(self, entry: ModelEntry, request: ParsedInfer, inference: Inference) -> None:
+        """Hand the placed request over."""
+        self._entry = entry
+        self._request = request
+        self._inference = inference
+        inference.submit(request_meta(request, self._head), self._on_response)
+
+    def _on_response(self, response: Response) -> None:
+        if response.error is not None:
+            self.fail(response.error, TEXT_TYPE if response.ran else "application/json")
+            return
+        assert self._entry is not None
+        assert self._request is not None
+        try:
+            rendered = render_infer_response(
+                self._entry.name, self._entry.version, self._request.id, response.parameters, self._outputs(response)
+            )
+            buffers = infer_reply(rendered, self._head.accept_encoding)
+        except ServingError as error:
+            self.fail(error, TEXT_TYPE)
+            return
+        self.connection.answer(self, buffers)
+
+    def _outputs(self, response: Response) -> list[OutputTensor]:
+        entry, request = self._entry, self._request
+        assert entry is not None
+        assert request is not None
+        views = {view.name: view for view in response.outputs}
+        outputs: list[OutputTensor] = []
+        for wanted in request.output_plan(entry):
+            view = views.get(wanted.name)
+            if view is None:
+                continue
+            if wanted.classification:
+                spec = entry.output_named(wanted.name)
+                labels = spec.labels if spec is not None else ()
+                outputs.append(
+                    classify(
+                        view.name,
+                        view.datatype,
+                        view.shape,
+                        view.data,
+                        wanted.classification,
+                        labels,
+                        is_batched=entry.max_batch_size > 0,
+                        binary=wanted.binary,
+                    )  # fmt: skip
+                )
+            else:
+                outputs.append(OutputTensor(view.name, view.datatype, view.shape, view.data, wanted.binary))
+        return outputs
+
+    def cancel(self) -> None:
+        if self._inference is not None:
+            self._inference.cancel()
+
+
+def _tensors(request: ParsedInfer) -> list[InputTensor]:
+    for tensor in request.inputs:
+        if isinstance(tensor.source, RegionData):
+            raise NotFound(f"Unable to find shared memory region: '{tensor.source.region}'")
+    for output in request.outputs:
+        if output.region is not None:
+            raise NotFound(f"Unable to find shared memory region: '{output.region.region}'")
+    return [
+        InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
+    ]
+
+
+def fill(place: memoryview, tensor: ParsedInput, body: memoryview) -> int:
+    """Copy a tensor to its place; return the bytes copied."""
+    source = tensor.source
+    if isinstance(source, JsonData):
+        place[:] = source.data
+    elif isinstance(source, BinaryData):
+        prefix = len(source.prefix)
+        if prefix:
+            place[:prefix] = source.prefix
+        place[prefix:] = body[source.offset : source.offset + source.body_bytes]
+    return source.byte_size
+
+
+class DirectUpload:
+    """A large body on its way from the socket straight into shared memory; or to nowhere, if the request is refused.
+
+    The places are filled in the order in which the tensors stand in the body; each starts at an aligned address.
+    """
+
+    def __init__(self, frontend: HttpFrontend, call: GeneralCall, head: Head, data: memoryview) -> None:
+        """Parse the JSON in ``data`` (which may hold the beginning of the tensors too) and take room."""
+        self._frontend = frontend
+        self._call = call
+        self._head = head
+        self._error: tuple[ServingError, str] | None = None
+        self._entry: ModelEntry | None = None
+        self._request: ParsedInfer | None = None
+        self._inference: Inference | None = None
+        #: Places still to be filled, in body order; the first may be partly filled.
+        self._places: list[memoryview] = []
+        self._remaining = head.content_length - len(data)
+        content_type = TEXT_TYPE
+        try:
+            self._entry = call.find_model()
+            content_type = "application/json"
+            self._open(self._entry, data)
+        except ServingError as error:
+            self._error = (error, content_type)
+
+    def _open(self, entry: ModelEntry, data: memoryview) -> None:
+        head = self._head
+        limit = self._frontend.settings.max_input_size
+        if head.json_bytes == 0:
+            request = raw_infer_request(entry, head.content_length, max_json_bytes=limit)
+        else:
+            request = parse_infer_request(
+                data, head.json_bytes, model_name=entry.name, max_json_bytes=limit, body_bytes=head.content_length
+            )
+        facts = [
+            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
+        ]
+        validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
+        inference = Inference(self._frontend.engine, entry.route, _tensors(request), validated.batch_size, direct=True)
+        self._request = request
+        self._inference = inference
+        copied = 0
+        for tensor, place in zip(request.inputs, inference.places, strict=True):
+            source = tensor.source
+            if isinstance(source, BinaryData):
+                prefix = len(source.prefix)
+                place[:prefix] = source.prefix
+                arrived = data[source.offset : source.offset + source.body_bytes]
+                place[prefix : prefix + len(arrived)] = arrived
+                copied += len(arrived)
+                rest = place[prefix + len(arrived) :]
+                if rest:
+                    self._places.append(rest)
+            else:
+                copied += fill(place, tensor, data)
+        inference.route.copied_in_bytes += copied
+
+    def next_place(self) -> memoryview:
+        """Return where the next bytes go; never empty while the upload lasts."""
+        if self._error is not None or not self._places:
+            return self._frontend.scratch_view[: max(1, min(self._remaining, len(self._frontend.scratch)))]
+        return self._places[0]
+
+    def received(self, count: int) -> bool:
+        """Note that ``count`` bytes have arrived; True: the body is complete."""
+        self._remaining -= count
+        if self._error is None and self._places:
+            place = self._places[0][count:]
+            if place:
+                self._places[0] = place
+            else:
+                del self._places[0]
+        return self._remaining <= 0
+
+    def submit(self, connection: Connection) -> None:
+        """The body is complete: hand the request over, or answer what was wrong with it."""
+        connection.add_call(self._call)
+        if self._error is None:
+            try:
+                self._check_strings()
+            except InvalidArgument as error:
+                self._error = (error, "application/json")
+        if self._error is not None:
+            self.abandon()
+            self._call.fail(*self._error)
+            return
+        assert self._entry is not None
+        assert self._request is not None
+        assert self._inference is not None
+        self._call.submit(self._entry, self._request, self._inference)
+
+    def _check_strings(self) -> None:
+        # The framing of BYTES could not be looked at before it was here.
+        entry, request, inference = self._entry, self._request, self._inference
+        assert entry is not None
+        assert request is not None
+        assert inference is not None
+        if all(tensor.datatype != "BYTES" for tensor in request.inputs):
+            return
+        facts = [
+            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place)
+            for tensor, place in zip(request.inputs, inference.places, strict=True)
+        ]
+        validate_request(entry, request.id, facts, [output.name for output in request.outputs])
+
+    def abandon(self) -> None:
+        """The client has left, or the request is refused: give the room back."""
+        if self._inference is not None:
+            self._inference.cancel()
+            self._inference = None

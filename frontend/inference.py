@@ -1,0 +1,286 @@
+"""One inference request between a protocol and the engine: the general path, for every form of request.
+
+The protocol asks for places, fills them (or receives straight into them), submits, and is called back with each
+response. HTTP's fast path (``http/fast_path.py``) short-cuts this for requests whose bytes it has seen before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient
+from forebay.ipc.arena import align
+from forebay.ipc.errors import NotReady, ServingError, from_wire
+from forebay.ipc.messages import ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
+from forebay.ipc.tensor import byte_size
+
+#: Reply blocks lent for outputs of unknown size never start larger than this.
+_REPLY_GUESS_MAX = 1024 * 1024
+
+
+class InputTensor(msgspec.Struct, frozen=True):
+    """One input that is about to be placed."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    """Batch dimension included."""
+    byte_size: int
+
+
+class RequestMeta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request carries besides tensors."""
+
+    id: str = ""
+    outputs: tuple[str, ...] = ()
+    """Requested outputs, in the model's order; empty: all."""
+    parameters: dict[str, ParameterValue] = {}
+    sequence_id: int | str = 0
+    sequence_start: bool = False
+    sequence_end: bool = False
+    priority: int = 0
+    timeout_us: int = 0
+    deadline_ns: int = 0
+
+
+class OutputView(msgspec.Struct, frozen=True):
+    """One output of a response."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: memoryview | bytes
+    """In shared memory; valid during the callback only."""
+
+
+class Response(msgspec.Struct, frozen=True):
+    """One response, or the error that ended the request."""
+
+    outputs: tuple[OutputView, ...] = ()
+    parameters: Mapping[str, ParameterValue] = {}
+    error: ServingError | None = None
+    ran: bool = True
+    """Whether a worker had the request; an error before that is the queue's."""
+    final: bool = True
+    """No further response follows."""
+    is_empty: bool = False
+    """A bare end mark of a decoupled model."""
+
+
+OnResponse = Callable[[Response], None]
+
+
+class Inference:
+    """One request. Life: placed -> submitted -> responses -> released; ``cancel`` at any time."""
+
+    __slots__ = (
+        "_block", "_block_bytes", "_engine", "_first", "_inputs", "_is_submitted", "_lent", "_meta", "_on_response",
+        "_reply_offset", "_reply_bytes", "_slab", "_token", "is_cancelled", "is_done", "places", "route", "rows",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        route_number: int,
+        inputs: Sequence[InputTensor],
+        batch_size: int,
+        *,
+        direct: bool = False,
+    ) -> None:
+        """Take room for the inputs.
+
+        Args:
+            route_number: of the model version, from the catalog.
+            inputs: already validated against the model.
+            batch_size: as validated; 0 for a model that does not batch.
+            direct: the bytes are received straight into the places, which may take long: never use slab rows.
+
+        Raises:
+            NotReady: the model version has just gone.
+            ArenaFull: there is no room.
+        """
+        route = engine.routes.get(route_number)
+        if route is None:
+            raise NotReady("the model version was unloaded before the request could run")
+        self._engine = engine
+        self.route: RouteClient = route
+        self.rows = max(batch_size, 1)
+        self._inputs = inputs
+        self._slab: OwnedSlab | None = None
+        self._first = 0
+        self._block = self._block_bytes = 0
+        self._reply_offset = self._reply_bytes = 0
+        self._lent: list[tuple[int, int]] = []
+        self._token = 0
+        self._is_submitted = False
+        self.is_cancelled = False
+        self.is_done = False
+        if route.uses_rows and not direct:
+            self._place_rows(route)
+        else:
+            self._place_block()
+
+    def _place_rows(self, route: RouteClient) -> None:
+        self._slab, self._first = route.loan(self.rows)
+        index = {spec.name: number for number, spec in enumerate(route.entry.inputs)}
+        self.places = [
+            route.input_slice(self._slab, self._first, self.rows, index[tensor.name]) for tensor in self._inputs
+        ]
+
+    def _place_block(self) -> None:
+        engine, total = self._engine, sum(align(tensor.byte_size) for tensor in self._inputs)
+        self._reply_bytes = self._expected_reply_bytes()
+        self._block_bytes = total + self._reply_bytes
+        self._block = engine.allocate(self._block_bytes)
+        self._reply_offset = self._block + total
+        offset = self._block
+        #: Where each input's bytes go, writable, in the order of the inputs.
+        self.places: list[memoryview] = []
+        for tensor in self._inputs:
+            self.places.append(engine.view[offset : offset + tensor.byte_size])
+            offset += align(tensor.byte_size)
+
+    def _expected_reply_bytes(self) -> int:
+        entry = self.route.entry
+        total = 0
+        for spec in entry.outputs:
+            if not spec.is_fixed:
+                return max(self.route.reply_guess_bytes, total)
+            shape = (self.rows, *spec.dims) if entry.max_batch_size > 0 else spec.dims
+            total += align(byte_size(spec.datatype, shape))
+        return total
+
+    def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
+        """Hand the filled request over; ``on_response`` is called from the event loop until a final response."""
+        self._on_response = on_response
+        self._meta = meta
+        self._is_submitted = True
+        if self._slab is not None:
+            self.route.publish(self._slab, self._first, self.rows, self, meta.priority, meta.timeout_us)
+            return
+        engine = self._engine
+        self._token = engine.next_token()
+        offset = self._block
+        places: list[TensorPlace] = []
+        for tensor in self._inputs:
+            places.append(TensorPlace(tensor.name, tensor.datatype, tensor.shape, offset, tensor.byte_size))
+            offset += align(tensor.byte_size)
+        head = ParcelHead(
+            inputs=tuple(places),
+            reply_offset=self._reply_offset,
+            reply_bytes=self._reply_bytes,
+            outputs=meta.outputs,
+            id=meta.id,
+            parameters=meta.parameters,
+            correlation_id=meta.sequence_id,
+            sequence_start=meta.sequence_start,
+            sequence_end=meta.sequence_end,
+            priority=meta.priority,
+            timeout_us=meta.timeout_us,
+            deadline_ns=meta.deadline_ns,
+        )
+        self.route.submit_parcel(
+            ParcelSubmit(
+                route=self.route.route,
+                token=self._token,
+                rows=self.rows,
+                enqueue_ns=engine.turn_ns(),
+                head=engine.encode_head(head),
+                shape_key=self._shape_key(),
+                priority=meta.priority,
+                timeout_us=meta.timeout_us,
+                deadline_ns=meta.deadline_ns,
+                correlation_id=meta.sequence_id,
+                sequence_start=meta.sequence_start,
+                sequence_end=meta.sequence_end,
+            ),
+            self,
+        )
+
+    def _shape_key(self) -> int:
+        """Return a number that is equal, in every frontend, for requests that may share a batch (spec S-011)."""
+        entry = self.route.entry
+        if all(spec.is_fixed for spec in entry.inputs):
+            return 0
+        skip = 1 if entry.max_batch_size > 0 else 0
+        signature = sorted((tensor.name, tensor.shape[skip:]) for tensor in self._inputs)
+        return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
+
+    # --- answers ---
+
+    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+        self.is_done = True
+        if self.is_cancelled:
+            return
+        entry = self.route.entry
+        wanted = self._meta.outputs
+        outputs = tuple(
+            OutputView(
+                spec.name,
+                spec.datatype,
+                (self.rows, *spec.dims) if entry.max_batch_size > 0 else spec.dims,
+                self.route.output_slice(slab, first, self.rows, index),
+            )
+            for index, spec in enumerate(entry.outputs)
+            if not wanted or spec.name in wanted
+        )
+        self._on_response(Response(outputs=outputs))
+
+    def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
+        self.is_done = True
+        if not self.is_cancelled:
+            self._on_response(Response(error=error, ran=ran))
+
+    def parcel_reply(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        try:
+            if not self.is_cancelled:
+                self._deliver(reply, final=final, ran=ran)
+        finally:
+            for offset, size in self._lent:
+                self._engine.free(offset, size)
+            self._lent.clear()
+            if final:
+                self.is_done = True
+                self._free_block()
+
+    def _deliver(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        if reply.text or reply.code:
+            self._on_response(Response(error=from_wire(reply.code, reply.text), ran=ran, final=final))
+            return
+        view = self._engine.view
+        outputs = tuple(
+            OutputView(place.name, place.datatype, place.shape, view[place.offset : place.offset + place.byte_size])
+            for place in reply.outputs
+        ) + tuple(OutputView(tensor.name, tensor.datatype, tensor.shape, tensor.data) for tensor in reply.inline)
+        is_empty = not outputs and self.route.entry.decoupled
+        self._on_response(Response(outputs=outputs, parameters=reply.parameters, final=final, is_empty=is_empty))
+
+    def lend(self, byte_size: int) -> int:
+        offset = self._engine.allocate(byte_size)
+        self._lent.append((offset, byte_size))
+        self.route.reply_guess_bytes = min(max(self.route.reply_guess_bytes, align(byte_size)), _REPLY_GUESS_MAX)
+        return offset
+
+    # --- the end ---
+
+    def cancel(self) -> None:
+        """Nobody waits any more. Room is given back when the engine has let go of it."""
+        if self.is_done or self.is_cancelled:
+            return
+        self.is_cancelled = True
+        if not self._is_submitted:
+            self.is_done = True
+            if self._slab is not None:
+                self._slab.release(self._first, self.rows)
+            else:
+                self._free_block()
+        elif self._token:
+            self._engine.cancel(self._token)
+
+    def _free_block(self) -> None:
+        if self._block:
+            self._engine.free(self._block, self._block_bytes)
+            self._block = 0
