@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pathlib
+import threading
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -81,8 +82,17 @@ def json_format() -> ModuleType:
     return importlib.import_module("google.protobuf.json_format")
 
 
-@functools.cache
+_BUILDING = threading.Lock()
+
+
 def _pool() -> Any:
+    """Return the one pool; models are read in several threads, and classes of two pools do not mix."""
+    with _BUILDING:
+        return _build_pool()
+
+
+@functools.cache
+def _build_pool() -> Any:
     descriptor_pb2 = importlib.import_module("google.protobuf.descriptor_pb2")
     descriptor_pool = importlib.import_module("google.protobuf.descriptor_pool")
     file_set: Any = descriptor_pb2.FileDescriptorSet.FromString(_BINARY.read_bytes())

@@ -187,7 +187,8 @@ class DirectStrategy(msgspec.Struct, frozen=True, kw_only=True, tag="direct"):
 class OldestStrategy(msgspec.Struct, frozen=True, kw_only=True, tag="oldest"):
     """The oldest requests of the candidate sequences make a batch (spec S-067)."""
 
-    max_candidate_sequences: int = 0
+    max_candidate_sequences: int = 1
+    """Slots per instance; where none is written, the maximum batch size."""
     preferred_batch_sizes: tuple[int, ...] = ()
     max_queue_delay_us: int = 0
     preserve_ordering: bool = False

@@ -120,7 +120,7 @@ def _scheduling(message: Any) -> spec.Scheduling:
     if choice == "dynamic_batching":
         return _dynamic(message.dynamic_batching)
     if choice == "sequence_batching":
-        return _sequence(message.sequence_batching)
+        return _sequence(message.sequence_batching, message.max_batch_size)
     if choice == "ensemble_scheduling":
         return _ensemble(message.ensemble_scheduling)
     return spec.DefaultSchedulingSpec()
@@ -150,11 +150,12 @@ def _dynamic(batching: Any) -> spec.DynamicBatchingSpec:
     )
 
 
-def _sequence(batching: Any) -> spec.SequenceBatchingSpec:
+def _sequence(batching: Any, max_batch_size: int) -> spec.SequenceBatchingSpec:
     strategy: spec.DirectStrategy | spec.OldestStrategy
     if batching.HasField("oldest"):
         strategy = spec.OldestStrategy(
-            max_candidate_sequences=batching.oldest.max_candidate_sequences,
+            # 0 is "not written"; with no candidate at all every sequence would wait for ever.
+            max_candidate_sequences=batching.oldest.max_candidate_sequences or max(max_batch_size, 1),
             preferred_batch_sizes=tuple(sorted(set(batching.oldest.preferred_batch_size))),
             max_queue_delay_us=batching.oldest.max_queue_delay_microseconds,
             preserve_ordering=batching.oldest.preserve_ordering,

@@ -165,9 +165,9 @@ def test_a_backend_without_auto_complete_needs_a_config(normalised: Normalised) 
             'max_batch_size: 8 input { name: "x" data_type: TYPE_FP32 dims: [ 3, 1 ] } '
             'output { name: "y" data_type: TYPE_FP32 dims: 1 reshape { } }',
             BATCHING,
-            "model 'm', tensor 'x': the model expects 2 dimensions (shape [-1,3]) but the model configuration specifies "
-            "3 dimensions (an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, "
-            "making complete shape [-1,3,1])",
+            "model 'm', tensor 'x': the model expects 2 dimensions (shape [-1,3]) but the model configuration "
+            "specifies 3 dimensions (an initial batch dimension because max_batch_size > 0 followed by the explicit "
+            "tensor shape, making complete shape [-1,3,1])",
         ),
         (
             "B-021",
@@ -180,7 +180,8 @@ def test_a_backend_without_auto_complete_needs_a_config(normalised: Normalised) 
             "B-022",
             "max_batch_size: 8 " + IO.replace("FP32", "FP16", 1),
             BATCHING,
-            "unable to load model 'm', configuration expects datatype TYPE_FP16 for input 'x', model provides TYPE_FP32",
+            "unable to load model 'm', configuration expects datatype TYPE_FP16 for input 'x', model provides "
+            "TYPE_FP32",
         ),
         (
             "B-023",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -71,3 +73,17 @@ def test_configs_compare_by_value_and_copies_are_independent() -> None:
     copy.message.name = "b"
     assert copy != config
     assert config.name == "a"
+
+
+def test_threads_that_come_first_together_share_one_pool() -> None:
+    """Two pools would make message classes that cannot be copied into each other."""
+    code = """
+import concurrent.futures, sys
+from forebay.engine.repository.config import parse_config_text
+from forebay.engine.repository.auto_complete import merge_completed
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    configs = list(pool.map(lambda n: parse_config_text('backend: "x" input { name: "i" }'), range(8)))
+for config in configs:
+    merge_completed(configs[0], config)
+"""
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

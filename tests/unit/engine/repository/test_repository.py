@@ -145,7 +145,7 @@ def test_repositories_must_exist(tmp_path: pathlib.Path) -> None:
     """Spec R-011, R-012."""
     with pytest.raises(InvalidArgument, match="--model-repository must be specified"):
         ModelRepository([])
-    with pytest.raises(InvalidArgument, match="failed to stat file .*: does not exist"):
+    with pytest.raises(InvalidArgument, match=r"failed to stat file .*: does not exist"):
         ModelRepository([str(tmp_path / "nothing")])
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgument, match="is not a directory"):
@@ -234,7 +234,7 @@ def test_file_names_in_a_config_stay_inside_the_model(make_repository: MakeRepos
     assert model.problems[-1].line == 2
 
 
-# ---- overrides --------------------------------------------------------------------------------------------------------
+# ---- overrides -------------------------------------------------------------------------------------------------------
 
 
 def test_a_config_override_replaces_the_file(make_repository: MakeRepository) -> None:
@@ -323,7 +323,7 @@ def test_conflicting_file_overrides_leave_nothing_behind(
     assert list(workspace.iterdir()) == []
 
 
-# ---- change -----------------------------------------------------------------------------------------------------------
+# ---- change ----------------------------------------------------------------------------------------------------------
 
 
 def test_fingerprints_follow_config_files_and_versions(make_repository: MakeRepository) -> None:
@@ -387,7 +387,7 @@ def test_only_instances_and_versions_change_in_place() -> None:
     assert changed_fields(base, base.copy()) == frozenset()
 
 
-# ---- files of a model -------------------------------------------------------------------------------------------------
+# ---- files of a model ------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_lines(make_repository: MakeRepository) -> None:

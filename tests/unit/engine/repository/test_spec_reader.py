@@ -39,8 +39,8 @@ def test_a_dynamic_model_with_everything(normalised: Normalised) -> None:
         'gpu_execution_accelerator { name: "cuda" parameters { key: "a" value: "b" } } } } '
         'model_warmup { name: "w" batch_size: 2 inputs { key: "i" value { data_type: TYPE_STRING dims: 1 '
         'input_data_file: "raw" } } } '
-        'model_metrics { metric_control { metric_identifier { family: "f" } histogram_options { buckets: [ 1, 2 ] } } } '
-        'model_repository_agents { agents { name: "checksum" parameters { key: "MD5:a" value: "b" } } }'
+        'model_metrics { metric_control { metric_identifier { family: "f" } histogram_options { buckets: [ 1, 2 ] } } }'
+        ' model_repository_agents { agents { name: "checksum" parameters { key: "MD5:a" value: "b" } } }'
     )
     found = spec_from_config(normalised(text))
     assert found.inputs == (
@@ -131,8 +131,9 @@ def test_ensembles_have_steps_and_no_instances(normalised: Normalised) -> None:
     """Spec C-084; a version that is not given is the latest."""
     text = (
         'platform: "ensemble" ensemble_scheduling { max_inflight_requests: 5 '
-        'step { model_name: "a" model_version: -1 input_map { key: "x" value: "i" } output_map { key: "y" value: "t" } } '
-        'step { model_name: "b" model_namespace: "n" input_map { key: "x" value: "t" } '
+        'step { model_name: "a" model_version: -1 input_map { key: "x" value: "i" } '
+        'output_map { key: "y" value: "t" } }'
+        ' step { model_name: "b" model_namespace: "n" input_map { key: "x" value: "t" } '
         'output_map { key: "y" value: "o" } } }'
     )
     found = spec_from_config(normalised(text + IO))

@@ -415,8 +415,8 @@ LOAD = [
     (
         "C-094",
         group('name: "g" kind: KIND_GPU gpus: 0'),
-        "instance group g of model m specifies invalid or unsupported gpu id 0. GPUs with at least the minimum required "
-        "CUDA compute compatibility of 6.000000 are: ",
+        "instance group g of model m specifies invalid or unsupported gpu id 0. GPUs with at least the minimum "
+        "required CUDA compute compatibility of 6.000000 are: ",
     ),
     (
         "C-097",
