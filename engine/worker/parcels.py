@@ -1,14 +1,17 @@
 """Requests outside slabs: their tensors in blocks of an arena, their answers in a block that the producer lends.
 
-One request lives as: received -> (answered | failed)* -> final. A response whose outputs do not fit the lent block waits
-here, in this process, until the producer has lent a larger one (COLLECT), so nobody has to know sizes beforehand.
+One request lives as: received -> (answered | failed)* -> final. A response whose outputs do not fit the lent block
+waits here, in this process, until the producer has lent a larger one (COLLECT), so nobody has to know sizes beforehand.
 """
 
 from __future__ import annotations
 
+import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,7 +20,7 @@ from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorI
 from forebay.engine.worker.places import Producer, Producers, backend_shape, client_shape
 from forebay.ipc.arena import align
 from forebay.ipc.counters import InstanceCounter as Count
-from forebay.ipc.errors import BackendFailed, Internal, ServingError
+from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, ServingError
 from forebay.ipc.messages import InlineTensor, InstanceSpec, ParameterValue, ParcelHead, ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes, encode_bytes
 from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, MESSAGE_BYTES_MAX, PARCEL, TIMES, TOKEN, Kind
@@ -25,28 +28,50 @@ from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, MESSAGE_BYTES_MAX, PARCEL
 #: Bytes of outputs that travel in the message itself when no reply block is at hand (responses of decoupled models).
 INLINE_BYTES_MAX = 16 * 1024
 
+#: ``ReplyHead.index`` of the message that ends a request without being a response itself (decoupled models).
+NO_RESPONSE_INDEX = -1
+
+#: Bindings kept for single requests at known places; at the limit all are dropped.
+BINDINGS_MAX = 256
+
+#: Messages that may wait for a producer that does not read, before the model that sends them has to wait too.
+BACKLOG_MAX = 64
+
+#: How long a model's thread waits for such a producer before the request counts as abandoned.
+BACKLOG_WAIT_S = 10.0
+
 _decode_head = msgspec.msgpack.Decoder(ParcelHead).decode
 _encode_reply = msgspec.msgpack.Encoder().encode
+
+
+class RawTensor(NamedTuple):
+    """An output as the bytes that the client gets."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    """Full shape as the client sees it."""
+    data: memoryview
+    """uint8, C order; BYTES serialised (spec D-004)"""
 
 
 class PendingResponse:
     """A response that waits for a reply block, or behind one that does."""
 
-    __slots__ = ("encoded", "final", "index", "parameters", "total_bytes")
+    __slots__ = ("final", "index", "parameters", "tensors", "total_bytes")
 
     def __init__(
-        self,
-        encoded: list[tuple[str, str, tuple[int, ...], memoryview]],
-        parameters: dict[str, ParameterValue],
-        index: int,
-        final: bool,
-        total_bytes: int,
+        self, tensors: Sequence[RawTensor], parameters: dict[str, ParameterValue], index: int, final: bool
     ) -> None:
-        self.encoded = encoded
+        self.tensors: Sequence[RawTensor] = tensors
         self.parameters = parameters
         self.index = index
         self.final = final
-        self.total_bytes = total_bytes
+        self.total_bytes = sum(align(len(tensor.data)) for tensor in tensors)
+
+    def keep(self) -> None:
+        """Copy the tensors: the model may write into its arrays again while they wait."""
+        self.tensors = [tensor._replace(data=memoryview(bytes(tensor.data))) for tensor in self.tensors]
 
 
 class ParcelRequest:
@@ -59,15 +84,21 @@ class ParcelRequest:
         self.rows = rows
         self.token = token
         self.enqueue_ns = enqueue_ns
-        #: True once the client has left or its deadline has passed; the model may stop early.
-        self.is_cancelled = False
         self.is_final = False
+        #: start, input end, output start, end: monotonic ns; an end of 0 means: the moment of the response.
+        self.times: tuple[int, int, int, int] = (0, 0, 0, 0)
+        #: When the execution that it was part of had returned; 0: not yet.
+        self.executed_ns = 0
         self._runner = runner
         self._producer = producer
         self._responses = 0
         self._waiting: deque[PendingResponse] = deque()
+        self._is_cancelled = False
+        # The lent block serves one response: the producer frees it when it has been read.
         self._block_free = head.reply_bytes > 0
-        self.times = (0, 0, 0, 0)
+        self._block_used_bytes = 0
+
+    # --- what the model asks ---
 
     @property
     def key(self) -> tuple[int, int]:
@@ -78,28 +109,73 @@ class ParcelRequest:
     def response_count(self) -> int:
         return self._responses
 
-    def input_buffer(self, place: TensorPlace) -> memoryview:
-        """Return the input's bytes in shared memory; they belong to the request until its final response."""
-        return self._producer.arena.slice(place.offset, place.byte_size)
+    @property
+    def is_cancelled(self) -> bool:
+        """True once the client has left or the deadline has passed; the model may stop early."""
+        if not self._is_cancelled and not self.is_final:
+            self._runner.take_signals()
+            deadline_ns = self.head.deadline_ns
+            if (deadline_ns and time.monotonic_ns() >= deadline_ns) or self._producer.is_gone:
+                self._is_cancelled = True
+        return self._is_cancelled
 
-    def input_arrays(self) -> Arrays:
-        """Return every input: fixed-size elements as read-in-place views, BYTES as object arrays of ``bytes``.
+    @property
+    def requested_outputs(self) -> tuple[str, ...]:
+        """Configured outputs that the client wants: those it listed, else all."""
+        known = self._runner.outputs
+        listed = self.head.outputs
+        return tuple(name for name in listed if name in known) if listed else tuple(known)
+
+    def input_buffer(self, place: TensorPlace) -> memoryview:
+        """Return the input's bytes in shared memory; they belong to the request until its final response.
 
         Raises:
-            Internal, InvalidArgument: the head does not describe tensors inside the arena.
+            Internal: the place is outside its arena.
+        """
+        return self._source(place).arena.slice(place.offset, place.byte_size)
+
+    def _source(self, place: TensorPlace) -> Producer:
+        return self._runner.producers.get(place.arena) if place.arena else self._producer
+
+    def input_array(self, place: TensorPlace) -> Array:
+        """Return one input: fixed-size elements as a view of the arena, BYTES as an object array of ``bytes``.
+
+        Raises:
+            Internal, InvalidArgument: the head does not describe a tensor inside the arena.
         """
         runner = self._runner
-        arrays: Arrays = {}
-        for place in self.head.inputs:
-            spec = runner.inputs.get(place.name)
-            shape = place.shape if spec is None else backend_shape(spec, place.shape, runner.max_batch_size)
-            if place.datatype == "BYTES":
-                arrays[place.name] = decode_bytes(self.input_buffer(place), shape)
-                continue
-            if byte_size(place.datatype, shape) != place.byte_size:
-                raise Internal(f"input '{place.name}' does not have the bytes of its shape")
-            arrays[place.name] = self._producer.array(place.datatype, shape, place.offset)
-        return arrays
+        spec = runner.inputs.get(place.name)
+        shape = place.shape if spec is None else backend_shape(spec, place.shape, runner.max_batch_size)
+        if place.datatype not in DATATYPES:
+            raise Internal(f"input '{place.name}' has the unknown datatype '{place.datatype}'")
+        if place.datatype == "BYTES":
+            return decode_bytes(self.input_buffer(place), shape)
+        if byte_size(place.datatype, shape) != place.byte_size:
+            raise Internal(f"input '{place.name}' does not have the bytes of its shape")
+        return self._source(place).array(place.datatype, shape, place.offset)
+
+    def input_arrays(self) -> Arrays:
+        """Return every input by name; see :meth:`input_array`."""
+        return {place.name: self.input_array(place) for place in self.head.inputs}
+
+    def lend_array(self, datatype: str, shape: tuple[int, ...]) -> Array:
+        """Return an uninitialised array for an output, in the reply block if it has room.
+
+        An answer made of such arrays is not copied. The block serves the first response only.
+
+        Args:
+            datatype: protocol name, not BYTES.
+        """
+        size = byte_size(datatype, shape)
+        with self._runner.producers.lock:
+            offset = self._block_used_bytes
+            has_room = self._block_free and offset + size <= self.head.reply_bytes and not self._producer.is_gone
+            if has_room:
+                self._block_used_bytes += align(size)
+                return self._producer.array(datatype, shape, self.head.reply_offset + offset)
+        return np.empty(shape, DATATYPES[datatype].numpy_dtype)
+
+    # --- how the model answers ---
 
     def reply(
         self,
@@ -114,27 +190,37 @@ class ParcelRequest:
             outputs: name to (datatype, array in the client's shape); copied before the call returns.
             parameters: response parameters.
             final: no further response follows.
+
+        Raises:
+            BackendFailed: the final response was sent before.
         """
-        encoded: list[tuple[str, str, tuple[int, ...], memoryview]] = []
-        total = 0
+        tensors: list[RawTensor] = []
         for name, (datatype, array) in outputs.items():
             if datatype == "BYTES":
                 data = memoryview(encode_bytes(array))
             else:
-                data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            encoded.append((name, datatype, tuple(array.shape), data))
-            total += align(len(data))
+                data = byte_view(array)
+            tensors.append(RawTensor(name, datatype, tuple(array.shape), data))
+        self.reply_raw(tensors, parameters, final=final)
+
+    def reply_raw(
+        self,
+        tensors: Sequence[RawTensor],
+        parameters: Mapping[str, ParameterValue] | None = None,
+        *,
+        final: bool = True,
+    ) -> None:
+        """Send one response whose outputs are bytes already; otherwise as :meth:`reply`."""
         with self._runner.producers.lock:
             if self.is_final:
                 raise BackendFailed("a response was sent after the final one")
             self.is_final = final
-            response = PendingResponse(encoded, dict(parameters or {}), self._responses, final, total)
+            response = PendingResponse(tensors, dict(parameters or {}), self._responses, final)
             self._responses += 1
-            self._waiting.append(response)
-            if len(self._waiting) == 1:
-                self._pump()
+            self._enqueue(response)
         if final:
             self._runner.answered(self)
+        self._wait_for_reader()
 
     def reply_in_place(self, places: tuple[TensorPlace, ...]) -> None:
         """Send the one response whose outputs already lie in the lent block."""
@@ -145,53 +231,107 @@ class ParcelRequest:
 
     def finish(self) -> None:
         """Say that no (further) response follows, without one (decoupled models)."""
-        self.reply({}, final=True)
+        with self._runner.producers.lock:
+            if self.is_final:
+                return
+            self.is_final = True
+            self._enqueue(PendingResponse((), {}, NO_RESPONSE_INDEX, final=True))
+        self._runner.answered(self)
 
-    def fail(self, error: ServingError, *, final: bool = True) -> None:
-        """Answer with an error."""
+    def fail(self, error: ServingError, *, final: bool = True, by_model: bool = False) -> None:
+        """Answer with an error.
+
+        Args:
+            final: no further response follows.
+            by_model: the model's code made the error, whatever its code says; decides how it is counted.
+        """
         with self._runner.producers.lock:
             if self.is_final:
                 return
             self.is_final = final
             # Behind responses that wait for room, an error would overtake them: they are worth nothing any more.
             self._waiting.clear()
-            self._send(ReplyHead(code=error.code, text=error.text[:60_000], index=self._responses), final=final)
+            # An empty text would read as success.
+            text = error.text[:60_000] or "the model failed without saying why"
+            self._send(ReplyHead(code=error.code, text=text, index=self._responses), final=final)
             self._responses += 1
         if final:
-            self._runner.answered(self, failed=error)
+            self._runner.answered(self, failed=error, by_model=by_model)
+
+    # --- what the producer says ---
 
     def collect(self, offset: int, size: int) -> None:
-        """The producer has lent ``size`` bytes at ``offset`` for the response that waits first."""
+        """The producer has lent ``size`` bytes at ``offset`` for the response that waits first; 0 bytes: it cannot."""
         with self._runner.producers.lock:
             if not self._waiting:
                 return
             response = self._waiting[0]
-            if size < response.total_bytes:
+            if size == 0:
+                self._abandon(
+                    ArenaFull(
+                        f"no room for {response.total_bytes} bytes of outputs in shared memory; send fewer requests"
+                    )
+                )
+            elif size < response.total_bytes:
                 self._send(ReplyHead(needs_bytes=response.total_bytes, index=response.index), final=False)
                 return
-            self._waiting.popleft()
-            self._write(response, offset)
-            self._pump()
-        if self.is_final and not self._waiting:
+            else:
+                self._waiting.popleft()
+                self._write(response, offset)
+                self._pump()
+            is_done = self.is_final and not self._waiting
+        if is_done:
             self._runner.forget(self)
+
+    def cancel(self) -> None:
+        """The client has left. The final word is still said, so that the producer knows when its blocks are free."""
+        with self._runner.producers.lock:
+            self._is_cancelled = True
+            if not self._waiting:
+                return
+            if self.is_final:
+                self._abandon(Cancelled("request was cancelled"))
+            else:
+                self._waiting.clear()
+            is_done = self.is_final
+        if is_done:
+            self._runner.forget(self)
+
+    def orphan(self) -> None:
+        """The producer is gone: nobody reads answers any more."""
+        self._is_cancelled = True
+        self._waiting.clear()
+
+    def _abandon(self, error: ServingError) -> None:
+        self._waiting.clear()
+        self.is_final = True
+        self._send(ReplyHead(code=error.code, text=error.text, index=self._responses), final=True)
 
     @property
     def is_waiting(self) -> bool:
         """True while responses wait for room."""
         return bool(self._waiting)
 
+    # --- sending; the doorbells' lock is held ---
+
+    def _enqueue(self, response: PendingResponse) -> None:
+        if self._producer.is_gone:
+            return
+        self._waiting.append(response)
+        if len(self._waiting) == 1:
+            self._pump()
+        if self._waiting and self._waiting[-1] is response:
+            response.keep()
+
     def _pump(self) -> None:
         # Send what can go without new room; stops at the first response that needs a block.
         while self._waiting:
             response = self._waiting[0]
-            if self._block_free and response.total_bytes <= self.head.reply_bytes:
-                # The lent block serves one response: the producer frees it when it has been read.
-                self._block_free = False
+            if self._block_free and response.tensors and self._write_into_block(response):
                 self._waiting.popleft()
-                self._write(response, self.head.reply_offset)
             elif response.total_bytes <= INLINE_BYTES_MAX:
                 self._waiting.popleft()
-                inline = tuple(InlineTensor(n, d, s, bytes(data)) for n, d, s, data in response.encoded)
+                inline = tuple(InlineTensor(n, d, s, bytes(data)) for n, d, s, data in response.tensors)
                 self._send(
                     ReplyHead(inline=inline, parameters=response.parameters, index=response.index), final=response.final
                 )
@@ -199,9 +339,38 @@ class ParcelRequest:
                 self._send(ReplyHead(needs_bytes=response.total_bytes, index=response.index), final=False)
                 return
 
+    def _write_into_block(self, response: PendingResponse) -> bool:
+        """Place a response in the block that came with the request; False if it does not fit."""
+        first, end = self.head.reply_offset, self.head.reply_offset + self.head.reply_bytes
+        base = self._producer.arena.address
+        offset = first + self._block_used_bytes
+        places: list[TensorPlace] = []
+        copies: list[tuple[int, memoryview]] = []
+        for name, datatype, shape, data in response.tensors:
+            size = len(data)
+            if self._block_used_bytes and size:
+                # An array of lend_array: its bytes are where the client will read them.
+                own = address_of(data) - base
+                if first <= own and own + size <= first + self._block_used_bytes:
+                    places.append(TensorPlace(name, datatype, shape, own, size))
+                    continue
+            if offset + size > end:
+                return False
+            copies.append((offset, data))
+            places.append(TensorPlace(name, datatype, shape, offset, size))
+            offset += align(size)
+        for target, data in copies:
+            self._producer.arena.slice(target, len(data))[:] = data
+            self._runner.counters[Count.SCATTERED_BYTES] += len(data)
+        self._block_free = False
+        self._send(
+            ReplyHead(outputs=tuple(places), parameters=response.parameters, index=response.index), final=response.final
+        )
+        return True
+
     def _write(self, response: PendingResponse, offset: int) -> None:
         places: list[TensorPlace] = []
-        for name, datatype, shape, data in response.encoded:
+        for name, datatype, shape, data in response.tensors:
             self._producer.arena.slice(offset, len(data))[:] = data
             places.append(TensorPlace(name, datatype, shape, offset, len(data)))
             offset += align(len(data))
@@ -216,8 +385,44 @@ class ParcelRequest:
             payload = _encode_reply(
                 ReplyHead(code=int(Internal.code), text="the response's parameters are too large", index=reply.index)
             )
+        start_ns, input_end_ns, output_start_ns, end_ns = self.times
+        if end_ns == 0:
+            output_start_ns = end_ns = time.monotonic_ns()
         header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL if final else 0, 1, self._runner.spec.instance, 0)
-        self._producer.bell.ring(header + TIMES.pack(*self.times) + TOKEN.pack(self.token) + payload)
+        times = TIMES.pack(start_ns, input_end_ns, output_start_ns, end_ns)
+        self._producer.bell.ring(header + times + TOKEN.pack(self.token) + payload)
+
+    def _wait_for_reader(self) -> None:
+        """Hold up a model that sends responses faster than its producer reads them.
+
+        The worker's own thread tries again between batches; a model's thread has nobody else to do it.
+        """
+        producer = self._producer
+        allowed = BACKLOG_MAX if threading.current_thread() is threading.main_thread() else 0
+        if producer.bell.backlog_count <= allowed:
+            return
+        give_up = time.monotonic() + BACKLOG_WAIT_S
+        while not producer.is_gone and producer.bell.backlog_count > allowed:
+            if time.monotonic() > give_up:
+                self._is_cancelled = True
+                return
+            poll = select.poll()
+            poll.register(producer.bell.fileno(), select.POLLOUT)
+            poll.poll(100)
+            with self._runner.producers.lock:
+                if not producer.is_gone:
+                    producer.bell.flush()
+
+
+def byte_view(array: Array) -> memoryview:
+    """Return an array's bytes in C order; copies only if the array is not contiguous."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return memoryview(flat)  # type: ignore[arg-type]  # numpy's stubs claim the buffer protocol from Python 3.12 on
+
+
+def address_of(data: memoryview) -> int:
+    """Return where a non-empty buffer lies in this process."""
+    return int(np.frombuffer(data, np.uint8).__array_interface__["data"][0])
 
 
 class ParcelsRunner:
@@ -237,6 +442,9 @@ class ParcelsRunner:
         #: Requests without a final response, or with responses that wait for room.
         self._open: dict[tuple[int, int], ParcelRequest] = {}
         self._bound: dict[tuple[object, ...], Callable[[], None]] = {}
+        #: Handles COLLECT and CANCEL messages that have arrived, without waiting; set by the loop. Called whenever a
+        #: running model asks whether its request is cancelled, by the thread that asks.
+        self.take_signals: Callable[[], None] = _nothing
 
     @property
     def open_count(self) -> int:
@@ -246,32 +454,49 @@ class ParcelsRunner:
         """Its requests have no reader any more."""
         self._bound.clear()
         for key in [key for key in self._open if key[0] == producer]:
-            self._open.pop(key).is_cancelled = True
+            self._open.pop(key).orphan()
 
     def cancel(self, producer: int, message: memoryview, count: int) -> None:
         """Mark requests whose clients left."""
-        for index in range(count):
+        available = (len(message) - HEADER.size) // TOKEN.size
+        for index in range(min(count, available)):
             (token,) = TOKEN.unpack_from(message, HEADER.size + index * TOKEN.size)
             request = self._open.get((producer, token))
             if request is not None:
-                request.is_cancelled = True
+                request.cancel()
 
     def collect(self, producer: int, message: memoryview) -> None:
         """A larger reply block has been lent."""
+        if len(message) < HEADER.size + GROW.size:
+            return
         token, offset, size = GROW.unpack_from(message, HEADER.size)
         request = self._open.get((producer, token))
-        if request is not None:
+        if request is None:
+            return
+        try:
             request.collect(offset, size)
+        except Internal:
+            # The place is outside the producer's own arena: it will hear no more of this request.
+            request.orphan()
+            self.forget(request)
 
-    def answered(self, request: ParcelRequest, failed: ServingError | None = None) -> None:
+    def answered(self, request: ParcelRequest, failed: ServingError | None = None, *, by_model: bool = False) -> None:
         """Count a request whose final response is known."""
         if not request.is_waiting:
             self._open.pop(request.key, None)
-        if failed is None:
-            self.counters[Count.SUCCESS] += 1
-        else:
-            backend = isinstance(failed, BackendFailed)
-            self.counters[Count.FAILED_BACKEND if backend else Count.FAILED_OTHER] += 1
+        counters = self.counters
+        with self.producers.lock:
+            if failed is None:
+                counters[Count.SUCCESS] += 1
+            elif isinstance(failed, Cancelled):
+                counters[Count.CANCELED] += 1
+            elif by_model or isinstance(failed, BackendFailed):
+                counters[Count.FAILED_BACKEND] += 1
+            else:
+                counters[Count.FAILED_OTHER] += 1
+            if request.executed_ns:
+                # Answered after its execution had returned: by a thread or a coroutine of the model.
+                counters[Count.INFER_NS] += max(time.monotonic_ns() - request.executed_ns, 0)
 
     def forget(self, request: ParcelRequest) -> None:
         """The last waiting response has been sent."""
@@ -290,9 +515,7 @@ class ParcelsRunner:
         stamps = [start_ns, start_ns, start_ns, start_ns]
         try:
             if isinstance(self._instance, RequestInstance):
-                stamps[1] = time.monotonic_ns()
-                self._instance.execute(requests)
-                stamps[2] = time.monotonic_ns()
+                self._run_requests(self._instance, requests, stamps)
             else:
                 self._run_tensors(self._instance, requests, stamps)
         except ServingError as error:
@@ -305,30 +528,55 @@ class ParcelsRunner:
         return TIMES.pack(*stamps)
 
     def _unpack(self, message: memoryview, start_ns: int) -> list[ParcelRequest]:
+        """Return the message's requests; one whose head cannot be used is answered here."""
         _kind, _flags, count, _sender, _batch = HEADER.unpack_from(message)
         offset = HEADER.size
         requests: list[ParcelRequest] = []
         for _ in range(count):
+            if len(message) < offset + PARCEL.size:
+                break  # Shorter than its header says.
             producer_id, rows, token, enqueue_ns, head_bytes = PARCEL.unpack_from(message, offset)
             offset += PARCEL.size
             raw = message[offset : offset + head_bytes]
             offset += head_bytes
             try:
                 producer = self.producers.get(producer_id)
+            except Internal:
+                continue  # The producer died; nobody waits.
+            try:
                 head = _decode_head(raw)
-            except (Internal, msgspec.DecodeError, msgspec.ValidationError):
-                continue  # The producer died, or speaks another protocol; it alone is concerned.
+                producer.arena.check(head.reply_offset, head.reply_bytes)
+            except (Internal, msgspec.DecodeError, msgspec.ValidationError) as error:
+                unusable = ParcelRequest(self, producer, token, rows, enqueue_ns, _EMPTY_HEAD)
+                unusable.fail(Internal(f"the worker cannot read the request: {error}"))
+                continue
             request = ParcelRequest(self, producer, token, rows, enqueue_ns, head)
-            request.times = (start_ns, start_ns, start_ns, start_ns)
+            request.times = (start_ns, start_ns, 0, 0)
             self._open[request.key] = request
             requests.append(request)
         return requests
+
+    def _run_requests(self, instance: RequestInstance, requests: list[ParcelRequest], stamps: list[int]) -> None:
+        stamps[1] = time.monotonic_ns()
+        for request in requests:
+            request.times = (stamps[0], stamps[1], 0, 0)
+        try:
+            instance.execute(requests)
+        finally:
+            stamps[2] = time.monotonic_ns()
+            for request in requests:
+                request.executed_ns = stamps[2]
 
     def _fail_all(self, requests: Sequence[ParcelRequest], error: ServingError) -> None:
         for request in requests:
             request.fail(error)
 
     def _count(self, requests: Sequence[ParcelRequest], rows: int, stamps: list[int]) -> None:
+        # A model's own threads count too.
+        with self.producers.lock:
+            self._add(requests, rows, stamps)
+
+    def _add(self, requests: Sequence[ParcelRequest], rows: int, stamps: list[int]) -> None:
         counters = self.counters
         start_ns, input_end_ns, output_start_ns, end_ns = stamps
         count = len(requests)
@@ -353,13 +601,25 @@ class ParcelsRunner:
     def _run_tensors(self, instance: TensorInstance, requests: list[ParcelRequest], stamps: list[int]) -> None:
         if len(requests) == 1:
             self._run_single(instance, requests[0], stamps)
-        else:
-            self._run_joined(instance, requests, stamps)
+            return
+        # One client's broken tensor is its own error, not its neighbours'.
+        separate: list[tuple[ParcelRequest, Arrays]] = []
+        for request in requests:
+            try:
+                separate.append((request, request.input_arrays()))
+            except ServingError as error:
+                request.fail(error)
+        if self.max_batch_size > 0 and _can_be_joined([arrays for _request, arrays in separate]):
+            self._run_joined(instance, separate, stamps)
+            return
+        for request, _arrays in separate:
+            try:
+                self._run_single(instance, request, stamps)
+            except ServingError as error:
+                request.fail(error)
 
     def _wanted(self, requests: Sequence[ParcelRequest]) -> tuple[str, ...]:
-        if any(not request.head.outputs for request in requests):
-            return tuple(self.outputs)
-        wanted = {name for request in requests for name in request.head.outputs}
+        wanted = {name for request in requests for name in request.requested_outputs}
         return tuple(name for name in self.outputs if name in wanted)
 
     def _run_single(self, instance: TensorInstance, request: ParcelRequest, stamps: list[int]) -> None:
@@ -371,7 +631,7 @@ class ParcelsRunner:
             bound = self._bound.get(key)
             if bound is None:
                 bound = instance.bind(request.input_arrays(), self._output_arrays(request, places))
-                if len(self._bound) >= 256:
+                if len(self._bound) >= BINDINGS_MAX:
                     self._bound.clear()
                 self._bound[key] = bound
             stamps[1] = time.monotonic_ns()
@@ -414,15 +674,16 @@ class ParcelsRunner:
             for place in places
         }
 
-    def _run_joined(self, instance: TensorInstance, requests: list[ParcelRequest], stamps: list[int]) -> None:
-        separate = [request.input_arrays() for request in requests]
-        joined: Arrays = {}
-        copied = 0
-        for name in separate[0]:
-            parts = [arrays[name] for arrays in separate]
-            joined[name] = np.concatenate(parts)
-            copied += joined[name].nbytes
-        self.counters[Count.GATHERED_BYTES] += copied
+    def _run_joined(
+        self, instance: TensorInstance, separate: list[tuple[ParcelRequest, Arrays]], stamps: list[int]
+    ) -> None:
+        requests = [request for request, _arrays in separate]
+        joined: Arrays = {
+            name: np.concatenate([arrays[name] for _request, arrays in separate]) for name in separate[0][1]
+        }
+        self.counters[Count.GATHERED_BYTES] += sum(
+            place.byte_size for request in requests for place in request.head.inputs
+        )
         self.counters[Count.BATCHES_GATHERED] += 1
         wanted = self._wanted(requests)
         stamps[1] = time.monotonic_ns()
@@ -433,8 +694,8 @@ class ParcelsRunner:
         first = 0
         for request in requests:
             request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
-            own = request.head.outputs or wanted
-            request.reply({name: (checked[name][0], checked[name][1][first : first + request.rows]) for name in own})
+            own = slice(first, first + request.rows)
+            request.reply({name: (checked[name][0], checked[name][1][own]) for name in request.requested_outputs})
             first += request.rows
 
     def _checked(self, name: str, results: Mapping[str, Array], rows: int) -> tuple[str, Array]:
@@ -462,3 +723,23 @@ class ParcelsRunner:
                 f"but its configuration promises {spec.datatype} {expected}"
             )
         return spec.datatype, array.reshape(shape)
+
+
+#: Stands for a head that could not be decoded.
+_EMPTY_HEAD = ParcelHead(inputs=(), reply_offset=0, reply_bytes=0)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _can_be_joined(separate: Sequence[Arrays]) -> bool:
+    """Tell whether requests have the same inputs with the same shapes but for the batch dimension."""
+    if not separate:
+        return False
+    shapes = {name: array.shape[1:] for name, array in separate[0].items()}
+    return all(
+        len(arrays) == len(shapes)
+        and all(name in shapes and array.ndim > 0 and array.shape[1:] == shapes[name] for name, array in arrays.items())
+        for arrays in separate
+    )
