@@ -323,9 +323,9 @@ def _entry(name: str, status: os.stat_result) -> Entry:
 
 
 def _encoded_bytes(text: str) -> int:
-    """Return the length on disk; an unencodable text counts as too long."""
+    """Return the length in UTF-8; what is not UTF-8 counts as too long, since no protocol could name it."""
     try:
-        return len(os.fsencode(text))
+        return len(text.encode())
     except UnicodeEncodeError:
         return MAX_PATH_BYTES + 1
 

@@ -29,7 +29,7 @@ from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.normalise import detect_backend, normalise_defaults
 from forebay.engine.repository.validate import directory_name_problem, poll_problems
 from forebay.engine.repository.versions import ChosenVersions, FoundVersions, choose_versions, find_versions
-from forebay.ipc.errors import InvalidArgument, NotFound, ServingError
+from forebay.ipc.errors import Code, InvalidArgument, NotFound, ServingError
 
 CONFIG_FILE = "config.pbtxt"
 
@@ -265,8 +265,7 @@ class ModelRepository:
                 found = self._assemble(root, directory, (name,), name, config, config_json, is_override=True)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)
-            reason = os.strerror(error.errno) if error.errno else "unknown error"
-            raise InvalidArgument(f"failed to write the files of model '{name}': {reason}") from None
+            raise InvalidArgument(f"failed to write the files of model '{name}': {_reason(error)}") from None
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -289,8 +288,9 @@ class ModelRepository:
             return self._assemble(root, repository, (name,), name, config, text, config_file=config_file)
         except ConfigError as error:
             return _unusable(name, repository, *error.problems, config_file=config_file, namespacing=self.namespacing)
-        except ServingError as error:
-            problem = Problem(error.text, code=error.code)
+        except (ServingError, OSError) as error:
+            code = error.code if isinstance(error, ServingError) else Code.INTERNAL
+            problem = Problem(_reason(error), code=code)
             return _unusable(name, repository, problem, config_file=config_file, namespacing=self.namespacing)
 
     def _assemble(
@@ -419,6 +419,13 @@ def _check_root(path: str) -> None:
         raise InvalidArgument("failed to stat file: a model repository path contains a NUL character") from None
 
 
+def _reason(error: ServingError | OSError) -> str:
+    """Return what went wrong, without a path of this machine."""
+    if isinstance(error, ServingError):
+        return error.text
+    return os.strerror(error.errno) if error.errno else "unknown error"
+
+
 def _open_root(repository: str) -> Beneath:
     _check_root(repository)
     return Beneath(repository)
@@ -440,7 +447,7 @@ def _unusable(
     name: str, repository: str, *problems: Problem, config_file: str = "", namespacing: bool = False
 ) -> FoundModel:
     return FoundModel(
-        name=name,
+        name=name.encode(errors="backslashreplace").decode(),  # a name on disk need not be UTF-8
         repository=repository,
         path="",
         namespace=repository if namespacing else "",

@@ -43,7 +43,8 @@ def find_versions(directories: Iterable[str]) -> FoundVersions:
     """
     numbers: set[int] = set()
     warnings: list[str] = []
-    for name in sorted(directories):
+    for directory in sorted(directories):
+        name = directory.encode(errors="backslashreplace").decode()  # a name on disk need not be UTF-8
         if name in RESERVED_DIRECTORIES:
             continue
         if len(name) > 1 and name[0] == "0":

@@ -234,6 +234,36 @@ def test_file_names_in_a_config_stay_inside_the_model(make_repository: MakeRepos
     assert model.problems[-1].line == 2
 
 
+def test_names_on_disk_that_are_no_text_are_reported(make_repository: MakeRepository) -> None:
+    """Everything that is found can be printed and sent as JSON."""
+    root = make_repository({"m/config.pbtxt": GOOD, "m/1": None})
+    os.mkdir(os.fsencode(root) + b"/\xff")
+    os.mkdir(os.fsencode(root) + b"/m/\xfe")
+    models = by_name(ModelRepository([str(root)]).scan())
+    assert models["m"].problems == ()
+    assert models["m"].versions.warnings == (
+        "ignore version directory '\\udcfe' which fails to convert to integral number",
+    )
+    assert models["\\udcff"].problems[0].text.startswith("invalid model name '\\xdcff'")
+
+
+def test_a_read_error_is_a_problem_of_that_model_only(
+    make_repository: MakeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_repository({"m/config.pbtxt": GOOD, "n/config.pbtxt": GOOD + " "})
+    real_read = os.read
+
+    def read(fd: int, length: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("/m/config.pbtxt"):
+            raise OSError(5, "Input/output error", "/secret/path")
+        return real_read(fd, length)
+
+    monkeypatch.setattr(os, "read", read)
+    models = by_name(ModelRepository([str(root)]).scan())
+    assert models["m"].problems[0].text == "Input/output error"
+    assert models["n"].problems == ()
+
+
 # ---- overrides -------------------------------------------------------------------------------------------------------
 
 
