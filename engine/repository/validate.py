@@ -7,16 +7,14 @@ yield every problem, in Triton's order, so the first one is what Triton would ha
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from forebay.engine.repository.config_problem import ConfigError, Problem, likely_meant
+from forebay.engine.repository.ensemble_graph import graph_problems
 from forebay.engine.repository.model_config_schema import FieldPath, ModelConfig, enum_name, enum_number
 from forebay.engine.repository.normalise import DEFAULT_MIN_COMPUTE_CAPABILITY, ENSEMBLE, Gpu, usable_gpus
+from forebay.engine.repository.tensor_check import tensor_problems
 from forebay.ipc.errors import Code
 
 #: Platforms that a known backend may have (spec R-043); a backend that is not here may have any.
@@ -31,9 +29,6 @@ PLATFORMS = {
 GPU_ACCELERATORS = ("tensorrt", "cuda", "auto_mixed_precision", "gpu_io")
 CPU_ACCELERATORS = ("openvino",)
 
-#: Backends whose own sentence about missing inputs and outputs is the one that people know (spec B-082).
-_JUDGE_THEMSELVES = frozenset({"identity"})
-
 _KINDS = "ModelSequenceBatching.Control.Kind"
 _CORRID_TYPES = ("TYPE_UINT64", "TYPE_INT64", "TYPE_UINT32", "TYPE_INT32", "TYPE_STRING")
 
@@ -47,7 +42,7 @@ def poll_problems(config: ModelConfig, *, auto_complete: bool = True) -> list[Pr
     message = config.message
     problems = [*_general(message), *_scheduling(message)]
     if not auto_complete:
-        problems += _tensors(message)
+        problems += tensor_problems(message)
     return [problem.located(config.source) for problem in problems]
 
 
@@ -62,7 +57,7 @@ def load_problems(
     problems = [
         *_general(message),
         *_scheduling(message),
-        *_tensors(message),
+        *tensor_problems(message),
         *_instance_groups(message, usable_gpus(gpus, min_compute_capability), min_compute_capability),
         *_rate_limiter(message),
         *_states(message),
@@ -147,7 +142,7 @@ def _scheduling(message: Any) -> Iterator[Problem]:
     elif scheduling == "sequence_batching":
         yield from _sequence_batching(message)
     if scheduling == "ensemble_scheduling":
-        yield from _ensemble(message)
+        yield from graph_problems(message)
     elif message.platform == ENSEMBLE:
         yield Problem(
             f"ensemble scheduling must be set for ensemble {name} whose platform is {ENSEMBLE}",
@@ -300,252 +295,6 @@ def _corrid_control(control: Any, name: str, path: FieldPath) -> Iterator[Proble
             (*path, "data_type"),
             possible=_CORRID_TYPES,
         )
-
-
-# ---- ensembles -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _EnsembleTensor:
-    """One tensor of an ensemble's graph; it depends on ``sources`` and feeds ``targets``."""
-
-    name: str
-    is_output: bool = False
-    is_ready: bool = False
-    sources: list[_EnsembleTensor] = field(default_factory=list["_EnsembleTensor"])
-    targets: list[_EnsembleTensor] = field(default_factory=list["_EnsembleTensor"])
-
-
-def _ensemble(message: Any) -> Iterator[Problem]:
-    name = message.name
-    if message.platform != ENSEMBLE:
-        yield Problem(
-            f"ensemble scheduling cannot be set for model '{name}' whose platform is not {ENSEMBLE}", ("platform",)
-        )
-    if message.instance_group:
-        yield Problem(f"instance group should not be specified for ensemble '{name}'", ("instance_group",))
-    if message.HasField("optimization"):
-        yield Problem(f"optimization should not be specified for ensemble '{name}'", ("optimization",))
-    if message.model_warmup:
-        yield Problem(f"model_warmup can not be specified for ensemble '{name}'", ("model_warmup",))
-    if not message.ensemble_scheduling.step:
-        yield Problem(f"must specify 'step' for ensemble '{name}'", ("ensemble_scheduling",))
-        return
-    problems: list[Problem] = []
-    tensors = _ensemble_graph(message, problems)
-    yield from problems
-    if not problems:
-        yield from _ensemble_flow(message, tensors)
-
-
-def _ensemble_graph(message: Any, problems: list[Problem]) -> dict[str, _EnsembleTensor]:
-    """Return the ensemble's tensors by name, linked; appends what is wrong with single steps."""
-    name = message.name
-    tensors: dict[str, _EnsembleTensor] = {}
-    for index, step in enumerate(message.ensemble_scheduling.step):
-        path = ("ensemble_scheduling", "step", index)
-        missing = [part for part in ("model_name", "input_map", "output_map") if not getattr(step, part)]
-        problems += [Problem(f"must specify '{part}' in step {index} of ensemble '{name}'", path) for part in missing]
-        outputs: list[_EnsembleTensor] = []
-        for key in sorted(step.output_map):
-            tensor = tensors.setdefault(step.output_map[key], _EnsembleTensor(step.output_map[key]))
-            if tensor.is_output:
-                problems.append(
-                    Problem(
-                        f"ensemble tensor '{tensor.name}' can appear in an output map only once for ensemble "
-                        f"'{name}' step {index}",
-                        (*path, "output_map", key),
-                    )
-                )
-            tensor.is_output = True
-            outputs.append(tensor)
-        for key in sorted(step.input_map):
-            source = tensors.setdefault(step.input_map[key], _EnsembleTensor(step.input_map[key]))
-            for target in outputs:
-                target.sources.append(source)
-                source.targets.append(target)
-    return tensors
-
-
-def _ensemble_flow(message: Any, tensors: dict[str, _EnsembleTensor]) -> Iterator[Problem]:
-    """Check that every tensor is written and used (spec S-102)."""
-    name = message.name
-    ready: deque[_EnsembleTensor] = deque()
-    for index, given in enumerate(message.input):
-        tensor = tensors.get(given.name)
-        if tensor is None:
-            yield Problem(f"ensemble input '{given.name}' for ensemble {name}' is not used", ("input", index))
-            continue
-        tensor.is_ready = True
-        ready.append(tensor)
-    while ready:
-        for target in ready.popleft().targets:
-            if not target.is_ready and all(source.is_ready for source in target.sources):
-                target.is_ready = True
-                ready.append(target)
-    outputs: set[str] = set()
-    unwritten = False
-    for index, given in enumerate(message.output):
-        tensor = tensors.get(given.name)
-        if tensor is None:
-            yield Problem(f"ensemble output '{given.name}' for ensemble {name}' is not used", ("output", index))
-            continue
-        outputs.add(given.name)
-        if not tensor.is_ready:
-            unwritten = True
-            text = f"output '{given.name}' for ensemble '{name}' is not written"
-            cause = _unready_source(tensor)
-            if cause is not tensor:
-                text += f": at least one of its depending tensors, '{cause.name}', is not connected"
-            yield Problem(text, ("output", index))
-    if unwritten:
-        return  # what follows from it would only repeat it
-    for tensor in tensors.values():
-        if tensor.name not in outputs and (not tensor.is_ready or not tensor.targets):
-            yield Problem(f"ensemble tensor '{tensor.name}' is unused in ensemble '{name}'", ("ensemble_scheduling",))
-
-
-def _unready_source(tensor: _EnsembleTensor) -> _EnsembleTensor:
-    """Return the tensor furthest up that is not written; the graph may have circles."""
-    seen: set[str] = set()
-    last = tensor
-    while True:
-        upstream = next((node for node in last.sources if not node.is_ready and node.name not in seen), None)
-        if upstream is None:
-            return last
-        seen.add(upstream.name)
-        last = upstream
-
-
-# ---- tensors ---------------------------------------------------------------------------------------------------------
-
-
-def _tensors(message: Any) -> Iterator[Problem]:
-    name, max_batch_size = message.name, message.max_batch_size
-    is_tensorrt = message.platform == "tensorrt_plan"
-    problems: list[Problem] = []
-    for direction in ("input", "output"):
-        tensors = getattr(message, direction)
-        if not tensors and message.backend not in _JUDGE_THEMSELVES:
-            problems.append(Problem(f"must specify one or more '{direction}'s", (direction,)))
-        seen: set[str] = set()
-        for index, tensor in enumerate(tensors):
-            path = (direction, index)
-            found = list(_tensor(tensor, direction, max_batch_size, path))
-            found += _special_tensor(tensor, direction, is_tensorrt, path)
-            if tensor.name and tensor.name in seen:
-                found.append(Problem(f"model {direction} '{tensor.name}' is specified more than once", (*path, "name")))
-            seen.add(tensor.name)
-            problems += found
-    problems += _batch_tensors(message)
-    for problem in problems:
-        yield msgspec.structs.replace(problem, text=f"{problem.text} for {name}")
-
-
-def _tensor(tensor: Any, direction: str, max_batch_size: int, path: FieldPath) -> Iterator[Problem]:
-    """One input or output: name, datatype, dims and reshape (spec C-030..C-034, D-013..D-015)."""
-    if not tensor.name:
-        yield Problem(f"model {direction} must specify 'name'", path)
-        return
-    prefix = f"model {direction} '{tensor.name}' "
-    if not tensor.data_type:
-        yield Problem(f"{prefix}must specify 'data_type'", path)
-    if not tensor.dims:
-        yield Problem(f"{prefix}must specify 'dims'", path)
-        return
-    if tensor.HasField("reshape") and not tensor.reshape.shape and max_batch_size == 0:
-        yield Problem(
-            f"{prefix}cannot have empty reshape for non-batching model as scalar tensors are not supported",
-            (*path, "reshape"),
-        )
-        return
-    bad = [index for index, dim in enumerate(tensor.dims) if dim < 1 and dim != -1]
-    if bad:
-        yield Problem(
-            f"{prefix}dimension must be integer >= 1, or -1 to indicate a variable-size dimension",
-            (*path, "dims", bad[0]),
-        )
-        return
-    if tensor.HasField("reshape"):
-        yield from _reshape(tuple(tensor.dims), tuple(tensor.reshape.shape), prefix, (*path, "reshape"))
-
-
-def _reshape(dims: tuple[int, ...], shape: tuple[int, ...], prefix: str, path: FieldPath) -> Iterator[Problem]:
-    if any(dim < 1 and dim != -1 for dim in shape):
-        yield Problem(
-            f"{prefix}reshape dimensions must be integer >= 1, or -1 to indicate a variable-size dimension", path
-        )
-        return
-    dims_products, shape_products = _products(dims), _products(shape)
-    if not shape:
-        if dims_products != [1]:
-            yield Problem(f"{prefix}has different size for dims and reshape", path)
-    elif len(dims_products) != len(shape_products) and len(dims_products) > 1 and len(shape_products) > 1:
-        yield Problem(f"{prefix}has different number of variable-size dimensions for dims and reshape", path)
-    elif dims_products != shape_products:
-        yield Problem(f"{prefix}has different size for dims and reshape", path)
-
-
-def _products(dims: tuple[int, ...]) -> list[int]:
-    """Return the element counts of the runs between variable dimensions: ``[2, 4, -1, 6]`` gives ``[8, 6]``."""
-    products = [1]
-    for dim in dims:
-        if dim == -1:
-            products.append(1)
-        else:
-            products[-1] *= dim
-    return products
-
-
-def _special_tensor(tensor: Any, direction: str, is_tensorrt: bool, path: FieldPath) -> Iterator[Problem]:
-    if direction == "input" and tensor.format and len(tensor.dims) != 3:
-        yield Problem("model input NHWC/NCHW require 3 dims", (*path, "format"))
-    if tensor.is_shape_tensor and not is_tensorrt:
-        yield Problem("shape tensors are only supported for TensorRT platform", (*path, "is_shape_tensor"))
-    if tensor.is_non_linear_format_io:
-        here = (*path, "is_non_linear_format_io")
-        if not is_tensorrt:
-            yield Problem("Non-linear IO format is only supported for the TensorRT platform", here)
-        elif len(tensor.dims) != 3:
-            yield Problem(f"Non-linear IO format {direction} requires 3 dims", here)
-
-
-def _batch_tensors(message: Any) -> Iterator[Problem]:
-    """``batch_input`` and ``batch_output`` (spec C-124)."""
-    inputs = {tensor.name for tensor in message.input}
-    outputs = {tensor.name for tensor in message.output}
-    for direction, kinds in (("input", "BatchInput.Kind"), ("output", "BatchOutput.Kind")):
-        for index, item in enumerate(getattr(message, f"batch_{direction}")):
-            path = (f"batch_{direction}", index)
-            kind = enum_name(kinds, item.kind)
-            if kind.isdigit():
-                yield Problem(f"unknown batch {direction} kind '{kind}'", (*path, "kind"))
-            elif len(item.source_input) != 1:
-                yield Problem(
-                    f"batch {direction} kind '{kind}' expects 1 source input, got {len(item.source_input)}", path
-                )
-            if direction == "input" and enum_name("DataType", item.data_type) not in ("TYPE_INT32", "TYPE_FP32"):
-                yield Problem("batch input data type must be TYPE_INT32 or TYPE_FP32", (*path, "data_type"))
-            for source in item.source_input:
-                if source not in inputs:
-                    yield Problem(
-                        f"unknown source input name '{source}'",
-                        (*path, "source_input"),
-                        suggestion=likely_meant(source, inputs),
-                    )
-            if direction == "output":
-                yield from _scatter_targets(item, outputs, path)
-
-
-def _scatter_targets(item: Any, outputs: set[str], path: FieldPath) -> Iterator[Problem]:
-    seen: set[str] = set()
-    for target in item.target_name:
-        here = (*path, "target_name")
-        if target not in outputs:
-            yield Problem(f"unknown target output name '{target}'", here, suggestion=likely_meant(target, outputs))
-        elif target in seen:
-            yield Problem(f"target output name '{target}' can only be specified once", here)
-        seen.add(target)
 
 
 # ---- instances -------------------------------------------------------------------------------------------------------
