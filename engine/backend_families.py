@@ -54,6 +54,4 @@ def missing_library(backend: str) -> str | None:
     if not family.library or importlib.util.find_spec(family.library) is not None:
         return None
     what = f"forebay[{family.extra}]" if family.extra else family.library
-    return (
-        f"backend '{backend}' needs {family.title}, which is not installed; install it with: pip install '{what}'"
-    )
+    return f"backend '{backend}' needs {family.title}, which is not installed; install it with: pip install '{what}'"

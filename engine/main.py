@@ -89,7 +89,7 @@ def bind_endpoints(settings: Settings) -> dict[str, Listener]:
     Raises:
         Unavailable: a port is in use (spec H-021); none stays bound.
     """
-    from forebay.engine.supervisor.listeners import Listener, bind
+    from forebay.engine.supervisor.listeners import bind
     from forebay.ipc.log import log
 
     http, grpc, metrics = settings.http, settings.grpc, settings.metrics
@@ -118,6 +118,7 @@ def _supervise(settings: Settings, runtime: RuntimeDirectory, listeners: dict[st
 
     from forebay.engine.console import Console
     from forebay.engine.supervisor.supervisor import Supervisor
+    from forebay.ipc.log import log
     from forebay.ipc.process import set_name
 
     set_name("supervisor")
@@ -125,6 +126,9 @@ def _supervise(settings: Settings, runtime: RuntimeDirectory, listeners: dict[st
     console.announce(
         f"forebay {importlib.metadata.version('forebay')}, models from {', '.join(settings.repository.paths)}"
     )
+
+    if sys.stdout.isatty() and not settings.log.file:
+        log.interrupting = console.paused
 
     async def run() -> int:
         return await Supervisor(settings, runtime, listeners, console).run()

@@ -88,9 +88,7 @@ class Zygote:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
-        self._lifeline.send(
-            WorkerExited(instance=instance, pid=pid, exit_code=os.waitstatus_to_exitcode(status))
-        )
+        self._lifeline.send(WorkerExited(instance=instance, pid=pid, exit_code=os.waitstatus_to_exitcode(status)))
 
 
 def close_descriptors_except(kept: Sequence[int]) -> None:

@@ -22,7 +22,10 @@ Received = TypeVar("Received")
 
 #: Libraries read these when they are imported, before anybody can call them: no thread may exist when a zygote forks,
 #: and a worker's threads are a choice of its instance, not of the machine's size.
-THREAD_ENVIRONMENT = {
+CHILD_ENVIRONMENT = {
+    # From 1.29 on, ONNX Runtime sends usage data to its maker, from threads that it starts when it is imported.
+    "ORT_DISABLE_TELEMETRY": "1",
+    "ORT_TELEMETRY_DISABLED": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -68,7 +71,7 @@ class Child(Generic[Received]):
                 command,
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=dict(os.environ, **THREAD_ENVIRONMENT, **(environment or {})),
+                env=dict(os.environ, **CHILD_ENVIRONMENT, **(environment or {})),
             )
         ours.setblocking(False)
         self.lifeline: Lifeline[Received] = Lifeline(ours, union)

@@ -1,7 +1,7 @@
 """One instance of a loaded model version: a slot that always tries to have a living worker.
 
-A slot outlives its workers. Its counters stay when a worker is replaced, so that totals never go backwards; its worker's
-number is new each time, so that nothing meant for the dead one reaches the living.
+A slot outlives its workers. Its counters stay when a worker is replaced, so that totals never go backwards; its
+worker's number is new each time, so that nothing meant for the dead one reaches the living.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ A version's states (spec R-099)::
                     v         | v
                UNAVAILABLE(reason)       its workers died / were replaced
 
-One load of one model is atomic (spec R-086): all versions that its policy selects come up, or what served before goes on
-serving. New versions are loaded beside the old ones; then every frontend learns the new catalog and says that it has;
-only then are the old ones drained and ended. So no request ever meets a version that is going away.
+One load of one model is atomic (spec R-086): all versions that its policy selects come up, or what served before goes
+on serving. New versions are loaded beside the old ones; then every frontend learns the new catalog and says that it
+has; only then are the old ones drained and ended. So no request ever meets a version that is going away.
 """
 
 from __future__ import annotations
@@ -398,9 +398,7 @@ class ModelLifecycle:
         self.touch()
         return LoadFailed(f"load failed for model '{model.name}': {''.join(parts)}")
 
-    async def _switch(
-        self, model: Model, found: FoundModel, started: dict[int, ServedVersion], kept: set[int]
-    ) -> None:
+    async def _switch(self, model: Model, found: FoundModel, started: dict[int, ServedVersion], kept: set[int]) -> None:
         """Route to the new versions, then end the old ones in the background."""
         old_found = model.found
         retired = [served for version, served in model.serving.items() if version not in kept]
@@ -438,8 +436,8 @@ class ModelLifecycle:
             model.is_excused = False
             for version in model.status:
                 is_serving = any(served.version == version for served in retired)
-                model.status[version] = VersionStatus("UNLOADING") if is_serving else VersionStatus(
-                    "UNAVAILABLE", UNLOADED
+                model.status[version] = (
+                    VersionStatus("UNLOADING") if is_serving else VersionStatus("UNAVAILABLE", UNLOADED)
                 )
             generation = self.touch()
             found, model.found = model.found, None

@@ -108,7 +108,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     if (missing := missing_library(backend)) is not None:
         raise MissingLibrary(missing)
     is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
-    if not is_ensemble and not os.path.isdir(found.version_path(version)):
+    if not is_ensemble and not await asyncio.to_thread(os.path.isdir, found.version_path(version)):
         raise NotFound(f"failed to find version {version} of model '{found.name}'")
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
         config = await _auto_complete(plant, found, version, config)
@@ -125,7 +125,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     try:
         check_load(config, gpus, min_compute_capability=settings.min_supported_compute_capability)
     except InvalidArgument as error:
-        if "KIND_GPU" in error.text:
+        if "KIND_GPU" in error.text or "gpu id" in error.text:
             raise InvalidArgument(
                 f"{error.text}; set 'kind: KIND_CPU' in instance_group, or start with --gpu-fallback cpu to serve such "
                 "models on the CPU"

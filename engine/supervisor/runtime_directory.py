@@ -50,8 +50,8 @@ class RuntimeDirectory:
         self.path = os.path.join(base, f"{os.getpid()}-{secrets.token_hex(3)}")
         if len(os.fsencode(self.path)) > PATH_BYTES_MAX:
             raise Internal(
-                f"runtime directory '{self.path}' is longer than {PATH_BYTES_MAX} bytes, too long for the sockets in it; "
-                "name a shorter one with --runtime-directory"
+                f"runtime directory '{self.path}' is longer than {PATH_BYTES_MAX} bytes, too long for the sockets "
+                "in it; name a shorter one with --runtime-directory"
             )
         os.mkdir(self.path, 0o700)
         self._lock_fd = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -134,7 +134,9 @@ class ServedVersion:
         plant = self._plant
         name = self.prepared.found.name
         plant.switchboard.remove_route(
-            self.route, Code.UNAVAILABLE, f"Request for unknown model: '{name}' version {self.version} is not at ready state"
+            self.route,
+            Code.UNAVAILABLE,
+            f"Request for unknown model: '{name}' version {self.version} is not at ready state",
         )
         await asyncio.gather(*(instance.stop() for instance in self.instances))
         for instance in self.instances:

@@ -1,9 +1,9 @@
 """The supervisor: starts all other processes, keeps them running, and ends them in order.
 
-Order of a start-up: everything that takes long is begun at once and in parallel (zygotes import their libraries, scheduler
-and frontends start) while the repository is read here; the models are loaded; then the sockets listen (spec H-032).
-Order of an end: stop accepting, answer what was accepted, unload the models, then scheduler, zygotes and metrics. If this
-process is killed, the kernel kills its children and the janitor removes the runtime directory.
+Order of a start-up: everything that takes long is begun at once and in parallel (zygotes import their libraries,
+scheduler and frontends start) while the repository is read here; the models are loaded; then the sockets listen (spec
+H-032). Order of an end: stop accepting, answer what was accepted, unload the models, then scheduler, zygotes and
+metrics. If this process is killed, the kernel kills its children and the janitor removes the runtime directory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
 from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.plant import Plant
-from forebay.engine.supervisor.processes import FrontendRole, SchedulerRole
+from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
 from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.zygotes import Zygotes
@@ -89,6 +89,7 @@ class Supervisor:
         self._frontends = self._create_frontends()
         for frontend in self._frontends:
             frontend.start()
+        self._roles: list[Role[Any]] = [*self._frontends, self._scheduler]
         # Only now, while the children import their libraries, what takes us long to import (protobuf, ZeroMQ).
         from forebay.engine.supervisor.control import ControlServer
         from forebay.engine.supervisor.gpus import find_gpus
@@ -206,13 +207,13 @@ class Supervisor:
             wanted = None if names == ("*",) else names
         else:
             wanted = None
-        ready = asyncio.gather(*(role.ready for role in (self._scheduler, *self._frontends)))
+        ready = asyncio.gather(*(role.ready for role in self._roles))
         ticking = asyncio.create_task(self._tick())
         try:
             failed = await self._lifecycle.load_at_start(wanted)
             await asyncio.wait_for(ready, _START_TIMEOUT_S)
         except TimeoutError:
-            late = [role.name for role in (self._scheduler, *self._frontends) if not role.is_up]
+            late = [role.name for role in self._roles if not role.is_up]
             raise StartFailed(f"{' and '.join(late)} did not start within {_START_TIMEOUT_S:g} s") from None
         except StartFailed:
             raise
@@ -229,9 +230,7 @@ class Supervisor:
         generation = self._lifecycle.touch()
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                await asyncio.gather(
-                    *(self._control.wait_seen_by(role.number, generation) for role in self._frontends)
-                )
+                await asyncio.gather(*(self._control.wait_seen_by(role.number, generation) for role in self._frontends))
         except TimeoutError:
             log.warning("a frontend has not taken in the list of models yet")
         self._listen()
@@ -361,12 +360,12 @@ class Supervisor:
     async def _finish(self, timeout_s: float) -> None:
         submitting = [role for role in self._frontends if role.submits]
         watching = [role for role in self._frontends if not role.submits]
-        for role in submitting:
-            for listener in self._listeners.values():
-                if listener.service != "Metrics Service":
-                    listener.close()
-        # Beyond the timeout of the whole stop, so that it is that one which ends them.
-        await asyncio.gather(*(role.stop(timeout_s + _STOP_TIMEOUT_S) for role in submitting))
+        # A longer timeout than that of the whole stop, so that it is the latter which ends them.
+        stopping = [asyncio.create_task(role.stop(timeout_s + _STOP_TIMEOUT_S)) for role in submitting]
+        for protocol, listener in self._listeners.items():
+            if protocol != "metrics":
+                listener.close()
+        await asyncio.gather(*stopping)
         await self._lifecycle.unload_all()
         ends: list[Awaitable[Any]] = [role.stop(_STOP_TIMEOUT_S) for role in watching]
         await asyncio.gather(self._scheduler.stop(_STOP_TIMEOUT_S), self._zygotes.stop(_STOP_TIMEOUT_S), *ends)
@@ -383,7 +382,7 @@ class Supervisor:
     def _kill_all(self) -> None:
         if lifecycle := getattr(self, "_lifecycle", None):
             lifecycle.kill_all()
-        for role in (*getattr(self, "_frontends", ()), self._scheduler):
+        for role in self._roles:
             role.kill()
         self._zygotes.kill()
 
@@ -394,7 +393,7 @@ class Supervisor:
             task.cancel()
         if lifecycle := getattr(self, "_lifecycle", None):
             await lifecycle.close()
-        children = [role.child for role in (*self._frontends, self._scheduler) if role.child is not None]
+        children = [role.child for role in self._roles if role.child is not None]
         await asyncio.gather(*(child.exited.wait() for child in children), *list(self._tasks), return_exceptions=True)
         await self._control.close()
         for listener in self._listeners.values():
@@ -498,4 +497,3 @@ def _files_two_below(model: os.DirEntry[str]) -> list[str]:
             if version.name.isdigit() and version.is_dir():
                 names += os.listdir(version.path)
     return names
-

@@ -243,4 +243,3 @@ class Switchboard:
         self._producers.clear()
         self._done_sender.close()
         self._done_receiver.close()
-

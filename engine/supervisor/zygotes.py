@@ -154,6 +154,3 @@ class Zygotes:
     def kill(self) -> None:
         for zygote in self._by_family.values():
             zygote.kill()
-
-
-
