@@ -60,6 +60,8 @@ class Instance:
         #: Why there is no worker; empty while there is one.
         self.reason = "not started"
         self.memory_bytes = 0
+        #: How often a worker that had died was replaced.
+        self.restart_count = 0
         self._worker: WorkerHandle | None = None
         self._is_serving = False
         self._is_stopping = False
@@ -154,6 +156,8 @@ class Instance:
                 await self.start()
             except ServingError as error:
                 self._note_death(f"worker {self.title} could not be started again: {error.text}")
+        self.restart_count += 1
+        self._events.changed()
         log.info(f"worker {self.title} is back")
 
     def _note_death(self, text: str) -> None:

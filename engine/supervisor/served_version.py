@@ -185,4 +185,6 @@ class ServedVersion:
             load_ns=self.load_ns,
             response_cache=spec.response_cache,
             default_timeout_us=default_timeout_us(spec),
+            scheduler_counter_offset=self._scheduler_offset,
+            worker_restart_count=sum(instance.restart_count for instance in self.instances),
         )

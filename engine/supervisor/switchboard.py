@@ -34,6 +34,7 @@ from forebay.ipc.messages import (
     Message,
     ProducerDown,
     ProducerUp,
+    Restored,
     RouteDrain,
     RouteGone,
     RouteUp,
@@ -115,6 +116,8 @@ class Switchboard:
             scheduler.send(
                 InstanceDrain(instance=instance_number) if instance_number else RouteDrain(route=route_number)
             )
+        if self.epoch > 1:
+            scheduler.send(Restored())
 
     def detach_scheduler(self, scheduler: Listener) -> None:
         """The scheduler's process is gone."""

@@ -288,7 +288,7 @@ def infer(server: ForebayServer, model: str = "alpha_model", version: str = "") 
 
 @pytest.fixture
 def explicit(repository: Path) -> Iterator[ForebayServer]:
-    with ForebayServer(repository, "--model-control-mode=explicit") as running:
+    with ForebayServer(repository, settings={"repository": {"control_mode": "explicit"}}) as running:
         yield running
 
 
@@ -407,7 +407,7 @@ def test_load_with_files_uses_nothing_of_the_repository(explicit: ForebayServer,
     assert explicit.post("/v2/repository/models/sent_model/load", body) == (200, b"")
     assert infer(explicit, "sent_model", "5") == 200
     assert explicit.post("/v2/repository/models/sent_model/unload")[0] == 200
-    assert infer(explicit, "sent_model", "5") == 404
+    assert infer(explicit, "sent_model") == 404
 
 
 def test_load_is_refused_without_explicit_mode(server: ForebayServer) -> None:
@@ -430,7 +430,7 @@ def test_model_without_config_is_completed(repository: Path) -> None:
 
 def test_poll_mode_follows_the_repository(repository: Path) -> None:
     """Spec R-081."""
-    with ForebayServer(repository, "--model-control-mode=poll", "--repository-poll-secs=1") as server:
+    with ForebayServer(repository, settings={"repository": {"control_mode": "poll", "poll_secs": 1}}) as server:
         staged = repository.parent / "staged"
         shutil.copytree(repository / "alpha_model", staged)
         config = staged / "config.pbtxt"

@@ -8,6 +8,7 @@ with ForebayServer(repository) as server:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -53,12 +54,14 @@ class ForebayServer:
         environment: dict[str, str] | None = None,
         protocols: Sequence[str] = ("http", "metrics"),
         http_port: int = 0,
+        settings: dict[str, dict[str, object]] | None = None,
     ) -> None:
         """Start nothing yet.
 
         Args:
             arguments: further flags of ``forebay serve``.
             environment: added to ours.
+            settings: fields of settings groups that no flag gives, as ``{"repository": {"control_mode": "poll"}}``.
             protocols: of ``http``, ``grpc`` and ``metrics``; the others are switched off.
         """
         self.directory = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
@@ -70,8 +73,11 @@ class ForebayServer:
         switches = [f"--allow-{name}={str(name in protocols).lower()}" for name in ("http", "grpc", "metrics")]
         # A port may be given only where the endpoint is on.
         ports = [f"--{name}-port={http_port if name == 'http' else 0}" for name in protocols]
+        program = ["-m", "forebay.engine.main"]
+        if settings is not None:
+            program = [str(Path(__file__).with_name("serve_with_settings.py")), json.dumps(settings)]
         self._command = [
-            *(sys.executable, "-P", "-m", "forebay.engine.main", "serve"),
+            *(sys.executable, "-P", *program, "serve"),
             *("--model-repository", str(repository), "--http-address", "127.0.0.1"),
             *(switches + ports + list(arguments)),
         ]
