@@ -1,7 +1,7 @@
 """A frontend's end of the engine: places requests in shared memory, hands them over, and takes the answers.
 
-One per frontend process, used from its event loop only. Requests of one event-loop turn are coalesced: neighbouring rows
-become one run, all runs of a turn one message (I-3). Under a grant the run goes straight to the worker's doorbell.
+One per frontend process, used from its event loop only. Requests of one event-loop turn are coalesced: neighbouring
+rows become one run, all runs of a turn one message (I-3). Under a grant the run goes straight to the worker's doorbell.
 
 What a caller sees is small: :meth:`RouteClient.loan` rows or :meth:`EngineClient.allocate` blocks, fill them, publish
 them with an owner, and be called back. Ownership: loaned rows and blocks belong to the caller until published, then to
@@ -149,6 +149,21 @@ class _TurnRun:
         self.attempt = attempt
         self.priority = priority
         self.timeout_us = timeout_us
+
+    def to_submit(self, route: int) -> RunSubmit:
+        """Return the message for the scheduler."""
+        return RunSubmit(
+            route=route,
+            base=self.slab.base,
+            capacity=self.slab.capacity,
+            first=self.first,
+            requests=self.requests,
+            rows_each=self.rows_each,
+            enqueue_ns=self.enqueue_ns,
+            attempt=self.attempt,
+            priority=self.priority,
+            timeout_us=self.timeout_us,
+        )
 
 
 class _Parcel:
@@ -446,21 +461,7 @@ class EngineClient:
         parcels: list[ParcelSubmit] = []
         for route in dirty:
             if not route.flush_direct():
-                for run in route.turn:
-                    runs.append(
-                        RunSubmit(
-                            route.route,
-                            run.slab.base,
-                            run.slab.capacity,
-                            run.first,
-                            run.requests,
-                            run.rows_each,
-                            run.enqueue_ns,
-                            run.attempt,
-                            run.priority,
-                            run.timeout_us,
-                        )  # fmt: skip
-                    )
+                runs.extend(run.to_submit(route.route) for run in route.turn)
                 parcels.extend(route.turn_parcels)
             route.turn.clear()
             route.turn_parcels.clear()

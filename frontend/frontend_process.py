@@ -147,7 +147,8 @@ class FrontendProcess:
         served.stop_accepting()
         served.drain()
         if self.exit_code == 0:
-            while served.connection_count and self.engine.in_flight_count:
+            # Once in a process's life; an event would cost something on every answer.
+            while served.connection_count and self.engine.in_flight_count:  # noqa: ASYNC110
                 await asyncio.sleep(_DRAIN_POLL_SECS)
             # Answers are with the kernel or in the transports; let those be written.
             await asyncio.sleep(_DRAIN_POLL_SECS)

@@ -77,8 +77,24 @@ class Inference:
     """One request. Life: placed -> submitted -> responses -> released; ``cancel`` at any time."""
 
     __slots__ = (
-        "_block", "_block_bytes", "_engine", "_first", "_inputs", "_is_submitted", "_lent", "_meta", "_on_response",
-        "_reply_offset", "_reply_bytes", "_slab", "_token", "is_cancelled", "is_done", "places", "route", "rows",
+        "_block",
+        "_block_bytes",
+        "_engine",
+        "_first",
+        "_inputs",
+        "_is_submitted",
+        "_lent",
+        "_meta",
+        "_on_response",
+        "_reply_bytes",
+        "_reply_offset",
+        "_slab",
+        "_token",
+        "is_cancelled",
+        "is_done",
+        "places",
+        "route",
+        "rows",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +134,8 @@ class Inference:
         self._is_submitted = False
         self.is_cancelled = False
         self.is_done = False
+        #: Where each input's bytes go, writable, in the order of the inputs.
+        self.places: list[memoryview] = []
         if route.uses_rows and not direct:
             self._place_rows(route)
         else:
@@ -137,8 +155,6 @@ class Inference:
         self._block = engine.allocate(self._block_bytes)
         self._reply_offset = self._block + total
         offset = self._block
-        #: Where each input's bytes go, writable, in the order of the inputs.
-        self.places: list[memoryview] = []
         for tensor in self._inputs:
             self.places.append(engine.view[offset : offset + tensor.byte_size])
             offset += align(tensor.byte_size)

@@ -19,7 +19,7 @@ from forebay.frontend.catalog_view import CatalogView
 from forebay.frontend.statistics import ModelTotals, Words
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.clock import Clock, MonotonicClock
-from forebay.ipc.counters import InstanceCounter, ProducerCounter
+from forebay.ipc.counters import InstanceCounter, ProducerCounter, SchedulerCounter
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
 
@@ -71,6 +71,8 @@ class ModelFamily(msgspec.Struct, frozen=True):
     label: str = ""
     is_latency: bool = False
     """Dropped by ``--metrics-config counter_latencies=false``."""
+    needs_cache: bool = False
+    """Only models with the response cache have series (spec M-029)."""
 
 
 def _producer(counter: ProducerCounter, unit: int = 1) -> Reader:
@@ -81,8 +83,14 @@ def _instance(counter: InstanceCounter, unit: int = 1) -> Reader:
     return lambda totals: totals.instances[counter] // unit
 
 
-def _counter(name: str, text: str, reader: Reader, *, is_latency: bool = False) -> ModelFamily:
-    return ModelFamily(name, text, "counter", (("", reader),), is_latency=is_latency)
+def _scheduler(counter: SchedulerCounter, unit: int = 1) -> Reader:
+    return lambda totals: totals.scheduler[counter] // unit
+
+
+def _counter(
+    name: str, text: str, reader: Reader, *, is_latency: bool = False, needs_cache: bool = False
+) -> ModelFamily:
+    return ModelFamily(name, text, "counter", (("", reader),), is_latency=is_latency, needs_cache=needs_cache)
 
 
 def _gauge(name: str, text: str, reader: Reader) -> ModelFamily:
@@ -148,10 +156,34 @@ _TRITON_FAMILIES = (
         _instance(InstanceCounter.OUTPUT_NS, _NS_PER_US),
         is_latency=True,
     ),
+    _counter(
+        "nv_cache_num_hits_per_model",
+        "Number of cache hits per model",
+        _scheduler(SchedulerCounter.CACHE_HITS),
+        needs_cache=True,
+    ),
+    _counter(
+        "nv_cache_hit_duration_per_model",
+        "Total cache hit duration per model, in microseconds",
+        _scheduler(SchedulerCounter.CACHE_HIT_NS, _NS_PER_US),
+        needs_cache=True,
+    ),
+    _counter(
+        "nv_cache_num_misses_per_model",
+        "Number of cache misses per model",
+        _scheduler(SchedulerCounter.CACHE_MISSES),
+        needs_cache=True,
+    ),
+    _counter(
+        "nv_cache_miss_duration_per_model",
+        "Total cache miss (insert+lookup) duration per model, in microseconds",
+        _scheduler(SchedulerCounter.CACHE_MISS_NS, _NS_PER_US),
+        needs_cache=True,
+    ),
     _gauge(
         "nv_inference_pending_request_count",
         "Instantaneous number of pending requests awaiting execution per-model.",
-        _producer(ProducerCounter.PENDING),
+        _scheduler(SchedulerCounter.PENDING),
     ),
     _gauge(
         "nv_model_load_duration_secs",
@@ -198,6 +230,16 @@ _OUR_FAMILIES = (
         "forebay_resubmitted_requests_total",
         "Requests sent a second time because the worker or scheduler that had them was lost",
         _producer(ProducerCounter.RESUBMITTED),
+    ),
+    _counter(
+        "forebay_lost_batches_total",
+        "Batches whose worker died while it had them",
+        _scheduler(SchedulerCounter.LOST_BATCHES),
+    ),
+    _counter(
+        "forebay_worker_restarts_total",
+        "Workers that died and were replaced",
+        lambda totals: totals.entry.worker_restart_count,
     ),
     _gauge("forebay_slab_rows_in_use", "Rows of slabs that hold requests", _producer(ProducerCounter.ROWS_IN_USE)),
     _gauge("forebay_slab_rows", "Rows of slabs, used or free", _producer(ProducerCounter.ROWS_CAPACITY)),
@@ -305,6 +347,14 @@ def model_labels(entry: ModelEntry) -> dict[str, str]:
     return labels
 
 
+class _ShownFamily(msgspec.Struct, frozen=True):
+    """A family with everything but its values."""
+
+    header: tuple[str, str]
+    series: list[tuple[str, int, Reader]]
+    """(the line up to the value, number of the model, how to read it)."""
+
+
 class MetricsPage:
     """Renders ``/metrics``. Give it each new catalog; only READY versions have series (spec M-006, M-007)."""
 
@@ -319,28 +369,36 @@ class MetricsPage:
         self._settings = settings
         self._machine = machine or (Machine(settings.interval_ms) if settings.allow_cpu else None)
         self._entries: tuple[ModelEntry, ...] = ()
-        #: Families that are shown, with the beginnings of their lines.
-        self._triton = self._with_prefixes(_TRITON_FAMILIES)
-        self._ours = self._with_prefixes(_OUR_FAMILIES)
+        self._triton = self._show(_TRITON_FAMILIES)
+        self._ours = self._show(_OUR_FAMILIES)
 
     def take_catalog(self, view: CatalogView) -> None:
         """Use the READY models of a catalog from now on."""
         self._entries = view.ready_models
-        self._triton = self._with_prefixes(_TRITON_FAMILIES)
-        self._ours = self._with_prefixes(_OUR_FAMILIES)
+        self._triton = self._show(_TRITON_FAMILIES)
+        self._ours = self._show(_OUR_FAMILIES)
 
-    def _with_prefixes(self, families: Iterable[ModelFamily]) -> list[tuple[ModelFamily, list[list[str]]]]:
-        """Return each family with, per reader, the beginning of every model's line up to the value."""
+    def _show(self, families: Iterable[ModelFamily]) -> list[_ShownFamily]:
+        """Return what does not change until the next catalog; a family without series is not shown at all."""
         labels = [model_labels(entry) for entry in self._entries]
 
         def prefix(family: ModelFamily, value: str, own: dict[str, str]) -> str:
             return f"{family.name}{render_labels({**own, family.label: value} if family.label else own)} "
 
-        return [
-            (family, [[prefix(family, value, own) for own in labels] for value, _ in family.readers])
+        shown = [
+            _ShownFamily(
+                (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"),
+                [
+                    (prefix(family, value, labels[model]), model, read)
+                    for value, read in family.readers
+                    for model, entry in enumerate(self._entries)
+                    if entry.response_cache or not family.needs_cache
+                ],
+            )
             for family in families
             if self._settings.counter_latencies or not family.is_latency
         ]
+        return [family for family in shown if family.series]
 
     def render(self) -> bytes:
         """Return the page, with every counter as it is now."""
@@ -368,16 +426,10 @@ class MetricsPage:
             lines += (f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {format_value(value)}")
 
 
-def _render_models(
-    lines: list[str], families: Iterable[tuple[ModelFamily, list[list[str]]]], totals: list[ModelTotals]
-) -> None:
-    """Append every series; a family without series is not shown at all, as in prometheus-cpp."""
-    if not totals:
-        return
-    for family, prefixes in families:
-        lines += (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}")
-        for (_, read), starts in zip(family.readers, prefixes, strict=True):
-            lines += [start + format_value(read(model)) for start, model in zip(starts, totals, strict=True)]
+def _render_models(lines: list[str], families: Iterable[_ShownFamily], totals: list[ModelTotals]) -> None:
+    for family in families:
+        lines += family.header
+        lines += [prefix + format_value(read(totals[model])) for prefix, model, read in family.series]
 
 
 def format_value(value: Value) -> str:

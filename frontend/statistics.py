@@ -1,7 +1,8 @@
 """What a model version has done, summed from the counters in shared memory. HTTP, gRPC and metrics frontends.
 
-Every word has one writer: instances' blocks are written by workers, the (frontend, route) blocks by frontends. A reader
-sums them; the sum is not a snapshot across processes, and each word only grows. Meanings: spec H-231..H-240.
+Every word has one writer: instances' blocks are written by workers, the (frontend, route) blocks by frontends, a
+route's own block by the scheduler. A reader sums them; the sum is not a snapshot across processes, and each word
+only grows. Meanings: spec H-231..H-240.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from collections.abc import Iterable
 import msgspec
 
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.counters import PRODUCER_WORDS, InstanceCounter, ProducerCounter
+from forebay.ipc.counters import (
+    PRODUCER_WORDS,
+    SCHEDULER_WORDS,
+    InstanceCounter,
+    ProducerCounter,
+    SchedulerCounter,
+)
 
 #: uint64 words of the whole counters file.
 Words = memoryview
@@ -44,7 +51,7 @@ def sum_blocks(words: Words, offsets: Iterable[int], count: int) -> list[int]:
 class ModelTotals:
     """The counters of one model version, summed over its instances and over all frontends."""
 
-    __slots__ = ("_words", "entry", "instances", "last_inference_ms", "producers")
+    __slots__ = ("_words", "entry", "instances", "last_inference_ms", "producers", "scheduler")
 
     def __init__(self, words: Words, entry: ModelEntry) -> None:
         """Read now; ``words``: uint64, the whole counters file."""
@@ -54,6 +61,8 @@ class ModelTotals:
         self.instances = sum_blocks(words, entry.instance_counter_offsets, InstanceCounter.BATCH_SIZES)
         #: Sums by :class:`ProducerCounter`.
         self.producers = sum_blocks(words, entry.producer_counter_offsets, PRODUCER_WORDS)
+        #: The route's :class:`SchedulerCounter` words.
+        self.scheduler = sum_blocks(words, (entry.scheduler_counter_offset,), SCHEDULER_WORDS)
         #: Wall clock milliseconds of the last execution; 0: none.
         self.last_inference_ms = max(
             (
@@ -85,8 +94,10 @@ class ModelTotals:
 def model_statistics(words: Words, entry: ModelEntry) -> dict[str, object]:
     """Return one element of ``model_stats``, keys in Triton's order (spec H-231, appendix A)."""
     totals = ModelTotals(words, entry)
-    instances, producers = totals.instances, totals.producers
+    instances, producers, scheduler = totals.instances, totals.producers, totals.scheduler
     success = totals.success_count
+    # What came from the cache was not computed (spec H-233).
+    computed = max(success - scheduler[SchedulerCounter.CACHE_HITS], 0)
 
     def duration(count: int, ns: int) -> dict[str, int]:
         return {"count": count, "ns": ns}
@@ -102,11 +113,11 @@ def model_statistics(words: Words, entry: ModelEntry) -> dict[str, object]:
             "success": duration(success, producers[ProducerCounter.SUCCESS_NS]),
             "fail": duration(producers[ProducerCounter.FAILED], producers[ProducerCounter.FAILED_NS]),
             "queue": duration(success, instances[InstanceCounter.QUEUE_NS]),
-            "compute_input": duration(success, instances[InstanceCounter.INPUT_NS]),
-            "compute_infer": duration(success, instances[InstanceCounter.INFER_NS]),
-            "compute_output": duration(success, instances[InstanceCounter.OUTPUT_NS]),
-            "cache_hit": duration(0, 0),
-            "cache_miss": duration(0, 0),
+            "compute_input": duration(computed, instances[InstanceCounter.INPUT_NS]),
+            "compute_infer": duration(computed, instances[InstanceCounter.INFER_NS]),
+            "compute_output": duration(computed, instances[InstanceCounter.OUTPUT_NS]),
+            "cache_hit": duration(scheduler[SchedulerCounter.CACHE_HITS], scheduler[SchedulerCounter.CACHE_HIT_NS]),
+            "cache_miss": duration(scheduler[SchedulerCounter.CACHE_MISSES], scheduler[SchedulerCounter.CACHE_MISS_NS]),
         },
         "response_stats": {},
         "batch_stats": [

@@ -30,7 +30,7 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """The reply of ``GET .../config``."""
     decoupled: bool = False
     wants_parcels: bool = False
-    """The backend or the scheduler needs each request's id and parameters (Python, sequences, ensembles, cache, priorities)."""
+    """The backend or the scheduler needs each request's id and parameters (Python, sequences, ensembles, cache)."""
     is_ensemble: bool = False
     state_names: tuple[str, ...] = ()
     counter_offset: int = 0
@@ -45,6 +45,10 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """How long the load took."""
     response_cache: bool = False
     default_timeout_us: int = 0
+    scheduler_counter_offset: int = 0
+    """Byte offset of the scheduler's counters for this route, for statistics and metrics; 0: none."""
+    worker_restart_count: int = 0
+    """How often a worker of this version died and was replaced."""
 
     @property
     def is_ready(self) -> bool:

@@ -88,7 +88,7 @@ class TypedCodec(Generic[Received]):
 
     def __init__(self, union: object) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(union)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(union)
 
     def encode(self, message: Message) -> bytes:
         return self._encoder.encode(message)

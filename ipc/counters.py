@@ -18,7 +18,7 @@ COUNTERS_BYTES = 16 * 1024 * 1024
 
 
 class InstanceCounter(enum.IntEnum):
-    """Words of an instance's block, written by its worker. Durations are summed over requests, as Triton does (H-234)."""
+    """Words of an instance's block, written by its worker. Durations are summed over requests (spec H-234)."""
 
     SUCCESS = 0
     FAILED_BACKEND = 1

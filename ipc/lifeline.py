@@ -39,7 +39,7 @@ class Lifeline(Generic[Received]):
     def __init__(self, sock: socket.socket, union: object) -> None:
         """Take ownership of ``sock``; ``union`` is the type of what arrives here."""
         self.sock = sock
-        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(union)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(union)
         self._encoder = msgspec.msgpack.Encoder()
         self._received = bytearray()
         self._fds: deque[int] = deque()

@@ -82,7 +82,7 @@ class ReplyHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Above 0: no answer yet, the outputs need a reply block of so many bytes (answer with COLLECT)."""
 
 
-# --- frontend -> scheduler (submit socket) ----------------------------------------------------------------------------
+# --- frontend -> scheduler (submit socket) ---------------------------------------------------------------------------
 
 
 class RunSubmit(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -119,7 +119,7 @@ class ParcelSubmit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     attempt: int = 0
 
 
-class Submit(Message, tag=1):
+class Submit(Message, frozen=True, tag=1):
     """What arrived in one event-loop turn of a producer."""
 
     producer: int
@@ -129,7 +129,7 @@ class Submit(Message, tag=1):
     parcels: tuple[ParcelSubmit, ...] = ()
 
 
-class Cancel(Message, tag=2):
+class Cancel(Message, frozen=True, tag=2):
     """The clients of these parcels left."""
 
     producer: int
@@ -137,7 +137,7 @@ class Cancel(Message, tag=2):
     """Parcel tokens."""
 
 
-class GrantReturned(Message, tag=3):
+class GrantReturned(Message, frozen=True, tag=3):
     """The producer will not ring this instance any more until the next grant."""
 
     producer: int
@@ -149,7 +149,7 @@ class GrantReturned(Message, tag=3):
 FrontendToScheduler = Submit | Cancel | GrantReturned
 
 
-# --- supervisor -> scheduler (lifeline, with descriptors) --------------------------------------------------------------
+# --- supervisor -> scheduler (lifeline, with descriptors) ------------------------------------------------------------
 
 
 class QueuePolicy(msgspec.Struct, frozen=True, array_like=True):
@@ -175,7 +175,7 @@ class BatchingPolicy(msgspec.Struct, frozen=True, array_like=True):
     priority_queue_policy: dict[int, QueuePolicy] = {}
 
 
-class RouteUp(Message, tag=1):
+class RouteUp(Message, frozen=True, tag=1):
     """A model version can take requests as soon as it has instances."""
 
     route: int
@@ -187,13 +187,13 @@ class RouteUp(Message, tag=1):
     counter_offset: int = 0
 
 
-class RouteDrain(Message, tag=2):
+class RouteDrain(Message, frozen=True, tag=2):
     """Accept no new requests for the route; answer RouteDrained when nothing is queued or running."""
 
     route: int
 
 
-class RouteGone(Message, tag=3):
+class RouteGone(Message, frozen=True, tag=3):
     """Forget the route; what is still queued is failed with ``text``."""
 
     route: int
@@ -201,7 +201,7 @@ class RouteGone(Message, tag=3):
     text: str
 
 
-class InstanceUp(Message, tag=4):
+class InstanceUp(Message, frozen=True, tag=4):
     """A worker is ready. Comes with one descriptor: the sending end of its doorbell."""
 
     route: int
@@ -209,20 +209,20 @@ class InstanceUp(Message, tag=4):
     name: str
 
 
-class InstanceDown(Message, tag=5):
+class InstanceDown(Message, frozen=True, tag=5):
     """A worker ended or is about to be stopped; its unanswered batch is LOST."""
 
     instance: int
     exit_status: int = 0
 
 
-class InstanceDrain(Message, tag=6):
+class InstanceDrain(Message, frozen=True, tag=6):
     """Give this instance no new batches; answer InstanceDrained when it is idle and not granted."""
 
     instance: int
 
 
-class ProducerUp(Message, tag=7):
+class ProducerUp(Message, frozen=True, tag=7):
     """A producer exists. Comes with one descriptor: the sending end of its completion doorbell."""
 
     producer: int
@@ -232,13 +232,13 @@ class ProducerUp(Message, tag=7):
     """False for shared-memory clients: never granted, everything it submits is checked again."""
 
 
-class ProducerDown(Message, tag=8):
+class ProducerDown(Message, frozen=True, tag=8):
     """A producer ended: drop its queued requests, forget its grants."""
 
     producer: int
 
 
-class SchedulerStart(Message, tag=9):
+class SchedulerStart(Message, frozen=True, tag=9):
     """First message to a scheduler. Comes with one descriptor: the receiving end of the done doorbell."""
 
     epoch: int
@@ -246,51 +246,51 @@ class SchedulerStart(Message, tag=9):
     counters_bytes: int = 0
 
 
-class Stop(Message, tag=10):
+class Stop(Message, frozen=True, tag=10):
     """Finish what runs, then exit 0."""
 
 
-class CountersFile(Message, tag=11):
+class CountersFile(Message, frozen=True, tag=11):
     """Comes with one descriptor: the counters file."""
 
     byte_size: int
 
 
-class Drained(Message, tag=12):
+class Drained(Message, frozen=True, tag=12):
     """Child -> supervisor: the route (``route``) or instance (``instance``) asked for is drained."""
 
     route: int = 0
     instance: int = 0
 
 
-class Started(Message, tag=13):
+class Started(Message, frozen=True, tag=13):
     """Child -> supervisor: initialised and serving."""
 
     detail: str = ""
 
 
-class Failed(Message, tag=14):
+class Failed(Message, frozen=True, tag=14):
     """Child -> supervisor: cannot start; one clear line."""
 
     code: int
     text: str
 
 
-class Explain(Message, tag=15):
+class Explain(Message, frozen=True, tag=15):
     """Supervisor -> scheduler: send the ring of the last batches of a route."""
 
     route: int
     request: int
 
 
-class Explained(Message, tag=16):
+class Explained(Message, frozen=True, tag=16):
     """Scheduler -> supervisor."""
 
     request: int
     batches: list[dict[str, Any]] = []
 
 
-class Restored(Message, tag=17):
+class Restored(Message, frozen=True, tag=17):
     """Supervisor -> scheduler, after a restart: every route, instance and producer has been announced again."""
 
 
@@ -312,10 +312,10 @@ SupervisorToScheduler = (
 SchedulerToSupervisor = Started | Failed | Drained | Explained
 
 
-# --- supervisor -> frontend (lifeline, with descriptors) ---------------------------------------------------------------
+# --- supervisor -> frontend (lifeline, with descriptors) -------------------------------------------------------------
 
 
-class FrontendStart(Message, tag=20):
+class FrontendStart(Message, frozen=True, tag=20):
     """First message to a frontend.
 
     Descriptors: its arena, the receiving end of its completion doorbell, the counters file, then one bound TCP socket
@@ -332,24 +332,24 @@ class FrontendStart(Message, tag=20):
     listen: tuple[tuple[str, int], ...] = ()
 
 
-class DoorbellUp(Message, tag=21):
+class DoorbellUp(Message, frozen=True, tag=21):
     """The instance may be granted to this frontend later. Comes with the sending end of its doorbell."""
 
     instance: int
     route: int
 
 
-class DoorbellDown(Message, tag=22):
+class DoorbellDown(Message, frozen=True, tag=22):
     """The instance is gone."""
 
     instance: int
 
 
-class Serve(Message, tag=23):
+class Serve(Message, frozen=True, tag=23):
     """Supervisor -> frontend: the initial load is done, listen and accept connections now (spec H-032)."""
 
 
-class LogChanged(Message, tag=24):
+class LogChanged(Message, frozen=True, tag=24):
     """Supervisor -> frontend: log like this from now on (spec H-263). Fields of :class:`forebay.ipc.log.LogOptions`."""
 
     options: dict[str, Any]
@@ -359,25 +359,28 @@ SupervisorToFrontend = FrontendStart | DoorbellUp | DoorbellDown | Serve | LogCh
 FrontendToSupervisor = Started | Failed
 
 
-# --- supervisor <-> zygote and worker (lifeline, with descriptors) -----------------------------------------------------
+# --- supervisor <-> zygote and worker (lifeline, with descriptors) ---------------------------------------------------
 
 
-class Fork(Message, tag=30):
-    """Supervisor -> zygote: fork a worker. Descriptors: doorbell receive end, done send end, worker lifeline, counters file."""
+class Fork(Message, frozen=True, tag=30):
+    """Supervisor -> zygote: fork a worker.
+
+    Descriptors: doorbell receive end, done send end, worker lifeline, counters file.
+    """
 
     instance: int
     name: str
 
 
-class Forked(Message, tag=31):
+class Forked(Message, frozen=True, tag=31):
     """Zygote -> supervisor."""
 
     instance: int
     pid: int
 
 
-class WorkerExited(Message, tag=32):
-    """Zygote -> supervisor: the wait status of a worker as ``os.waitstatus_to_exitcode`` gives it (negative: signal)."""
+class WorkerExited(Message, frozen=True, tag=32):
+    """Zygote -> supervisor: how a worker ended, as ``os.waitstatus_to_exitcode`` gives it (negative: signal)."""
 
     instance: int
     pid: int
@@ -419,13 +422,13 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     """True: requests come as RUNS, else as PARCELS."""
 
 
-class Describe(Message, tag=33):
+class Describe(Message, frozen=True, tag=33):
     """Supervisor -> worker: say what the model file holds (auto-complete), do not load for serving yet."""
 
     spec: InstanceSpec
 
 
-class Described(Message, tag=34):
+class Described(Message, frozen=True, tag=34):
     """Worker -> supervisor."""
 
     inputs: tuple[dict[str, Any], ...]
@@ -435,13 +438,13 @@ class Described(Message, tag=34):
     """What else the backend sets (Python ``auto_complete_config``)."""
 
 
-class Load(Message, tag=35):
+class Load(Message, frozen=True, tag=35):
     """Supervisor -> worker: load, warm up, then answer Loaded or Failed."""
 
     spec: InstanceSpec
 
 
-class Loaded(Message, tag=36):
+class Loaded(Message, frozen=True, tag=36):
     """Worker -> supervisor: ready for batches."""
 
     load_ns: int
@@ -449,20 +452,20 @@ class Loaded(Message, tag=36):
     memory_bytes: int = 0
 
 
-class ArenaUp(Message, tag=37):
+class ArenaUp(Message, frozen=True, tag=37):
     """Supervisor -> worker. Descriptors: the producer's arena, the sending end of its completion doorbell."""
 
     producer: int
     byte_size: int
 
 
-class ArenaDown(Message, tag=38):
+class ArenaDown(Message, frozen=True, tag=38):
     """Supervisor -> worker: the producer is gone; unmap."""
 
     producer: int
 
 
-class Phase(Message, tag=39):
+class Phase(Message, frozen=True, tag=39):
     """Worker -> supervisor: what it is doing, for the start-up display."""
 
     text: str
@@ -474,23 +477,23 @@ SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | Stop
 WorkerToSupervisor = Described | Loaded | Failed | Phase
 
 
-# --- control socket (ZeroMQ): frontend <-> supervisor ------------------------------------------------------------------
+# --- control socket (ZeroMQ): frontend <-> supervisor ----------------------------------------------------------------
 
 
-class Hello(Message, tag=60):
+class Hello(Message, frozen=True, tag=60):
     """Frontend -> supervisor, first message: send me catalogs."""
 
     producer: int
 
 
-class CatalogSeen(Message, tag=61):
+class CatalogSeen(Message, frozen=True, tag=61):
     """Frontend -> supervisor: no request is routed by an older catalog any more."""
 
     producer: int
     generation: int
 
 
-class Command(Message, tag=62):
+class Command(Message, frozen=True, tag=62):
     """Frontend -> supervisor: one control call on behalf of a client.
 
     ``verb`` is one of load, unload, index, trace_get, trace_set, log_get, log_set, region_register, region_status,
@@ -502,13 +505,13 @@ class Command(Message, tag=62):
     arguments: dict[str, Any] = {}
 
 
-class CatalogPush(Message, tag=63):
+class CatalogPush(Message, frozen=True, tag=63):
     """Supervisor -> frontend."""
 
     catalog: Catalog
 
 
-class CommandReply(Message, tag=64):
+class CommandReply(Message, frozen=True, tag=64):
     """Supervisor -> frontend."""
 
     request: int

@@ -61,7 +61,7 @@ class Slab(Generic[Owner]):
         self._next = 0
 
     def loan(self, rows: int) -> int:
-        """Return the first of ``rows`` consecutive free rows, after the last loaned ones if possible; -1 if there are none."""
+        """Return the first of ``rows`` consecutive free rows, if possible behind those loaned last; -1: none."""
         first = self._next if self.live else 0
         end = first + rows
         if end > self.capacity:

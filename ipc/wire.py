@@ -96,7 +96,7 @@ NO_TIMES = TIMES.pack(0, 0, 0, 0)
 class Run(NamedTuple):
     """Requests in consecutive rows of one slab; see :data:`RUN`.
 
-    ``base`` and ``capacity`` name the slab inside the producer's arena and, with the model's signature, its whole layout.
+    ``base`` and ``capacity`` name the slab inside the producer's arena and, with the model's signature, its layout.
     """
 
     producer: int

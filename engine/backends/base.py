@@ -95,7 +95,7 @@ class TensorInstance(abc.ABC):
 
         return run_and_copy
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to do
         """Release what the model holds; the process ends soon after."""
 
 
@@ -109,7 +109,7 @@ class RequestInstance(abc.ABC):
         An exception fails every request of the batch that has no answer yet.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to do
         """Release what the model holds."""
 
 

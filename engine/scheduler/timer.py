@@ -36,7 +36,7 @@ class Timer:
         self._alarm_ns = 0
 
     def fileno(self) -> int:
-        return self._fd
+        return int(self._fd)
 
     def set(self, alarm_ns: int) -> None:
         """Go off at ``alarm_ns`` (monotonic); 0 disarms. Setting the same time again costs nothing."""

@@ -18,7 +18,15 @@ from forebay.frontend.metrics import (
 )
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.clock import FakeClock
-from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, InstanceCounter, ProducerCounter, instance_words
+from forebay.ipc.counters import (
+    PRODUCER_WORDS,
+    SCHEDULER_WORDS,
+    CountersFile,
+    InstanceCounter,
+    ProducerCounter,
+    SchedulerCounter,
+    instance_words,
+)
 
 TRITON_FAMILIES = {
     "nv_inference_request_success": "Number of successful inference requests, all batch sizes",
@@ -150,6 +158,28 @@ def test_values_are_current_at_every_scrape() -> None:
         assert line in lines
     block[ProducerCounter.SUCCESS] = 11
     assert f"nv_inference_request_success{labels} 11" in shown.render().decode().splitlines()
+
+
+def test_the_scheduler_counts_what_waits_and_what_came_from_the_cache() -> None:
+    """Spec M-027, M-029: cache families only for models that have the cache."""
+    counters = CountersFile()
+    offset = counters.allocate(SCHEDULER_WORDS)
+    block = counters.block(offset, SCHEDULER_WORDS)
+    block[SchedulerCounter.PENDING] = 6
+    block[SchedulerCounter.CACHE_HITS] = 2
+    block[SchedulerCounter.CACHE_MISS_NS] = 5_999
+    cached = entry("cached", response_cache=True, scheduler_counter_offset=offset, worker_restart_count=4)
+    text = page(cached, entry("plain"), words=counters.words)
+    lines = text.splitlines()
+    assert 'nv_inference_pending_request_count{model="cached",version="1"} 6' in lines
+    assert 'forebay_worker_restarts_total{model="cached",version="1"} 4' in lines
+    assert lines_of(text, "nv_cache_num_hits_per_model") == [
+        'nv_cache_num_hits_per_model{model="cached",version="1"} 2'
+    ]
+    assert lines_of(text, "nv_cache_miss_duration_per_model") == [
+        'nv_cache_miss_duration_per_model{model="cached",version="1"} 5'
+    ]
+    assert "nv_cache" not in page(entry("plain"))
 
 
 def test_settings_switch_families_off() -> None:
