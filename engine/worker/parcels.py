@@ -137,15 +137,18 @@ class ParcelRequest:
     def _source(self, place: TensorPlace) -> Producer:
         return self._runner.producers.get(place.arena) if place.arena else self._producer
 
+    def input_shape(self, place: TensorPlace) -> tuple[int, ...]:
+        """Return an input's full shape as the model sees it (``reshape``)."""
+        spec = self._runner.inputs.get(place.name)
+        return place.shape if spec is None else backend_shape(spec, place.shape, self._runner.max_batch_size)
+
     def input_array(self, place: TensorPlace) -> Array:
         """Return one input: fixed-size elements as a view of the arena, BYTES as an object array of ``bytes``.
 
         Raises:
             Internal, InvalidArgument: the head does not describe a tensor inside the arena.
         """
-        runner = self._runner
-        spec = runner.inputs.get(place.name)
-        shape = place.shape if spec is None else backend_shape(spec, place.shape, runner.max_batch_size)
+        shape = self.input_shape(place)
         if place.datatype not in DATATYPES:
             raise Internal(f"input '{place.name}' has the unknown datatype '{place.datatype}'")
         if place.datatype == "BYTES":

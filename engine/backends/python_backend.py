@@ -1,0 +1,324 @@
+"""Triton's Python backend: an unchanged ``model.py``, run in the worker itself (spec section 7).
+
+Inputs are views of the request's shared memory, outputs are written into the block that the client reads. A model that
+crashes takes its own worker with it and nothing else. ``model.py`` is code: load only what you trust.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from forebay.engine.backends.base import Backend, DescribedModel, RequestInstance, parse_bool, parse_int
+from forebay.engine.backends.python_model import environment, triton_python_backend_utils
+from forebay.engine.backends.python_model.errors import exception_text, shown_path
+from forebay.engine.backends.python_model.model_config import ModelConfig
+from forebay.engine.backends.python_model.request import InferenceRequest, Phase
+from forebay.engine.backends.python_model.response import Answering, InferenceResponse
+from forebay.engine.worker.parcels import ParcelRequest, RawTensor, byte_view
+from forebay.engine.worker.places import client_shape
+from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError
+from forebay.ipc.log import log
+from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import TensorSpec, encode_bytes
+
+#: Executions of ``async def execute`` that may be under way at once, unless the model parameter says otherwise.
+ASYNC_EXECUTIONS_MAX = 64
+
+#: Frames of ours between the model and its caller, which nobody wants to see.
+_HIDDEN_FILES = (__file__,)
+
+
+def import_model(spec: InstanceSpec) -> Any:
+    """Import the model's file as ``<version>.<stem>`` and return its ``TritonPythonModel`` class (spec P-001, P-002).
+
+    Raises:
+        InvalidArgument, NotFound: the file's name is wrong or it is not there.
+        Internal: importing it raised; the text is Triton's.
+    """
+    file_name = spec.model_file or "model.py"
+    if not file_name.endswith(".py"):
+        raise InvalidArgument(f"Model name must end with '.py'. Model name is \"{file_name}\".")
+    path = os.path.join(spec.version_path, file_name)
+    if not os.path.isfile(path):
+        raise NotFound(f"unable to find '{spec.version}/{file_name}' for model instance '{spec.instance_name}'")
+    environment.activate(spec)
+    triton_python_backend_utils.install(spec.version_path)
+    for directory in (spec.version_path, os.path.dirname(spec.version_path)):
+        if directory not in sys.path:
+            sys.path.append(directory)
+    # Lines of a model appear when they are printed, also in a pipe.
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(line_buffering=True)
+    name = f"{os.path.basename(spec.version_path)}.{file_name.removesuffix('.py')}"
+    try:
+        module = importlib.import_module(name)
+        return module.TritonPythonModel
+    except Exception as error:  # the model's own code
+        raise model_failure(error, spec) from None
+
+
+def model_failure(error: BaseException, spec: InstanceSpec) -> Internal:
+    """Return a model's exception as what the index shows (spec P-005)."""
+    return Internal(exception_text(error, spec.model_path, _HIDDEN_FILES))
+
+
+def initialize_arguments(spec: InstanceSpec) -> dict[str, str]:
+    """Return what ``initialize`` gets: all values are strings (spec P-003, appendix G)."""
+    config = msgspec.json.decode(spec.config_json or b"{}", type=dict[str, Any])
+    if not config.get("default_model_filename"):
+        config["default_model_filename"] = "model.py"
+    return {
+        "model_config": msgspec.json.encode(config).decode(),
+        "model_instance_kind": spec.kind,
+        "model_instance_name": spec.instance_name,
+        "model_instance_device_id": str(spec.device_id),
+        "model_repository": spec.model_path,
+        "model_version": str(spec.version),
+        "model_name": spec.model,
+    }
+
+
+class PythonInstance(RequestInstance):
+    """One ``TritonPythonModel``."""
+
+    def __init__(self, spec: InstanceSpec, model: Any) -> None:
+        self._spec = spec
+        self._model = model
+        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
+        self._checks_outputs = parse_bool(spec.parameters, "FOREBAY_CHECK_OUTPUTS", True)
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        slots = parse_int(spec.parameters, "FOREBAY_ASYNC_EXECUTIONS_MAX", ASYNC_EXECUTIONS_MAX)
+        self._async_slots = threading.BoundedSemaphore(max(slots, 1))
+
+    # --- executing ---
+
+    def execute(self, requests: Sequence[ParcelRequest]) -> None:
+        spec = self._spec
+        execute = getattr(self._model, "execute", None)
+        if execute is None:
+            path = shown_path(os.path.join(spec.version_path, spec.model_file or "model.py"), spec.model_path)
+            raise self._failure(f"Python model {path} does not implement `execute` method.")
+        incoming = [self._incoming(parcel) for parcel in requests]
+        while incoming:
+            try:
+                result = execute(incoming)
+            except Exception as error:  # the model's own code
+                raise self._failure(exception_text(error, spec.model_path, _HIDDEN_FILES)) from None
+            if inspect.iscoroutine(result):
+                self._start(result, incoming)
+                return
+            incoming = self._answer(incoming, result)
+
+    def _incoming(self, parcel: ParcelRequest) -> InferenceRequest:
+        answering = Answering(parcel, self._deliver, decoupled=self._spec.decoupled)
+        return InferenceRequest.incoming(answering, self._spec.model, self._spec.version)
+
+    def _failure(self, text: str) -> BackendFailed:
+        return BackendFailed(
+            f"Failed to process the request(s) for model '{self._spec.instance_name}', message: {text}"
+        )
+
+    def _answer(self, requests: list[InferenceRequest], result: Any) -> list[InferenceRequest]:
+        """Send what ``execute`` returned; returns the requests that want to come again.
+
+        Raises:
+            BackendFailed: it returned something else than it must (spec P-007, P-078).
+        """
+        if self._spec.decoupled:
+            if result is not None:
+                raise self._failure(
+                    f"Python model '{self._spec.instance_name}' is using the decoupled mode and the execute function "
+                    "must return None."
+                )
+            return [request for request in requests if self._comes_again(request)]
+        if not isinstance(result, list):
+            raise self._failure(f"Expected a list in the execute return, found type '{type(result)}'.")
+        responses: list[Any] = [*result]
+        if len(responses) != len(requests):
+            raise self._failure(
+                "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
+                f"InferenceRequest(s) size is:{len(requests)}, and InferenceResponse(s) size is:{len(responses)}\n"
+            )
+        for request, response in zip(requests, responses, strict=True):
+            self._check_type(request, response)
+        again: list[InferenceRequest] = []
+        for request, response in zip(requests, responses, strict=True):
+            if self._comes_again(request):
+                again.append(request)
+            elif response is not None and not request.answering.is_closed:
+                self._deliver(request.answering.parcel, response, True)
+        return again
+
+    def _check_type(self, request: InferenceRequest, response: Any) -> None:
+        if isinstance(response, InferenceResponse):
+            return
+        if request.is_rescheduled:
+            if response is not None:
+                raise self._failure(
+                    "Expected a None object in the execute function return list for reschduled request, found type "
+                    f"'{type(response)}'."
+                )
+        elif response is not None or not request.answering.sender_used:
+            raise self._failure(
+                "Expected an 'InferenceResponse' object in the execute function return list, found type "
+                f"'{type(response)}'."
+            )
+
+    def _comes_again(self, request: InferenceRequest) -> bool:
+        if not request.is_rescheduled or request.answering.is_closed:
+            return False
+        request.set_release_flags(triton_python_backend_utils.TRITONSERVER_REQUEST_RELEASE_ALL)
+        return True
+
+    # --- async def execute (spec P-013) ---
+
+    def _start(self, coroutine: Coroutine[Any, Any, Any], requests: list[InferenceRequest]) -> None:
+        if self._event_loop is None:
+            self._event_loop = asyncio.new_event_loop()
+            threading.Thread(target=self._event_loop.run_forever, name="model", daemon=True).start()
+        # Bounds what is under way: the next batch is taken when one of these has ended.
+        self._async_slots.acquire()
+        asyncio.run_coroutine_threadsafe(self._await(coroutine, requests), self._event_loop)
+
+    async def _await(self, coroutine: Coroutine[Any, Any, Any], requests: list[InferenceRequest]) -> None:
+        try:
+            while requests:
+                try:
+                    result = await coroutine
+                except Exception as error:  # the model's own code
+                    raise self._failure(exception_text(error, self._spec.model_path, _HIDDEN_FILES)) from None
+                requests = self._answer(requests, result)
+                if requests:
+                    coroutine = self._model.execute(requests)
+        except ServingError as error:
+            for request in requests:
+                request.answering.parcel.fail(error)
+        except BaseException as error:
+            for request in requests:
+                request.answering.parcel.fail(self._failure(f"{type(error).__name__}: {error}"))
+            raise
+        finally:
+            self._async_slots.release()
+
+    # --- answering ---
+
+    def _deliver(self, parcel: ParcelRequest, response: InferenceResponse, final: bool) -> None:
+        """Send one response of the model."""
+        error = response.error()
+        if error is not None:
+            parcel.fail(error.to_serving_error(), final=final, by_model=True)
+            return
+        try:
+            tensors = self._raw_outputs(parcel, response)
+        except ServingError as failed:
+            parcel.fail(failed, final=final, by_model=True)
+            return
+        parcel.reply_raw(tensors, response.parameters(), final=final)
+
+    def _raw_outputs(self, parcel: ParcelRequest, response: InferenceResponse) -> list[RawTensor]:
+        produced = {tensor.name(): tensor for tensor in response.output_tensors()}
+        tensors: list[RawTensor] = []
+        for name in parcel.requested_outputs:
+            tensor = produced.get(name)
+            if tensor is None:
+                if self._checks_outputs and not self._spec.decoupled:
+                    raise BackendFailed(
+                        f"model '{self._spec.model}' did not produce output '{name}'"
+                        + (f", but {', '.join(map(repr, sorted(produced)))}" if produced else "")
+                    )
+                continue
+            spec = self._outputs[name]
+            shape = tuple(tensor.shape())
+            if self._checks_outputs:
+                shape = self._checked_shape(parcel, spec, tensor.datatype, shape)
+            raw = tensor.raw
+            if raw is None:
+                data = tensor.data
+                raw = memoryview(encode_bytes(data)) if tensor.datatype == "BYTES" else byte_view(data)
+            tensors.append(RawTensor(name, tensor.datatype, shape, raw))
+        return tensors
+
+    def _checked_shape(
+        self, parcel: ParcelRequest, spec: TensorSpec, datatype: str, shape: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Return the shape as the client sees it.
+
+        Raises:
+            BackendFailed: datatype or shape are not the configured ones (Triton does not look, spec L-022).
+        """
+        batches = self._spec.max_batch_size > 0
+        seen = client_shape(spec, shape, self._spec.max_batch_size)
+        dims = seen[1:] if batches else seen
+        fits = len(dims) == len(spec.dims) and all(
+            want in (-1, have) for want, have in zip(spec.dims, dims, strict=True)
+        )
+        if batches and not self._spec.decoupled:
+            fits = fits and seen[:1] == (parcel.rows,)
+        if datatype != spec.datatype or not fits:
+            expected = [parcel.rows, *spec.dims] if batches else list(spec.dims)
+            raise BackendFailed(
+                f"model '{self._spec.model}' produced output '{spec.name}' as {datatype} {list(shape)}, "
+                f"but its configuration promises {spec.datatype} {expected}"
+            )
+        return seen
+
+    def close(self) -> None:
+        Phase.is_serving = False
+        finalize = getattr(self._model, "finalize", None)
+        if finalize is not None:
+            try:
+                finalize()
+            except Exception as error:  # the model's own code
+                log.error(
+                    f"finalize of model '{self._spec.model}' raised "
+                    + exception_text(error, self._spec.model_path, _HIDDEN_FILES)
+                )
+
+
+class PythonBackend(Backend):
+    """``backend: "python"``."""
+
+    def describe(self, spec: InstanceSpec) -> DescribedModel:
+        model_class = import_model(spec)
+        complete = getattr(model_class, "auto_complete_config", None)
+        if complete is None:
+            return DescribedModel((), ())
+        try:
+            result = complete(ModelConfig(spec.config_json or b"{}"))
+        except Exception as error:  # the model's own code
+            raise model_failure(error, spec) from None
+        if not isinstance(result, ModelConfig):
+            raise InvalidArgument(
+                f"auto_complete_config function in model '{spec.model}' must return a valid pb.ModelConfig object."
+            )
+        config = result.as_dict()
+        return DescribedModel((), (), {key: config[key] for key in sorted(result.changed) if key in config})
+
+    def load(self, spec: InstanceSpec) -> PythonInstance:
+        forced = spec.parameters.get("FORCE_CPU_ONLY_INPUT_TENSORS", "yes").lower()
+        if forced not in ("yes", "no", "true", "false", "1", "0", "on", "off"):
+            raise InvalidArgument(f"Incorrect value for FORCE_CPU_ONLY_INPUT_TENSORS: {forced}'")
+        model_class = import_model(spec)
+        try:
+            model = model_class()
+            if hasattr(model, "initialize"):
+                model.initialize(initialize_arguments(spec))
+        except Exception as error:  # the model's own code
+            raise model_failure(error, spec) from None
+        instance = PythonInstance(spec, model)
+        Phase.is_serving = True
+        return instance
+
+
+BACKEND = PythonBackend

@@ -1,0 +1,105 @@
+"""How a worker reaches the rest of the server: nested inference (BLS), model control, custom metrics.
+
+The worker's loop installs an implementation with :func:`install`; until then every call says that it is not available.
+All that ``exec``, ``async_exec`` and decoupled calls need is the one non-blocking :meth:`EngineAccess.infer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.ipc.errors import ServingError, Unsupported
+from forebay.ipc.messages import ParameterValue
+
+
+class NestedRequest(NamedTuple):
+    """A request that a model makes."""
+
+    model: str
+    version: int
+    """-1: the newest that is served."""
+    id: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...]
+    parameters: Mapping[str, ParameterValue]
+    correlation_id: int | str
+    flags: int
+    """Sequence start 1, sequence end 2."""
+    timeout_us: int
+    trace_context: str
+    allows_many_responses: bool
+    """False: a decoupled target is refused with the text of spec P-093."""
+
+
+class NestedResponse(NamedTuple):
+    """One response to it."""
+
+    outputs: tuple[Tensor, ...]
+    parameters: Mapping[str, ParameterValue]
+    error: ServingError | None
+    has_response: bool
+    """False: only says that no further response follows."""
+    final: bool
+
+
+class EngineAccess(Protocol):
+    """The rest of the server, as a worker sees it. Thread-safe."""
+
+    def infer(self, request: NestedRequest, on_response: Callable[[NestedResponse], None]) -> Callable[[], None]:
+        """Submit a request; returns at once a function that cancels it.
+
+        Args:
+            on_response: called for every response, on any thread, exactly once with ``final``.
+
+        Raises:
+            ServingError: the request was refused before it was queued (unknown model, wrong inputs, full arena).
+        """
+        ...
+
+    def load_model(self, name: str, config: str, files: Mapping[str, bytes]) -> None:
+        """Load or reload a model; ``files`` maps ``<version>/<name>`` to content.
+
+        Raises:
+            ServingError: why it failed.
+        """
+        ...
+
+    def unload_model(self, name: str, *, unload_dependents: bool) -> None:
+        """Unload a model."""
+        ...
+
+    def is_model_ready(self, name: str, version: str) -> bool:
+        """Return whether a version (empty: any) takes requests."""
+        ...
+
+
+class NoEngineAccess:
+    """Stands in until the loop has installed the real one."""
+
+    def infer(self, request: NestedRequest, on_response: Callable[[NestedResponse], None]) -> Callable[[], None]:
+        raise Unsupported("this worker is not connected to the scheduler, so its model cannot call other models")
+
+    def load_model(self, name: str, config: str, files: Mapping[str, bytes]) -> None:
+        raise Unsupported("this worker is not connected to the supervisor, so its model cannot load models")
+
+    def unload_model(self, name: str, *, unload_dependents: bool) -> None:
+        raise Unsupported("this worker is not connected to the supervisor, so its model cannot unload models")
+
+    def is_model_ready(self, name: str, version: str) -> bool:
+        raise Unsupported("this worker is not connected to the supervisor, so its model cannot ask for others")
+
+
+class _Installed:
+    access: EngineAccess = NoEngineAccess()
+
+
+def install(access: EngineAccess) -> None:
+    """Connect this process's models to the server."""
+    _Installed.access = access
+
+
+def engine() -> EngineAccess:
+    """Return what was installed."""
+    return _Installed.access

@@ -1,0 +1,344 @@
+"""``pb_utils.InferenceRequest``: what a model is asked, and what it asks of other models (spec 7.2, 7.5)."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, engine
+from forebay.engine.backends.python_model.errors import TritonError, TritonModelException
+from forebay.engine.backends.python_model.response import (
+    Answering,
+    InferenceResponse,
+    InferenceResponseSender,
+    check_parameters,
+)
+from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.ipc.errors import ServingError
+from forebay.ipc.messages import ParameterValue, TensorPlace
+
+if TYPE_CHECKING:
+    from forebay.engine.worker.parcels import ParcelRequest
+
+#: Request flags (spec P-033).
+SEQUENCE_START = 1
+SEQUENCE_END = 2
+
+#: Release flags (spec P-040).
+RELEASE_ALL = 1
+RELEASE_RESCHEDULE = 2
+
+
+class Phase:
+    """Where the model's life is: nested calls are only for the time between initialize and finalize (spec P-094)."""
+
+    is_serving = False
+
+
+class InferenceTrace:
+    """The trace context of a request."""
+
+    def __init__(self, context: str = "") -> None:
+        self._context = context
+
+    def get_context(self) -> str | None:
+        """Return the W3C context as JSON in OpenTelemetry mode, else None."""
+        return self._context or None
+
+
+class PreferredMemory:
+    """Where a nested call's outputs should lie; accepted, and outputs lie in host memory (spec P-097)."""
+
+    def __init__(self, preferred_memory_type: int, preferred_device_id: int = 0) -> None:
+        self.preferred_memory_type = preferred_memory_type
+        self.preferred_device_id = preferred_device_id
+
+
+class InferenceRequest:
+    """A request to this model, or one that the model makes."""
+
+    def __init__(
+        self,
+        request_id: str = "",
+        correlation_id: int | str = 0,
+        inputs: Sequence[Tensor] | None = None,
+        requested_output_names: Sequence[str] | None = None,
+        model_name: str = "",
+        model_version: int = -1,
+        flags: int = 0,
+        timeout: int = 0,
+        preferred_memory: PreferredMemory | None = None,
+        trace: InferenceTrace | None = None,
+        parameters: Mapping[str, ParameterValue] | None = None,
+    ) -> None:
+        where = f"for request with id '{request_id}' and model name '{model_name}'"
+        for tensor in inputs or ():
+            if tensor is None:  # pyright: ignore[reportUnnecessaryComparison]  # models are not type-checked
+                raise TritonModelException(f"Input tensor {where} should not be empty.")
+        for name in requested_output_names or ():
+            if not name:
+                raise TritonModelException(f"Requested output name {where} should not be empty.")
+        if not isinstance(correlation_id, int | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TritonModelException("Correlation ID must be integer or string")
+        self._request_id = request_id
+        self._correlation_id = correlation_id
+        self._inputs = list(inputs or ())
+        self._output_names = tuple(requested_output_names or ())
+        self._model_name = model_name
+        self._model_version = model_version
+        self._flags = flags
+        self._timeout = timeout
+        self._preferred_memory = preferred_memory
+        self._trace = trace or InferenceTrace()
+        self._parameters: Mapping[str, ParameterValue] = check_parameters(parameters)
+        self._release_flags = RELEASE_ALL
+        self._answering: Answering | None = None
+        self._sender_taken = False
+
+    @classmethod
+    def incoming(cls, answering: Answering, model_name: str, model_version: int) -> InferenceRequest:
+        """Return the request that ``answering`` has to answer."""
+        parcel = answering.parcel
+        head = parcel.head
+        request = cls.__new__(cls)
+        request._request_id = head.id
+        request._correlation_id = head.correlation_id
+        request._inputs = [_input(parcel, place) for place in head.inputs]
+        request._output_names = parcel.requested_outputs
+        request._model_name = model_name
+        request._model_version = model_version
+        request._flags = SEQUENCE_START * head.sequence_start + SEQUENCE_END * head.sequence_end
+        request._timeout = head.timeout_us
+        request._preferred_memory = None
+        request._trace = InferenceTrace(head.trace_context)
+        request._parameters = head.parameters
+        request._release_flags = RELEASE_ALL
+        request._answering = answering
+        request._sender_taken = False
+        return request
+
+    # --- what it holds ---
+
+    def inputs(self) -> list[Tensor]:
+        """Return the inputs."""
+        return self._inputs
+
+    def request_id(self) -> str:
+        """Return the client's id, empty if it gave none."""
+        return self._request_id
+
+    def correlation_id(self) -> int | str:
+        """Return the sequence's id, 0 if there is none."""
+        return self._correlation_id
+
+    def flags(self) -> int:
+        """Return the sequence flags."""
+        return self._flags
+
+    def set_flags(self, flags: int) -> None:
+        """Replace the sequence flags."""
+        self._flags = flags
+
+    def timeout(self) -> int:
+        """Return the request's timeout in microseconds, 0 if it has none."""
+        return self._timeout
+
+    def parameters(self) -> str:
+        """Return the custom parameters as JSON text."""
+        return json.dumps(dict(self._parameters), separators=(",", ":"), ensure_ascii=False)
+
+    def requested_output_names(self) -> set[str]:
+        """Return the outputs that the client wants."""
+        return set(self._output_names)
+
+    def preferred_memory(self) -> PreferredMemory | None:
+        """Return what the constructor was given."""
+        return self._preferred_memory
+
+    def trace(self) -> InferenceTrace:
+        """Return the trace context."""
+        return self._trace
+
+    def model_name(self) -> str:
+        """Return the name of the model that is asked."""
+        return self._model_name
+
+    def model_version(self) -> int:
+        """Return its version, -1 for the newest."""
+        return self._model_version
+
+    # --- how it is answered ---
+
+    @property
+    def answering(self) -> Answering:
+        """The duty to answer; only of an incoming request."""
+        if self._answering is None:
+            raise TritonModelException("the request was made by the model itself")
+        return self._answering
+
+    def get_response_sender(self) -> InferenceResponseSender:
+        """Return the sender of this request's responses; once per request.
+
+        Raises:
+            TritonModelException: it was taken before.
+        """
+        answering = self.answering
+        if self._sender_taken:
+            raise TritonModelException("The response sender of a request can be taken only once.")
+        self._sender_taken = True
+        return InferenceResponseSender(answering)
+
+    def is_cancelled(self) -> bool:
+        """Return whether the client has left or its deadline has passed."""
+        return self._answering is not None and self._answering.parcel.is_cancelled
+
+    def set_release_flags(self, flags: int) -> None:
+        """Say whether the request is done after ``execute`` or has to come again.
+
+        Raises:
+            TritonModelException: the flags are neither RELEASE_ALL nor RELEASE_RESCHEDULE.
+        """
+        if flags not in (RELEASE_ALL, RELEASE_RESCHEDULE):
+            raise TritonModelException(
+                "Unable to set release flags. Only TRITONSERVER_REQUEST_RELEASE_ALL or "
+                "TRITONSERVER_REQUEST_RELEASE_RESCHEDULE is allowed."
+            )
+        self._release_flags = flags
+
+    @property
+    def is_rescheduled(self) -> bool:
+        """Whether the model wants the request again."""
+        return self._release_flags == RELEASE_RESCHEDULE
+
+    # --- asking other models ---
+
+    def exec(self, decoupled: bool = False) -> InferenceResponse | ResponseIterator:
+        """Run the request on another model and wait for its response, or with ``decoupled`` for its responses."""
+        responses = ResponseIterator(self._nested(decoupled))
+        return responses if decoupled else responses.only()
+
+    async def async_exec(self, decoupled: bool = False) -> InferenceResponse | ResponseIterator:
+        """Run the request on another model without blocking the event loop; cancelling the task cancels the request."""
+        responses = ResponseIterator(self._nested(decoupled), asyncio.get_running_loop())
+        if decoupled:
+            return responses
+        try:
+            async for response in responses:
+                return response
+        except asyncio.CancelledError:
+            responses.cancel()
+            raise
+        return _no_response(self._model_name)
+
+    def async_stream_exec(self) -> ResponseIterator:
+        """Run the request on a decoupled model: ``async for response in request.async_stream_exec()``."""
+        return ResponseIterator(self._nested(decoupled=True), asyncio.get_running_loop())
+
+    def _nested(self, decoupled: bool) -> NestedRequest:
+        if not Phase.is_serving:
+            raise TritonModelException("BLS is only supported during the 'execute' function.")
+        return NestedRequest(
+            model=self._model_name,
+            version=self._model_version,
+            id=self._request_id,
+            inputs=tuple(self._inputs),
+            outputs=self._output_names,
+            parameters=self._parameters,
+            correlation_id=self._correlation_id,
+            flags=self._flags,
+            timeout_us=self._timeout,
+            trace_context=self._trace.get_context() or "",
+            allows_many_responses=decoupled,
+        )
+
+
+def _input(parcel: ParcelRequest, place: TensorPlace) -> Tensor:
+    return Tensor.view(
+        place.name,
+        place.datatype,
+        parcel.input_shape(place),
+        functools.partial(parcel.input_array, place),
+        parcel.input_buffer(place),
+    )
+
+
+def _no_response(model: str) -> InferenceResponse:
+    return InferenceResponse(error=TritonError(f"Model {model} - Error when running inference: there was no response"))
+
+
+class ResponseIterator:
+    """The responses of a nested request, in order; for ``for`` and for ``async for``. Thread-safe."""
+
+    def __init__(self, request: NestedRequest, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._model = request.model
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._arrived: queue.SimpleQueue[InferenceResponse | None] = queue.SimpleQueue()
+        self._async_arrived: asyncio.Queue[InferenceResponse | None] = asyncio.Queue()
+        self._is_exhausted = False
+        self._cancel: Callable[[], None] | None = None
+        try:
+            self._cancel = engine().infer(request, self._take)
+        except ServingError as error:
+            # Refused before it was queued. Triton flattens these to INTERNAL (spec P-093); what the other model
+            # answers keeps its own code.
+            text = f"Model {request.model} - Error when running inference: {error.text}"
+            self._put(InferenceResponse(error=TritonError(text)))
+            self._put(None)
+
+    def _take(self, nested: NestedResponse) -> None:
+        if nested.has_response:
+            error = None if nested.error is None else TritonError(nested.error.text, int(nested.error.code))
+            response = InferenceResponse(list(nested.outputs), error)
+            response.parameters().update(nested.parameters)
+            self._put(response)
+        if nested.final:
+            self._put(None)
+
+    def _put(self, item: InferenceResponse | None) -> None:
+        if self._loop is None:
+            self._arrived.put(item)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._async_arrived.put_nowait, item)
+
+    def only(self) -> InferenceResponse:
+        """Wait for the one response."""
+        for response in self:
+            return response
+        return _no_response(self._model)
+
+    def cancel(self) -> None:
+        """Tell the other model that nobody waits any more."""
+        with self._lock:
+            cancel, self._cancel = self._cancel, None
+        if cancel is not None:
+            cancel()
+
+    def __iter__(self) -> Iterator[InferenceResponse]:
+        return self
+
+    def __next__(self) -> InferenceResponse:
+        if self._is_exhausted:
+            raise StopIteration
+        item = self._arrived.get()
+        if item is None:
+            self._is_exhausted = True
+            raise StopIteration
+        return item
+
+    def __aiter__(self) -> AsyncIterator[InferenceResponse]:
+        return self
+
+    async def __anext__(self) -> InferenceResponse:
+        if self._is_exhausted:
+            raise StopAsyncIteration
+        item = await self._async_arrived.get()
+        if item is None:
+            self._is_exhausted = True
+            raise StopAsyncIteration
+        return item

@@ -1,0 +1,150 @@
+"""``pb_utils.InferenceResponse`` and the sender that delivers it (spec 7.4)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from forebay.engine.backends.python_model.errors import TritonError, TritonModelException
+from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.ipc.errors import BackendFailed
+from forebay.ipc.messages import ParameterValue
+
+if TYPE_CHECKING:
+    from forebay.engine.worker.parcels import ParcelRequest
+
+#: ``TRITONSERVER_RESPONSE_COMPLETE_FINAL``
+COMPLETE_FINAL = 1
+
+
+def check_parameters(parameters: Mapping[str, ParameterValue] | None) -> dict[str, ParameterValue]:
+    """Return a copy of request or response parameters.
+
+    Raises:
+        TritonModelException: a key is not a string or a value not bool, int or str (spec P-041).
+    """
+    checked: dict[str, ParameterValue] = {}
+    for key, value in (parameters or {}).items():
+        if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # models are not type-checked
+            raise TritonModelException(f"Expect parameters keys to have type str, found type {type(key)}")
+        if not isinstance(value, bool | int | str):
+            raise TritonModelException(f"Expect parameters values to have type bool/int/str, found type {type(value)}")
+        checked[key] = value
+    return checked
+
+
+class InferenceResponse:
+    """What a model answers, or what a nested call answered."""
+
+    def __init__(
+        self,
+        output_tensors: Sequence[Tensor] | None = None,
+        error: TritonError | None = None,
+        parameters: Mapping[str, ParameterValue] | None = None,
+    ) -> None:
+        self._output_tensors = list(output_tensors or ())
+        for tensor in self._output_tensors:
+            if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TritonModelException(f"output_tensors must hold Tensor objects, found type {type(tensor)}")
+        self._error = error
+        self._parameters = check_parameters(parameters)
+
+    def output_tensors(self) -> list[Tensor]:
+        """Return the outputs."""
+        return self._output_tensors
+
+    def has_error(self) -> bool:
+        """Return whether the request failed."""
+        return self._error is not None
+
+    def error(self) -> TritonError | None:
+        """Return the error, if any."""
+        return self._error
+
+    def parameters(self) -> dict[str, ParameterValue]:
+        """Return the response parameters."""
+        return self._parameters
+
+
+class Answering:
+    """The duty to answer one request. Shared by the request and its sender; when both are gone, it is too late.
+
+    A sender that is dropped without its final flag would leave the client waiting for ever (spec L-028).
+    """
+
+    def __init__(
+        self,
+        parcel: ParcelRequest,
+        deliver: Callable[[ParcelRequest, InferenceResponse, bool], None],
+        *,
+        decoupled: bool,
+    ) -> None:
+        self.parcel = parcel
+        self.decoupled = decoupled
+        #: The model asked for the sender, so None in the returned list is an answer.
+        self.sender_used = False
+        self._deliver = deliver
+        self._lock = threading.Lock()
+        self._sent_count = 0
+        self._is_closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed or self.parcel.is_final
+
+    def send(self, response: InferenceResponse | None, flags: int) -> None:
+        """Send one response, or only the flag; see :meth:`InferenceResponseSender.send`."""
+        if flags not in (0, COMPLETE_FINAL):
+            raise TritonModelException("Unable to send response. Unsupported flag provided.")
+        if response is None and flags == 0:
+            raise TritonModelException(
+                "Inference Response object must be provided when the response flags is set to zero."
+            )
+        with self._lock:
+            if self._is_closed:
+                raise TritonModelException("Unable to send response. Response sender has been closed.")
+            if not self.decoupled:
+                if response is not None and self._sent_count > 0:
+                    raise TritonModelException(
+                        "Unable to send response. Non-decoupled model cannot send more than one response."
+                    )
+                if response is None and self._sent_count == 0:
+                    raise TritonModelException(
+                        "Unable to send response. Non-decoupled model cannot send complete final before sending a "
+                        "response."
+                    )
+            self._is_closed = flags == COMPLETE_FINAL
+            if response is not None:
+                self._sent_count += 1
+                # A model that is not decoupled has one response, so that one is the last.
+                self._deliver(self.parcel, response, self._is_closed or not self.decoupled)
+            else:
+                self.parcel.finish()
+
+    def __del__(self) -> None:
+        if not self.parcel.is_final:
+            self.parcel.fail(
+                BackendFailed("the model dropped the request without a final response"),
+                by_model=True,
+            )
+
+
+class InferenceResponseSender:
+    """Sends responses from any thread, also after ``execute`` has returned."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+        answering.sender_used = True
+
+    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
+        """Send ``response``; with ``TRITONSERVER_RESPONSE_COMPLETE_FINAL`` it is the last, and may be missing.
+
+        Raises:
+            TritonModelException: with Triton's texts (spec P-075).
+        """
+        self._answering.send(response, flags)
+
+    def is_cancelled(self) -> bool:
+        """Return whether the client has left or its deadline has passed."""
+        return self._answering.parcel.is_cancelled
