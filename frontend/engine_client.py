@@ -523,6 +523,7 @@ class EngineClient:
                 continue
             route, slab = found
             owners = slab.owners
+            owner: RowOwner | None
             if rows == 1:
                 owner = owners[first]
                 owners[first] = None

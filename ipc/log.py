@@ -88,7 +88,7 @@ class Log:
 
     def _prefix(self, letter: str, depth: int) -> str:
         # Depth counts the frames from here up to the caller of info() and its sisters.
-        frame = sys._getframe(depth)
+        frame = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage] - documented, for CPython
         place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
         now_ns = time.time_ns()
         moment = time.gmtime(now_ns // 1_000_000_000)

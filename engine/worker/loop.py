@@ -163,7 +163,10 @@ class Worker:
             kind = buffer[0]
             if kind == runs and rows_runner is not None:
                 start_ns = time.monotonic_ns()
-                times = rows_runner.execute(view[:size], start_ns)
+                try:
+                    times = rows_runner.execute(view[:size], start_ns)
+                except struct.error:
+                    times = NO_TIMES  # A torn message; its sender alone is concerned.
                 if not buffer[1] & FLAG_GRANTED:
                     self._done.ring(self._done_header(buffer) + times)
             elif kind == parcels:

@@ -54,8 +54,8 @@ class RowsRunner:
             The TIMES of the batch, packed, for the scheduler.
         """
         _kind, _flags, count, _sender, batch = HEADER.unpack_from(message)
+        runs = unpack_runs(message, count, HEADER.size)
         try:
-            runs = unpack_runs(message, count, HEADER.size)
             if count == 1:
                 times = self._execute_in_place(runs[0], batch_start_ns)
             else:

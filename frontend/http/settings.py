@@ -21,7 +21,7 @@ class HttpView(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_groups(cls, groups: Mapping[str, Any]) -> HttpView:
         """Pick them from ``FrontendStart.settings``; what is missing keeps its default."""
-        group = groups.get("http") or {}
+        group: Mapping[str, Any] = groups.get("http") or {}
         return msgspec.convert({name: group[name] for name in cls.__struct_fields__ if name in group}, cls)
 
     @property
