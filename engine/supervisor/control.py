@@ -118,7 +118,10 @@ class ControlServer:
 
     async def _send(self, identity: bytes, message: Message) -> None:
         try:
-            await self._socket.send_multipart([identity, self._codec.encode(message)])
+            await self._socket.send_multipart([identity, self._codec.encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            # Thousands of messages unread: it hangs, and must not hang us as well.
+            log.warning("a frontend does not read its control messages")
         except zmq.ZMQError as error:
             # EHOSTUNREACH: the frontend is gone; its next run says Hello again.
             if error.errno != zmq.EHOSTUNREACH:

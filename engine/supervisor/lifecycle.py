@@ -61,6 +61,8 @@ class Model:
     problem: str = ""
     """Why it could not even be polled, or why its last update failed."""
     is_excused: bool = False
+    backend: str = ""
+    """As configured when it was last loaded or tried; for tables."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -273,6 +275,7 @@ class ModelLifecycle:
 
     async def _load(self, model: Model, found: FoundModel) -> None:
         name = found.name
+        model.backend = found.config.backend if found.config is not None else ""
         try:
             chosen = found.chosen_versions()
         except ConfigError as error:
@@ -418,6 +421,9 @@ class ModelLifecycle:
         log.info(f"successfully loaded '{model.name}'")
         if retired:
             self._retire_later(model, retired, replaced, generation, old_found if old_found is not found else None)
+        if self.is_initialised:
+            # Whoever asked for the load may use the model on any connection as soon as it has the answer (spec H-214).
+            await self._wait_seen(generation, _CATALOG_TIMEOUT_S)
 
     # --- unloading ---
 

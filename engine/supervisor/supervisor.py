@@ -395,6 +395,7 @@ class Supervisor:
             await lifecycle.close()
         children = [role.child for role in self._roles if role.child is not None]
         await asyncio.gather(*(child.exited.wait() for child in children), *list(self._tasks), return_exceptions=True)
+        await self._zygotes.wait_ended()
         await self._control.close()
         for listener in self._listeners.values():
             listener.close()
@@ -420,15 +421,14 @@ class Supervisor:
         for name in sorted(self._lifecycle.models):
             model = self._lifecycle.models[name]
             if not model.status:
-                rows.append(ModelRow(name, "", "", 0, "", "UNAVAILABLE", model.problem or "not loaded"))
+                rows.append(ModelRow(name, "", model.backend, 0, "", "UNAVAILABLE", model.problem or "not loaded"))
             for version, status in sorted(model.status.items()):
                 served = model.serving.get(version)
-                backend = model.found.config.backend if model.found is not None and model.found.config else ""
                 rows.append(
                     ModelRow(
                         name,
                         str(version),
-                        served.prepared.spec.backend if served is not None else backend,
+                        model.backend,
                         served.serving_count if served is not None else 0,
                         served.device if served is not None else "",
                         status.state,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from forebay.engine.supervisor.child import describe_exit
 from forebay.ipc.doorbell import Bell, create_doorbell
 from forebay.ipc.errors import WorkerDied, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
@@ -30,6 +32,9 @@ from forebay.ipc.wire import HEADER, Kind
 
 #: How long to wait for the zygote's word on how a worker ended, once its lifeline has closed, s.
 _EXIT_CODE_WAIT_S = 1.0
+
+#: How often to try a doorbell that was full, s.
+_FLUSH_INTERVAL_S = 0.05
 
 _WAKE = HEADER.pack(Kind.WAKE, 0, 0, 0, 0)
 
@@ -98,12 +103,16 @@ class WorkerHandle:
         return reply
 
     async def _call(self, message: Message) -> Described | Loaded:
-        if self.ended.is_set():
-            raise self._death()
         self._reply = self._loop.create_future()
-        self._send(message)
         try:
+            if self.ended.is_set():
+                raise WorkerDied(f"the process of {self.name} ended")
+            self._send(message)
             return await self._reply
+        except WorkerDied:
+            exit_code = await self.wait_exit_code()
+            how = "" if exit_code is None else f" with {describe_exit(exit_code)}"
+            raise WorkerDied(f"the process of {self.name} ended{how} while it looked at the model") from None
         finally:
             self._reply = None
 
@@ -111,6 +120,13 @@ class WorkerHandle:
         """Send something that needs no answer; the caller keeps ``fds``. The worker looks when its doorbell rings."""
         if self._send(message, fds):
             self.bell.ring(_WAKE)
+            self._flush_bell()
+
+    def _flush_bell(self) -> None:
+        # A full doorbell: the worker has much to do, and is told as soon as there is room.
+        if not self.ended.is_set() and self.bell.backlog_count:
+            self.bell.flush()
+            self._loop.call_later(_FLUSH_INTERVAL_S, self._flush_bell)
 
     def _send(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
         if self.ended.is_set():
@@ -137,13 +153,11 @@ class WorkerHandle:
     def kill(self) -> None:
         """End it at once."""
         self.is_stopping = True
-        if self.pid and self.exit_code is None and not self.ended.is_set():
-            try:
+        if self.pid and self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         elif not self.pid:
-            # Not forked yet; whoever is forked later finds its lifeline closed.
+            # Not forked yet, as far as we know: the zygote's Forked will kill it.
             self._end()
 
     def note_exit(self, exit_code: int) -> None:
@@ -196,10 +210,7 @@ class WorkerHandle:
         self._lifeline.close()
         self.ended.set()
         if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(self._death())
+            self._reply.set_exception(WorkerDied(f"the process of {self.name} ended"))
         self._on_end(self)
         self.bell.close()
         self.release_child_fds()
-
-    def _death(self) -> WorkerDied:
-        return WorkerDied(f"the process of {self.name} ended while it loaded the model")

@@ -70,9 +70,15 @@ class ZygoteHandle:
             await self._child.stop(timeout_s)
 
     def kill(self) -> None:
+        """End it at once, and its workers with it."""
         self._stopping = True
         if self._child is not None:
             self._child.kill()
+
+    async def wait_ended(self) -> None:
+        """Wait for the end of its process."""
+        if self._child is not None:
+            await self._child.exited.wait()
 
     def _start(self) -> None:
         self._started_s = time.monotonic()
@@ -152,5 +158,10 @@ class Zygotes:
         await asyncio.gather(*(zygote.stop(timeout_s) for zygote in self._by_family.values()))
 
     def kill(self) -> None:
+        """End all of them at once."""
         for zygote in self._by_family.values():
             zygote.kill()
+
+    async def wait_ended(self) -> None:
+        """Wait until all have ended."""
+        await asyncio.gather(*(zygote.wait_ended() for zygote in self._by_family.values()))

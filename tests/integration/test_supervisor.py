@@ -465,3 +465,46 @@ def test_killing_everything_under_load_loses_no_other_request(server: ForebaySer
         for sender in senders:
             sender.join()
     assert set(statuses) == {200}
+
+
+def test_sigterm_while_models_load_ends_with_exit_code_0(repository: Path) -> None:
+    server = ForebayServer(repository)
+    server.launch()
+    server.wait_logged("loading: alpha_model:2")
+    pids = server.pids()
+    assert server.stop() == 0
+    wait_until(lambda: not any(is_running(pid) for pid in pids.values()), "all processes to end")
+    assert os.listdir(server.runtime_base) == []
+
+
+def test_descriptors_and_memory_come_back_after_unloading(explicit: ForebayServer) -> None:
+    def cycle() -> None:
+        assert explicit.post("/v2/repository/models/alpha_model/load")[0] == 200
+        assert infer(explicit) == 200
+        assert explicit.post("/v2/repository/models/alpha_model/unload")[0] == 200
+        explicit.wait_for(lambda: not [r for r in explicit.pids() if r.startswith("worker")], "the workers to end")
+
+    def descriptor_counts() -> dict[str, int]:
+        return {role: len(os.listdir(f"/proc/{pid}/fd")) for role, pid in explicit.pids().items()}
+
+    for _ in range(3):
+        cycle()
+    before = descriptor_counts()
+    for _ in range(10):
+        cycle()
+    explicit.wait_for(lambda: descriptor_counts() == before, f"the descriptors to come back to {before}")
+
+
+def test_crash_loop_makes_the_model_unavailable_with_the_reason(repository: Path) -> None:
+    config = repository / "alpha_model" / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 2", "count: 1").replace("all { }", "latest { num_versions: 1 }"))
+    with ForebayServer(repository) as server:
+        for _ in range(5):
+            server.wait_for(lambda: server.pid_of("worker") != 0, "the worker")
+            pid = server.pid_of("worker")
+            os.kill(pid, signal.SIGKILL)
+            server.wait_for(lambda pid=pid: server.pid_of("worker") != pid, "its end")  # type: ignore[misc]
+        server.wait_logged("ended 5 times within 60 s without answering a request")
+        (row,) = index(server)
+        assert row["state"] == "UNAVAILABLE"
+        assert "ended 5 times within 60 s" in row["reason"]
