@@ -218,6 +218,8 @@ class ParcelRequest:
             if self.is_final:
                 raise BackendFailed("a response was sent after the final one")
             self.is_final = final
+            if final:
+                self._runner.count_answer(self)
             response = PendingResponse(tensors, dict(parameters or {}), self._responses, final)
             self._responses += 1
             self._enqueue(response)
@@ -229,6 +231,7 @@ class ParcelRequest:
         """Send the one response whose outputs already lie in the lent block."""
         with self._runner.producers.lock:
             self.is_final = True
+            self._runner.count_answer(self)
             self._send(ReplyHead(outputs=places), final=True)
         self._runner.answered(self)
 
@@ -238,6 +241,7 @@ class ParcelRequest:
             if self.is_final:
                 return
             self.is_final = True
+            self._runner.count_answer(self)
             self._enqueue(PendingResponse((), {}, NO_RESPONSE_INDEX, final=True))
         self._runner.answered(self)
 
@@ -252,6 +256,8 @@ class ParcelRequest:
             if self.is_final:
                 return
             self.is_final = final
+            if final:
+                self._runner.count_answer(self, error, by_model=by_model)
             # Behind responses that wait for room, an error would overtake them: they are worth nothing any more.
             self._waiting.clear()
             # An empty text would read as success.
@@ -259,7 +265,7 @@ class ParcelRequest:
             self._send(ReplyHead(code=error.code, text=text, index=self._responses), final=final)
             self._responses += 1
         if final:
-            self._runner.answered(self, failed=error, by_model=by_model)
+            self._runner.answered(self)
 
     # --- what the producer says ---
 
@@ -483,23 +489,30 @@ class ParcelsRunner:
             request.orphan()
             self.forget(request)
 
-    def answered(self, request: ParcelRequest, failed: ServingError | None = None, *, by_model: bool = False) -> None:
-        """Count a request whose final response is known."""
+    def answered(self, request: ParcelRequest) -> None:
+        """The final response of a request is known; it may still wait for room."""
         if not request.is_waiting:
             self._open.pop(request.key, None)
+
+    def count_answer(
+        self, request: ParcelRequest, failed: ServingError | None = None, *, by_model: bool = False
+    ) -> None:
+        """Count a request whose final response is about to be sent; the doorbells' lock is held.
+
+        Before, not after: whoever has the answer finds it counted.
+        """
         counters = self.counters
-        with self.producers.lock:
-            if failed is None:
-                counters[Count.SUCCESS] += 1
-            elif isinstance(failed, Cancelled):
-                counters[Count.CANCELED] += 1
-            elif by_model or isinstance(failed, BackendFailed):
-                counters[Count.FAILED_BACKEND] += 1
-            else:
-                counters[Count.FAILED_OTHER] += 1
-            if request.executed_ns:
-                # Answered after its execution had returned: by a thread or a coroutine of the model.
-                counters[Count.INFER_NS] += max(time.monotonic_ns() - request.executed_ns, 0)
+        if failed is None:
+            counters[Count.SUCCESS] += 1
+        elif failed.code == Cancelled.code:
+            counters[Count.CANCELED] += 1
+        elif by_model or isinstance(failed, BackendFailed):
+            counters[Count.FAILED_BACKEND] += 1
+        else:
+            counters[Count.FAILED_OTHER] += 1
+        if request.executed_ns:
+            # Answered after its execution had returned: by a thread or a coroutine of the model.
+            counters[Count.INFER_NS] += max(time.monotonic_ns() - request.executed_ns, 0)
 
     def forget(self, request: ParcelRequest) -> None:
         """The last waiting response has been sent."""

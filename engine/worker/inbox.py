@@ -1,0 +1,78 @@
+"""The worker's doorbell while a model runs: cancellations and lent blocks are not kept waiting behind the batch.
+
+The worker's loop reads the doorbell between batches. A model that asks during its execution whether a request is
+cancelled would otherwise hear of it only afterwards, so :meth:`Inbox.take_signals` reads ahead: signals are handled at
+once, batches are kept for the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+
+from forebay.ipc.wire import HEADER, MESSAGE_BYTES_MAX, Kind
+
+#: What is handled out of turn; neither starts a batch nor answers one.
+_SIGNALS = (Kind.COLLECT, Kind.CANCEL)
+
+#: Batches that may be read ahead; the scheduler sends at most two.
+_KEPT_MAX = 64
+
+
+class Inbox:
+    """Shared by the loop and the model's threads."""
+
+    def __init__(self, doorbell: socket.socket, handle: Callable[[memoryview], None]) -> None:
+        """``handle`` is given whole COLLECT and CANCEL messages; the caller keeps ownership of ``doorbell``."""
+        self._doorbell = doorbell
+        self._handle = handle
+        self._kept: deque[bytes] = deque()
+        self._lock = threading.Lock()
+        self._is_executing = False
+
+    @property
+    def has_kept(self) -> bool:
+        """True if a message that was read ahead waits for the loop."""
+        return bool(self._kept)
+
+    def take_kept(self, buffer: bytearray) -> int:
+        """Copy the oldest kept message to the start of ``buffer``; returns its size."""
+        message = self._kept.popleft()
+        buffer[: len(message)] = message
+        return len(message)
+
+    @contextlib.contextmanager
+    def executing(self) -> Generator[None]:
+        """Allow reading ahead while the loop itself does not read."""
+        self._is_executing = True
+        try:
+            yield
+        finally:
+            # A thread that reads just now finishes first, so that the loop finds what it kept.
+            with self._lock:
+                self._is_executing = False
+
+    def take_signals(self) -> None:
+        """Handle the signals that have arrived, without waiting. Does nothing while the loop reads for itself."""
+        if not self._is_executing or not self._lock.acquire(blocking=False):
+            return
+        signals: list[bytes] = []
+        try:
+            while self._is_executing and len(self._kept) < _KEPT_MAX:
+                try:
+                    message = self._doorbell.recv(MESSAGE_BYTES_MAX, socket.MSG_DONTWAIT)
+                except (BlockingIOError, InterruptedError):
+                    break
+                if not message:
+                    break  # Every sender is gone; the loop will see it too.
+                if len(message) >= HEADER.size and message[0] in _SIGNALS:
+                    signals.append(message)
+                else:
+                    self._kept.append(message)
+        finally:
+            self._lock.release()
+        for message in signals:
+            self._handle(memoryview(message))

@@ -1,0 +1,3 @@
+"""A module beside the model (P-002)."""
+
+FACTOR = 2
