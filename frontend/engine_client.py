@@ -124,6 +124,33 @@ class Grant:
     def is_idle(self) -> bool:
         return not self.outstanding and not self.tokens
 
+    def ring(self, runs: list[Run]) -> None:
+        """Have the idle worker run these rows.
+
+        If the worker is gone the doorbell takes nothing; the scheduler then says so (REVOKE, gone) after everything
+        that the worker had sent, and the rows are handed in again.
+        """
+        self.outstanding = runs
+        self.batches += 1
+        self.bell.ring(pack_runs(Kind.RUNS, FLAG_GRANTED, self.route.engine.producer, self.batches, runs))
+        self.route.counters[Count.GRANTED_BATCHES] += 1
+
+    def ring_parcel(self, parcel: ParcelSubmit) -> None:
+        """Have the idle worker run this parcel; as :meth:`ring` if it is gone."""
+        producer = self.route.engine.producer
+        self.tokens = [parcel.token]
+        self.batches += 1
+        self.bell.ring(
+            b"".join(
+                (
+                    HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, producer, self.batches),
+                    PARCEL.pack(producer, max(parcel.rows, 1), parcel.token, parcel.enqueue_ns, len(parcel.head)),
+                    parcel.head,
+                )
+            )
+        )
+        self.route.counters[Count.GRANTED_BATCHES] += 1
+
 
 class _TurnRun:
     """Consecutive rows published in this event-loop turn."""
@@ -191,7 +218,12 @@ class RouteClient:
         #: Bytes copied in user space since the counters were last written.
         self.copied_in_bytes = 0
         self.copied_out_bytes = 0
+        #: What goes out at the end of this turn, or is held until a granted worker is idle.
         self.turn: list[_TurnRun] = []
+        self.turn_rows = 0
+        self.is_holding = False
+        self.is_flush_scheduled = False
+        self.instance_count = len(entry.instance_counter_offsets)
         self.turn_parcels: list[ParcelSubmit] = []
         self.grants: list[Grant] = []
         #: Bytes that replies of unknown size are expected to take; learned from those that did not fit.
@@ -240,11 +272,21 @@ class RouteClient:
     def publish(
         self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
     ) -> None:
-        """Hand filled rows over; they go out at the end of this event-loop turn."""
+        """Hand filled rows over.
+
+        They go out at the end of this event-loop turn, together with what else arrives in it; or at once, if a granted
+        worker is idle: then there is nothing to wait for, and one pass of the event loop is saved.
+        """
         slab.owners[first] = owner
         turn = self.turn
-        if turn:
+        if not turn:
+            if self.grants and not self.turn_parcels and self._ring_now(slab, first, rows):
+                return
+            self.need_flush()
+        else:
             last = turn[-1]
+            if self.is_holding and self.turn_rows + rows > self.grants[0].rows_max:
+                self.need_flush()
             if (
                 last.slab is slab
                 and last.rows_each == rows
@@ -253,10 +295,30 @@ class RouteClient:
                 and last.timeout_us == timeout_us
             ):
                 last.requests += 1
+                self.turn_rows += rows
                 return
-        elif not self.turn_parcels:
+        self.append_turn(_TurnRun(slab, first, rows, self.engine.turn_ns(), 1, 0, priority, timeout_us))
+
+    def append_turn(self, run: _TurnRun) -> None:
+        """Add to what goes out at the end of the turn."""
+        if not self.turn:
+            self.turn_rows = 0
+        self.turn_rows += run.requests * run.rows_each
+        self.turn.append(run)
+
+    def need_flush(self) -> None:
+        """Have the turn's requests sent at its end."""
+        if not self.is_flush_scheduled:
+            self.is_flush_scheduled = True
             self.engine.schedule_flush(self)
-        turn.append(_TurnRun(slab, first, rows, self.engine.turn_ns(), 1, 0, priority, timeout_us))
+
+    def _ring_now(self, slab: OwnedSlab, first: int, rows: int) -> bool:
+        for grant in self.grants:
+            if grant.is_idle and not grant.revoked:
+                engine = self.engine
+                grant.ring([Run(engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns())])
+                return True
+        return False
 
     def input_slice(self, slab: OwnedSlab, first: int, rows: int, index: int) -> memoryview:
         """Return the bytes of input ``index`` of loaned rows: writable, ``rows * row_bytes``."""
@@ -275,49 +337,51 @@ class RouteClient:
     def submit_parcel(self, submit: ParcelSubmit, owner: ParcelOwner) -> None:
         """Hand over a parcel whose tensors are filled in."""
         self.engine.parcels[submit.token] = _Parcel(self, submit, owner)
-        if not self.turn_parcels and not self.turn:
-            self.engine.schedule_flush(self)
+        self.need_flush()
         self.turn_parcels.append(submit)
 
     # --- end of a turn ---
 
     def flush_direct(self) -> bool:
-        """Ring an idle granted worker with this turn's requests; False if they must go to the scheduler."""
-        if not self.grants:
+        """Do without the scheduler if a grant allows it; False if this turn's requests must go to it.
+
+        An idle granted worker is rung. If all instances are granted to us and busy, up to the granted number of rows
+        waits here for the first to finish: the scheduler could do nothing else with them. More than that is the
+        scheduler's to cut into batches.
+        """
+        grants = self.grants
+        if not grants:
             return False
-        grant = next((grant for grant in self.grants if grant.is_idle and not grant.revoked), None)
-        if grant is None:
+        if self.turn_parcels:
+            return self._flush_parcel()
+        single = len(self.turn) == 1 and self.turn[0].requests == 1
+        if not single and self.turn_rows > grants[0].rows_max:
             return False
-        if self.turn:
-            if len(self.turn) != 1 or self.turn_parcels:
-                return False
-            run = self.turn[0]
-            if run.requests > 1 and run.requests * run.rows_each > grant.rows_max:
-                return False
-            wire_run = self.engine.to_wire(run)
-            message = pack_runs(Kind.RUNS, FLAG_GRANTED, self.engine.producer, grant.batches, [wire_run])
-            grant.outstanding = [wire_run]
-        else:
-            if len(self.turn_parcels) != 1:
-                return False
-            parcel = self.turn_parcels[0]
-            message = b"".join(
-                (
-                    HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, self.engine.producer, grant.batches),
-                    PARCEL.pack(
-                        self.engine.producer, max(parcel.rows, 1), parcel.token, parcel.enqueue_ns, len(parcel.head)
-                    ),
-                    parcel.head,
-                )
-            )
-            grant.tokens = [parcel.token]
-            self.engine.parcels[parcel.token].instance = grant.instance
-        grant.batches += 1
-        if not grant.bell.ring(message):
-            # The worker is gone; the scheduler says so (REVOKE, gone) after everything the worker had sent.
-            return True
-        self.counters[Count.GRANTED_BATCHES] += 1
+        for grant in grants:
+            if grant.is_idle and not grant.revoked:
+                grant.ring([self.engine.to_wire(run) for run in self.turn])
+                self.turn.clear()
+                return True
+        if len(grants) < self.instance_count or any(grant.revoked for grant in grants):
+            return False
+        self.is_holding = True
         return True
+
+    def _flush_parcel(self) -> bool:
+        if self.turn or len(self.turn_parcels) != 1:
+            return False
+        for grant in self.grants:
+            if grant.is_idle and not grant.revoked:
+                grant.ring_parcel(self.turn_parcels.pop())
+                return True
+        return False
+
+    def grant_finished(self) -> None:
+        """A granted worker is idle, or a grant ended: what was held back can go."""
+        if self.is_holding:
+            self.is_holding = False
+            if not self.flush_direct():
+                self.need_flush()
 
     def retire(self) -> None:
         """The model version is no longer routed to; give back slabs as they empty."""
@@ -460,11 +524,13 @@ class EngineClient:
         runs: list[RunSubmit] = []
         parcels: list[ParcelSubmit] = []
         for route in dirty:
-            if not route.flush_direct():
+            route.is_flush_scheduled = False
+            if (route.turn or route.turn_parcels) and not route.flush_direct():
+                route.is_holding = False
                 runs.extend(run.to_submit(route.route) for run in route.turn)
                 parcels.extend(route.turn_parcels)
-            route.turn.clear()
-            route.turn_parcels.clear()
+                route.turn.clear()
+                route.turn_parcels.clear()
             route.write_counters()
         if not runs and not parcels:
             return
@@ -599,9 +665,8 @@ class EngineClient:
             owner = slab.owners[row]
             if owner is None or row in skip:
                 continue
-            if not route.turn and not route.turn_parcels:
-                self.schedule_flush(route)
-            route.turn.append(_TurnRun(slab, row, owner.rows, enqueue_ns, 1, attempt, 0, 0))
+            route.append_turn(_TurnRun(slab, row, owner.rows, enqueue_ns, 1, attempt, 0, 0))
+            route.need_flush()
             route.counters[Count.RESUBMITTED] += 1
 
     # --- parcels ---
@@ -728,6 +793,8 @@ class EngineClient:
             grant.outstanding = []
             if grant.revoked and grant.is_idle:
                 self._return_grant(grant)
+            elif grant.route.is_holding:
+                grant.route.grant_finished()
 
     def _return_grant(self, grant: Grant) -> None:
         self._drop_grant(grant)
@@ -741,6 +808,7 @@ class EngineClient:
         self._grants.pop(grant.instance, None)
         if grant in grant.route.grants:
             grant.route.grants.remove(grant)
+        grant.route.grant_finished()
 
     # --- restart of the scheduler ---
 
@@ -756,7 +824,8 @@ class EngineClient:
             exempt_tokens.update(grant.tokens)
             grant.route.grants.clear()
         self._grants.clear()
-        for route in self._dirty:
+        for route in self.routes.values():
+            route.grant_finished()
             for run in route.turn:
                 rows = run.requests * run.rows_each
                 exempt_rows.update((run.slab.base, row) for row in range(run.first, run.first + rows))
