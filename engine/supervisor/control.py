@@ -45,7 +45,8 @@ class ControlServer:
         self._catalog_for = catalog_for
         self._codec: TypedCodec[Hello | CatalogSeen | Command] = TypedCodec(FrontendToControl)
         self._context = zmq.asyncio.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.ROUTER)
+        # Annotated because pyzmq leaves the types of its multipart calls open.
+        self._socket: Any = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)

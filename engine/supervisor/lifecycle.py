@@ -19,11 +19,13 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from forebay.engine.backend_families import missing_library
 from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.repository import FoundModel, ModelRepository, changed_fields
 from forebay.engine.supervisor.plant import Plant
-from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version
+from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version, verify_version
 from forebay.engine.supervisor.served_version import ServedVersion
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.errors import Code, Internal, InvalidArgument, NotFound, ServingError, Unavailable
@@ -56,8 +58,8 @@ class Model:
     name: str
     found: FoundModel | None = None
     """The directory as it was when last loaded or tried."""
-    serving: dict[int, ServedVersion] = field(default_factory=dict)
-    status: dict[int, VersionStatus] = field(default_factory=dict)
+    serving: dict[int, ServedVersion] = field(default_factory=dict[int, ServedVersion])
+    status: dict[int, VersionStatus] = field(default_factory=dict[int, VersionStatus])
     problem: str = ""
     """Why it could not even be polled, or why its last update failed."""
     is_excused: bool = False
@@ -336,7 +338,7 @@ class ModelLifecycle:
             served = self._create(prepared)
             count = len(served.instances)
             self._progress(name, version, "starting worker", 0, count, "")
-            await served.start()
+            await self._start_and_verify(served)
         except ServingError as error:
             self._progress(name, version, "failed", 0, 0, error.text)
             raise
@@ -345,6 +347,25 @@ class ModelLifecycle:
             raise Internal(f"{type(error).__name__}: {error}") from error
         self._progress(name, version, "ready", count, count, "")
         return served
+
+    async def _start_and_verify(self, served: ServedVersion) -> None:
+        """Load a version, and compare its configuration with its file meanwhile."""
+        verifying = asyncio.create_task(verify_version(self.plant, served.prepared))
+        try:
+            await served.start()
+        except ServingError:
+            # What is wrong with the configuration explains a failed load better than the load does.
+            await verifying
+            raise
+        except BaseException:
+            verifying.cancel()
+            await asyncio.gather(verifying, return_exceptions=True)
+            raise
+        try:
+            await verifying
+        except BaseException:
+            await served.stop()
+            raise
 
     def _create(self, prepared: PreparedVersion) -> ServedVersion:
         name, version = prepared.found.name, prepared.version
@@ -545,9 +566,10 @@ class RepositoryCommands:
         lifecycle = self._lifecycle
         name = _text(arguments, "name")
         config = arguments.get("config")
-        files = arguments.get("files") or {}
-        if not isinstance(files, dict) or not all(isinstance(data, bytes) for data in files.values()):
-            raise InvalidArgument("load parameter 'files' must map paths to bytes")
+        try:
+            files = msgspec.convert(arguments.get("files") or {}, dict[str, bytes])
+        except msgspec.ValidationError:
+            raise InvalidArgument("load parameter 'files' must map paths to bytes") from None
         try:
             if config is not None or files:
                 text = config if isinstance(config, str) else None

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -51,6 +52,12 @@ _SELF_COMPLETING = frozenset({"python"})
 #: Backends that can say what their model files hold.
 _DESCRIBING = frozenset({"onnxruntime", "tensorrt", "python", "pytorch", "tensorflow"})
 
+#: Backends whose model files declare names, types and shapes that a configuration can contradict.
+_DECLARING = frozenset({"onnxruntime"})
+
+#: ``optimization.graph.level`` for a look into a file: what the graph could be made into does not matter.
+_NO_GRAPH_OPTIMIZATION = 2
+
 #: Backends that see each request with its id and parameters, or answer requests one by one.
 _WANTS_PARCELS = frozenset({"python"})
 
@@ -76,6 +83,8 @@ class PreparedVersion:
     config_json: bytes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    is_verified: bool
+    """The configuration has been compared with the model file, or cannot be."""
 
     @property
     def title(self) -> str:
@@ -110,7 +119,10 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
     if not is_ensemble and not await asyncio.to_thread(os.path.isdir, found.version_path(version)):
         raise NotFound(f"failed to find version {version} of model '{found.name}'")
+    is_verified = backend not in _DECLARING
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
+        # What is completed is compared in passing.
+        is_verified = is_verified or not is_complete(config)
         config = await _auto_complete(plant, found, version, config)
     settings = plant.settings.gpu
     gpus = gpus_of_backend(plant.gpus, config)
@@ -141,7 +153,19 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         config_json=config_json(config).encode(),
         inputs=tuple(tensor.tensor() for tensor in spec.inputs),
         outputs=outputs,
+        is_verified=is_verified,
     )
+
+
+async def verify_version(plant: Plant, prepared: PreparedVersion) -> None:
+    """Compare a complete configuration with what the model file declares (spec B-011, B-020..B-026).
+
+    Raises:
+        ServingError: they contradict each other, or the file cannot be read.
+    """
+    if not prepared.is_verified:
+        described = await _describe(plant, prepared.found, prepared.version, prepared.config)
+        check_described(prepared.config, _described_model(described))
 
 
 def _read_outputs(found: FoundModel, spec: ModelSpec) -> tuple[TensorSpec, ...]:
@@ -168,10 +192,7 @@ async def _auto_complete(plant: Plant, found: FoundModel, version: int, config: 
     if backend in _SELF_COMPLETING:
         completed = merge_completed(config, _edited_config(config, described))
     else:
-        tensors = DescribedModel(
-            inputs=tuple(_tensor(item) for item in described.inputs),
-            outputs=tuple(_tensor(item) for item in described.outputs),
-        )
+        tensors = _described_model(described)
         options = plant.settings.backend.options(backend)
         completed = complete_config(
             config, tensors, default_max_batch_size=_default_max_batch_size(options.get("default-max-batch-size"))
@@ -196,13 +217,19 @@ def _edited_config(config: ModelConfig, described: Described) -> ModelConfig:
     return parse_config_json(json.dumps(described.config)) if described.config else config
 
 
-def _tensor(item: dict[str, object]) -> DescribedTensor:
-    shape = item.get("shape")
+def _described_model(described: Described) -> DescribedModel:
+    return DescribedModel(
+        inputs=tuple(_described_tensor(item) for item in described.inputs),
+        outputs=tuple(_described_tensor(item) for item in described.outputs),
+    )
+
+
+def _described_tensor(item: dict[str, Any]) -> DescribedTensor:
     return DescribedTensor(
-        name=str(item["name"]),
-        datatype=str(item["data_type"]),
-        shape=tuple(int(dim) for dim in shape) if isinstance(shape, list | tuple) else (),
-        optional=bool(item.get("optional", False)),
+        name=item["name"],
+        datatype=item["data_type"],
+        shape=tuple(item["shape"]),
+        optional=item.get("optional", False),
     )
 
 
@@ -226,6 +253,7 @@ async def _describe(plant: Plant, found: FoundModel, version: int, config: Model
         backend_config=plant.settings.backend.options(config.backend),
         config_json=config_json(config).encode(),
         platform=config.platform,
+        optimization={"graph_level": _NO_GRAPH_OPTIMIZATION},
         extra={"runtime": str(message.runtime)},
     )
     try:

@@ -210,7 +210,9 @@ class Supervisor:
         ready = asyncio.gather(*(role.ready for role in self._roles))
         ticking = asyncio.create_task(self._tick())
         try:
-            failed = await self._lifecycle.load_at_start(wanted)
+            if await self._lifecycle.load_at_start(wanted) and self.settings.repository.exit_on_error:
+                self._show_models()
+                raise StartFailed("failed to load all models")
             await asyncio.wait_for(ready, _START_TIMEOUT_S)
         except TimeoutError:
             late = [role.name for role in self._roles if not role.is_up]
@@ -224,8 +226,6 @@ class Supervisor:
             ticking.cancel()
             await asyncio.gather(ready, ticking, return_exceptions=True)
         self._show_models()
-        if failed and self.settings.repository.exit_on_error:
-            raise StartFailed("failed to load all models")
         self._lifecycle.is_initialised = True
         generation = self._lifecycle.touch()
         try:
@@ -291,11 +291,9 @@ class Supervisor:
             "log_verbose_level": "verbose",
             "log_format": "format",
         }
-        given = arguments.get("settings")
-        if not isinstance(given, dict):
-            raise InvalidArgument("control argument 'settings' must be an object")
-        changes = {names[name]: value for name, value in given.items() if name in names}
         try:
+            given = msgspec.convert(arguments.get("settings"), dict[str, Any])
+            changes = {names[name]: value for name, value in given.items() if name in names}
             options = msgspec.convert({**msgspec.structs.asdict(log.options), **changes}, LogOptions)
         except msgspec.ValidationError as error:
             raise InvalidArgument(str(error)) from None

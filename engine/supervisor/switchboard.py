@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -49,7 +51,7 @@ class Listener(Protocol):
 
 
 class Producer(msgspec.Struct, frozen=True):
-    """One run of one frontend. Owns both descriptors."""
+    """One run of one frontend, or one shared-memory client. Owns its descriptors."""
 
     number: int
     name: str
@@ -57,11 +59,32 @@ class Producer(msgspec.Struct, frozen=True):
     arena_bytes: int
     bell_fd: int
     """Sending end of its completion doorbell."""
+    submit_fd: int = -1
+    """Receiving end of a client's submission socket; -1: a frontend, which is trusted."""
+
+    @property
+    def is_trusted(self) -> bool:
+        return self.submit_fd < 0
 
     def close(self) -> None:
-        for fd in (self.arena_fd, self.bell_fd):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        for fd in (self.arena_fd, self.bell_fd, self.submit_fd):
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+
+
+class _Client:
+    """What a shared-memory client has opened, and which workers know it: only those that may get its requests."""
+
+    __slots__ = ("is_everywhere", "on_instance", "producer", "routes", "told")
+
+    def __init__(self, producer: Producer, on_instance: Callable[[int, int, socket.socket], None]) -> None:
+        self.producer = producer
+        self.on_instance = on_instance
+        self.routes: set[int] = set()
+        #: An ensemble's steps may run in any worker.
+        self.is_everywhere = False
+        self.told: set[int] = set()
 
 
 class _Instance(msgspec.Struct, frozen=True):
@@ -83,6 +106,7 @@ class Switchboard:
         self._scheduler: Listener | None = None
         self._frontends: dict[int, Listener] = {}
         self._producers: dict[int, Producer] = {}
+        self._clients: dict[int, _Client] = {}
         self._routes: dict[int, RouteUp] = {}
         self._instances: dict[int, _Instance] = {}
         self._workers: dict[int, WorkerHandle] = {}
@@ -169,11 +193,18 @@ class Switchboard:
         """Give a worker, before it loads, every producer's arena; later producers follow by themselves."""
         self._workers[worker.number] = worker
         for producer in self._producers.values():
-            self._tell_worker(worker, producer)
+            if producer.is_trusted:
+                self._tell_worker(worker, producer)
+        for client in self._clients.values():
+            if client.is_everywhere:
+                self._introduce_client(client, worker)
 
     def add_instance(self, route: int, name: str, worker: WorkerHandle) -> None:
         """A worker has loaded: let it have batches."""
         instance = self._instances[worker.number] = _Instance(route, name, worker)
+        for client in self._clients.values():
+            if route in client.routes:
+                client.on_instance(route, worker.number, self._connect_ring(client, worker))
         self._announce_instance(worker.number, instance)
         for frontend in self._frontends.values():
             self._announce_doorbell(frontend, worker.number, instance)
@@ -181,6 +212,8 @@ class Switchboard:
     def remove_worker(self, worker: WorkerHandle) -> None:
         """A worker's process is gone, or its instance is drained and about to be stopped."""
         self._workers.pop(worker.number, None)
+        for client in self._clients.values():
+            client.told.discard(worker.number)
         instance = self._instances.pop(worker.number, None)
         if instance is None:
             return
@@ -218,25 +251,80 @@ class Switchboard:
             self._announce_doorbell(frontend, instance_number, instance)
 
     def remove_producer(self, number: int) -> None:
-        """A frontend's process is gone: its requests are nobody's any more."""
+        """A frontend's or client's process is gone: its requests are nobody's any more."""
         self._frontends.pop(number, None)
+        client = self._clients.pop(number, None)
         producer = self._producers.pop(number, None)
         if producer is None:
             return
         self._tell_scheduler(ProducerDown(producer=number))
-        for worker in self._workers.values():
-            worker.tell(ArenaDown(producer=number))
+        for worker_number, worker in self._workers.items():
+            if client is None or worker_number in client.told:
+                worker.tell(ArenaDown(producer=number))
         producer.close()
 
+    # --- shared-memory clients ---
+
+    def add_client(self, producer: Producer, on_instance: Callable[[int, int, socket.socket], None]) -> None:
+        """Announce a client to the scheduler; takes ownership of its descriptors. Workers hear of it from ``open_route``.
+
+        Args:
+            on_instance: called with route, instance and the sending end of a new ring, which it then owns, whenever a
+                worker of an opened route is started later.
+        """
+        self._producers[producer.number] = producer
+        self._clients[producer.number] = _Client(producer, on_instance)
+        self._announce_producer(producer)
+
+    def open_route(self, number: int, route: int, *, everywhere: bool) -> list[tuple[int, socket.socket]]:
+        """Let a client send requests for a route.
+
+        Args:
+            everywhere: its requests may run in the workers of other routes too.
+
+        Returns:
+            (instance, sending end of the ring to it) of every worker that serves the route now; the caller owns them.
+        """
+        client = self._clients[number]
+        client.routes.add(route)
+        if everywhere and not client.is_everywhere:
+            client.is_everywhere = True
+            for worker in self._workers.values():
+                self._introduce_client(client, worker)
+        return [
+            (instance_number, self._connect_ring(client, instance.worker))
+            for instance_number, instance in self._instances.items()
+            if instance.route == route
+        ]
+
+    def _introduce_client(self, client: _Client, worker: WorkerHandle) -> None:
+        if worker.number not in client.told:
+            client.told.add(worker.number)
+            self._tell_worker(worker, client.producer)
+
+    def _connect_ring(self, client: _Client, worker: WorkerHandle) -> socket.socket:
+        self._introduce_client(client, worker)
+        sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with receiver:
+            worker.tell(RingUp(producer=client.producer.number), (receiver.fileno(),))
+        return sender
+
     def _announce_producer(self, producer: Producer) -> None:
+        fds = (producer.bell_fd,) if producer.is_trusted else (producer.bell_fd, producer.submit_fd)
         self._tell_scheduler(
-            ProducerUp(producer=producer.number, name=producer.name, arena_bytes=producer.arena_bytes),
-            (producer.bell_fd,),
+            ProducerUp(
+                producer=producer.number,
+                name=producer.name,
+                arena_bytes=producer.arena_bytes,
+                trusted=producer.is_trusted,
+            ),
+            fds,
         )
 
     def _tell_worker(self, worker: WorkerHandle, producer: Producer) -> None:
         worker.tell(
-            ArenaUp(producer=producer.number, byte_size=producer.arena_bytes), (producer.arena_fd, producer.bell_fd)
+            ArenaUp(producer=producer.number, byte_size=producer.arena_bytes, trusted=producer.is_trusted),
+            (producer.arena_fd, producer.bell_fd),
         )
 
     def close(self) -> None:

@@ -497,7 +497,9 @@ def test_descriptors_and_memory_come_back_after_unloading(explicit: ForebayServe
 
 def test_crash_loop_makes_the_model_unavailable_with_the_reason(repository: Path) -> None:
     config = repository / "alpha_model" / "config.pbtxt"
-    config.write_text(config.read_text().replace("count: 2", "count: 1").replace("all { }", "latest { num_versions: 1 }"))
+    config.write_text(
+        config.read_text().replace("count: 2", "count: 1").replace("all { }", "latest { num_versions: 1 }")
+    )
     with ForebayServer(repository) as server:
         for _ in range(5):
             server.wait_for(lambda: server.pid_of("worker") != 0, "the worker")
@@ -508,3 +510,15 @@ def test_crash_loop_makes_the_model_unavailable_with_the_reason(repository: Path
         (row,) = index(server)
         assert row["state"] == "UNAVAILABLE"
         assert "ended 5 times within 60 s" in row["reason"]
+
+
+def test_config_that_contradicts_the_model_file_fails_to_load(repository: Path) -> None:
+    """Spec B-011."""
+    config = repository / "alpha_model" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"prediction"', '"predict"'))
+    with ForebayServer(repository, "--exit-on-error=false") as server:
+        (first, _second) = index(server)
+        assert first["state"] == "UNAVAILABLE"
+        text = "Invalid argument: unexpected inference output 'predict', allowed outputs are: prediction"
+        assert first["reason"] == text
+        server.wait_for(lambda: not [role for role in server.pids() if role.startswith("worker")], "workers to end")
