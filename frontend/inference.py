@@ -13,12 +13,18 @@ import msgspec
 
 from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient
 from forebay.ipc.arena import align
+from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import NotReady, ServingError, from_wire
 from forebay.ipc.messages import ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import byte_size
 
 #: Reply blocks lent for outputs of unknown size never start larger than this.
 _REPLY_GUESS_MAX = 1024 * 1024
+
+
+def learn_reply_bytes(route: RouteClient, byte_size: int) -> None:
+    """A reply did not fit: lend more from now on."""
+    route.reply_guess_bytes = min(max(route.reply_guess_bytes, align(byte_size)), _REPLY_GUESS_MAX)
 
 
 class InputTensor(msgspec.Struct, frozen=True):
@@ -71,6 +77,73 @@ class Response(msgspec.Struct, frozen=True):
 
 
 OnResponse = Callable[[Response], None]
+
+
+def expected_reply_bytes(route: RouteClient, rows: int) -> int:
+    """Return how large a reply block to lend: exact for outputs of fixed shapes, else what has been seen."""
+    entry = route.entry
+    total = 0
+    for spec in entry.outputs:
+        if not spec.is_fixed:
+            return max(route.reply_guess_bytes, total)
+        shape = (rows, *spec.dims) if entry.max_batch_size > 0 else spec.dims
+        total += align(byte_size(spec.datatype, shape))
+    return total
+
+
+def make_parcel(
+    route: RouteClient,
+    token: int,
+    places: Sequence[TensorPlace],
+    rows: int,
+    reply: tuple[int, int],
+    meta: RequestMeta,
+) -> ParcelSubmit:
+    """Return the message that submits a request outside slabs.
+
+    Args:
+        places: where the inputs lie, filled.
+        rows: batch items, at least 1.
+        reply: offset and bytes of the block lent for the outputs.
+    """
+    engine = route.engine
+    head = ParcelHead(
+        inputs=tuple(places),
+        reply_offset=reply[0],
+        reply_bytes=reply[1],
+        outputs=meta.outputs,
+        id=meta.id,
+        parameters=meta.parameters,
+        correlation_id=meta.sequence_id,
+        sequence_start=meta.sequence_start,
+        sequence_end=meta.sequence_end,
+        priority=meta.priority,
+        timeout_us=meta.timeout_us,
+        deadline_ns=meta.deadline_ns,
+    )
+    return ParcelSubmit(
+        route=route.route,
+        token=token,
+        rows=rows,
+        enqueue_ns=engine.turn_ns(),
+        head=engine.encode_head(head),
+        shape_key=_shape_key(route.entry, places),
+        priority=meta.priority,
+        timeout_us=meta.timeout_us,
+        deadline_ns=meta.deadline_ns,
+        correlation_id=meta.sequence_id,
+        sequence_start=meta.sequence_start,
+        sequence_end=meta.sequence_end,
+    )
+
+
+def _shape_key(entry: ModelEntry, places: Sequence[TensorPlace]) -> int:
+    """Return a number that is equal, in every frontend, for requests that may share a batch (spec S-011)."""
+    if all(spec.is_fixed for spec in entry.inputs):
+        return 0
+    skip = 1 if entry.max_batch_size > 0 else 0
+    signature = sorted((place.name, place.shape[skip:]) for place in places)
+    return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
 
 
 class Inference:
@@ -150,7 +223,7 @@ class Inference:
 
     def _place_block(self) -> None:
         engine, total = self._engine, sum(align(tensor.byte_size) for tensor in self._inputs)
-        self._reply_bytes = self._expected_reply_bytes()
+        self._reply_bytes = expected_reply_bytes(self.route, self.rows)
         self._block_bytes = total + self._reply_bytes
         self._block = engine.allocate(self._block_bytes)
         self._reply_offset = self._block + total
@@ -158,16 +231,6 @@ class Inference:
         for tensor in self._inputs:
             self.places.append(engine.view[offset : offset + tensor.byte_size])
             offset += align(tensor.byte_size)
-
-    def _expected_reply_bytes(self) -> int:
-        entry = self.route.entry
-        total = 0
-        for spec in entry.outputs:
-            if not spec.is_fixed:
-                return max(self.route.reply_guess_bytes, total)
-            shape = (self.rows, *spec.dims) if entry.max_batch_size > 0 else spec.dims
-            total += align(byte_size(spec.datatype, shape))
-        return total
 
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Hand the filled request over; ``on_response`` is called from the event loop until a final response."""
@@ -177,53 +240,14 @@ class Inference:
         if self._slab is not None:
             self.route.publish(self._slab, self._first, self.rows, self, meta.priority, meta.timeout_us)
             return
-        engine = self._engine
-        self._token = engine.next_token()
+        self._token = self._engine.next_token()
         offset = self._block
         places: list[TensorPlace] = []
         for tensor in self._inputs:
             places.append(TensorPlace(tensor.name, tensor.datatype, tensor.shape, offset, tensor.byte_size))
             offset += align(tensor.byte_size)
-        head = ParcelHead(
-            inputs=tuple(places),
-            reply_offset=self._reply_offset,
-            reply_bytes=self._reply_bytes,
-            outputs=meta.outputs,
-            id=meta.id,
-            parameters=meta.parameters,
-            correlation_id=meta.sequence_id,
-            sequence_start=meta.sequence_start,
-            sequence_end=meta.sequence_end,
-            priority=meta.priority,
-            timeout_us=meta.timeout_us,
-            deadline_ns=meta.deadline_ns,
-        )
-        self.route.submit_parcel(
-            ParcelSubmit(
-                route=self.route.route,
-                token=self._token,
-                rows=self.rows,
-                enqueue_ns=engine.turn_ns(),
-                head=engine.encode_head(head),
-                shape_key=self._shape_key(),
-                priority=meta.priority,
-                timeout_us=meta.timeout_us,
-                deadline_ns=meta.deadline_ns,
-                correlation_id=meta.sequence_id,
-                sequence_start=meta.sequence_start,
-                sequence_end=meta.sequence_end,
-            ),
-            self,
-        )
-
-    def _shape_key(self) -> int:
-        """Return a number that is equal, in every frontend, for requests that may share a batch (spec S-011)."""
-        entry = self.route.entry
-        if all(spec.is_fixed for spec in entry.inputs):
-            return 0
-        skip = 1 if entry.max_batch_size > 0 else 0
-        signature = sorted((tensor.name, tensor.shape[skip:]) for tensor in self._inputs)
-        return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
+        reply = (self._reply_offset, self._reply_bytes)
+        self.route.submit_parcel(make_parcel(self.route, self._token, places, self.rows, reply, meta), self)
 
     # --- answers ---
 
@@ -277,7 +301,7 @@ class Inference:
     def lend(self, byte_size: int) -> int:
         offset = self._engine.allocate(byte_size)
         self._lent.append((offset, byte_size))
-        self.route.reply_guess_bytes = min(max(self.route.reply_guess_bytes, align(byte_size)), _REPLY_GUESS_MAX)
+        learn_reply_bytes(self.route, byte_size)
         return offset
 
     # --- the end ---

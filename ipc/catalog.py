@@ -10,6 +10,20 @@ import msgspec
 from forebay.ipc.tensor import TensorSpec
 
 
+class EnsembleStep(msgspec.Struct, frozen=True):
+    """One step of an ensemble (spec C-084)."""
+
+    model: str
+    version: int
+    """-1: the latest."""
+    inputs: dict[str, str]
+    """The model's input to the ensemble's tensor."""
+    outputs: dict[str, str]
+    """The model's output to the ensemble's tensor."""
+    namespace: str = ""
+    """Of the model, as found when the ensemble was loaded."""
+
+
 class ModelEntry(msgspec.Struct, frozen=True):
     """One version of one model, READY or not."""
 
@@ -49,6 +63,12 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """Byte offset of the scheduler's counters for this route, for statistics and metrics; 0: none."""
     worker_restart_count: int = 0
     """How often a worker of this version died and was replaced."""
+    steps: tuple[EnsembleStep, ...] = ()
+    """Of an ensemble."""
+    max_inflight_requests: int = 0
+    """Responses of a decoupled step that an ensemble works on at a time (spec S-110); 0: unlimited."""
+    step_counter_offset: int = 0
+    """Byte offset of this frontend's block, laid out as an instance's, for what an ensemble's steps took; 0: none."""
 
     @property
     def is_ready(self) -> bool:
