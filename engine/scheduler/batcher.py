@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from forebay.engine.scheduler.request_queue import Waiting
+from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.messages import BatchingPolicy
 
 
@@ -22,6 +22,8 @@ class Reason(enum.StrEnum):
     PREFERRED = "preferred size"
     FULL = "full"
     SHAPE = "shape change"
+    RETRY = "retry"
+    """Ran before on an instance that died; runs alone now."""
     DELAY = "delay"
     IDLE = "instance idle"
     WAIT = "waiting"
@@ -79,11 +81,14 @@ class Batcher:
         kind: type[Waiting] = Waiting
         forced: Reason | None = None
         for item in queue:
+            if item.attempt and not requests:
+                # What ended a worker must not take its neighbours along when it is tried again.
+                return Decision(1, Reason.RETRY)
             if not requests:
                 oldest_ns = item.enqueue_ns
                 shape_key = item.shape_key
                 kind = type(item)
-            elif item.shape_key != shape_key or type(item) is not kind:
+            elif item.attempt or item.shape_key != shape_key or type(item) is not kind:
                 forced = Reason.SHAPE
             rows = item.rows_each
             if pending and best == 0 and pending + rows > max_preferred:
@@ -100,13 +105,15 @@ class Batcher:
                     best, best_requests = size, requests + inside
                     break
             if best == 0:
-                # The last prefix at or below the largest preferred size, if a further request would pass it.
-                below = (max_preferred - pending) // rows
-                if 0 <= below < item.requests and pending + below * rows > 0:
+                # The last prefix at or below the largest preferred size, if a further request would pass it. A batch
+                # has at least one request, however large.
+                below = max((max_preferred - pending) // rows, 0 if pending else 1)
+                if 0 <= below < item.requests:
                     best, best_requests = pending + below * rows, requests + below
+            if taken:
+                oldest_ns = min(oldest_ns, item.enqueue_ns)
             pending += taken * rows
             requests += taken
-            oldest_ns = min(oldest_ns, item.enqueue_ns)
             if taken < item.requests:
                 forced = Reason.FULL
                 break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-from forebay.engine.scheduler.request_queue import Waiting
+from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.doorbell import Bell
 
 

@@ -21,14 +21,10 @@ import zmq
 
 from forebay.engine.scheduler.batcher import NOTHING, Decision
 from forebay.engine.scheduler.instances import Instance, InstanceState
-from forebay.engine.scheduler.request_queue import (
-    TIMEOUT_TEXT,
-    Waiting,
-    WaitingParcel,
-    WaitingRun,
-)
+from forebay.engine.scheduler.request_queue import TIMEOUT_TEXT
 from forebay.engine.scheduler.route import BatchRecord, Route
 from forebay.engine.scheduler.timer import Timer
+from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.channel import SubmitReceiver
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
 from forebay.ipc.doorbell import Bell
@@ -371,7 +367,6 @@ class Scheduler:
         tokens = frozenset(message.tokens)
         for route in self._routes.values():
             for item in route.queue.remove_tokens(message.producer, tokens):
-                assert isinstance(item, WaitingParcel)
                 tokens -= {item.token}
                 self._bump(route.id, SchedulerCounter.CANCELED)
                 self._refuse(item, from_wire(Code.CANCELLED, ""))

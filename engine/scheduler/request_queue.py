@@ -3,14 +3,18 @@
 An item is a run of equal requests (slab rows) or one parcel; a run is cut where a batch ends. Order: priority level
 (1 first), then arrival; items whose timeout passed under the DELAY action come after the live ones of their level
 (spec S-025..S-032, appendix B).
+
+Differences from Triton, on purpose: a timeout ends waiting at its time and not when the batcher next looks (L-005);
+``allow_timeout_override`` also works where the default timeout is 0, which means "none" (L-006); a client's deadline
+ends waiting under any policy (L-007).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
+from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.errors import QueueFull
 from forebay.ipc.messages import BatchingPolicy, QueuePolicy
 
@@ -20,133 +24,10 @@ QUEUE_FULL_TEXT = "Exceeds maximum queue size"
 TIMEOUT_TEXT = "Request timeout expired"
 
 
-class Waiting:
-    """Something in the queue: ``requests`` equal requests of ``rows_each`` rows that arrived together."""
-
-    __slots__ = (
-        "attempt",
-        "enqueue_ns",
-        "expiry_ns",
-        "priority",
-        "producer",
-        "requests",
-        "rows_each",
-        "shape_key",
-        "timeout_us",
-    )
-
-    def __init__(
-        self,
-        producer: int,
-        requests: int,
-        rows_each: int,
-        enqueue_ns: int,
-        *,
-        attempt: int = 0,
-        priority: int = 0,
-        timeout_us: int = 0,
-        shape_key: int = 0,
-    ) -> None:
-        self.producer = producer
-        self.requests = requests
-        #: Batch items of each request, at least 1.
-        self.rows_each = rows_each
-        self.enqueue_ns = enqueue_ns
-        self.attempt = attempt
-        self.priority = priority
-        self.timeout_us = timeout_us
-        #: Items of different keys never share a batch.
-        self.shape_key = shape_key
-        #: When the queue policy gives up on it; 0: never.
-        self.expiry_ns = 0
-
-    def split(self, requests: int) -> Waiting:
-        """Take the first ``requests`` out of this item and return them as one of their own."""
-        raise NotImplementedError
-
-
-class WaitingRun(Waiting):
-    """Requests in consecutive slab rows."""
-
-    __slots__ = ("base", "capacity", "first")
-
-    def __init__(
-        self,
-        producer: int,
-        base: int,
-        capacity: int,
-        first: int,
-        requests: int,
-        rows_each: int,
-        enqueue_ns: int,
-        *,
-        attempt: int = 0,
-        priority: int = 0,
-        timeout_us: int = 0,
-    ) -> None:
-        super().__init__(
-            producer, requests, rows_each, enqueue_ns, attempt=attempt, priority=priority, timeout_us=timeout_us
-        )
-        self.base = base
-        self.capacity = capacity
-        self.first = first
-
-    def split(self, requests: int) -> WaitingRun:
-        head = WaitingRun(
-            self.producer,
-            self.base,
-            self.capacity,
-            self.first,
-            requests,
-            self.rows_each,
-            self.enqueue_ns,
-            attempt=self.attempt,
-            priority=self.priority,
-            timeout_us=self.timeout_us,
-        )
-        head.expiry_ns = self.expiry_ns
-        self.first += requests * self.rows_each
-        self.requests -= requests
-        return head
-
-
-class WaitingParcel(Waiting):
-    """One request outside a slab."""
-
-    __slots__ = ("head", "token")
-
-    def __init__(
-        self,
-        producer: int,
-        token: int,
-        rows: int,
-        enqueue_ns: int,
-        head: bytes,
-        *,
-        attempt: int = 0,
-        priority: int = 0,
-        timeout_us: int = 0,
-        shape_key: int = 0,
-    ) -> None:
-        super().__init__(
-            producer,
-            1,
-            max(rows, 1),
-            enqueue_ns,
-            attempt=attempt,
-            priority=priority,
-            timeout_us=timeout_us,
-            shape_key=shape_key,
-        )
-        self.token = token
-        self.head = head
-
-    def split(self, requests: int) -> WaitingParcel:
-        raise AssertionError("a parcel is one request")
-
-
 class _Level:
-    __slots__ = ("count", "delayed", "live", "policy")
+    """The items of one priority level."""
+
+    __slots__ = ("count", "delayed", "live", "next_end_ns", "policy")
 
     def __init__(self, policy: QueuePolicy) -> None:
         self.policy = policy
@@ -154,6 +35,39 @@ class _Level:
         self.delayed: deque[Waiting] = deque()
         #: Requests in both.
         self.count = 0
+        #: No item ends before; exact after each :meth:`expire`. 0: no item ever does.
+        self.next_end_ns = 0
+
+    def note_end(self, end_ns: int) -> None:
+        if end_ns and (self.next_end_ns == 0 or end_ns < self.next_end_ns):
+            self.next_end_ns = end_ns
+
+    def expire(self, now_ns: int) -> list[Waiting]:
+        """Remove and return what is rejected now; move what is only delayed."""
+        rejected: list[Waiting] = []
+        kept: deque[Waiting] = deque()
+        late: list[Waiting] = []
+        self.next_end_ns = 0
+        for item in self.live:
+            if item.deadline_ns and item.deadline_ns <= now_ns:
+                rejected.append(item)
+            elif not item.expiry_ns or item.expiry_ns > now_ns:
+                kept.append(item)
+                self.note_end(item.next_end_ns)
+            elif self.policy.timeout_action == "DELAY":
+                item.expiry_ns = 0
+                late.append(item)
+            else:
+                rejected.append(item)
+        self.live = kept
+        if late or any(item.deadline_ns for item in self.delayed):
+            rejected += [item for item in self.delayed if item.deadline_ns and item.deadline_ns <= now_ns]
+            self.delayed = deque(item for item in self.delayed if not item.deadline_ns or item.deadline_ns > now_ns)
+            self.delayed.extend(late)
+            for item in self.delayed:
+                self.note_end(item.deadline_ns)
+        self.count -= sum(item.requests for item in rejected)
+        return rejected
 
 
 class RequestQueue:
@@ -161,8 +75,8 @@ class RequestQueue:
 
     def __init__(self, batching: BatchingPolicy) -> None:
         self._batching = batching
+        #: By priority, ascending.
         self._levels: dict[int, _Level] = {}
-        self._has_timeouts = False
         #: Requests waiting.
         self.request_count = 0
 
@@ -193,7 +107,6 @@ class RequestQueue:
             timeout_us = item.timeout_us
         if timeout_us:
             item.expiry_ns = item.enqueue_ns + timeout_us * 1000
-            self._has_timeouts = True
         if policy.max_queue_size:
             room = policy.max_queue_size - level.count
             if room < item.requests:
@@ -204,38 +117,24 @@ class RequestQueue:
 
     def _push(self, level: _Level, item: Waiting) -> None:
         level.live.append(item)
+        level.note_end(item.next_end_ns)
         level.count += item.requests
         self.request_count += item.requests
 
     def expire(self, now_ns: int) -> list[Waiting]:
-        """Apply timeouts: return what is rejected, and move what is only delayed behind the live ones."""
-        if not self._has_timeouts:
-            return []
+        """Apply timeouts and deadlines: return what is rejected, move what is only delayed behind the live ones."""
         rejected: list[Waiting] = []
         for level in self._levels.values():
-            if not any(item.expiry_ns and item.expiry_ns <= now_ns for item in level.live):
-                continue
-            kept: deque[Waiting] = deque()
-            for item in level.live:
-                if not item.expiry_ns or item.expiry_ns > now_ns:
-                    kept.append(item)
-                elif level.policy.timeout_action == "DELAY":
-                    item.expiry_ns = 0
-                    level.delayed.append(item)
-                else:
-                    rejected.append(item)
-                    level.count -= item.requests
-                    self.request_count -= item.requests
-            level.live = kept
+            if level.next_end_ns and level.next_end_ns <= now_ns:
+                rejected += level.expire(now_ns)
+        for item in rejected:
+            self.request_count -= item.requests
         return rejected
 
     def next_expiry_ns(self) -> int:
-        """Return when :meth:`expire` has something to do next; 0: never."""
-        if not self._has_timeouts:
-            return 0
-        expiries = [item.expiry_ns for level in self._levels.values() for item in level.live if item.expiry_ns]
-        self._has_timeouts = bool(expiries)
-        return min(expiries, default=0)
+        """Return when :meth:`expire` may next have something to do; 0: never. May be early, never late."""
+        ends = [level.next_end_ns for level in self._levels.values() if level.next_end_ns and level.count]
+        return min(ends, default=0)
 
     def __iter__(self) -> Iterator[Waiting]:
         for level in self._levels.values():
@@ -261,29 +160,70 @@ class RequestQueue:
 
     def remove_producer(self, producer: int) -> int:
         """Drop everything of a producer that is gone; return how many requests that were."""
-        return len(self._filter(lambda item: item.producer != producer))
+        return sum(item.requests for item in self._remove(lambda item: item.producer == producer))
 
-    def remove_tokens(self, producer: int, tokens: frozenset[int]) -> list[Waiting]:
+    def remove_tokens(self, producer: int, tokens: Collection[int]) -> list[WaitingParcel]:
         """Remove and return the parcels with these tokens."""
-        return self._filter(
-            lambda item: not (isinstance(item, WaitingParcel) and item.producer == producer and item.token in tokens)
+        removed = self._remove(
+            lambda item: isinstance(item, WaitingParcel) and item.producer == producer and item.token in tokens
         )
+        return [item for item in removed if isinstance(item, WaitingParcel)]
+
+    def remove_rows(self, producer: int, base: int, firsts: Collection[int]) -> list[WaitingRun]:
+        """Cut out and return the requests that begin at these rows of a slab; their neighbours stay where they are."""
+        removed: list[WaitingRun] = []
+        lowest, highest = min(firsts), max(firsts)
+        for level in self._levels.values():
+            for side in (level.live, level.delayed):
+                kept: list[Waiting] = []
+                before = len(removed)
+                for item in side:
+                    if (
+                        isinstance(item, WaitingRun)
+                        and item.producer == producer
+                        and item.base == base
+                        and item.first <= highest
+                        and item.end > lowest
+                    ):
+                        cut_out(item, firsts, kept, removed)
+                    else:
+                        kept.append(item)
+                if len(removed) > before:
+                    side.clear()
+                    side.extend(kept)
+                    level.count -= sum(run.requests for run in removed[before:])
+        for run in removed:
+            self.request_count -= run.requests
+        return removed
 
     def clear(self) -> list[Waiting]:
         """Remove and return everything."""
-        return self._filter(lambda _item: False)
+        return self._remove(lambda _item: True)
 
-    def _filter(self, keep: Callable[[Waiting], bool]) -> list[Waiting]:
+    def _remove(self, is_gone: Callable[[Waiting], bool]) -> list[Waiting]:
         removed: list[Waiting] = []
         for level in self._levels.values():
-            for name in ("live", "delayed"):
-                side: deque[Waiting] = getattr(level, name)
-                kept = deque(item for item in side if keep(item))
-                if len(kept) != len(side):
-                    removed.extend(item for item in side if not keep(item))
-                    setattr(level, name, kept)
+            for side in (level.live, level.delayed):
+                gone = [item for item in side if is_gone(item)]
+                if gone:
+                    kept = [item for item in side if not is_gone(item)]
+                    side.clear()
+                    side.extend(kept)
+                    level.count -= sum(item.requests for item in gone)
+                    removed += gone
         for item in removed:
             self.request_count -= item.requests
-        for level in self._levels.values():
-            level.count = sum(item.requests for item in itertools.chain(level.live, level.delayed))
         return removed
+
+
+def cut_out(run: WaitingRun, firsts: Collection[int], kept: list[Waiting], removed: list[WaitingRun]) -> None:
+    """Divide a run: requests that begin at one of ``firsts`` go to ``removed``, the stretches between them to ``kept``."""
+    rows = run.rows_each
+    inside = sorted(first for first in firsts if run.first <= first < run.end and (first - run.first) % rows == 0)
+    for first in inside:
+        ahead = (first - run.first) // rows
+        if ahead:
+            kept.append(run.split(ahead))
+        removed.append(run.split(1))
+    if run.requests:
+        kept.append(run)

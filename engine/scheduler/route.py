@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from forebay.engine.scheduler.batcher import Batcher, Decision, Reason
 from forebay.engine.scheduler.instances import Instance, InstanceState
-from forebay.engine.scheduler.request_queue import RequestQueue, Waiting
+from forebay.engine.scheduler.request_queue import RequestQueue
+from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.messages import RouteUp
 
 #: Batches in a row that must have found nobody else waiting before an instance is granted. Grants under load would be
