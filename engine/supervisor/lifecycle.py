@@ -34,6 +34,9 @@ from forebay.ipc.log import log
 #: How long frontends may take to say that they know a new catalog before the old version is ended all the same, s.
 _CATALOG_TIMEOUT_S = 10.0
 
+#: How long a request may be under way from a frontend to the scheduler, s.
+_SUBMISSIONS_GRACE_S = 0.05
+
 #: Reason of a version that somebody unloaded (spec H-213).
 UNLOADED = "unloaded"
 
@@ -503,6 +506,8 @@ class ModelLifecycle:
         """Drain and end versions that no catalog of ``generation`` or later routes to."""
         if not await self._wait_seen(generation, _CATALOG_TIMEOUT_S):
             log.warning(f"a frontend did not take in the new catalog within {_CATALOG_TIMEOUT_S:g} s")
+        # "Seen" may overtake, on its own socket, what was submitted before it.
+        await asyncio.sleep(_SUBMISSIONS_GRACE_S)
         for served in retired:
             timeout_s = float(self.plant.settings.server.exit_timeout_secs)
             if not await served.drain(timeout_s):

@@ -105,6 +105,7 @@ class ServedVersion:
                 batching=batching_policy(spec),
                 extra=scheduling_extra(spec),
                 counter_offset=self._scheduler_offset,
+                row_bytes=self._row_bytes(),
             )
         )
         if self.instances:
@@ -119,6 +120,13 @@ class ServedVersion:
             await self.stop()
             raise
         self.load_ns = time.monotonic_ns() - began_ns
+
+    def _row_bytes(self) -> tuple[int, ...]:
+        prepared = self.prepared
+        tensors = (*prepared.inputs, *prepared.outputs)
+        if prepared.wants_parcels or not all(tensor.is_fixed for tensor in tensors):
+            return ()
+        return tuple(tensor.row_bytes for tensor in tensors)
 
     def _take_cores(self) -> list[tuple[int, ...]]:
         on_cpu = sum(instance.spec.kind == "CPU" for instance in self.instances)

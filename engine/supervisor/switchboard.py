@@ -76,14 +76,12 @@ class Producer(msgspec.Struct, frozen=True):
 class _Client:
     """What a shared-memory client has opened, and which workers know it: only those that may get its requests."""
 
-    __slots__ = ("is_everywhere", "on_instance", "producer", "routes", "told")
+    __slots__ = ("on_instance", "producer", "routes", "told")
 
     def __init__(self, producer: Producer, on_instance: Callable[[int, int, socket.socket], None]) -> None:
         self.producer = producer
         self.on_instance = on_instance
         self.routes: set[int] = set()
-        #: An ensemble's steps may run in any worker.
-        self.is_everywhere = False
         self.told: set[int] = set()
 
 
@@ -195,9 +193,6 @@ class Switchboard:
         for producer in self._producers.values():
             if producer.is_trusted:
                 self._tell_worker(worker, producer)
-        for client in self._clients.values():
-            if client.is_everywhere:
-                self._introduce_client(client, worker)
 
     def add_instance(self, route: int, name: str, worker: WorkerHandle) -> None:
         """A worker has loaded: let it have batches."""
@@ -276,21 +271,14 @@ class Switchboard:
         self._clients[producer.number] = _Client(producer, on_instance)
         self._announce_producer(producer)
 
-    def open_route(self, number: int, route: int, *, everywhere: bool) -> list[tuple[int, socket.socket]]:
+    def open_route(self, number: int, route: int) -> list[tuple[int, socket.socket]]:
         """Let a client send requests for a route.
-
-        Args:
-            everywhere: its requests may run in the workers of other routes too.
 
         Returns:
             (instance, sending end of the ring to it) of every worker that serves the route now; the caller owns them.
         """
         client = self._clients[number]
         client.routes.add(route)
-        if everywhere and not client.is_everywhere:
-            client.is_everywhere = True
-            for worker in self._workers.values():
-                self._introduce_client(client, worker)
         return [
             (instance_number, self._connect_ring(client, instance.worker))
             for instance_number, instance in self._instances.items()
