@@ -1,12 +1,17 @@
-"""ONNX Runtime. Inputs and outputs are bound where they lie in the slab; see FACTS 3 for what each choice costs."""
+"""ONNX Runtime on the CPU. Inputs and outputs are bound where they lie in the slab; see FACTS 3 for what that costs.
+
+What a configuration may say is in ``onnx_options.py``, how instances share weights in ``onnx_weights.py``, and how a
+session runs on a GPU in ``onnx_cuda.py``.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 
@@ -17,206 +22,358 @@ from forebay.engine.backends.base import (
     DescribedModel,
     DescribedTensor,
     TensorInstance,
-    parse_int,
 )
-from forebay.ipc.errors import BackendFailed, InvalidArgument, NotFound
+from forebay.engine.backends.onnx_options import (
+    CPU_PROVIDER,
+    CUDA_PROVIDER,
+    SHRINK_KEY,
+    Provider,
+    find_model_file,
+    providers,
+    session_options,
+)
+from forebay.engine.backends.onnx_weights import find_shared_copy
+from forebay.engine.repository.auto_complete import DescribedModel as ComparedModel
+from forebay.engine.repository.auto_complete import DescribedTensor as ComparedTensor
+from forebay.engine.repository.auto_complete import check_described
+from forebay.engine.repository.config import parse_config_json
+from forebay.engine.repository.model_config_schema import ModelConfig, message_class
+from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument
+from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import DATATYPES
 
-_FROM_ONNX = {
-    "tensor(bool)": "TYPE_BOOL",
-    "tensor(uint8)": "TYPE_UINT8",
-    "tensor(uint16)": "TYPE_UINT16",
-    "tensor(uint32)": "TYPE_UINT32",
-    "tensor(uint64)": "TYPE_UINT64",
-    "tensor(int8)": "TYPE_INT8",
-    "tensor(int16)": "TYPE_INT16",
-    "tensor(int32)": "TYPE_INT32",
-    "tensor(int64)": "TYPE_INT64",
-    "tensor(float16)": "TYPE_FP16",
-    "tensor(float)": "TYPE_FP32",
-    "tensor(double)": "TYPE_FP64",
-    "tensor(string)": "TYPE_STRING",
-    "tensor(bfloat16)": "TYPE_BF16",
+#: ONNX Runtime's type to the datatype of the protocol; sequences, maps and optional types are not served (spec B-029).
+_DATATYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+    "tensor(bfloat16)": "BF16",
 }
 
 #: onnx.TensorProto.BFLOAT16, for which numpy has no type.
 _ONNX_BFLOAT16 = 16
 
-#: Config's graph level to ONNX Runtime's; Triton's mapping (spec C-050).
-_GRAPH_LEVELS = {
-    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-}
+# Built once in the zygote, the configuration's descriptors are shared by its workers.
+message_class("ModelConfig")
 
 
-def find_model_file(spec: InstanceSpec) -> str:
-    """Return the model file; ``model.onnx`` may be a directory that holds one (spec B-010).
+class GraphTensor(NamedTuple):
+    """One input or output as the session declares it."""
+
+    name: str
+    datatype: str
+    """Protocol name, for example ``FP32``."""
+    shape: tuple[int, ...]
+    """-1 for a size that varies; () also for a tensor of unknown rank: ONNX Runtime does not tell the two apart."""
+    is_optional: bool = False
+    """An initializer that an input may replace."""
+
+
+class Signature(NamedTuple):
+    """What a session takes and gives."""
+
+    inputs: tuple[GraphTensor, ...]
+    """Those that may be left out come last."""
+    outputs: tuple[GraphTensor, ...]
+
+
+def open_session(spec: InstanceSpec, *, share_weights: bool) -> ort.InferenceSession:
+    """Open the model file as the configuration wants it.
+
+    Args:
+        share_weights: use, or make, the copy that all instances map.
 
     Raises:
-        NotFound: with Triton's text.
+        ServingError: a setting is wrong, or ONNX Runtime does not take the file.
     """
-    path = os.path.join(spec.version_path, spec.model_file or "model.onnx")
-    if os.path.isdir(path):
-        path = os.path.join(path, "model.onnx")
-    if not os.path.isfile(path):
-        shown = os.path.join(str(spec.version), spec.model_file or "model.onnx")
-        raise NotFound(f"unable to find '{shown}' for model instance '{spec.instance_name}'")
-    return path
-
-
-def _session_options(spec: InstanceSpec) -> ort.SessionOptions:
-    parameters = spec.parameters
-    options = ort.SessionOptions()
-    default_threads = max(len(spec.cores), 1)
-    intra = parse_int(parameters, "intra_op_thread_count", 0)
-    options.intra_op_num_threads = intra if intra > 0 else default_threads
-    inter = parse_int(parameters, "inter_op_thread_count", 0)
-    options.inter_op_num_threads = inter if inter > 0 else 1
-    if parse_int(parameters, "execution_mode", 0) == 1:
-        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-    options.enable_cpu_mem_arena = parse_int(parameters, "enable_mem_arena", 1) != 0
-    options.enable_mem_pattern = parse_int(parameters, "enable_mem_pattern", 1) != 0
-    # Spinning threads take the cores of the frontend and the scheduler (FACTS 3).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    key = "session.use_device_allocator_for_initializers"
-    if key in parameters:
-        options.add_session_config_entry(key, parameters[key])
-    graph: dict[str, Any] = spec.optimization.get("graph", {})
-    options.graph_optimization_level = _GRAPH_LEVELS.get(
-        int(graph.get("level", 0)), ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    )
-    options.log_severity_level = 3
-    library = spec.extra.get("op_libraries", ())
-    for path in library:
-        options.register_custom_ops_library(os.path.join(spec.model_path, path))
-    return options
-
-
-def _open_session(spec: InstanceSpec) -> ort.InferenceSession:
     path = find_model_file(spec)
-    options = _session_options(spec)
+    chosen = providers(spec)
+    options = session_options(spec)
+    only_cpu = [provider.name for provider in chosen] == [CPU_PROVIDER]
+    if share_weights and only_cpu:
+        copy = find_shared_copy(spec, path, functools.partial(session_options, spec))
+        if copy is not None:
+            session = _open_copy(spec, copy)
+            if session is not None:
+                return session
+    return _open(spec, path, options, chosen)
+
+
+def _open_copy(spec: InstanceSpec, copy: str) -> ort.InferenceSession | None:
+    options = session_options(spec)
+    # It is optimised already.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(copy, options, providers=[CPU_PROVIDER])
+    except Exception as error:  # see _open
+        log.warning(f"model '{spec.model}': the copy with shared weights cannot be used, loading plainly: {error}")
+        return None
+
+
+def _open(
+    spec: InstanceSpec, path: str, options: ort.SessionOptions, chosen: Sequence[Provider]
+) -> ort.InferenceSession:
+    try:
+        session = ort.InferenceSession(
+            path, options, providers=[(provider.name, provider.options) for provider in chosen]
+        )
     except Exception as error:  # ONNX Runtime raises its own classes, all directly under Exception
-        text = str(error).replace(path, os.path.join(str(spec.version), os.path.basename(path)))
-        raise InvalidArgument(f"failed to load ONNX model '{spec.model}' version {spec.version}: {text}") from None
+        raise InvalidArgument(f"failed to load ONNX model '{spec.model}' version {spec.version}: {error}") from None
+    # Otherwise a failing provider is silently replaced by the CPU's, in the middle of serving.
+    session.disable_fallback()
+    wanted = {provider.name for provider in chosen}
+    if missing := wanted - set(session.get_providers()):
+        raise Internal(
+            f"failed to load ONNX model '{spec.model}' version {spec.version}: ONNX Runtime could not start "
+            f"{', '.join(sorted(missing))}; its reason is in the log above"
+        )
+    return session
 
 
-def _describe_tensors(nodes: Sequence[Any], model: str) -> tuple[DescribedTensor, ...]:
-    described: list[DescribedTensor] = []
+def read_signature(spec: InstanceSpec, session: ort.InferenceSession) -> Signature:
+    """Return what the session takes and gives.
+
+    Raises:
+        InvalidArgument: a tensor has a type that cannot be served.
+    """
+    inputs = _graph_tensors(spec, session.get_inputs(), is_optional=False)
+    replaceable = _graph_tensors(spec, session.get_overridable_initializers(), is_optional=True)
+    return Signature((*inputs, *replaceable), _graph_tensors(spec, session.get_outputs(), is_optional=False))
+
+
+def _graph_tensors(spec: InstanceSpec, nodes: Sequence[Any], *, is_optional: bool) -> tuple[GraphTensor, ...]:
+    tensors: list[GraphTensor] = []
     for node in nodes:
-        data_type = _FROM_ONNX.get(node.type)
-        if data_type is None:
-            raise InvalidArgument(f"model '{model}', tensor '{node.name}': unsupported ONNX type '{node.type}'")
+        datatype = _DATATYPES.get(node.type)
+        if datatype is None:
+            if is_optional:
+                continue
+            raise InvalidArgument(f"model '{spec.model}', tensor '{node.name}': unsupported ONNX type '{node.type}'")
         shape = tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in node.shape)
-        described.append(DescribedTensor(node.name, data_type, shape))
-    return tuple(described)
+        tensors.append(GraphTensor(node.name, datatype, shape, is_optional))
+    return tuple(tensors)
+
+
+def check_config(spec: InstanceSpec, signature: Signature) -> None:
+    """Compare a configuration with the model file (spec B-011, B-020..B-026).
+
+    Raises:
+        ConfigError: they contradict each other; with Triton's texts.
+    """
+    config = parse_config_json(spec.config_json.decode())
+    config.message.name = spec.model
+    check_described(
+        config,
+        ComparedModel(
+            inputs=tuple(_compared(config, "input", tensor) for tensor in signature.inputs),
+            outputs=tuple(_compared(config, "output", tensor) for tensor in signature.outputs),
+        ),
+    )
+
+
+def _compared(config: ModelConfig, direction: str, tensor: GraphTensor) -> ComparedTensor:
+    message = config.message
+    shape = tensor.shape
+    if not shape and message.max_batch_size == 0:
+        # A scalar is configured as dims [1]; a tensor of unknown rank as whatever the author knows better than the
+        # file. The two look alike here.
+        for given in getattr(message, direction):
+            if given.name == tensor.name and not given.HasField("reshape"):
+                shape = tuple(given.dims)
+    return ComparedTensor(tensor.name, DATATYPES[tensor.datatype].config_name, shape, optional=tensor.is_optional)
 
 
 class OnnxInstance(TensorInstance):
-    """One session. ``bind`` costs some 12 µs, a bound run of the example model 4 µs (measured, 1 row)."""
+    """One session on the CPU. ``bind`` costs some 12 µs, a bound run of the example model 4 µs (measured, 1 row)."""
 
-    def __init__(self, spec: InstanceSpec, session: ort.InferenceSession) -> None:
+    def __init__(self, spec: InstanceSpec, session: ort.InferenceSession, signature: Signature) -> None:
         self._session = session
-        self._datatypes = {tensor.name: tensor.datatype for tensor in (*spec.inputs, *spec.outputs)}
-        self._has_strings = "BYTES" in self._datatypes.values()
+        self._datatypes = {tensor.name: tensor.datatype for tensor in (*signature.inputs, *signature.outputs)}
+        self._output_count = len(signature.outputs)
+        self._strings = frozenset(name for name, datatype in self._datatypes.items() if datatype == "BYTES")
         self._has_bf16 = "BF16" in self._datatypes.values()
+        self._scalars = find_scalars(spec, signature)
+        self._run_options = make_run_options(spec)
+        #: For requests that want some of the outputs only (spec B-027).
+        self._partial_options = make_run_options(spec) or ort.RunOptions()
+        self._partial_options.only_execute_path_to_fetches = True
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
         if self._has_bf16:
-            return self._run_bf16(inputs, outputs)
+            return self._run_bound_once(inputs, outputs)
         feed: dict[str, Any] = dict(inputs)
-        if self._has_strings:
-            for name, array in inputs.items():
-                if self._datatypes[name] == "BYTES":
-                    feed[name] = _decode_strings(array)
+        for name in self._strings & feed.keys():
+            feed[name] = decode_strings(name, feed[name])
+        for name in self._scalars & feed.keys():
+            feed[name] = feed[name].reshape(())
         try:
-            results = self._session.run(list(outputs), feed)
-        except Exception as error:
-            raise _runtime_error(error) from None
-        return {name: np.ascontiguousarray(result) for name, result in zip(outputs, results, strict=True)}
+            results = self._session.run(list(outputs), feed, self._options_for(outputs))
+        except Exception as error:  # see _open
+            raise runtime_error(error) from None
+        return {
+            name: np.ascontiguousarray(result).reshape(1 if name in self._scalars else result.shape)
+            for name, result in zip(outputs, results, strict=True)
+        }
 
-    def _run_bf16(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
+    def _options_for(self, outputs: Sequence[str]) -> ort.RunOptions | None:
+        return self._run_options if len(outputs) == self._output_count else self._partial_options
+
+    def _run_bound_once(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
         # numpy has no bfloat16: tensors go in and come out as OrtValues over uint16 memory.
         binding = self._session.io_binding()
         for name, array in inputs.items():
-            self._bind_input(binding, name, array)
+            if name in self._strings:
+                binding.bind_cpu_input(name, decode_strings(name, array))
+            else:
+                self._bind_input(binding, name, array)
         for name in outputs:
             binding.bind_output(name, "cpu")
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise _runtime_error(error) from None
+        run_bound(self._session, binding, self._options_for(outputs), inputs)
         results: Arrays = {}
         for name, value in zip(outputs, binding.get_outputs(), strict=True):
-            if self._datatypes[name] == "BF16":
-                shape = tuple(value.shape())
-                source = (np.ctypeslib.ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
-                results[name] = np.frombuffer(source, dtype=np.uint16).reshape(shape).copy()
-            else:
-                results[name] = value.numpy()
+            result = copy_bf16(value) if self._datatypes[name] == "BF16" else value.numpy()
+            results[name] = result.reshape(1) if name in self._scalars else result
         return results
 
     def _bind_input(self, binding: ort.IOBinding, name: str, array: Array) -> None:
-        element = _ONNX_BFLOAT16 if self._datatypes[name] == "BF16" else array.dtype
-        binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
+        binding.bind_input(name, "cpu", 0, self._element(name, array), self._shape(name, array), array.ctypes.data)
+
+    def _element(self, name: str, array: Array) -> object:
+        return _ONNX_BFLOAT16 if self._datatypes[name] == "BF16" else array.dtype
+
+    def _shape(self, name: str, array: Array) -> tuple[int, ...]:
+        return () if name in self._scalars else array.shape
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         binding = self._session.io_binding()
         for name, array in inputs.items():
             self._bind_input(binding, name, array)
         for name, array in outputs.items():
-            element = _ONNX_BFLOAT16 if self._datatypes[name] == "BF16" else array.dtype
-            binding.bind_output(name, "cpu", 0, element, array.shape, array.ctypes.data)
-        # The public run_with_iobinding wraps exactly this call in two Python frames.
-        run: Callable[[], None] = functools.partial(_run_bound, self._session, binding, (inputs, outputs))
-        return run
+            binding.bind_output(name, "cpu", 0, self._element(name, array), self._shape(name, array), array.ctypes.data)
+        options = self._options_for(tuple(outputs))
+        # The arrays are passed along to live as long as the binding, which knows their addresses only.
+        return functools.partial(run_bound, self._session, binding, options, (inputs, outputs))
 
     def close(self) -> None:
         del self._session
 
 
-def _run_bound(session: ort.InferenceSession, binding: ort.IOBinding, _keep_alive: object) -> None:
+def run_bound(
+    session: ort.InferenceSession, binding: ort.IOBinding, options: ort.RunOptions | None, _keep_alive: object
+) -> None:
+    """Run a session from its bound inputs into its bound outputs.
+
+    Raises:
+        BackendFailed: with Triton's text.
+    """
     try:
-        session.run_with_iobinding(binding)
-    except Exception as error:
-        raise _runtime_error(error) from None
+        session.run_with_iobinding(binding, options)
+    except Exception as error:  # see _open
+        raise runtime_error(error) from None
 
 
-def _decode_strings(array: Array) -> Array:
+def make_run_options(spec: InstanceSpec) -> ort.RunOptions | None:
+    """Return what the configuration wants of every run, or None for nothing."""
+    shrink = spec.parameters.get(SHRINK_KEY)
+    if shrink is None:
+        return None
+    options = ort.RunOptions()
+    options.add_run_config_entry(SHRINK_KEY, shrink)
+    return options
+
+
+def find_scalars(spec: InstanceSpec, signature: Signature) -> frozenset[str]:
+    """Return the tensors that are configured as ``dims: [1]`` and are scalars in the model."""
+    if spec.max_batch_size > 0:
+        return frozenset()
+    configured = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+    return frozenset(
+        tensor.name
+        for tensor in (*signature.inputs, *signature.outputs)
+        if not tensor.shape
+        and (found := configured.get(tensor.name)) is not None
+        and found.reshape is None
+        and found.dims == (1,)
+    )
+
+
+def copy_bf16(value: ort.OrtValue) -> Array:
+    """Return a bfloat16 tensor in host memory as uint16."""
+    shape = tuple(value.shape())
+    count = int(np.prod(shape))
+    if count == 0:
+        return np.empty(shape, np.uint16)
+    source = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+    return np.frombuffer(source, dtype=np.uint16).reshape(shape).copy()
+
+
+def decode_strings(name: str, array: Array) -> Array:
+    """Return BYTES elements as the ``str`` objects that ONNX Runtime takes (spec B-030).
+
+    Raises:
+        InvalidArgument: an element is not UTF-8.
+    """
     decoded = np.empty(array.shape, dtype=np.object_)
-    decoded.reshape(-1)[:] = [
-        element.decode("utf-8", "surrogateescape") if isinstance(element, bytes) else element
-        for element in array.reshape(-1).tolist()
-    ]
+    try:
+        decoded.reshape(-1)[:] = [
+            element.decode() if isinstance(element, bytes) else element for element in array.reshape(-1).tolist()
+        ]
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"input '{name}' has an element that is not UTF-8: {error.reason}") from None
     return decoded
 
 
-def _runtime_error(error: Exception) -> BackendFailed:
-    # ONNX Runtime prints "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : text"; Triton "onnx runtime error 2: text" (B-028).
+def runtime_error(error: Exception) -> BackendFailed:
+    """Translate what ONNX Runtime raised.
+
+    It prints ``[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : text``, Triton ``onnx runtime error 2: text`` (spec B-028).
+    """
     text = str(error)
     prefix = "[ONNXRuntimeError] : "
     if text.startswith(prefix):
         number, _, rest = text[len(prefix) :].partition(" : ")
         _status, _, message = rest.partition(" : ")
         return BackendFailed(f"onnx runtime error {number}: {message or rest}")
-    return BackendFailed(f"onnx runtime error 1: {text}")
+    if isinstance(error, UnicodeDecodeError):
+        return BackendFailed(f"onnx runtime error 1: the model produced a string that is not UTF-8: {error.reason}")
+    return BackendFailed(f"onnx runtime error {2 if isinstance(error, ValueError) else 1}: {text}")
 
 
 class OnnxBackend(Backend):
     """``backend: "onnxruntime"``."""
 
     def describe(self, spec: InstanceSpec) -> DescribedModel:
-        session = _open_session(spec)
+        signature = read_signature(spec, open_session(spec, share_weights=False))
         return DescribedModel(
-            _describe_tensors(session.get_inputs(), spec.model), _describe_tensors(session.get_outputs(), spec.model)
+            inputs=tuple(_described(tensor) for tensor in signature.inputs if not tensor.is_optional),
+            outputs=tuple(_described(tensor) for tensor in signature.outputs),
         )
 
     def load(self, spec: InstanceSpec) -> TensorInstance:
-        return OnnxInstance(spec, _open_session(spec))
+        if any(provider.name == CUDA_PROVIDER for provider in providers(spec)):
+            # Imported only here: a machine without a GPU need not have CuPy.
+            from forebay.engine.backends.onnx_cuda import load_on_gpu
+
+            return load_on_gpu(spec)
+        session = open_session(spec, share_weights=True)
+        signature = read_signature(spec, session)
+        check_config(spec, signature)
+        return OnnxInstance(spec, session, signature)
+
+
+def _described(tensor: GraphTensor) -> DescribedTensor:
+    return DescribedTensor(tensor.name, DATATYPES[tensor.datatype].config_name, tensor.shape)
 
 
 BACKEND = OnnxBackend

@@ -503,7 +503,13 @@ def prepare_package(spec: InstanceSpec) -> Loaded:
     outputs = {tensor.name: _package_position(spec, tensor, output_names, "output") for tensor in spec.outputs}
     signature = Signature(tuple(name for name in order if name is not None), outputs)
     device = choose_device(spec) or torch.device("cpu")
-    return Loaded(loader.boxed_run, signature, device)
+
+    def call(tensors: list[Any]) -> list[Any]:
+        # "Boxed": it empties the list that it is given.
+        results: list[Any] = loader.boxed_run([*tensors])
+        return results
+
+    return Loaded(call, signature, device)
 
 
 def open_package(spec: InstanceSpec) -> tuple[Any, list[str], list[str]]:

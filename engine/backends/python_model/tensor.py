@@ -130,7 +130,8 @@ class Tensor:
         if self._datatype == "BYTES":
             raise TritonModelException("DLPack does not have support for string tensors.")
         array: Any = self.data
-        capsule: Any = array.__dlpack__()
+        # DLPack's first version cannot say "read-only", so numpy would refuse.
+        capsule: Any = (array if array.flags.writeable else np.asarray(_Writable(array))).__dlpack__()
         if self._datatype == "BF16":
             # numpy exported 16-bit unsigned integers; only the type code differs.
             _set_type_code(capsule, _DLPACK_BFLOAT)
@@ -207,6 +208,15 @@ class _Capsule:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return _DLPACK_CPU, 0
+
+
+class _Writable:
+    """Another array's memory without its read-only flag; keeps the array alive."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        interface: dict[str, Any] = dict(array.__array_interface__)
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
 def _type_code_cell(capsule: Any) -> ctypes.c_uint8:
