@@ -114,6 +114,8 @@ def bind_endpoints(settings: Settings) -> dict[str, Listener]:
 
 
 def _supervise(settings: Settings, runtime: RuntimeDirectory, listeners: dict[str, Listener]) -> int:
+    # numpy comes with the messages; this process computes nothing.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import asyncio
 
     from forebay.engine.console import Console

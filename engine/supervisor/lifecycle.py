@@ -121,8 +121,13 @@ class ModelLifecycle:
     # --- what others are told ---
 
     def touch(self) -> int:
-        """Something changed: push a new catalog soon; return its generation."""
+        """Something changed: push a new catalog soon; return its generation.
+
+        Not before the initial load is done: nobody is served by then, and a frontend's Hello is answered anyway.
+        """
         self.generation += 1
+        if not self.is_initialised:
+            return self.generation
         if self._announcing is None or self._announcing.done():
             self._announcing = asyncio.create_task(self._announce_all())
         return self.generation

@@ -322,6 +322,8 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
     """Return what each worker of a version needs, complete but for what belongs to its slot."""
     spec, found = prepared.spec, prepared.found
     is_fixed = all(tensor.is_fixed for tensor in (*prepared.inputs, *prepared.outputs))
+    # Labels are for frontends, and may be a million lines.
+    outputs = tuple(msgspec.structs.replace(tensor, labels=()) for tensor in prepared.outputs)
     return [
         InstanceSpec(
             model=found.name,
@@ -337,7 +339,7 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
             device_id=instance.device_id,
             max_batch_size=spec.max_batch_size,
             inputs=prepared.inputs,
-            outputs=prepared.outputs,
+            outputs=outputs,
             parameters=spec.parameters,
             backend_config=plant.settings.backend.options(spec.backend),
             config_json=prepared.config_json,

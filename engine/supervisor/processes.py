@@ -237,6 +237,7 @@ class FrontendRole(Role[Started | Failed]):
             scheduler_epoch=self._switchboard.epoch,
             settings=self._settings,
             listen=tuple(listener.address for listener in self._listeners),
+            name=self.name,
         )
         sockets = tuple(listener.sock.fileno() for listener in self._listeners)
         child.send(start, (arena_fd, receiver.fileno(), self._switchboard.counters_fd, *sockets))

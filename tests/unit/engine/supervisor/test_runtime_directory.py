@@ -15,6 +15,9 @@ from forebay_server import is_running, wait_until
 from forebay.engine.supervisor.runtime_directory import RuntimeDirectory, remove_stale
 from forebay.ipc.errors import Internal
 
+#: The supervisor forks its janitor before it has any thread; pytest's process may have some.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 
 @pytest.fixture
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
