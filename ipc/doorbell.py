@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections import deque
 
 #: Kernel buffer asked for per doorbell; limits how many messages may wait unread.
@@ -77,3 +78,50 @@ class Bell:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.close()
+
+
+#: How long a shared-memory client may leave its completion doorbell full, s.
+CLIENT_PATIENCE_S = 0.25
+#: Messages that wait for such a client at most.
+CLIENT_BACKLOG_MAX = 1024
+
+
+class ClientBell(Bell):
+    """A sending end to a client that nobody waits for: one that does not read is cut off, from all senders at once.
+
+    Without an end to patience, a stopped client would hold messages in every process that answers it (I-6).
+    """
+
+    __slots__ = ("_full_since_s", "_is_cut_off")
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take ownership of ``sock``."""
+        super().__init__(sock)
+        self._full_since_s = 0.0
+        self._is_cut_off = False
+
+    def ring(self, message: bytes) -> bool:
+        return not self._is_cut_off and super().ring(message) and self._is_read()
+
+    def flush(self) -> bool:
+        waiting = len(self._backlog)
+        if self._is_cut_off or not super().flush():
+            return False
+        if len(self._backlog) < waiting:
+            self._full_since_s = 0.0
+        return self._is_read()
+
+    def _is_read(self) -> bool:
+        if not self._backlog:
+            self._full_since_s = 0.0
+            return True
+        now_s = time.monotonic()
+        self._full_since_s = self._full_since_s or now_s
+        if len(self._backlog) <= CLIENT_BACKLOG_MAX and now_s - self._full_since_s <= CLIENT_PATIENCE_S:
+            return True
+        self._is_cut_off = True
+        self._backlog.clear()
+        with contextlib.suppress(OSError):
+            # Every sender has a duplicate of this one socket: the client reads what is there, then end of file.
+            self._sock.shutdown(socket.SHUT_WR)
+        return False

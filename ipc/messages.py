@@ -129,12 +129,22 @@ class Submit(Message, frozen=True, tag=1):
     parcels: tuple[ParcelSubmit, ...] = ()
 
 
+class RowsCancel(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Requests in rows of one slab."""
+
+    route: int
+    base: int
+    firsts: tuple[int, ...]
+    """First row of each request."""
+
+
 class Cancel(Message, frozen=True, tag=2):
-    """The clients of these parcels left."""
+    """The clients of these requests left. What still waits is answered as cancelled; workers hear of running parcels."""
 
     producer: int
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] = ()
     """Parcel tokens."""
+    rows: tuple[RowsCancel, ...] = ()
 
 
 class GrantReturned(Message, frozen=True, tag=3):
@@ -185,6 +195,8 @@ class RouteUp(Message, frozen=True, tag=1):
     extra: dict[str, Any] = {}
     """Scheduling beyond the dynamic batcher (sequences, ensembles, rate limits, cache), by kind."""
     counter_offset: int = 0
+    row_bytes: tuple[int, ...] = ()
+    """Bytes per row of each input, then each output, to check clients' slabs; empty: the model takes no rows."""
 
 
 class RouteDrain(Message, frozen=True, tag=2):
@@ -201,12 +213,25 @@ class RouteGone(Message, frozen=True, tag=3):
     text: str
 
 
+class Resource(msgspec.Struct, frozen=True, array_like=True):
+    """A number of units of a named resource (spec S-152)."""
+
+    name: str
+    count: int
+    device: int = -1
+    """Device whose units these are; -1: global."""
+
+
 class InstanceUp(Message, frozen=True, tag=4):
     """A worker is ready. Comes with one descriptor: the sending end of its doorbell."""
 
     route: int
     instance: int
     name: str
+    resources: tuple[Resource, ...] = ()
+    """What an execution occupies under the rate limiter."""
+    rate_priority: int = 1
+    """Weight under the rate limiter: 2 gets half the executions of 1 (spec S-151)."""
 
 
 class InstanceDown(Message, frozen=True, tag=5):
@@ -223,13 +248,14 @@ class InstanceDrain(Message, frozen=True, tag=6):
 
 
 class ProducerUp(Message, frozen=True, tag=7):
-    """A producer exists. Comes with one descriptor: the sending end of its completion doorbell."""
+    """A producer exists. Descriptors: the sending end of its completion doorbell; if it is not trusted, also the
+    receiving end of its submission socket."""
 
     producer: int
     name: str
     arena_bytes: int = 0
     trusted: bool = True
-    """False for shared-memory clients: never granted, everything it submits is checked again."""
+    """False for shared-memory clients: everything that they submit is checked, and the worker keeps their grants."""
 
 
 class ProducerDown(Message, frozen=True, tag=8):
@@ -244,6 +270,11 @@ class SchedulerStart(Message, frozen=True, tag=9):
     epoch: int
     runtime_directory: str
     counters_bytes: int = 0
+    is_rate_limited: bool = False
+    resources: tuple[Resource, ...] = ()
+    """Limits that were set; of other resources there is as much as the neediest instance wants (spec S-152)."""
+    hold_back_requests: int = 0
+    """Each model waits for so many requests before its first batch, for tests (spec S-035)."""
 
 
 class Stop(Message, frozen=True, tag=10):
@@ -330,6 +361,8 @@ class FrontendStart(Message, frozen=True, tag=20):
     settings: dict[str, Any]
     """The settings groups the frontend needs, as plain data."""
     listen: tuple[tuple[str, int], ...] = ()
+    name: str = ""
+    """The frontend's name in log lines and ps, for example ``http 0``; the same after a restart."""
 
 
 class DoorbellUp(Message, frozen=True, tag=21):
@@ -457,6 +490,8 @@ class ArenaUp(Message, frozen=True, tag=37):
 
     producer: int
     byte_size: int
+    trusted: bool = True
+    """False for shared-memory clients: what their messages say is checked against the model."""
 
 
 class ArenaDown(Message, frozen=True, tag=38):
@@ -471,9 +506,15 @@ class Phase(Message, frozen=True, tag=39):
     text: str
 
 
+class RingUp(Message, frozen=True, tag=40):
+    """Supervisor -> worker. Comes with one descriptor: the receiving end of the ring of a client whose arena it has."""
+
+    producer: int
+
+
 SupervisorToZygote = Fork | Stop
 ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
-SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | Stop
+SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | RingUp | Stop
 WorkerToSupervisor = Described | Loaded | Failed | Phase
 
 

@@ -12,6 +12,9 @@ To a worker (senders: scheduler, and frontends that hold a grant)::
     CANCEL   header + count * TOKEN            the client of these parcels left
     SYNC     header                            answer with SYNCED when everything before is done
     WAKE     header                            something waits on the lifeline
+    SEQUENCES header + count * SLOT + count * (PARCEL + head bytes)
+    RING_OPEN  header                          sender, a client, may ring its own socket; batch: the ticket
+    RING_CLOSE header                          it may not any more; answered to it with REVOKE
 
 To a producer, its completion doorbell (senders: workers, scheduler)::
 
@@ -21,12 +24,14 @@ To a producer, its completion doorbell (senders: workers, scheduler)::
     RUNS_LOST     header + TIMES (zero) + count * RUN      the worker died before it answered
     PARCEL_REPLY  header + TIMES + TOKEN + ReplyHead       one per response
     PARCEL_LOST   header + TIMES (zero) + count * TOKEN
-    GRANT, REVOKE header + GRANT
+    GRANT, REVOKE header + GRANT                           batch: the ticket, for clients
     RESYNC        header                                   batch: the new scheduler's epoch
 
 To the scheduler, its done doorbell (senders: workers)::
 
-    DONE     header + TIMES                                one per batch that was not sent under a grant
+    DONE     header + TIMES + count * OPEN                 one per batch that was not sent under a grant; OPEN: its
+                                                           requests that have no final answer yet
+    CLOSED   header + OPEN                                 such a request now has its final answer
     SYNCED   header                                        batch: the epoch of the SYNC
 
 Layouts of RUN, PARCEL and so on stand beside their ``struct.Struct`` below.
@@ -54,6 +59,9 @@ class Kind(enum.IntEnum):
     CANCEL = 4
     SYNC = 5
     WAKE = 6
+    SEQUENCES = 7
+    RING_OPEN = 8
+    RING_CLOSE = 9
     RUNS_DONE = 16
     RUNS_FAILED = 17
     RUNS_LOST = 18
@@ -64,6 +72,7 @@ class Kind(enum.IntEnum):
     RESYNC = 23
     DONE = 32
     SYNCED = 33
+    CLOSED = 34
 
 
 #: Flag of RUNS: sent by a frontend under a grant, so the scheduler is not told.
@@ -72,8 +81,16 @@ FLAG_GRANTED = 1
 FLAG_FAILED = 2
 #: Flag of PARCEL_REPLY: the last response to this request.
 FLAG_FINAL = 4
-#: Flag of REVOKE: the instance is gone; what was rung under the grant and not answered is lost.
+#: Flag of REVOKE: the instance is gone, whatever the generation; what was rung under the grant and not answered is lost.
 FLAG_GONE = 8
+#: Flag of OPEN: the model wants the request again (iterative sequences, spec S-060).
+FLAG_RESCHEDULE = 16
+
+#: Set in the batch number of what is rung under a grant: the scheduler's numbers never have it.
+GRANTED_BATCH = 1 << 63
+
+#: Flags of SLOT.
+SLOT_START, SLOT_END = 1, 2
 
 #: kind u8, flags u8, count u16, sender or instance u32, batch u64
 HEADER = struct.Struct("<BBHIQ")
@@ -81,6 +98,10 @@ HEADER = struct.Struct("<BBHIQ")
 RUN = struct.Struct("<IIQIIIIQ")
 #: producer u32, rows u32, token u64, enqueue_ns u64, head_bytes u32
 PARCEL = struct.Struct("<IIQQI")
+#: slot u32, flags u32, assigned correlation id u64 (0: the one in the head)
+SLOT = struct.Struct("<IIQ")
+#: producer u32, flags u32, token u64
+OPEN = struct.Struct("<IIQ")
 #: start, input_end, output_start, end: monotonic ns
 TIMES = struct.Struct("<QQQQ")
 #: a parcel's token u64
@@ -107,6 +128,14 @@ class Run(NamedTuple):
     rows: int
     attempt: int
     enqueue_sum_ns: int
+
+
+class Slot(NamedTuple):
+    """Where a sequence's request stands in its instance; see :data:`SLOT`."""
+
+    slot: int
+    flags: int
+    assigned_id: int = 0
 
 
 class Times(NamedTuple):

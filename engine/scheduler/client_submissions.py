@@ -45,6 +45,7 @@ from forebay.ipc.messages import (
 )
 from forebay.ipc.wire import (
     FLAG_FINAL,
+    GRANTED_BATCH,
     GROW,
     HEAD_BYTES_MAX,
     HEADER,
@@ -353,4 +354,4 @@ def count_requests(producer: int, sets: Iterable[Iterable[Waiting]]) -> int:
 
 def ticket_of(epoch: int, instance: Instance) -> int:
     """Return the number of an instance's current grant; unique as long as its worker lives."""
-    return epoch << 32 | instance.generation
+    return GRANTED_BATCH | epoch << 32 | instance.generation

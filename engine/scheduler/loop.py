@@ -20,6 +20,7 @@ import msgspec
 import zmq
 
 from forebay.engine.scheduler.batcher import NOTHING, Decision
+from forebay.engine.scheduler.client_submissions import ClientSubmissions, count_requests, ticket_of
 from forebay.engine.scheduler.instances import Instance, InstanceState
 from forebay.engine.scheduler.request_queue import TIMEOUT_TEXT
 from forebay.engine.scheduler.route import BatchRecord, Route
@@ -27,7 +28,7 @@ from forebay.engine.scheduler.timer import Timer
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.channel import SubmitReceiver
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
-from forebay.ipc.doorbell import Bell
+from forebay.ipc.doorbell import Bell, ClientBell
 from forebay.ipc.errors import Code, NotReady, ServingError, Unavailable, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.messages import (
@@ -108,6 +109,7 @@ class Scheduler:
         self._stopping = False
         self._timer = Timer()
         self._epoll = select.epoll()
+        self._clients = ClientSubmissions(self, self._epoll)
         self._done: socket.socket | None = None
         self._submit: SubmitReceiver | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -139,9 +141,11 @@ class Scheduler:
                     self._timer.acknowledge()
                     now_ns = time.monotonic_ns()
                     self._dirty.update(route for route, alarm in self._alarms.items() if alarm <= now_ns)
+                elif fd != submit_fd:
+                    self._clients.read(fd)
             # ZeroMQ's descriptor is edge-triggered: look whenever we are awake.
             self._read_submissions()
-            if self._dirty:
+            while self._dirty:
                 self._decide()
             if self._lagging:
                 self._flush_lagging()
@@ -152,6 +156,7 @@ class Scheduler:
         self._done = socket.socket(fileno=done_fd)
         self._done.setblocking(False)
         self._submit = SubmitReceiver(self._context, start.runtime_directory)
+        self._clients.start(start.epoch)
 
     def close(self) -> None:
         if self._submit is not None:
@@ -168,12 +173,16 @@ class Scheduler:
         match message:
             case RouteUp():
                 self._routes[message.route] = Route(message)
+                self._clients.add_route(message)
                 if self._counters_file is not None and message.counter_offset:
                     self._counters[message.route] = self._counters_file.block(message.counter_offset, SCHEDULER_WORDS)
             case InstanceUp():
                 self._instance_up(message, fds[0])
             case ProducerUp():
-                self._producers[message.producer] = Producer(message, Bell(socket.socket(fileno=fds[0])))
+                kind = Bell if message.trusted else ClientBell
+                self._producers[message.producer] = Producer(message, kind(socket.socket(fileno=fds[0])))
+                if not message.trusted:
+                    self._clients.add(message, fds[1])
             case CountersFileMessage():
                 self._counters_file = CountersFile(fds[0])
                 os.close(fds[0])
@@ -215,6 +224,7 @@ class Scheduler:
         instance = self._instances.pop(instance_id, None)
         if instance is None:
             return
+        self._clients.forget_instance(instance_id)
         route = self._routes.get(instance.route)
         if route is not None:
             route.remove_instance(instance)
@@ -224,7 +234,7 @@ class Scheduler:
             self._bump(instance.route, SchedulerCounter.LOST_BATCHES)
             self._send_lost(instance)
         elif instance.state in (InstanceState.GRANTED, InstanceState.REVOKING):
-            self._ring_producer(
+            self.ring_producer(
                 instance.grantee,
                 HEADER.pack(Kind.REVOKE, FLAG_GONE, 0, instance.id, 0)
                 + GRANT.pack(instance.route, instance.id, instance.generation, 0),
@@ -248,6 +258,7 @@ class Scheduler:
             self._revoke(instance)
 
     def _producer_down(self, producer_id: int) -> None:
+        self._clients.remove(producer_id)
         producer = self._producers.pop(producer_id, None)
         if producer is not None:
             producer.bell.close()
@@ -272,6 +283,7 @@ class Scheduler:
 
     def _route_gone(self, gone: RouteGone) -> None:
         route = self._routes.pop(gone.route, None)
+        self._clients.remove_route(gone.route)
         self._counters.pop(gone.route, None)
         self._alarms.pop(gone.route, None)
         if route is None:
@@ -302,7 +314,7 @@ class Scheduler:
             return
         self._restoring = False
         for producer in self._producers.values():
-            self._ring_producer(producer.id, HEADER.pack(Kind.RESYNC, 0, 0, 0, self._epoch))
+            self.ring_producer(producer.id, HEADER.pack(Kind.RESYNC, 0, 0, 0, self._epoch))
 
     # --- submissions ---
 
@@ -316,9 +328,22 @@ class Scheduler:
                 continue
             if message is None:
                 return
-            self._accept(message)
+            self.accept(message)
 
-    def _accept(self, message: FrontendToScheduler) -> None:
+    # What the clients' submissions need of this loop.
+
+    def route_of(self, number: int) -> Route | None:
+        return self._routes.get(number)
+
+    def instance_of(self, number: int) -> Instance | None:
+        return self._instances.get(number)
+
+    def count_waiting(self, producer_id: int) -> int:
+        queues = [route.queue for route in self._routes.values()]
+        return count_requests(producer_id, [*queues, *(instance.items for instance in self._instances.values())])
+
+    def accept(self, message: FrontendToScheduler) -> None:
+        """Take a message of a producer whose numbers are known to be sound."""
         if isinstance(message, Submit):
             if message.epoch != self._epoch or message.producer not in self._producers:
                 return  # Meant for an earlier scheduler: resubmitted after RESYNC.
@@ -496,23 +521,36 @@ class Scheduler:
 
     def _grant(self, route: Route, instance: Instance, producer_id: int) -> None:
         producer = self._producers.get(producer_id)
-        if producer is None or not producer.trusted or instance not in route.idle:
+        if producer is None or instance not in route.idle:
+            return
+        if not producer.trusted and not self._clients.can_ring(producer_id, instance.id):
             return
         route.idle.remove(instance)
         instance.state = InstanceState.GRANTED
         instance.generation += 1
         instance.grantee = producer_id
         self._bump(route.id, SchedulerCounter.GRANTS)
-        self._ring_producer(
+        ticket = 0
+        if not producer.trusted:
+            # Its worker keeps the grant: nobody ever has to wait for a client to give one back.
+            ticket = ticket_of(self._epoch, instance)
+            instance.bell.ring(HEADER.pack(Kind.RING_OPEN, 0, 0, producer_id, ticket))
+        self.ring_producer(
             producer_id,
-            HEADER.pack(Kind.GRANT, 0, 0, instance.id, 0)
+            HEADER.pack(Kind.GRANT, 0, 0, instance.id, ticket)
             + GRANT.pack(route.id, instance.id, instance.generation, route.batcher.grant_rows),
         )
 
     def _revoke(self, instance: Instance) -> None:
-        instance.state = InstanceState.REVOKING
         self._bump(instance.route, SchedulerCounter.REVOKES)
-        self._ring_producer(
+        if self._clients.is_client(instance.grantee):
+            # What is sent to the worker from now on comes after it: the instance is ours at once.
+            ticket = ticket_of(self._epoch, instance)
+            instance.bell.ring(HEADER.pack(Kind.RING_CLOSE, 0, 0, instance.grantee, ticket))
+            self._grant_ended(instance)
+            return
+        instance.state = InstanceState.REVOKING
+        self.ring_producer(
             instance.grantee,
             HEADER.pack(Kind.REVOKE, 0, 0, instance.id, 0)
             + GRANT.pack(instance.route, instance.id, instance.generation, 0),
@@ -533,13 +571,13 @@ class Scheduler:
             elif isinstance(item, WaitingParcel):
                 tokens.setdefault(item.producer, []).append(item.token)
         for producer_id, lost in runs.items():
-            self._ring_producer(
+            self.ring_producer(
                 producer_id, pack_runs(Kind.RUNS_LOST, 0, instance.id, instance.batch_id, lost, NO_TIMES)
             )
         for producer_id, lost_tokens in tokens.items():
             packed = b"".join(TOKEN.pack(token) for token in lost_tokens)
             header = HEADER.pack(Kind.PARCEL_LOST, 0, len(lost_tokens), instance.id, instance.batch_id)
-            self._ring_producer(producer_id, header + NO_TIMES + packed)
+            self.ring_producer(producer_id, header + NO_TIMES + packed)
 
     def _refuse(self, item: Waiting, error: ServingError) -> None:
         """Answer what never ran."""
@@ -550,9 +588,10 @@ class Scheduler:
             assert isinstance(item, WaitingParcel)
             reply = msgspec.msgpack.encode(ReplyHead(code=error.code, text=error.text or "cancelled"))
             message = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL, 1, 0, 0) + NO_TIMES + TOKEN.pack(item.token) + reply
-        self._ring_producer(item.producer, message)
+        self.ring_producer(item.producer, message)
 
-    def _ring_producer(self, producer_id: int, message: bytes) -> None:
+    def ring_producer(self, producer_id: int, message: bytes) -> None:
+        """Send into a producer's completion doorbell; what a full one does not take is sent later."""
         producer = self._producers.get(producer_id)
         if producer is not None:
             producer.bell.ring(message)

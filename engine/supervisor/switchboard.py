@@ -37,6 +37,7 @@ from forebay.ipc.messages import (
     ProducerDown,
     ProducerUp,
     Restored,
+    RingUp,
     RouteDrain,
     RouteGone,
     RouteUp,
@@ -261,7 +262,7 @@ class Switchboard:
     # --- shared-memory clients ---
 
     def add_client(self, producer: Producer, on_instance: Callable[[int, int, socket.socket], None]) -> None:
-        """Announce a client to the scheduler; takes ownership of its descriptors. Workers hear of it from ``open_route``.
+        """Announce a client to the scheduler; takes ownership of its descriptors. Workers hear of it when it needs them.
 
         Args:
             on_instance: called with route, instance and the sending end of a new ring, which it then owns, whenever a

@@ -19,6 +19,7 @@ from typing import NoReturn
 from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
+from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
 from forebay.ipc.counters import CountersFile, instance_words
 from forebay.ipc.doorbell import Bell
@@ -34,6 +35,7 @@ from forebay.ipc.messages import (
     Load,
     Loaded,
     Phase,
+    RingUp,
     Stop,
     SupervisorToWorker,
 )
@@ -60,6 +62,7 @@ class Worker:
         self._instance: TensorInstance | RequestInstance | None = None
         self._rows: RowsRunner | None = None
         self._parcels: ParcelsRunner | None = None
+        self._rings: Rings | None = None
         self._stopping = False
 
     # --- lifeline ---
@@ -76,10 +79,16 @@ class Worker:
     def _handle(self, message: SupervisorToWorker, fds: list[int]) -> None:
         match message:
             case ArenaUp():
-                self._producers.attach(Producer(message.producer, fds[0], message.byte_size, fds[1]))
+                self._producers.attach(
+                    Producer(message.producer, fds[0], message.byte_size, fds[1], is_trusted=message.trusted)
+                )
+            case RingUp():
+                self._attach_ring(message.producer, fds[0])
             case ArenaDown():
+                if self._rings is not None:
+                    self._rings.detach(message.producer)
                 if self._rows is not None:
-                    self._rows.forget_producer()
+                    self._rows.forget_producer(message.producer)
                 if self._parcels is not None:
                     self._parcels.forget_producer(message.producer)
                 self._producers.detach(message.producer)
@@ -89,6 +98,12 @@ class Worker:
                 self._answer(lambda: self._load(message.spec))
             case Stop():
                 self._stopping = True
+
+    def _attach_ring(self, producer: int, fd: int) -> None:
+        if self._rings is None:
+            os.close(fd)  # Rings come after the model has loaded.
+        else:
+            self._rings.attach(self._producers.get(producer), fd)
 
     def _answer(self, action: Callable[[], None]) -> None:
         # One place turns whatever loading raises into the reason that the index shows.
@@ -138,6 +153,7 @@ class Worker:
         if isinstance(instance, TensorInstance):
             self._rows = RowsRunner(spec, instance, self._producers, counters)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
+        self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
         self._instance = instance
         self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
 
@@ -150,8 +166,11 @@ class Worker:
         receive = self._doorbell.recv_into
         runs, parcels = Kind.RUNS, Kind.PARCELS
         self._doorbell.setblocking(True)
-        rows_runner = self._rows
+        rows_runner, rings = self._rows, self._rings
+        assert rings is not None
         while not self._stopping:
+            if rings.is_open and not self._wait_doorbell(rings, buffer):
+                continue
             if self._producers.has_backlog() or self._done.backlog_count:
                 size = self._receive_with_retry(buffer)
             else:
@@ -173,6 +192,21 @@ class Worker:
                 self._run_parcels(buffer, view[:size])
             else:
                 self._handle_signal(kind, buffer, view[:size])
+
+    def _wait_doorbell(self, rings: Rings, buffer: bytearray) -> bool:
+        """Run what clients ring themselves until the doorbell rings; now and then look after full doorbells."""
+        if not self._producers.has_backlog() and not self._done.backlog_count:
+            return rings.wait_doorbell(buffer, None)
+        self._producers.flush()
+        self._done.flush()
+        return rings.wait_doorbell(buffer, int(_BACKLOG_RETRY_S * 1000))
+
+    def _run_ring(self, kind: int, message: memoryview) -> None:
+        if kind == Kind.PARCELS:
+            assert self._parcels is not None
+            self._parcels.execute(message, time.monotonic_ns())
+        elif self._rows is not None:
+            self._rows.execute(message, time.monotonic_ns())
 
     def _done_header(self, buffer: bytearray) -> bytes:
         assert self._spec is not None
@@ -212,7 +246,13 @@ class Worker:
                     self._handle(received, fds)
             except PeerClosed:
                 self._stopping = True
+        elif kind == Kind.RING_OPEN and self._rings is not None:
+            self._rings.open(sender, batch)
+        elif kind == Kind.RING_CLOSE and self._rings is not None:
+            self._rings.close(sender, batch, buffer)
         elif kind == Kind.SYNC:
+            if self._rings is not None:
+                self._rings.close_all(buffer)
             self._done.ring(HEADER.pack(Kind.SYNCED, 0, 0, self._spec.instance, batch))
         elif kind == Kind.COLLECT and self._parcels is not None:
             self._parcels.collect(sender, message)

@@ -17,10 +17,11 @@ import msgspec
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorInstance
+from forebay.engine.worker.head_check import check_head
 from forebay.engine.worker.places import Producer, Producers, backend_shape, client_shape
 from forebay.ipc.arena import align
 from forebay.ipc.counters import InstanceCounter as Count
-from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, ServingError
+from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, InvalidArgument, ServingError
 from forebay.ipc.messages import InlineTensor, InstanceSpec, ParameterValue, ParcelHead, ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes, encode_bytes
 from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, MESSAGE_BYTES_MAX, PARCEL, TIMES, TOKEN, Kind
@@ -562,6 +563,18 @@ class ParcelsRunner:
             try:
                 head = _decode_head(raw)
                 producer.arena.check(head.reply_offset, head.reply_bytes)
+                if not producer.is_trusted:
+                    check_head(
+                        head,
+                        rows,
+                        self.inputs,
+                        producer.arena,
+                        model=self.spec.model,
+                        max_batch_size=self.max_batch_size,
+                    )
+            except InvalidArgument as error:
+                ParcelRequest(self, producer, token, rows, enqueue_ns, _EMPTY_HEAD).fail(error)
+                continue
             except (Internal, msgspec.DecodeError, msgspec.ValidationError) as error:
                 unusable = ParcelRequest(self, producer, token, rows, enqueue_ns, _EMPTY_HEAD)
                 unusable.fail(Internal(f"the worker cannot read the request: {error}"))

@@ -11,7 +11,7 @@ import numpy as np
 
 from forebay.engine.backends.base import Array
 from forebay.ipc.arena import Arena
-from forebay.ipc.doorbell import Bell
+from forebay.ipc.doorbell import Bell, ClientBell
 from forebay.ipc.errors import Internal
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size
 
@@ -19,13 +19,21 @@ from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size
 class Producer:
     """One producer as a worker sees it: its arena and its completion doorbell. Owns both."""
 
-    def __init__(self, producer: int, arena_fd: int, arena_bytes: int, bell_fd: int) -> None:
+    def __init__(
+        self, producer: int, arena_fd: int, arena_bytes: int, bell_fd: int, *, is_trusted: bool = True
+    ) -> None:
+        """Take ownership of both descriptors.
+
+        Args:
+            is_trusted: False for a shared-memory client, whose messages nobody has compared with the model yet.
+        """
         self.id = producer
+        self.is_trusted = is_trusted
         try:
             self.arena = Arena(arena_fd, arena_bytes)
         finally:
             os.close(arena_fd)
-        self.bell = Bell(socket.socket(fileno=bell_fd))
+        self.bell = (Bell if is_trusted else ClientBell)(socket.socket(fileno=bell_fd))
         self.is_gone = False
 
     def array(self, datatype: str, shape: tuple[int, ...], offset: int) -> Array:

@@ -21,8 +21,12 @@ from forebay.ipc.slabs import SlabLayout
 from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.wire import HEADER, TIMES, Kind, Run, pack_runs, unpack_runs
 
-#: Bindings kept; at the limit all are dropped, which costs less bookkeeping than an exact order of use.
+#: Bindings kept per producer; at the limit all of them are dropped, which costs less bookkeeping than an exact order
+#: of use.
 BINDINGS_MAX = 2048
+
+#: Layouts kept; slabs grow by doubling, so an honest producer has a handful.
+LAYOUTS_MAX = 256
 
 
 class RowsRunner:
@@ -38,14 +42,15 @@ class RowsRunner:
         self._counters = counters
         self._rows_max = max(spec.max_batch_size, 1)
         self._layouts: dict[int, SlabLayout] = {}
-        self._bound: dict[tuple[int, int, int, int, int], Callable[[], None]] = {}
+        #: By producer: one that comes and goes, or has a thousand slabs, costs the others nothing.
+        self._bound: dict[int, dict[tuple[int, int, int, int], Callable[[], None]]] = {}
         self._staged: dict[int, Callable[[], None]] = {}
         self._staging_in: list[Array] = []
         self._staging_out: list[Array] = []
 
-    def forget_producer(self) -> None:
-        """Drop every binding: some look into an arena that is about to be unmapped."""
-        self._bound.clear()
+    def forget_producer(self, producer: int) -> None:
+        """Drop the bindings that look into its arena, which is about to be unmapped."""
+        self._bound.pop(producer, None)
 
     def execute(self, message: memoryview, batch_start_ns: int) -> bytes:
         """Run one RUNS message and ring its producers.
@@ -66,13 +71,15 @@ class RowsRunner:
         return times
 
     def _execute_in_place(self, run: Run, start_ns: int) -> bytes:
-        key = (run.producer, run.base, run.capacity, run.first, run.rows)
-        bound = self._bound.get(key)
+        key = (run.base, run.capacity, run.first, run.rows)
+        own = self._bound.get(run.producer)
+        bound = None if own is None else own.get(key)
         if bound is None:
             bound = self._bind(run)
-            if len(self._bound) >= BINDINGS_MAX:
-                self._bound.clear()
-            self._bound[key] = bound
+            own = self._bound.setdefault(run.producer, {})
+            if len(own) >= BINDINGS_MAX:
+                own.clear()
+            own[key] = bound
         input_end_ns = time.monotonic_ns()
         bound()
         end_ns = time.monotonic_ns()
@@ -129,6 +136,8 @@ class RowsRunner:
         if layout is None:
             if not 1 <= run.capacity <= 1 << 24:
                 raise Internal("message names an impossible slab")
+            if len(self._layouts) >= LAYOUTS_MAX:
+                self._layouts.clear()
             layout = self._layouts[run.capacity] = SlabLayout(self._spec.inputs, self._spec.outputs, run.capacity)
         if run.first + run.rows > run.capacity:
             raise Internal("message names rows outside its slab")
