@@ -22,7 +22,7 @@ from forebay.engine.backends.python_model import environment, triton_python_back
 from forebay.engine.backends.python_model.errors import exception_text, shown_path
 from forebay.engine.backends.python_model.model_config import ModelConfig
 from forebay.engine.backends.python_model.request import InferenceRequest, Phase
-from forebay.engine.backends.python_model.response import Answering, InferenceResponse
+from forebay.engine.backends.python_model.response import Answering, InferenceResponse, start_answering_dropped
 from forebay.engine.worker.parcels import ParcelRequest, RawTensor, byte_view
 from forebay.engine.worker.places import client_shape
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError
@@ -98,6 +98,7 @@ class PythonInstance(RequestInstance):
         self._outputs = {tensor.name: tensor for tensor in spec.outputs}
         self._checks_outputs = parse_bool(spec.parameters, "FOREBAY_CHECK_OUTPUTS", True)
         self._event_loop: asyncio.AbstractEventLoop | None = None
+        start_answering_dropped()
         slots = parse_int(spec.parameters, "FOREBAY_ASYNC_EXECUTIONS_MAX", ASYNC_EXECUTIONS_MAX)
         self._async_slots = threading.BoundedSemaphore(max(slots, 1))
 
@@ -114,7 +115,7 @@ class PythonInstance(RequestInstance):
             try:
                 result = execute(incoming)
             except Exception as error:  # the model's own code
-                raise self._failure(exception_text(error, spec.model_path, _HIDDEN_FILES)) from None
+                raise self._raised(error) from None
             if inspect.iscoroutine(result):
                 self._start(result, incoming)
                 return
@@ -123,6 +124,11 @@ class PythonInstance(RequestInstance):
     def _incoming(self, parcel: ParcelRequest) -> InferenceRequest:
         answering = Answering(parcel, self._deliver, decoupled=self._spec.decoupled)
         return InferenceRequest.incoming(answering, self._spec.model, self._spec.version)
+
+    def _raised(self, error: Exception) -> BackendFailed:
+        failure = self._failure(exception_text(error, self._spec.model_path, _HIDDEN_FILES))
+        log.error(failure.text)
+        return failure
 
     def _failure(self, text: str) -> BackendFailed:
         return BackendFailed(
@@ -197,7 +203,7 @@ class PythonInstance(RequestInstance):
                 try:
                     result = await coroutine
                 except Exception as error:  # the model's own code
-                    raise self._failure(exception_text(error, self._spec.model_path, _HIDDEN_FILES)) from None
+                    raise self._raised(error) from None
                 requests = self._answer(requests, result)
                 if requests:
                     coroutine = self._model.execute(requests)

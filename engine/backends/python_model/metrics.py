@@ -125,7 +125,8 @@ class MetricsRegistry:
 
     def __init__(self) -> None:
         self._families: dict[str, StoredFamily] = {}
-        self._lock = threading.Lock()
+        # Re-entrant: families are released by destructors, which may run at any moment.
+        self._lock = threading.RLock()
         #: Called after a change of the set of metrics, not of their values.
         self.on_change: Callable[[], None] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -123,11 +124,23 @@ class Answering:
                 self.parcel.finish()
 
     def __del__(self) -> None:
+        # The collector may come by at any moment, also while this thread holds the doorbells' lock: only hand over.
         if not self.parcel.is_final:
-            self.parcel.fail(
-                BackendFailed("the model dropped the request without a final response"),
-                by_model=True,
-            )
+            _dropped.put(self.parcel)
+
+
+#: Requests that nobody can answer any more. A SimpleQueue may be put to from a destructor.
+_dropped: queue.SimpleQueue[ParcelRequest] = queue.SimpleQueue()
+
+
+def start_answering_dropped() -> None:
+    """Start the thread that fails what models drop; once per worker."""
+    threading.Thread(target=_answer_dropped, name="dropped requests", daemon=True).start()
+
+
+def _answer_dropped() -> None:
+    while True:
+        _dropped.get().fail(BackendFailed("the model dropped the request without a final response"), by_model=True)
 
 
 class InferenceResponseSender:
