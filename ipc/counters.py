@@ -60,7 +60,8 @@ class ProducerCounter(enum.IntEnum):
     BLOCK_BYTES_IN_USE = 12
     GRANTED_BATCHES = 13
     RESUBMITTED = 14
-    PENDING = 15
+    #: Ensemble requests in flight that use the route in one of their steps; goes down again.
+    ENSEMBLE_USES = 15
 
 
 #: Words of a producer block.

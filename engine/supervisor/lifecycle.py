@@ -24,6 +24,7 @@ import msgspec
 from forebay.engine.backend_families import missing_library
 from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.repository import FoundModel, ModelRepository, changed_fields
+from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version, verify_version
 from forebay.engine.supervisor.served_version import ServedVersion
@@ -68,6 +69,8 @@ class Model:
     is_excused: bool = False
     backend: str = ""
     """As configured when it was last loaded or tried; for tables."""
+    is_implicit: bool = False
+    """Loaded because an ensemble needs it, not because anybody asked for it (spec R-095)."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -108,6 +111,7 @@ class ModelLifecycle:
         self.plant = plant
         self.repository = repository
         self.models: dict[str, Model] = {}
+        self.ensembles = Ensembles(self)
         self.generation = 1
         self.is_live = True
         self.is_initialised = False
@@ -154,7 +158,8 @@ class ModelLifecycle:
             state, reason = self._state(model, version, status)
             served = model.serving.get(version)
             if served is not None:
-                entries.append(served.entry(slot, slots, state=state, reason=reason))
+                _problem, decoupled = self.ensembles.judge(served.prepared, served.route)
+                entries.append(served.entry(slot, slots, state=state, reason=reason, decoupled=decoupled))
             else:
                 namespace = model.found.namespace if model.found is not None else ""
                 entries.append(
@@ -167,8 +172,12 @@ class ModelLifecycle:
 
     def _state(self, model: Model, version: int, status: VersionStatus) -> tuple[str, str]:
         served = model.serving.get(version)
-        if served is not None and status.state == "READY" and not served.is_serving:
-            return "UNAVAILABLE", served.reason
+        if served is not None and status.state == "READY":
+            if not served.is_serving:
+                return "UNAVAILABLE", served.reason
+            problem, _is_decoupled = self.ensembles.judge(served.prepared, served.route)
+            if problem:
+                return "UNAVAILABLE", problem
         return status.state, status.reason
 
     def index(self, *, ready_only: bool) -> list[dict[str, str]]:
@@ -226,12 +235,20 @@ class ModelLifecycle:
             chosen = list(found)
         else:
             chosen = list(dict.fromkeys(wanted))
+        named, chosen = chosen, list(self.ensembles.begin_start(chosen, found))
         usable = [found[name] for name in chosen if name in found]
         self._expect_cores(usable)
         for name in chosen:
             self._progress(name, 0, "queued", 0, 0, "")
-        results = await asyncio.gather(*(self._load_one_at_start(name, found.get(name)) for name in chosen))
-        return [name for name, has_failed in zip(chosen, results, strict=True) if has_failed]
+        results = await asyncio.gather(*(self._start_one(name, found.get(name)) for name in chosen))
+        self.ensembles.end_start()
+        return [name for name, has_failed in zip(chosen, results, strict=True) if has_failed and name in named]
+
+    async def _start_one(self, name: str, found: FoundModel | None) -> bool:
+        try:
+            return await self._load_one_at_start(name, found)
+        finally:
+            self.ensembles.started(name)
 
     async def _load_one_at_start(self, name: str, found: FoundModel | None) -> bool:
         """Load one model; whether it failed."""
@@ -303,6 +320,12 @@ class ModelLifecycle:
                 model.status[version] = VersionStatus("LOADING")
             self._progress(name, version, "queued", 0, 0, "")
         self.touch()
+        try:
+            # Before a slot is taken: the models that it waits for need slots too.
+            await self.ensembles.require(found)
+        except ServingError as error:
+            await self._abandon(model, {}, starting)
+            raise self._load_failed(model, dict.fromkeys(starting, error), starting) from None
         async with self._load_slots:
             results = await asyncio.gather(
                 *(self._start_version(found, version) for version in starting), return_exceptions=True
@@ -342,7 +365,7 @@ class ModelLifecycle:
         name = found.name
         self._progress(name, version, "loading config", 0, 0, "")
         try:
-            prepared = await prepare_version(self.plant, found, version)
+            prepared = self.ensembles.join(await prepare_version(self.plant, found, version))
             served = self._create(prepared)
             count = len(served.instances)
             self._progress(name, version, "starting worker", 0, count, "")
@@ -448,6 +471,7 @@ class ModelLifecycle:
             model.status[version] = VersionStatus("READY")
         generation = self.touch()
         log.info(f"successfully loaded '{model.name}'")
+        self.ensembles.loaded(found.identity)
         if retired:
             self._retire_later(model, retired, replaced, generation, old_found if old_found is not found else None)
         if self.is_initialised:
@@ -518,6 +542,7 @@ class ModelLifecycle:
             if not await served.drain(timeout_s):
                 log.error(f"requests to '{model.name}' version {served.version} did not end within {timeout_s:g} s")
             await served.stop()
+            self.ensembles.forget(served.route)
             if served.version not in replaced:
                 status = model.status.get(served.version)
                 if status is not None and status.state == "UNLOADING":
@@ -549,6 +574,7 @@ class ModelLifecycle:
 
     async def close(self) -> None:
         """Push nothing any more."""
+        self.ensembles.close()
         if self._announcing is not None:
             self._announcing.cancel()
             await asyncio.gather(self._announcing, return_exceptions=True)
@@ -594,11 +620,18 @@ class RepositoryCommands:
                 lifecycle.touch()
             raise PollFailed(f"failed to load '{name}', failed to poll from model repository") from None
         await lifecycle.load(found.identity, found)
+        lifecycle.models[found.identity].is_implicit = False
 
     async def unload(self, arguments: dict[str, object]) -> None:
-        """Unload a model by name."""
+        """Unload a model by name, with ``unload_dependents`` also what only it needs (spec R-095)."""
         self._require_explicit()
-        await self._lifecycle.unload(_text(arguments, "name"))
+        lifecycle = self._lifecycle
+        names = [_text(arguments, "name")]
+        for name in names:  # grows while it is walked: ensembles may contain ensembles
+            model = lifecycle.models.get(name)
+            if model is not None and arguments.get("unload_dependents") is True:
+                names += lifecycle.ensembles.dependents_to_unload(model)
+            await lifecycle.unload(name)
 
     def _require_explicit(self) -> None:
         if self._lifecycle.plant.settings.repository.control_mode != "explicit":

@@ -41,6 +41,7 @@ from forebay.engine.repository.validate import check_load
 from forebay.engine.supervisor.gpus import gpus_of_backend
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.worker_handle import WorkerHandle
+from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.errors import InvalidArgument, NotFound, Unavailable
 from forebay.ipc.log import log
 from forebay.ipc.messages import BatchingPolicy, Described, InstanceSpec, QueuePolicy
@@ -85,6 +86,8 @@ class PreparedVersion:
     outputs: tuple[TensorSpec, ...]
     is_verified: bool
     """The configuration has been compared with the model file, or cannot be."""
+    steps: tuple[EnsembleStep, ...] = ()
+    """Of an ensemble, once it was joined with its models."""
 
     @property
     def title(self) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from forebay.engine.backend_families import family_of
+from forebay.engine.repository.model_spec import EnsembleSpec
 from forebay.engine.supervisor.instance import Instance, InstanceEvents
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import (
@@ -17,12 +18,15 @@ from forebay.engine.supervisor.preparation import (
     scheduling_extra,
 )
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS
+from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS, ProducerCounter, instance_words
 from forebay.ipc.errors import Code
 from forebay.ipc.messages import RouteUp
 
 #: How long after its end a version's counters may still be written by those who count its requests, s.
 _COUNTERS_QUARANTINE_S = 5.0
+
+#: How often a version that is to be ended looks whether ensembles still need it, s.
+_USES_POLL_S = 0.01
 
 
 class ServedVersion:
@@ -50,6 +54,8 @@ class ServedVersion:
         self._scheduler_offset = plant.counters.allocate(SCHEDULER_WORDS)
         #: Frontend slot (for example ``http 0``) to the offset of its counters for this route.
         self._producer_offsets: dict[str, int] = {}
+        #: The same for what the steps of an ensemble took.
+        self._step_offsets: dict[str, int] = {}
         events = InstanceEvents(changed=on_change, phase=on_phase)
         specs = instance_specs(plant, prepared, self.route)
         self.instances = [Instance(plant, spec, index, events) for index, spec in enumerate(specs)]
@@ -135,7 +141,18 @@ class ServedVersion:
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or running; no frontend may route to it any more."""
-        return await self._plant.switchboard.drain_route(self.route, timeout_s)
+        end_s = time.monotonic() + timeout_s
+        while self._ensemble_uses():
+            # Ensembles that will come to this model in a later step.
+            if time.monotonic() > end_s:
+                return False
+            await asyncio.sleep(_USES_POLL_S)
+        return await self._plant.switchboard.drain_route(self.route, max(end_s - time.monotonic(), 0.0))
+
+    def _ensemble_uses(self) -> int:
+        """Return how many requests to ensembles have a step here."""
+        words = self._plant.counters.words
+        return sum(words[offset // 8 + ProducerCounter.ENSEMBLE_USES] for offset in self._producer_offsets.values())
 
     async def stop(self) -> None:
         """End the workers and give everything back."""
@@ -158,19 +175,26 @@ class ServedVersion:
         for offset in self._producer_offsets.values():
             counters.free(offset, PRODUCER_WORDS)
         self._producer_offsets.clear()
+        for offset in self._step_offsets.values():
+            counters.free(offset, instance_words(self.prepared.spec.max_batch_size))
+        self._step_offsets.clear()
 
     def kill(self) -> None:
         """End the workers at once; the server is going down."""
         for instance in self.instances:
             instance.kill()
 
-    def entry(self, slot: str, slots: tuple[str, ...], *, state: str, reason: str) -> ModelEntry:
+    def entry(self, slot: str, slots: tuple[str, ...], *, state: str, reason: str, decoupled: bool) -> ModelEntry:
         """Return what the frontend of ``slot`` is told; ``slots`` are all frontends that count requests."""
         for name in slots:
             if name not in self._producer_offsets:
                 self._producer_offsets[name] = self._plant.counters.allocate(PRODUCER_WORDS)
         prepared = self.prepared
         spec = prepared.spec
+        ensemble = spec.scheduling if isinstance(spec.scheduling, EnsembleSpec) else None
+        for name in slots if ensemble is not None else ():
+            if name not in self._step_offsets:
+                self._step_offsets[name] = self._plant.counters.allocate(instance_words(spec.max_batch_size))
         return ModelEntry(
             name=prepared.found.name,
             version=self.version,
@@ -182,11 +206,15 @@ class ServedVersion:
             inputs=prepared.inputs,
             outputs=prepared.outputs,
             config_json=prepared.config_json,
-            decoupled=spec.decoupled,
+            decoupled=decoupled,
             wants_parcels=prepared.wants_parcels,
             is_ensemble=spec.is_ensemble,
             counter_offset=self._producer_offsets.get(slot, 0),
-            instance_counter_offsets=tuple(instance.counter_offset for instance in self.instances),
+            # An ensemble has no instances: its frontends count for them.
+            instance_counter_offsets=(
+                *(instance.counter_offset for instance in self.instances),
+                *(self._step_offsets[name] for name in slots if name in self._step_offsets),
+            ),
             producer_counter_offsets=tuple(self._producer_offsets[name] for name in slots),
             metric_tags=spec.metric_tags,
             namespace=prepared.found.namespace,
@@ -195,4 +223,7 @@ class ServedVersion:
             default_timeout_us=default_timeout_us(spec),
             scheduler_counter_offset=self._scheduler_offset,
             worker_restart_count=sum(instance.restart_count for instance in self.instances),
+            steps=prepared.steps,
+            max_inflight_requests=ensemble.max_inflight_requests if ensemble is not None else 0,
+            step_counter_offset=self._step_offsets.get(slot, 0),
         )
