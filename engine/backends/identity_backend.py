@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from forebay.engine.backends.base import Backend, ParameterValue, RequestInstance, parse_int
 from forebay.engine.backends.python_model.metrics import COUNTER, registry
 from forebay.engine.worker.parcels import ParcelRequest, RawTensor
-from forebay.ipc.errors import Internal, InvalidArgument
+from forebay.ipc.errors import Internal, InvalidArgument, ServingError
 from forebay.ipc.messages import InstanceSpec
 
 #: What every response carries (spec B-082, E-105).
@@ -72,7 +72,10 @@ class IdentityInstance(RequestInstance):
         if self._delay_s:
             time.sleep(self._delay_s)
         for request in requests:
-            self._answer(request)
+            try:
+                self._answer(request)
+            except ServingError as error:
+                request.fail(error)
 
     def _answer(self, request: ParcelRequest) -> None:
         inputs = {place.name: place for place in request.head.inputs}

@@ -110,7 +110,12 @@ class PythonInstance(RequestInstance):
         if execute is None:
             path = shown_path(os.path.join(spec.version_path, spec.model_file or "model.py"), spec.model_path)
             raise self._failure(f"Python model {path} does not implement `execute` method.")
-        incoming = [self._incoming(parcel) for parcel in requests]
+        incoming: list[InferenceRequest] = []
+        for parcel in requests:
+            try:
+                incoming.append(self._incoming(parcel))
+            except ServingError as error:
+                parcel.fail(error)
         while incoming:
             try:
                 result = execute(incoming)

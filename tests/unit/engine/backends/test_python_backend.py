@@ -243,6 +243,24 @@ def test_thousands_of_responses_arrive_in_order() -> None:
         assert responses[-1].final
 
 
+def test_reader_that_is_slow_holds_the_model_up_and_loses_nothing() -> None:
+    """The doorbell's kernel buffer holds some hundred messages; the rest must not pile up in the worker."""
+    with WorkerHarness(spec_of("square", SQUARE, decoupled=True)) as worker:
+        [token] = worker.submit({"IN": np.array([10_000], np.int32)})
+        time.sleep(0.5)
+        responses = worker.responses(token)
+        assert [response.index for response in responses] == list(range(10_000))
+
+
+def test_reader_that_is_slow_holds_up_a_thread_too() -> None:
+    with WorkerHarness(spec_of("repeat", REPEAT, decoupled=True)) as worker:
+        [token] = worker.submit({"IN": np.arange(5000, dtype=np.int32), "DELAY": np.zeros(5000, np.uint32)})
+        worker.wait_done()
+        time.sleep(0.5)
+        values = [r.outputs["OUT"][0] for r in worker.responses(token) if r.index >= 0]
+        assert values == list(range(5000))
+
+
 def test_no_response_is_an_empty_final_one() -> None:
     with WorkerHarness(spec_of("square", SQUARE, decoupled=True)) as worker:
         assert worker.infer({"IN": np.array([0], np.int32)}) == []
