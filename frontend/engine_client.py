@@ -21,7 +21,7 @@ import msgspec
 from forebay.ipc.arena import Arena, BlockAllocator
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.channel import SubmitSender
-from forebay.ipc.counters import PRODUCER_WORDS, CountersFile
+from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, instance_words
 from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import (
@@ -50,6 +50,7 @@ from forebay.ipc.wire import (
     TOKEN,
     Kind,
     Run,
+    Times,
     pack_runs,
     unpack_runs,
 )
@@ -61,6 +62,8 @@ SLAB_ROW_BYTES_MAX = 16 * 1024
 SLAB_BYTES_FIRST = 2 * 1024 * 1024
 #: Rows of a route's first slab.
 SLAB_ROWS_MIN, SLAB_ROWS_MAX = 64, 65536
+#: Seconds between two looks at how much memory requests use, while they use any.
+GAUGE_SECS = 0.25
 #: Times a request is handed to another worker after its worker died.
 ATTEMPTS_MAX = 1
 
@@ -215,6 +218,12 @@ class RouteClient:
         self.is_retired = False
         self.slabs: list[OwnedSlab] = []
         self.counters = engine.counters_block(entry.counter_offset)
+        # A frontend that used the block before us may have died with requests in flight.
+        self.counters[Count.ENSEMBLE_USES] = 0
+        #: Of an ensemble: what its steps took, laid out as an instance's block.
+        self.step_counters = engine.step_counters_block(entry)
+        #: What the requests of an ensemble share; made and used by ``ensemble/run.py``.
+        self.ensemble: object = None
         #: Bytes copied in user space since the counters were last written.
         self.copied_in_bytes = 0
         self.copied_out_bytes = 0
@@ -226,6 +235,8 @@ class RouteClient:
         self.instance_count = len(entry.instance_counter_offsets)
         self.turn_parcels: list[ParcelSubmit] = []
         self.grants: list[Grant] = []
+        #: Bytes of arena blocks that requests of this model have.
+        self.block_bytes = 0
         #: Bytes that replies of unknown size are expected to take; learned from those that did not fit.
         self.reply_guess_bytes = 1024
         self._row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
@@ -279,6 +290,8 @@ class RouteClient:
         """
         slab.owners[first] = owner
         turn = self.turn
+        if not self.engine.are_gauges_due:
+            self.engine.want_gauges()
         if not turn:
             if self.grants and not self.turn_parcels and self._ring_now(slab, first, rows):
                 return
@@ -406,6 +419,15 @@ class RouteClient:
             counters[Count.COPIED_OUT_BYTES] += self.copied_out_bytes
             self.copied_out_bytes = 0
 
+    def write_gauges(self) -> bool:
+        """Write how much memory requests use right now; return whether they use any."""
+        counters = self.counters
+        rows = sum(slab.live for slab in self.slabs)
+        counters[Count.ROWS_IN_USE] = rows
+        counters[Count.ROWS_CAPACITY] = sum(slab.capacity for slab in self.slabs)
+        counters[Count.BLOCK_BYTES_IN_USE] = self.block_bytes
+        return bool(rows or self.block_bytes)
+
 
 class EngineClient:
     """All routes, the arena, the doorbells."""
@@ -428,6 +450,8 @@ class EngineClient:
         self.slabs: dict[int, tuple[RouteClient, OwnedSlab]] = {}
         self.parcels: dict[int, _Parcel] = {}
         self.routes: dict[int, RouteClient] = {}
+        #: (namespace, name) to version to route.
+        self._by_model: dict[tuple[str, str], dict[int, RouteClient]] = {}
         self._epoch = epoch
         self._loop = loop
         self._completions = completions
@@ -440,6 +464,8 @@ class EngineClient:
         self._tokens = itertools.count(1)
         self._dirty: list[RouteClient] = []
         self._turn_ns = 0
+        #: The gauges of memory in use will be written in a moment.
+        self.are_gauges_due = False
         self._bells: dict[int, Bell] = {}
         self._grants: dict[int, Grant] = {}
         self._buffer = bytearray(MESSAGE_BYTES_MAX)
@@ -461,10 +487,27 @@ class EngineClient:
                     self.routes[entry.route] = RouteClient(self, entry)
         for number in [number for number in self.routes if number not in alive]:
             self.routes.pop(number).retire()
+        self._by_model = {}
+        for route in self.routes.values():
+            self._by_model.setdefault((route.entry.namespace, route.entry.name), {})[route.entry.version] = route
+
+    def find_route(self, namespace: str, model: str, version: int) -> RouteClient | None:
+        """Return the route of a READY version, of the highest one for a version below 1; None: there is none."""
+        versions = self._by_model.get((namespace, model))
+        if not versions:
+            return None
+        return versions.get(version if version > 0 else max(versions))
 
     def counters_block(self, offset: int) -> memoryview:
         """Return the words of one of this frontend's blocks; a private one for offset 0."""
         return self._counters_file.block(offset, PRODUCER_WORDS) if offset else self._no_counters
+
+    def step_counters_block(self, entry: ModelEntry) -> memoryview:
+        """Return the words for an ensemble's steps; private ones if the entry has none."""
+        words = instance_words(entry.max_batch_size)
+        if not entry.step_counter_offset:
+            return memoryview(bytearray(words * 8)).cast("Q") if entry.is_ensemble else self._no_counters
+        return self._counters_file.block(entry.step_counter_offset, words)
 
     # --- memory ---
 
@@ -497,6 +540,22 @@ class EngineClient:
 
     def encode_head(self, head: ParcelHead) -> bytes:
         return self._encode_head(head)
+
+    # --- gauges ---
+
+    def want_gauges(self) -> None:
+        """Memory is being used: write the gauges in a moment, and until all of it is free again."""
+        if not self.are_gauges_due:
+            self.are_gauges_due = True
+            self._loop.call_later(GAUGE_SECS, self._write_gauges)
+
+    def _write_gauges(self) -> None:
+        self.are_gauges_due = False
+        in_use = [route.write_gauges() for route in self.routes.values()]
+        for route in self.routes.values():
+            route.write_counters()
+        if any(in_use):
+            self.want_gauges()
 
     # --- turns ---
 
@@ -670,6 +729,10 @@ class EngineClient:
             route.counters[Count.RESUBMITTED] += 1
 
     # --- parcels ---
+
+    def reply_times(self) -> Times:
+        """Return the times of the execution whose completion is being handled; zero if it did not run."""
+        return Times._make(TIMES.unpack_from(self._buffer, HEADER.size))
 
     def _parcel_reply(self, message: memoryview, flags: int, instance: int) -> None:
         (token,) = TOKEN.unpack_from(message, _TIMES_END)

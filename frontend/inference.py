@@ -226,6 +226,8 @@ class Inference:
         self._reply_bytes = expected_reply_bytes(self.route, self.rows)
         self._block_bytes = total + self._reply_bytes
         self._block = engine.allocate(self._block_bytes)
+        self.route.block_bytes += self._block_bytes
+        engine.want_gauges()
         self._reply_offset = self._block + total
         offset = self._block
         for tensor in self._inputs:
@@ -281,6 +283,7 @@ class Inference:
         finally:
             for offset, size in self._lent:
                 self._engine.free(offset, size)
+                self.route.block_bytes -= size
             self._lent.clear()
             if final:
                 self.is_done = True
@@ -301,6 +304,7 @@ class Inference:
     def lend(self, byte_size: int) -> int:
         offset = self._engine.allocate(byte_size)
         self._lent.append((offset, byte_size))
+        self.route.block_bytes += byte_size
         learn_reply_bytes(self.route, byte_size)
         return offset
 
@@ -323,4 +327,5 @@ class Inference:
     def _free_block(self) -> None:
         if self._block:
             self._engine.free(self._block, self._block_bytes)
+            self.route.block_bytes -= self._block_bytes
             self._block = 0

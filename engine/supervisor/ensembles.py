@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 def is_ensemble(found: FoundModel) -> bool:
     """Whether a model's configuration says that it is an ensemble."""
-    return (
-        found.config is not None and found.config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
-    )
+    return found.config is not None and found.config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
 
 
 def configured_models(found: FoundModel) -> tuple[tuple[str, str], ...]:
@@ -140,9 +138,7 @@ class Ensembles:
 
     def _identities(self, found: FoundModel) -> tuple[str, ...]:
         known = {**self._lifecycle.models, **self._scanned}
-        return tuple(
-            _resolve(namespace, name, found.namespace, known) for namespace, name in configured_models(found)
-        )
+        return tuple(_resolve(namespace, name, found.namespace, known) for namespace, name in configured_models(found))
 
     async def _require_one(self, identity: str, found: FoundModel | None) -> None:
         lifecycle = self._lifecycle
@@ -192,6 +188,7 @@ class Ensembles:
         spec = prepared.spec
         if not isinstance(spec.scheduling, EnsembleSpec):
             return prepared
+        scheduling = spec.scheduling
         is_decoupled = check_ensemble(spec, self._specs(prepared.found, spec.scheduling))
         config = prepared.config
         if is_decoupled and not spec.decoupled:
@@ -203,7 +200,7 @@ class Ensembles:
             config=config,
             config_json=config_json(config).encode(),
             spec=spec,
-            steps=tuple(self._step(prepared.found, step) for step in prepared.spec.scheduling.steps),
+            steps=tuple(self._step(prepared.found, step) for step in scheduling.steps),
         )
 
     def _specs(self, found: FoundModel, ensemble: EnsembleSpec) -> dict[str, ModelSpec]:
@@ -331,4 +328,3 @@ def _resolve(namespace: str, name: str, own_namespace: str, known: Mapping[str, 
             return elsewhere[0]
         return own
     return name
-

@@ -16,7 +16,7 @@ _PLANS_MAX = 64
 class NeededStep(NamedTuple):
     """A step that must run for some request."""
 
-    index: int
+    number: int
     step: EnsembleStep
     outputs: tuple[str, ...]
     """Outputs of the model, by the model's names, that somebody reads; the others are not computed."""
@@ -50,6 +50,15 @@ class EnsembleGraph:
                 self._plans.clear()
             plan = self._plans[requested] = self._prune(requested)
         return plan
+
+    def origins(self, tensor: str, decoupled: frozenset[int]) -> frozenset[int]:
+        """Return which of the ``decoupled`` steps are the last ones on the ways to a tensor."""
+        writer = self._writer.get(tensor)
+        if writer is None:
+            return frozenset()
+        if writer in decoupled:
+            return frozenset((writer,))
+        return frozenset().union(*(self.origins(name, decoupled) for name in self.steps[writer].inputs.values()))
 
     def _prune(self, requested: tuple[str, ...]) -> GraphPlan:
         outputs = tuple(name for name in self._outputs if not requested or name in requested)

@@ -1,0 +1,208 @@
+"""An ensemble as protocols see it: the same small surface as :class:`forebay.frontend.inference.Inference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.ensemble.outcome import count_outcome
+from forebay.frontend.ensemble.run import EnsembleModel, EnsembleRun, ensemble_of, sequence_parameters
+from forebay.frontend.ensemble.step_call import StepReply, StepTimes
+from forebay.frontend.ensemble.tensors import Block, Tensor
+from forebay.frontend.inference import Inference, InputTensor, OnResponse, OutputView, RequestMeta, Response
+from forebay.ipc.arena import align
+from forebay.ipc.errors import Cancelled
+from forebay.ipc.messages import TensorPlace
+
+
+class EnsembleInference:
+    """One request to an ensemble. Life as :class:`Inference`: placed -> submitted -> responses; ``cancel`` any time."""
+
+    def __init__(self, route: RouteClient, inputs: Sequence[InputTensor], batch_size: int) -> None:
+        """Take room for the inputs.
+
+        Args:
+            inputs: already validated against the ensemble.
+            batch_size: as validated; 0 for an ensemble that does not batch.
+
+        Raises:
+            ArenaFull: there is no room.
+        """
+        engine = route.engine
+        self.route = route
+        self.rows = max(batch_size, 1)
+        self._block = Block(route, sum(align(tensor.byte_size) for tensor in inputs))
+        self._tensors: dict[str, Tensor] = {}
+        self._run: EnsembleRun | None = None
+        self.is_done = False
+        #: Where each input's bytes go, writable, in the order of the inputs.
+        self.places: list[memoryview] = []
+        offset = self._block.offset
+        for tensor in inputs:
+            self._tensors[tensor.name] = Tensor(tensor.datatype, tensor.shape, tensor.byte_size, offset, self._block)
+            self.places.append(engine.view[offset : offset + tensor.byte_size])
+            offset += align(tensor.byte_size)
+
+    def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
+        """Run the ensemble; ``on_response`` may be called before this returns."""
+        engine = self.route.engine
+
+        def on_reply(reply: StepReply) -> None:
+            self.is_done = reply.final
+            on_response(
+                Response(
+                    outputs=tuple(
+                        OutputView(name, tensor.datatype, tensor.shape, tensor.view(engine))
+                        for name, tensor in reply.outputs.items()
+                    ),
+                    parameters=reply.parameters,
+                    error=reply.error,
+                    final=reply.final,
+                    is_empty=not reply.has_response,
+                )
+            )
+
+        run = self._run = EnsembleRun(ensemble_of(self.route), self._tensors, self.rows, meta, on_reply)
+        # The run holds the inputs now.
+        self._block.release()
+        run.start()
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        if self.is_done:
+            return
+        self.is_done = True
+        if self._run is not None:
+            self._run.cancel()
+        else:
+            self._block.release()
+
+
+class OneStep(NamedTuple):
+    """An ensemble that only gives a model's tensors other names, so that its requests may lie in the model's slab."""
+
+    ensemble: EnsembleModel
+    route: RouteClient
+    """Of the model."""
+    inputs: dict[str, str]
+    """The ensemble's name to the model's."""
+    outputs: dict[str, str]
+    """The model's name to the ensemble's."""
+
+
+def one_step_of(route: RouteClient) -> OneStep | None:
+    """Return how to run an ensemble's requests as those of its only step; None: it needs an :class:`EnsembleRun`."""
+    entry = route.entry
+    if len(entry.steps) != 1:
+        return None
+    step = entry.steps[0]
+    target = route.engine.find_route(step.namespace, step.model, step.version)
+    if target is None:
+        return None
+    model = target.entry
+    inputs = {tensor: name for name, tensor in step.inputs.items()}
+    outputs = {name: tensor for name, tensor in step.outputs.items() if entry.output_named(tensor) is not None}
+    is_batching = entry.max_batch_size > 0
+    if (
+        model.is_ensemble
+        or model.decoupled
+        or is_batching != (model.max_batch_size > 0)
+        or len(inputs) != len(step.inputs)
+        or len(outputs) != len(entry.outputs)
+    ):
+        return None
+    for name, tensor in step.inputs.items():
+        ours, theirs = entry.input_named(tensor), model.input_named(name)
+        if (
+            ours is None
+            or theirs is None
+            or len(ours.dims) != len(theirs.dims)
+            or (ours.optional and not theirs.optional)
+        ):
+            return None
+    for name, tensor in outputs.items():
+        ours, theirs = entry.output_named(tensor), model.output_named(name)
+        if ours is None or theirs is None or len(ours.dims) != len(theirs.dims):
+            return None
+    return OneStep(ensemble_of(route), target, inputs, outputs)
+
+
+class OneStepInference:
+    """One request to an ensemble of one step, placed where the model reads it. Life as :class:`Inference`."""
+
+    def __init__(
+        self, route: RouteClient, one: OneStep, inputs: Sequence[InputTensor], batch_size: int, *, direct: bool
+    ) -> None:
+        """Take room for the inputs, in the model's slab if it has one.
+
+        Raises:
+            InvalidArgument: the inputs fit the ensemble, but not its model.
+            ArenaFull: there is no room.
+        """
+        places = [TensorPlace(one.inputs[t.name], t.datatype, t.shape, 0, t.byte_size) for t in inputs]
+        one.ensemble.checks.rows(one.route, "", places)
+        self.route = route
+        self._one = one
+        renamed = [InputTensor(one.inputs[t.name], t.datatype, t.shape, t.byte_size) for t in inputs]
+        self._inner = Inference(route.engine, one.route.route, renamed, batch_size, direct=direct)
+        self.rows = self._inner.rows
+        self.places = self._inner.places
+        self._began_ns = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self._inner.is_done
+
+    @property
+    def one_step(self) -> OneStep:
+        return self._one
+
+    def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
+        """Hand the filled request over; ``on_response`` is called from the event loop."""
+        self._meta = meta
+        self._on_response = on_response
+        self._began_ns = self.route.engine.turn_ns()
+        wanted = tuple(name for name, tensor in self._one.outputs.items() if tensor in meta.outputs)
+        self._inner.submit(msgspec.structs.replace(meta, outputs=wanted), self._respond)
+
+    def _respond(self, response: Response) -> None:
+        meta, name = self._meta, self.route.entry.name
+        self._count(response)
+        if response.error is not None:
+            failed = type(response.error)(f"in ensemble '{name}', {response.error.text}")
+            self._on_response(Response(error=failed))
+            return
+        outputs = self._one.outputs
+        sequence = (meta.sequence_id, meta.sequence_start, meta.sequence_end)
+        self._on_response(
+            Response(
+                outputs=tuple(
+                    OutputView(outputs[view.name], view.datatype, view.shape, view.data)
+                    for view in response.outputs
+                    if view.name in outputs
+                ),
+                parameters=sequence_parameters(sequence),
+            )
+        )
+
+    def _count(self, response: Response) -> None:
+        if response.error is not None:
+            reply = StepReply(error=response.error)
+            times = StepTimes()
+        else:
+            reply = _SUCCESS
+            times = StepTimes.since(self._began_ns, self.route.engine.reply_times())
+        count_outcome(self.route, reply, self.rows, self._began_ns, times)
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        if not self._inner.is_done and self._began_ns:
+            count_outcome(self.route, _CANCELLED, self.rows, self._began_ns, StepTimes())
+        self._inner.cancel()
+
+
+_SUCCESS = StepReply()
+_CANCELLED = StepReply(error=Cancelled("cancelled"))

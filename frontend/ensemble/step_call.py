@@ -1,0 +1,140 @@
+"""One step of a running ensemble: a request to a model whose inputs are passed on by place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.ensemble.tensors import Block, Tensor, hold_all, release_all
+from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
+from forebay.ipc.errors import Internal, ServingError, from_wire
+from forebay.ipc.messages import ParameterValue, ReplyHead, TensorPlace
+from forebay.ipc.wire import Times
+
+
+class StepTimes(NamedTuple):
+    """What executions took, monotonic ns."""
+
+    queue_ns: int = 0
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
+
+    @classmethod
+    def since(cls, enqueue_ns: int, times: Times) -> StepTimes:
+        """Return what an execution took of a request that was handed over at ``enqueue_ns``; zero if it never ran."""
+        start_ns, input_end_ns, output_start_ns, end_ns = times
+        if not start_ns:
+            return cls()
+        return cls(
+            max(start_ns - enqueue_ns, 0),
+            max(input_end_ns - start_ns, 0),
+            max(output_start_ns - input_end_ns, 0),
+            max(end_ns - output_start_ns, 0),
+        )
+
+    def plus(self, other: StepTimes) -> StepTimes:
+        return StepTimes(
+            self.queue_ns + other.queue_ns,
+            self.input_ns + other.input_ns,
+            self.infer_ns + other.infer_ns,
+            self.output_ns + other.output_ns,
+        )
+
+
+class StepReply(NamedTuple):
+    """One response of a step, or of a whole ensemble. The blocks are held during the callback only."""
+
+    outputs: Mapping[str, Tensor] = {}
+    parameters: Mapping[str, ParameterValue] = {}
+    error: ServingError | None = None
+    final: bool = True
+    has_response: bool = True
+    """False: only says that no further response follows."""
+    times: StepTimes = StepTimes()
+    """Of a final reply: of everything that the request ran."""
+
+
+OnStepReply = Callable[[StepReply], None]
+
+
+class ModelCall:
+    """A request to a model that is no ensemble. Life: submitted -> replies -> final; holds its inputs until then."""
+
+    __slots__ = (
+        "_enqueue_ns", "_first", "_inputs", "_is_cancelled", "_lent", "_on_reply", "_route", "_token",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        route: RouteClient,
+        inputs: Mapping[str, Tensor],
+        places: Sequence[TensorPlace],
+        rows: int,
+        meta: RequestMeta,
+        on_reply: OnStepReply,
+    ) -> None:
+        """Hand the request over; ``on_reply`` is called from the event loop until a final reply.
+
+        Args:
+            inputs: by the model's names, each in a block.
+            places: the same, as the worker is told.
+
+        Raises:
+            ArenaFull: there is no room for the outputs.
+        """
+        engine = route.engine
+        self._route = route
+        self._inputs = inputs
+        self._on_reply = on_reply
+        self._is_cancelled = False
+        self._lent: list[Block] = []
+        self._first = Block(route, max(expected_reply_bytes(route, rows), 1))
+        hold_all(inputs.values())
+        self._token = engine.next_token()
+        self._enqueue_ns = engine.turn_ns()
+        reply = (self._first.offset, self._first.byte_size)
+        route.submit_parcel(make_parcel(route, self._token, places, rows, reply, meta), self)
+
+    def cancel(self) -> None:
+        """Nobody waits any more; the blocks are given back when the engine has let go of them."""
+        if not self._is_cancelled:
+            self._is_cancelled = True
+            self._route.engine.cancel(self._token)
+
+    # --- called by the engine client ---
+
+    def lend(self, byte_size: int) -> int:
+        block = Block(self._route, byte_size)
+        self._lent.append(block)
+        learn_reply_bytes(self._route, byte_size)
+        return block.offset
+
+    def parcel_reply(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        blocks = [self._first, *self._lent]
+        try:
+            if not self._is_cancelled:
+                self._on_reply(self._read(reply, blocks, final=final))
+        finally:
+            for block in self._lent:
+                block.release()
+            self._lent.clear()
+            if final:
+                self._first.release()
+                release_all(self._inputs.values())
+
+    def _read(self, reply: ReplyHead, blocks: Sequence[Block], *, final: bool) -> StepReply:
+        times = StepTimes.since(self._enqueue_ns, self._route.engine.reply_times()) if final else StepTimes()
+        if reply.text or reply.code:
+            return StepReply(error=from_wire(reply.code, reply.text), final=final, times=times)
+        outputs: dict[str, Tensor] = {}
+        for place in reply.outputs:
+            block = next((block for block in blocks if block.contains(place.offset)), None)
+            if block is None or place.offset + place.byte_size > block.offset + block.byte_size:
+                return StepReply(error=Internal("the model's answer could not be read"), final=True)
+            outputs[place.name] = Tensor(place.datatype, place.shape, place.byte_size, place.offset, block)
+        for inline in reply.inline:
+            outputs[inline.name] = Tensor(inline.datatype, inline.shape, len(inline.data), data=inline.data)
+        has_response = bool(outputs) or not self._route.entry.decoupled
+        return StepReply(outputs, reply.parameters, final=final, has_response=has_response, times=times)

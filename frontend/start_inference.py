@@ -1,0 +1,73 @@
+"""Where every protocol begins an inference: chooses how a request runs, by what kind of model it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from forebay.frontend.engine_client import EngineClient, RouteClient
+from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference, one_step_of
+from forebay.frontend.inference import Inference, InputTensor, OnResponse, RequestMeta
+from forebay.ipc.errors import NotReady
+
+
+class PlacedInference(Protocol):
+    """A request whose inputs have room: fill ``places``, then ``submit``, or ``cancel``.
+
+    ``submit`` may call back before it returns: an ensemble may fail, and a cache may answer, at once.
+    """
+
+    @property
+    def route(self) -> RouteClient:
+        """Of the model that was asked."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Batch items, at least 1."""
+        ...
+
+    @property
+    def places(self) -> list[memoryview]:
+        """Where each input's bytes go, writable, in the order of the inputs."""
+        ...
+
+    def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
+        """Hand the filled request over; ``on_response`` is called from the event loop until a final response."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody waits any more; at any time."""
+        ...
+
+
+def start_inference(
+    engine: EngineClient,
+    route_number: int,
+    inputs: Sequence[InputTensor],
+    batch_size: int,
+    *,
+    direct: bool = False,
+) -> PlacedInference:
+    """Take room for a request's inputs.
+
+    Args:
+        route_number: of the model version, from the catalog.
+        inputs: already validated against the model.
+        batch_size: as validated; 0 for a model that does not batch.
+        direct: the bytes are received straight into the places, which may take long: never use slab rows.
+
+    Raises:
+        NotReady: the model version has just gone.
+        ArenaFull: there is no room.
+        InvalidArgument: the inputs fit an ensemble, but not its only model.
+    """
+    route = engine.routes.get(route_number)
+    if route is None:
+        raise NotReady("the model version was unloaded before the request could run")
+    if not route.entry.is_ensemble:
+        return Inference(engine, route_number, inputs, batch_size, direct=direct)
+    one = one_step_of(route)
+    if one is not None and all(tensor.name in one.inputs for tensor in inputs):
+        return OneStepInference(route, one, inputs, batch_size, direct=direct)
+    return EnsembleInference(route, inputs, batch_size)
