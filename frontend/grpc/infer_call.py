@@ -1,0 +1,127 @@
+"""``ModelInfer``: one request, one reply (spec G-006, G-049, G-089)."""
+
+from __future__ import annotations
+
+import time
+
+from forebay.frontend.codec.json_tensor import Buffer
+from forebay.frontend.engine_client import OwnedSlab
+from forebay.frontend.grpc.call import Call
+from forebay.frontend.grpc.infer_message import walk_request
+from forebay.frontend.grpc.infer_path import PlacedRequest, place_request, render
+from forebay.frontend.grpc.infer_plan import InferPlan
+from forebay.frontend.grpc.status import RpcError, Status
+from forebay.frontend.inference import Response
+from forebay.frontend.start_inference import PlacedInference
+from forebay.ipc.errors import ServingError
+
+_NO_PLAN_TEXT = "the request holds more than one message"
+
+
+class InferCall(Call):
+    """One unary inference. With a plan it waits in slab rows itself, without one through an :class:`Inference`."""
+
+    __slots__ = ("_id_field", "_inference", "_is_taken", "_placed", "_plan")
+
+    _id_field: bytes
+    _inference: PlacedInference | None
+    _is_taken: bool
+    _placed: PlacedRequest | None
+    _plan: InferPlan
+
+    def opened(self) -> None:
+        """Finish construction; called once, before any message."""
+        self._inference = None
+        self._is_taken = False
+        self._placed = None
+        self.reply_encoding = self.frontend.reply_encoding(self.head)
+
+    # --- the request ---
+
+    def take_message(self, message: memoryview) -> None:
+        if self._is_taken:
+            raise RpcError(Status.INTERNAL, _NO_PLAN_TEXT)
+        self._is_taken = True
+        frontend = self.frontend
+        found = None if self.head.forwarded else frontend.plans.find(message)
+        if found is None:
+            self._take_unknown(message)
+            return
+        plan, self._id_field, begin = found
+        self._plan = plan
+        route = plan.route
+        rows = plan.rows
+        slab, first = route.loan(rows)
+        memory = frontend.engine.view
+        areas = slab.layout.inputs
+        base = slab.base
+        for start, end, index in plan.copies:
+            offset, row_bytes = areas[index]
+            target = base + offset + first * row_bytes
+            memory[target : target + end - start] = message[begin + start : begin + end]
+        route.copied_in_bytes += plan.copied_bytes
+        route.publish(slab, first, rows, self, plan.priority, plan.timeout_us)
+
+    def _take_unknown(self, message: memoryview) -> None:
+        wire = walk_request(message)
+        timeout_ns = self.head.timeout_ns
+        deadline_ns = time.monotonic_ns() + timeout_ns if timeout_ns else 0
+        placed = place_request(self.frontend, self.head, wire, message, deadline_ns=deadline_ns, unary=True)
+        self._placed = placed
+        self._inference = placed.inference
+        placed.inference.submit(placed.meta, self._on_response)
+
+    def take_end(self) -> None:
+        if not self._is_taken:
+            self.fail(RpcError(Status.INTERNAL, "the request holds no message"))
+
+    def cancelled(self) -> None:
+        if self._inference is not None:
+            self._inference.cancel()
+            self._inference = None
+
+    # --- answers, with a plan ---
+
+    @property
+    def rows(self) -> int:
+        return self._plan.rows
+
+    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+        if self.is_local_closed:
+            return
+        plan = self._plan
+        memory = self.frontend.engine.view
+        rows = plan.rows
+        areas = slab.layout.outputs
+        base = slab.base
+        id_field = self._id_field
+        pieces: list[Buffer] = [plan.reply_head, id_field, plan.reply_tail]
+        for head, index in plan.outputs:
+            if head:
+                pieces.append(head)
+            offset, row_bytes = areas[index]
+            start = base + offset + first * row_bytes
+            pieces.append(memory[start : start + rows * row_bytes])
+        self.reply(pieces, plan.reply_bytes + len(id_field))
+
+    def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
+        self.fail(error)
+
+    # --- answers, without ---
+
+    def _on_response(self, response: Response) -> None:
+        placed = self._placed
+        assert placed is not None
+        if response.final:
+            self._inference = None
+        if self.is_local_closed:
+            return
+        if response.error is not None:
+            self.fail(response.error)
+            return
+        try:
+            pieces = render(placed, response, {})
+        except ServingError as error:
+            self.fail(error)
+            return
+        self.reply(pieces, sum(map(len, pieces)))

@@ -1,0 +1,156 @@
+"""The general path of an inference message: walk, find the model, check, place; and from a response to its reply."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from forebay.frontend.catalog_view import parse_version
+from forebay.frontend.codec.infer_request import BinaryData, JsonData, ParsedInfer, RegionData
+from forebay.frontend.codec.infer_response import classify
+from forebay.frontend.codec.json_tensor import Buffer
+from forebay.frontend.codec.validation import validate_infer
+from forebay.frontend.grpc.infer_message import InferMessage, WireRequest, read_request
+from forebay.frontend.grpc.infer_plan import make_plan
+from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
+from forebay.frontend.inference import InputTensor, RequestMeta, Response
+from forebay.frontend.start_inference import PlacedInference, start_inference
+from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.errors import InvalidArgument, NotFound, Unsupported
+
+if TYPE_CHECKING:
+    from forebay.frontend.grpc.request_head import RequestHead
+    from forebay.frontend.grpc.server import GrpcFrontend
+
+
+class PlacedRequest(msgspec.Struct, frozen=True):
+    """A request whose tensors lie in shared memory."""
+
+    entry: ModelEntry
+    request: ParsedInfer
+    enable_empty_final: bool
+    inference: PlacedInference
+    meta: RequestMeta
+
+
+def find_model(frontend: GrpcFrontend, wire: WireRequest) -> ModelEntry:
+    """Return the model that a request names.
+
+    Raises:
+        ServingError: there is none (spec G-047).
+    """
+    version = wire.model_version
+    if version and not (version.isascii() and version.isdigit()):
+        # "-1" means the highest version too.
+        if version == "-1":
+            version = ""
+        else:
+            raise InvalidArgument(
+                f"failed to get model version from specified version string '{version[:64]}' (details: stol), version "
+                "should be an integral value > 0"
+            )
+    return frontend.catalog.find(wire.model_name, parse_version(version))
+
+
+def place_request(
+    frontend: GrpcFrontend, head: RequestHead, wire: WireRequest, message: memoryview, *, deadline_ns: int, unary: bool
+) -> PlacedRequest:
+    """Return the request of a message, placed and ready to be submitted.
+
+    Args:
+        message: valid during the call only.
+        deadline_ns: monotonic; 0: none.
+        unary: it came by ModelInfer, which has one reply only.
+
+    Raises:
+        ServingError: the request is wrong or cannot be taken; nothing is held then.
+    """
+    entry = find_model(frontend, wire)
+    if unary and entry.decoupled:
+        raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+    found: InferMessage = read_request(wire, message)
+    request = found.request
+    if head.forwarded:
+        request = msgspec.structs.replace(request, parameters={**request.parameters, **head.forwarded})
+    _refuse_regions(request)
+    batch_size = validate_infer(entry, request, message).batch_size
+    tensors = [
+        InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
+    ]
+    inference = start_inference(frontend.engine, entry.route, tensors, batch_size)
+    copied = 0
+    for tensor, place in zip(request.inputs, inference.places, strict=True):
+        source = tensor.source
+        if isinstance(source, JsonData):
+            place[:] = source.data
+        elif isinstance(source, BinaryData):
+            place[:] = message[source.offset : source.offset + source.body_bytes]
+        copied += source.byte_size
+    inference.route.copied_in_bytes += copied
+    if wire.is_plain and wire.raw and not head.forwarded:
+        plan = make_plan(inference.route, entry, wire, message, request, inference.rows)
+        if plan is not None:
+            frontend.plans.remember(message, wire, plan)
+    meta = RequestMeta(
+        id=request.id,
+        outputs=tuple(output.name for output in request.outputs),
+        parameters=request.parameters,
+        sequence_id=request.sequence_id,
+        sequence_start=request.sequence_start,
+        sequence_end=request.sequence_end,
+        priority=request.priority,
+        timeout_us=request.timeout_us,
+        deadline_ns=deadline_ns,
+    )
+    return PlacedRequest(entry, request, found.enable_empty_final, inference, meta)
+
+
+def _refuse_regions(request: ParsedInfer) -> None:
+    for tensor in request.inputs:
+        if isinstance(tensor.source, RegionData):
+            raise NotFound(f"Unable to find shared memory region: '{tensor.source.region}'")
+    for output in request.outputs:
+        if output.region is not None:
+            raise NotFound(f"Unable to find shared memory region: '{output.region.region}'")
+
+
+def render(placed: PlacedRequest, response: Response, extra: dict[str, bool]) -> list[Buffer]:
+    """Return the pieces of a ``ModelInferResponse`` for one response; views are valid during its callback only.
+
+    Args:
+        extra: parameters besides the response's own.
+
+    Raises:
+        ServingError: an output cannot be answered as the client wants.
+    """
+    entry = placed.entry
+    identity = identity_fields(entry.name, str(entry.version), placed.request.id)
+    return render_reply(identity, {**response.parameters, **extra}, _reply_tensors(placed, response))
+
+
+def _reply_tensors(placed: PlacedRequest, response: Response) -> list[ReplyTensor]:
+    entry = placed.entry
+    views = {view.name: view for view in response.outputs}
+    tensors: list[ReplyTensor] = []
+    for wanted in placed.request.output_plan(entry):
+        view = views.get(wanted.name)
+        if view is None:
+            continue
+        if wanted.classification:
+            spec = entry.output_named(wanted.name)
+            labels = spec.labels if spec is not None else ()
+            best = classify(
+                view.name,
+                view.datatype,
+                view.shape,
+                view.data,
+                wanted.classification,
+                labels,
+                is_batched=entry.max_batch_size > 0,
+                binary=True,
+            )
+            tensors.append(ReplyTensor(best.name, best.datatype, best.shape, best.data or b""))
+        else:
+            tensors.append(ReplyTensor(view.name, view.datatype, view.shape, view.data))
+    return tensors
