@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import onnxruntime as ort
 
@@ -38,7 +37,7 @@ from forebay.engine.repository.auto_complete import DescribedTensor as ComparedT
 from forebay.engine.repository.auto_complete import check_described
 from forebay.engine.repository.config import parse_config_json
 from forebay.engine.repository.model_config_schema import ModelConfig, message_class
-from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument
+from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, ServingError
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
@@ -200,14 +199,12 @@ class OnnxInstance(TensorInstance):
     def __init__(self, spec: InstanceSpec, session: ort.InferenceSession, signature: Signature) -> None:
         self._session = session
         self._datatypes = {tensor.name: tensor.datatype for tensor in (*signature.inputs, *signature.outputs)}
-        self._output_count = len(signature.outputs)
         self._strings = frozenset(name for name, datatype in self._datatypes.items() if datatype == "BYTES")
         self._has_bf16 = "BF16" in self._datatypes.values()
         self._scalars = find_scalars(spec, signature)
+        # Outputs that nobody wants are neither fetched nor copied (spec B-027). ONNX Runtime computes them all the
+        # same: only its training builds heed only_execute_path_to_fetches (microsoft/onnxruntime#16013).
         self._run_options = make_run_options(spec)
-        #: For requests that want some of the outputs only (spec B-027).
-        self._partial_options = make_run_options(spec) or ort.RunOptions()
-        self._partial_options.only_execute_path_to_fetches = True
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
         if self._has_bf16:
@@ -218,16 +215,13 @@ class OnnxInstance(TensorInstance):
         for name in self._scalars & feed.keys():
             feed[name] = feed[name].reshape(())
         try:
-            results = self._session.run(list(outputs), feed, self._options_for(outputs))
+            results = self._session.run(list(outputs), feed, self._run_options)
         except Exception as error:  # see _open
             raise runtime_error(error) from None
         return {
             name: np.ascontiguousarray(result).reshape(1 if name in self._scalars else result.shape)
             for name, result in zip(outputs, results, strict=True)
         }
-
-    def _options_for(self, outputs: Sequence[str]) -> ort.RunOptions | None:
-        return self._run_options if len(outputs) == self._output_count else self._partial_options
 
     def _run_bound_once(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
         # numpy has no bfloat16: tensors go in and come out as OrtValues over uint16 memory.
@@ -239,7 +233,7 @@ class OnnxInstance(TensorInstance):
                 self._bind_input(binding, name, array)
         for name in outputs:
             binding.bind_output(name, "cpu")
-        run_bound(self._session, binding, self._options_for(outputs), inputs)
+        self._run_binding(binding, inputs, outputs)
         results: Arrays = {}
         for name, value in zip(outputs, binding.get_outputs(), strict=True):
             result = copy_bf16(value) if self._datatypes[name] == "BF16" else value.numpy()
@@ -261,26 +255,26 @@ class OnnxInstance(TensorInstance):
             self._bind_input(binding, name, array)
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, self._element(name, array), self._shape(name, array), array.ctypes.data)
-        options = self._options_for(tuple(outputs))
         # The arrays are passed along to live as long as the binding, which knows their addresses only.
-        return functools.partial(run_bound, self._session, binding, options, (inputs, outputs))
+        return functools.partial(self._run_binding, binding, inputs, outputs)
+
+    def _run_binding(self, binding: ort.IOBinding, inputs: Mapping[str, Array], outputs: object) -> None:
+        try:
+            self._session.run_with_iobinding(binding, self._run_options)
+        except Exception as error:  # see _open
+            raise self._explain(error, inputs) from None
+
+    def _explain(self, error: Exception, inputs: Mapping[str, Array]) -> ServingError:
+        # Python's call for bindings drops the status code that Triton shows; the plain call has it.
+        if not self._has_bf16:
+            try:
+                self.run(inputs, ())
+            except ServingError as explained:
+                return explained
+        return runtime_error(error)
 
     def close(self) -> None:
         del self._session
-
-
-def run_bound(
-    session: ort.InferenceSession, binding: ort.IOBinding, options: ort.RunOptions | None, _keep_alive: object
-) -> None:
-    """Run a session from its bound inputs into its bound outputs.
-
-    Raises:
-        BackendFailed: with Triton's text.
-    """
-    try:
-        session.run_with_iobinding(binding, options)
-    except Exception as error:  # see _open
-        raise runtime_error(error) from None
 
 
 def make_run_options(spec: InstanceSpec) -> ort.RunOptions | None:
@@ -314,8 +308,7 @@ def copy_bf16(value: ort.OrtValue) -> Array:
     count = int(np.prod(shape))
     if count == 0:
         return np.empty(shape, np.uint16)
-    source = (ctypes.c_uint16 * count).from_address(value.data_ptr())
-    return np.frombuffer(source, dtype=np.uint16).reshape(shape).copy()
+    return np.frombuffer(ctypes.string_at(value.data_ptr(), 2 * count), np.uint16).reshape(shape)
 
 
 def decode_strings(name: str, array: Array) -> Array:
@@ -345,6 +338,7 @@ def runtime_error(error: Exception) -> BackendFailed:
         number, _, rest = text[len(prefix) :].partition(" : ")
         _status, _, message = rest.partition(" : ")
         return BackendFailed(f"onnx runtime error {number}: {message or rest}")
+    text = text.removeprefix("Error in execution: ")
     if isinstance(error, UnicodeDecodeError):
         return BackendFailed(f"onnx runtime error 1: the model produced a string that is not UTF-8: {error.reason}")
     return BackendFailed(f"onnx runtime error {2 if isinstance(error, ValueError) else 1}: {text}")
