@@ -172,7 +172,7 @@ def run_frontend(role: str, open_servers: Callable[[FrontendProcess], Awaitable[
         message, fds = lifeline.receive()
         if not isinstance(message, FrontendStart):
             return 0 if isinstance(message, Stop) else 1
-        set_name(f"{role} {message.producer}")
+        set_name(message.name or role)
         return uvloop.run(serve(message, fds))
     except PeerClosed:
         return 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -27,6 +28,8 @@ _PREFIX = struct.Struct("<IB")
 #: Descriptors in one message at most.
 _FDS_MAX = 8
 _CHUNK_BYTES = 64 * 1024
+#: Seconds that a peer may leave a message unread before it counts as gone.
+_SEND_SECS_MAX = 10.0
 
 
 class PeerClosed(Internal):
@@ -56,30 +59,22 @@ class Lifeline(Generic[Received]):
         payload = self._encoder.encode(message)
         data = memoryview(_PREFIX.pack(len(payload), len(fds)) + payload)
         try:
-            if fds:
-                sent = socket.send_fds(self.sock, [data], list(fds))
-            else:
-                sent = self.sock.send(data)
-            while sent < len(data):
-                sent += self.sock.send(data[sent:])
-        except BlockingIOError:
-            self._send_blocking(data, fds)
+            # The descriptors go with the first bytes, and never again.
+            data = data[self._send_some(data, fds) :]
+            while data:
+                data = data[self._send_some(data, ()) :]
         except OSError as error:
             raise PeerClosed(f"peer is gone: {error}") from None
 
-    def _send_blocking(self, data: memoryview, fds: tuple[int, ...]) -> None:
-        # A lifeline of an asyncio process is non-blocking; its messages are rare and its peers read promptly.
-        timeout = self.sock.gettimeout()
-        self.sock.settimeout(10.0)
-        try:
-            if fds:
-                sent = socket.send_fds(self.sock, [data], list(fds))
-                data = data[sent:]
-            self.sock.sendall(data)
-        except OSError as error:
-            raise PeerClosed(f"peer is gone: {error}") from None
-        finally:
-            self.sock.settimeout(timeout)
+    def _send_some(self, data: memoryview, fds: tuple[int, ...]) -> int:
+        """Send what the kernel takes, at least one byte."""
+        while True:
+            try:
+                return socket.send_fds(self.sock, [data], list(fds)) if fds else self.sock.send(data)
+            except BlockingIOError:
+                # A lifeline of an asyncio process is non-blocking; its messages are rare and its peers read promptly.
+                if not select.select([], [self.sock], [], _SEND_SECS_MAX)[1]:
+                    raise TimeoutError("it does not read its lifeline") from None
 
     def _read(self) -> None:
         try:
