@@ -31,10 +31,10 @@ from forebay.engine.backends.base import (
     parse_bool,
     parse_int,
 )
-from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, Unsupported
+from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError, Unsupported
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
-from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.tensor import DATATYPES, TensorSpec
 
 # As Any: PyTorch's own annotations are incomplete, and a checkout without it must type-check too.
 torch: Any = importlib.import_module("torch")
@@ -47,6 +47,9 @@ warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.
 warnings.filterwarnings("ignore", message=r".*torch\.jit.*deprecated.*", category=DeprecationWarning)
 
 Call = Callable[[list[Any]], list[Any]]
+
+#: TorchScript looks at two calls before it compiles in the third.
+_PRIMING_CALLS = 3
 
 _INDEXED_NAME = re.compile(r"__(\d+)$")
 
@@ -87,6 +90,8 @@ class Loaded(NamedTuple):
     call: Call
     signature: Signature
     device: Device
+    keeps_state: bool = True
+    """False if the model is known to give the same answer however often it was called before."""
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -312,6 +317,22 @@ class TorchInstance(TensorInstance):
             )
         return results[position]
 
+    def prime(self, spec: InstanceSpec) -> None:
+        """Run a row of zeros a few times: a first call compiles, which takes a thousand times as long as the others."""
+        if any(tensor.datatype == "BYTES" or -1 in tensor.backend_dims for tensor in spec.inputs):
+            return
+        rows = (1,) if self._batches else ()
+        inputs: Arrays = {
+            tensor.name: np.zeros((*rows, *tensor.backend_dims), DATATYPES[tensor.datatype].numpy_dtype)
+            for tensor in spec.inputs
+        }
+        try:
+            for _ in range(_PRIMING_CALLS):
+                self.run(inputs, tuple(self._signature.outputs))
+        except ServingError as error:
+            # Zeros may be no input that the model accepts; its own requests will tell.
+            log.verbose(1, f"model '{spec.model}' was not primed: {error}")
+
     def close(self) -> None:
         self._guard.__exit__(None, None, None)
 
@@ -434,22 +455,24 @@ def prepare_script(spec: InstanceSpec) -> Loaded:
     device = choose_device(spec) or module_device(module)
     arguments = [argument for argument in module.forward.schema.arguments if argument.name != "self"]
     kinds = [argument.type.kind() for argument in arguments]
-    module = _freeze(spec, module)
-    forward = module.forward
+    frozen = _freeze(spec, module)
+    # What freezing could not make constant is written to by the model.
+    keeps_state = frozen is module or "prim::GetAttr" in str(frozen.graph)
+    forward = frozen.forward
     if kinds == ["DictType"]:
         names = tuple(tensor.name for tensor in spec.inputs)
 
         def call_with_dictionary(tensors: list[Any]) -> list[Any]:
             return flatten_result(forward(dict(zip(names, tensors, strict=True))))
 
-        return Loaded(call_with_dictionary, Signature(names, outputs), device)
+        return Loaded(call_with_dictionary, Signature(names, outputs), device, keeps_state)
     if kinds == ["ListType"] and arguments[0].type.getElementType().kind() == "TensorType":
         names = order_inputs(spec, [arguments[0].name] * len(spec.inputs), len(spec.inputs))
 
         def call_with_list(tensors: list[Any]) -> list[Any]:
             return flatten_result(forward(tensors))
 
-        return Loaded(call_with_list, Signature(names, outputs), device)
+        return Loaded(call_with_list, Signature(names, outputs), device, keeps_state)
     for argument, kind in zip(arguments, kinds, strict=True):
         is_strings = kind == "ListType" and argument.type.getElementType().kind() == "StringType"
         if kind != "TensorType" and not is_strings and not argument.has_default_value():
@@ -463,7 +486,7 @@ def prepare_script(spec: InstanceSpec) -> Loaded:
     def call_with_arguments(tensors: list[Any]) -> list[Any]:
         return flatten_result(forward(*tensors))
 
-    return Loaded(call_with_arguments, Signature(names, outputs), device)
+    return Loaded(call_with_arguments, Signature(names, outputs), device, keeps_state)
 
 
 def _freeze(spec: InstanceSpec, module: Any) -> Any:
@@ -735,7 +758,11 @@ class TorchBackend(Backend):
             return TorchInstance(spec, prepare_module(spec))
         if _is_package(spec):
             return TorchInstance(spec, prepare_package(spec))
-        return TorchInstance(spec, prepare_script(spec))
+        loaded = prepare_script(spec)
+        instance = TorchInstance(spec, loaded)
+        if not loaded.keeps_state:
+            instance.prime(spec)
+        return instance
 
 
 def _is_package(spec: InstanceSpec) -> bool:

@@ -66,6 +66,18 @@ class Counting(torch.nn.Module):  # type: ignore[misc,name-defined]
         return x * 0 + self.count
 
 
+class Accumulating(torch.nn.Module):  # type: ignore[misc,name-defined]
+    """Keeps state in a buffer that it writes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total.add_(x * 0 + 1)
+        return self.total.clone()
+
+
 def save(module: Any, folder: Path) -> str:
     (folder / "1").mkdir(exist_ok=True)
     with warnings.catch_warnings():
@@ -163,8 +175,11 @@ def test_output_index_beyond_the_results(tmp_path: Path) -> None:
         )
 
 
-def test_module_that_keeps_state_keeps_it(tmp_path: Path) -> None:
-    with WorkerHarness(spec_of(save(Counting(), tmp_path), tensors("x"), tensors("OUTPUT__0"))) as worker:
+@pytest.mark.parametrize("module", [Counting(), Accumulating()])
+def test_module_that_keeps_state_keeps_it(tmp_path: Path, module: Any) -> None:
+    """Nor does loading change it."""
+    spec = spec_of(save(module, tmp_path), tensors("x", dims=(2,)), tensors("OUTPUT__0", dims=(2,)))
+    with WorkerHarness(spec) as worker:
         for count in (1, 2, 3):
             [response] = worker.infer({"x": LEFT})
             assert response.outputs["OUTPUT__0"].tolist() == [count, count]
