@@ -191,6 +191,10 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int = 10_000
     """How many client connections one frontend keeps open; further ones wait to be accepted."""
 
+    request_timeout_secs: float = 60.0
+    """Seconds that a client may take to send a request it has begun, and more for a large body: a second for each
+    64 KiB. One that takes longer is answered 408; one that takes no byte of its replies for so long is cut off."""
+
 
 class GrpcSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The gRPC endpoint."""

@@ -34,7 +34,16 @@ from forebay.ipc.errors import (
     WorkerDied,
     from_wire,
 )
-from forebay.ipc.messages import Cancel, GrantReturned, ParcelHead, ParcelSubmit, ReplyHead, RunSubmit, Submit
+from forebay.ipc.messages import (
+    Cancel,
+    GrantReturned,
+    ParameterValue,
+    ParcelHead,
+    ParcelSubmit,
+    ReplyHead,
+    RunSubmit,
+    Submit,
+)
 from forebay.ipc.slabs import Slab, SlabLayout
 from forebay.ipc.wire import (
     FLAG_FINAL,
@@ -243,6 +252,11 @@ class RouteClient:
         #: True if requests may live in slab rows.
         self.uses_rows = entry.is_fixed and self._row_bytes <= SLAB_ROW_BYTES_MAX
         self._layouts: dict[int, SlabLayout] = {}
+        self.input_indices = {tensor.name: index for index, tensor in enumerate(entry.inputs)}
+        self.output_indices = {tensor.name: index for index, tensor in enumerate(entry.outputs)}
+        self.output_specs = entry.outputs
+        #: What every reply to a request in rows says.
+        self.reply_parameters: dict[str, ParameterValue] = {}
 
     # --- rows ---
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import socket
+from collections.abc import Sequence
 
 from forebay.frontend.app import build_server
 from forebay.frontend.frontend_process import FrontendProcess, Served, run_frontend
@@ -10,6 +13,7 @@ from forebay.frontend.handlers.context import ControlContext, ControlSettings
 from forebay.frontend.http.head import HeadParser
 from forebay.frontend.http.server import HttpFrontend
 from forebay.frontend.http.settings import HttpView
+from forebay.ipc.log import log
 
 #: Connections that the kernel completes while the loop is busy.
 _BACKLOG = 4096
@@ -18,15 +22,50 @@ _BACKLOG = 4096
 class HttpServed:
     """The listening sockets and their connections."""
 
-    def __init__(self, frontend: HttpFrontend, context: ControlContext, servers: list[asyncio.Server]) -> None:
+    def __init__(self, frontend: HttpFrontend, context: ControlContext, sockets: Sequence[socket.socket]) -> None:
+        """Accept nothing yet.
+
+        Args:
+            sockets: bound, or listening already; ours.
+        """
         self._frontend = frontend
         self._context = context
-        self._servers = servers
+        self._sockets = sockets
+        self._servers: list[asyncio.Server] = []
+        self._is_full = False
+        self._opening: asyncio.Task[None] | None = None
+        frontend.on_full = self._on_full
+
+    async def open(self) -> None:
+        """Accept connections, as long as there are not too many."""
+        loop = asyncio.get_running_loop()
+        # Duplicates, because a server closes its socket; what comes while none is open waits in the kernel's queue.
+        servers = [
+            await loop.create_server(self._frontend.connection, sock=sock.dup(), backlog=_BACKLOG)
+            for sock in self._sockets
+        ]
+        if self._is_full or self._servers or self._context.is_exiting:
+            _close(servers)
+        else:
+            self._servers = servers
+
+    def _on_full(self, is_full: bool) -> None:
+        """Leave further connections to the kernel's queue, or take them out of it again (``--max-connections``)."""
+        self._is_full = is_full
+        if is_full:
+            count = self._frontend.connection_count
+            log.warning(f"{count} HTTP connections are open, further ones wait; raise --max-connections")
+            _close(self._servers)
+            self._servers = []
+        elif not self._context.is_exiting:
+            self._opening = asyncio.get_running_loop().create_task(self.open())
 
     def stop_accepting(self) -> None:
         self._context.is_exiting = True
-        for server in self._servers:
-            server.close()
+        _close(self._servers)
+        self._servers = []
+        for sock in self._sockets:
+            sock.close()
 
     def drain(self) -> None:
         self._frontend.drain()
@@ -39,6 +78,11 @@ class HttpServed:
         self._frontend.abort()
 
 
+def _close(servers: Sequence[asyncio.Server]) -> None:
+    for server in servers:
+        server.close()
+
+
 async def open_servers(process: FrontendProcess) -> Served:
     """Listen on the sockets that came with FrontendStart."""
     settings = HttpView.from_groups(process.start.settings)
@@ -49,10 +93,16 @@ async def open_servers(process: FrontendProcess) -> Served:
     frontend = HttpFrontend(process.engine, settings, build_server(context), process.control.catalog, heads)
     frontend.take_catalog(process.control.catalog)
     process.control.add_listener(frontend.take_catalog)
-    servers = [
-        await process.loop.create_server(frontend.connection, sock=sock, backlog=_BACKLOG) for sock in process.sockets
-    ]
-    return HttpServed(frontend, context, servers)
+    _allow_descriptors()
+    served = HttpServed(frontend, context, process.sockets)
+    await served.open()
+    return served
+
+
+def _allow_descriptors() -> None:
+    """Take as many descriptors as the system lets us have: each connection is one."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main() -> int:

@@ -234,6 +234,11 @@ class Inference:
             self.places.append(engine.view[offset : offset + tensor.byte_size])
             offset += align(tensor.byte_size)
 
+    @property
+    def rows_route(self) -> RouteClient | None:
+        """What a plan for equal requests takes slab rows of; None: they never lie in rows."""
+        return self.route if self.route.uses_rows else None
+
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Hand the filled request over; ``on_response`` is called from the event loop until a final response."""
         self._on_response = on_response

@@ -5,7 +5,11 @@ complete in the scratch is handled there; the rest of a large binary body is rec
 else is incomplete waits in a buffer of the connection's own, bounded by the limits on heads and JSON.
 
 States of reading: head -> (body in ``_partial`` | chunks | straight into places) -> head. Requests that are not
-inference go to an aiohttp protocol object, one at a time, and nothing behind them is looked at until it has answered.
+inference go to an aiohttp protocol object, one at a time: only when everything before them has been answered, and
+nothing behind them is looked at until they have been.
+
+States of the end: open -> half closed (the client has finished sending: what it asked is answered for a short while)
+-> lingering (we have said our last word about bytes that we do not read) -> closed.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.engine_client import OwnedSlab
 from forebay.frontend.http.chunks import ChunkDecoder
 from forebay.frontend.http.fast_path import InferPlan
-from forebay.frontend.http.head import HEAD_BYTES_MAX, Head, HeadError, Target
-from forebay.frontend.http.replies import error_reply, text_reply
+from forebay.frontend.http.head import HEAD_BYTES_MAX, TOO_LARGE, Head, HeadError, Target, check_beginning
+from forebay.frontend.http.replies import CLOSE_LINE, error_reply, text_reply
 from forebay.frontend.http.side_door import SideDoor
 from forebay.ipc.errors import ServingError
 
@@ -35,6 +39,15 @@ SCRATCH_BYTES = 256 * 1024
 DIRECT_BYTES_MIN = 32 * 1024
 #: Requests of one connection in flight (pipelining); beyond, the connection is not read.
 PIPELINE_MAX = 128
+#: Seconds in which what is in flight may still be answered after the client has finished sending. Most who do that have
+#: left, and what nobody waits for must not run (spec H-016); but ``printf ... | nc`` gets its answer.
+HALF_CLOSED_SECS = 1.0
+#: Seconds in which a client that was refused may read why before the connection is reset.
+LINGER_SECS = 2.0
+#: Bytes of a streamed reply that may wait for the client; one that reads no faster loses its stream.
+STREAM_BACKLOG_BYTES_MAX = 16 * 1024 * 1024
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Call:
@@ -50,6 +63,9 @@ class Call:
 
     def cancel(self) -> None:
         """The client has left."""
+
+    def count_copy(self, count: int) -> None:
+        """Note that so many bytes of the reply were copied (I-1)."""
 
 
 class PlannedCall(Call):
@@ -80,16 +96,37 @@ class PlannedCall(Call):
         self.connection.answer(self, buffers)
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
-        self.connection.answer(self, [error_reply(error, "text/plain" if ran else "application/json")])
+        content_type = "text/plain" if ran else "application/json"
+        self.connection.answer(self, [error_reply(error, content_type, self.plan.connection_line)])
+
+    def count_copy(self, count: int) -> None:
+        self.plan.route.copied_out_bytes += count
 
 
 class Connection(asyncio.BufferedProtocol):
     """The protocol object of one connection."""
 
     __slots__ = (
-        "_calls", "_chunks", "_fd", "_frontend", "_head", "_is_closing", "_is_consuming", "_is_paused", "_is_writable", "_partial",
-        "_side_door", "_skip", "_transport", "_upload", "since",
-    )  # fmt: skip
+        "_calls",
+        "_chunks",
+        "_fd",
+        "_frontend",
+        "_head",
+        "_held_bytes",
+        "_is_blocked",
+        "_is_closing",
+        "_is_consuming",
+        "_is_half_closed",
+        "_is_lingering",
+        "_is_paused",
+        "_is_writable",
+        "_must_linger",
+        "_partial",
+        "_side_door",
+        "_transport",
+        "_upload",
+        "deadline_s",
+    )
 
     def __init__(self, frontend: HttpFrontend) -> None:
         self._frontend = frontend
@@ -100,16 +137,23 @@ class Connection(asyncio.BufferedProtocol):
         self._head: Head | None = None
         self._chunks: ChunkDecoder | None = None
         self._upload: DirectUpload | None = None
-        self._skip = 0
         self._side_door: SideDoor | None = None
         self._is_consuming = False
+        self._is_paused = False
+        #: The next request must be the only one in flight, and others still are.
+        self._is_blocked = False
+        #: Bytes in private memory, as the frontend has counted them.
+        self._held_bytes = 0
         # Writing
         self._calls: deque[Call] = deque()
-        self._is_closing = False
-        self._is_paused = False
         self._is_writable = True
-        #: When the incomplete request began, monotonic seconds; 0: none.
-        self.since = 0.0
+        # The end
+        self._is_closing = False
+        self._is_half_closed = False
+        self._is_lingering = False
+        self._must_linger = False
+        #: Until when the client must have done something, monotonic seconds; 0: nothing is expected of it.
+        self.deadline_s = 0.0
 
     # --- transport callbacks ---
 
@@ -122,9 +166,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._fd = -1
         self._is_closing = True
-        if self._upload is not None:
-            self._upload.abandon()
-            self._upload = None
+        self._drop_request()
         if self._side_door is not None:
             self._side_door.connection_lost(exc)
         for call in self._calls:
@@ -145,7 +187,7 @@ class Connection(asyncio.BufferedProtocol):
         if upload is not None:
             if upload.received(nbytes):
                 self._upload = None
-                self._done_waiting()
+                self._nothing_expected()
                 upload.submit(self)
             return
         if self._partial or self._head is not None:
@@ -155,25 +197,29 @@ class Connection(asyncio.BufferedProtocol):
             used = self._consume(self._frontend.scratch, nbytes)
             if used < nbytes and not self._is_closing:
                 self._partial += self._frontend.scratch_view[used:nbytes]
+                self._count_held()
 
     def eof_received(self) -> bool:
-        # Half-closed: answer what has been asked, then close.
-        if self._calls or (self._side_door is not None and self._side_door.is_busy):
-            self._is_closing = True
-            return True
-        return False
+        if not self._is_waited_for or self._is_closing:
+            return False
+        # The loop reads no further by itself.
+        self._is_half_closed = self._is_paused = True
+        self._frontend.expect(self, HALF_CLOSED_SECS)
+        return True
 
     def pause_writing(self) -> None:
         self._is_writable = False
+        self._frontend.stalled(self)
         self._update_reading()
         if self._side_door is not None:
             self._side_door.pause_writing()
 
     def resume_writing(self) -> None:
         self._is_writable = True
-        self._update_reading()
+        self._frontend.no_longer_stalled(self)
         if self._side_door is not None:
             self._side_door.resume_writing()
+        self._go_on()
 
     # --- reading ---
 
@@ -184,6 +230,7 @@ class Connection(asyncio.BufferedProtocol):
         if used:
             # Not shortened in place: somebody may still hold a view into it.
             self._partial = partial[used:]
+        self._count_held()
 
     def _consume(self, buffer: bytearray, end: int) -> int:
         """Handle every complete request in ``buffer[:end]``; return how many bytes are used up."""
@@ -198,21 +245,28 @@ class Connection(asyncio.BufferedProtocol):
                     break
                 position += used
         except HeadError as error:
-            self._refuse(text_reply(error.status, error.text, close=True))
+            self._refuse(text_reply(error.status, error.text, connection=CLOSE_LINE))
             return end
         except ServingError as error:
-            self._refuse(error_reply(error, close=True))
+            self._refuse(error_reply(error, connection=CLOSE_LINE))
             return end
         finally:
             self._is_consuming = False
-        if self._head is None and position == end and not self._upload:
-            self._done_waiting()
-        elif not self.since:
-            self._frontend.waiting(self)
+        if self._is_closing:
+            return position
+        if self._is_paused or (position == end and self._head is None and self._upload is None):
+            self._nothing_expected()
+        elif not self.deadline_s or (position and self._chunks is None):
+            # The rest of a request; the clock starts anew when there was a whole one, or a head, before it.
+            self._frontend.expect_request(self, self._body_bytes_to_come)
         return position
 
     def _must_wait(self) -> bool:
-        if len(self._calls) >= PIPELINE_MAX or (self._side_door is not None and self._side_door.is_busy):
+        if (
+            len(self._calls) >= PIPELINE_MAX
+            or not self._is_writable
+            or (self._side_door is not None and self._side_door.is_busy)
+        ):
             self._update_reading()
             return True
         return False
@@ -228,36 +282,37 @@ class Connection(asyncio.BufferedProtocol):
             skipped = start - body_start
             found = buffer.find(b"\r\n\r\n", start, end)
             if found < 0:
-                if end - start > HEAD_BYTES_MAX:
-                    raise HeadError(431, f"request header is larger than {HEAD_BYTES_MAX} bytes")
+                if start < end:
+                    check_beginning(buffer[start], end - start)
                 return skipped
             body_start = found + 4
             if body_start - start > HEAD_BYTES_MAX:
-                raise HeadError(431, f"request header is larger than {HEAD_BYTES_MAX} bytes")
+                raise HeadError(431, TOO_LARGE)
             head = self._frontend.heads.parse(bytes(memoryview(buffer)[start:body_start]))
             if head.is_plain:
                 body_end = body_start + head.content_length
                 if body_end <= end:
                     self._infer(head, buffer, body_start, body_end)
                     return body_end - start + skipped
+            if head.is_exclusive and self._calls:
+                self._is_blocked = True
+                self._update_reading()
+                return skipped
             start -= skipped
-            self._begin(head)
+            self._begin(head, end - body_start)
         if head.is_chunked:
-            used = self._feed_chunks(head, memoryview(buffer)[body_start:end])
-            return body_start - start + used
-        if head.target is Target.OTHER:
-            return self._pass_on(head, buffer, start, body_start, end)
+            return body_start - start + self._feed_chunks(head, memoryview(buffer)[body_start:end])
         return self._take_body(head, buffer, start, body_start, end)
 
-    def _begin(self, head: Head) -> None:
-        """A request has begun whose body is not (simply) there yet."""
+    def _begin(self, head: Head, arrived: int) -> None:
+        """A request has begun that is not simply an inference request with all its bytes."""
         self._head = head
+        self._is_blocked = False
+        self._frontend.check_length(head)
         if head.is_chunked:
-            self._chunks = ChunkDecoder(self._frontend.control_bytes_max)
-        elif head.target is Target.INFER:
-            self._frontend.check_length(head)
-        if head.expects_continue and head.target is Target.INFER:
-            self._write([b"HTTP/1.1 100 Continue\r\n\r\n"])
+            self._chunks = ChunkDecoder(self._frontend.settings.max_input_size)
+        if head.expects_continue and (head.is_chunked or arrived < head.content_length):
+            self._write([_CONTINUE])
 
     def _feed_chunks(self, head: Head, data: memoryview) -> int:
         chunks = self._chunks
@@ -266,60 +321,70 @@ class Connection(asyncio.BufferedProtocol):
         if chunks.is_complete:
             self._head = None
             self._chunks = None
-            if head.target is Target.INFER:
-                body = chunks.body
-                self._infer_general(head, memoryview(body))
-            else:
-                self._open_side_door(head, memoryview(chunks.body))
+            self._dispatch(head, memoryview(chunks.body))
         return used
 
     def _take_body(self, head: Head, buffer: bytearray, start: int, body_start: int, end: int) -> int:
-        """Wait for the body of an inference request, or arrange that the rest is received into shared memory."""
+        """Wait for a body, or arrange that the rest of a large one is received into shared memory."""
         length = head.content_length
         arrived = end - body_start
         if arrived >= length:
             self._head = None
-            self._infer(head, buffer, body_start, body_start + length)
+            if head.is_plain:
+                # Parsed again, from memory: the models may have changed while the body arrived.
+                self._infer(self._frontend.heads.parse(head.raw), buffer, body_start, body_start + length)
+            else:
+                self._dispatch(head, memoryview(buffer)[body_start : body_start + length])
             return body_start - start + length
         if head.json_bytes >= 0 and length > DIRECT_BYTES_MIN and arrived >= head.json_bytes:
-            upload = self._frontend.open_upload(self, head, memoryview(buffer)[body_start:end])
-            if upload is not None:
-                self._head = None
-                self._upload = upload
-                return end - start
+            self._head = None
+            self._upload = self._frontend.open_upload(self, head, memoryview(buffer)[body_start:end])
+            return end - start
         # The head is remembered; only the body is kept.
         return body_start - start
 
-    def _pass_on(self, head: Head, buffer: bytearray, start: int, body_start: int, end: int) -> int:
-        if self._calls:
-            # Earlier inference requests are answered first; look at this one again then.
-            self._update_reading()
-            return body_start - start
-        length = head.content_length
-        if length > self._frontend.control_bytes_max:
-            raise HeadError(413, f"request body is larger than {self._frontend.control_bytes_max} bytes")
-        if end - body_start < length:
-            if head.expects_continue and not self._skip:
-                self._skip = 1
-                self._write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-            return body_start - start
-        self._skip = 0
-        self._head = None
-        self._open_side_door(head, memoryview(buffer)[body_start : body_start + length])
-        return body_start - start + length
-
-    def _open_side_door(self, head: Head, body: memoryview) -> None:
-        if self._side_door is None:
-            self._side_door = SideDoor(self, self._frontend.make_control_connection, self._transport)
-        self._side_door.request(head, body)
+    def _dispatch(self, head: Head, body: memoryview) -> None:
+        """Hand over a whole request; the body may be reused when this returns."""
+        if head.target is Target.OTHER:
+            if self._side_door is None:
+                self._side_door = SideDoor(self, self._frontend.make_control_connection, self._transport)
+            self._side_door.request(head, body)
+        else:
+            self._infer_general(head, body)
 
     def side_door_done(self, *, keep_alive: bool) -> None:
         """aiohttp has answered: go on with what the client has sent since."""
-        if not keep_alive:
-            self._is_closing = True
-            self._transport.close()
-            return
-        self._go_on()
+        if keep_alive and not self._is_closing:
+            self._go_on()
+        else:
+            self._close()
+
+    @property
+    def _body_bytes_to_come(self) -> int:
+        if self._upload is not None:
+            return self._upload.remaining_bytes
+        return self._head.content_length if self._head is not None else 0
+
+    def _count_held(self) -> None:
+        """Tell the frontend how much private memory this connection uses."""
+        held = len(self._partial)
+        if self._chunks is not None:
+            held += len(self._chunks.body)
+        change = held - self._held_bytes
+        if change:
+            self._held_bytes = held
+            if not self._frontend.hold(change) and change > 0 and not self._is_closing:
+                self._refuse(error_reply(self._frontend.no_memory(), connection=CLOSE_LINE))
+
+    def _drop_request(self) -> None:
+        """Forget the request that is being received, and what was received of others."""
+        if self._upload is not None:
+            self._upload.abandon()
+            self._upload = None
+        self._head = None
+        self._chunks = None
+        self._partial = bytearray()
+        self._count_held()
 
     # --- inference ---
 
@@ -342,7 +407,7 @@ class Connection(asyncio.BufferedProtocol):
             slab, first = route.loan(rows)
         except ServingError as error:
             self._calls.append(call)
-            self.answer(call, [error_reply(error)])
+            self.answer(call, [error_reply(error, connection=head.connection_line)])
             return
         memory = route.engine.view
         areas = slab.layout.inputs
@@ -372,23 +437,31 @@ class Connection(asyncio.BufferedProtocol):
             return  # The client has left.
         if calls[0] is not call:
             call.buffers = [bytes(buffer) for buffer in buffers]
-            self._frontend.copied_out(sum(map(len, buffers)))
+            call.count_copy(sum(map(len, buffers)))
             return
         calls.popleft()
-        self._write(buffers)
+        self._write(buffers, call)
         if not call.keep_alive:
             self._close_after_writing()
             return
         while calls and calls[0].buffers is not None:
             ready = calls.popleft()
-            self._write(cast(list[bytes], ready.buffers))
+            self._write(cast(list[bytes], ready.buffers), ready)
             if not ready.keep_alive:
                 self._close_after_writing()
                 return
         if self._is_closing and not calls:
-            self._transport.close()
+            self._close()
         elif self._is_paused or self._partial:
             self._go_on()
+
+    def stream(self, call: Call, buffers: Sequence[Buffer]) -> None:
+        """Send part of a reply, of a call that has no others before it; ``answer`` sends the last part."""
+        if not self._calls or self._calls[0] is not call:
+            return  # The client has left.
+        self._write(buffers, call)
+        if self._fd >= 0 and self._transport.get_write_buffer_size() > STREAM_BACKLOG_BYTES_MAX:
+            self.abort()
 
     def _go_on(self) -> None:
         if self._is_consuming:
@@ -396,8 +469,10 @@ class Connection(asyncio.BufferedProtocol):
         self._update_reading()
         if self._partial and not self._is_closing:
             self._resume()
+        if self._is_half_closed and self._is_writable and not self._is_waited_for:
+            self._close()
 
-    def _write(self, buffers: Sequence[Buffer]) -> None:
+    def _write(self, buffers: Sequence[Buffer], call: Call | None = None) -> None:
         if self._fd < 0:
             return
         transport = self._transport
@@ -409,8 +484,7 @@ class Connection(asyncio.BufferedProtocol):
             except BlockingIOError:
                 sent = 0
             except OSError:
-                self._is_closing = True
-                transport.abort()
+                self.abort()
                 return
         total = sum(map(len, buffers))
         if sent == total:
@@ -423,23 +497,76 @@ class Connection(asyncio.BufferedProtocol):
                 continue
             rest += memoryview(buffer)[sent:]
             sent = 0
-        self._frontend.copied_out(len(rest))
+        if call is not None:
+            call.count_copy(len(rest))
         transport.write(rest)
 
+    # --- the end ---
+
+    @property
+    def _is_waited_for(self) -> bool:
+        """Whether anything has been asked and not answered."""
+        return bool(self._calls) or (self._side_door is not None and self._side_door.is_busy)
+
     def _refuse(self, reply: bytes) -> None:
-        """Answer something that is not a request, after what has been asked before, and close."""
-        self._head = None
-        self._chunks = None
+        """Answer what is no request that we take, after what has been asked before it, and close."""
+        self._drop_request()
         call = Call(self, keep_alive=False)
         self._calls.append(call)
+        self._is_closing = self._must_linger = True
         self.answer(call, [reply])
 
     def _close_after_writing(self) -> None:
-        self._is_closing = True
         for call in self._calls:
             call.cancel()
         self._calls.clear()
+        if self._must_linger and not self._is_half_closed and self._fd >= 0:
+            self._linger()
+        else:
+            self._close()
+
+    def _linger(self) -> None:
+        # Closing while there are unread bytes resets the connection, and the client may never read our answer.
+        self._is_lingering = True
+        self._fd = -1
+        self._transport.write_eof()
+        if self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
+        self._frontend.expect(self, LINGER_SECS)
+
+    def _close(self) -> None:
+        """Close when everything is written."""
+        self._is_closing = True
+        self._fd = -1
         self._transport.close()
+
+    def drain(self) -> None:
+        """The server stops: close now if nothing is asked, else after the last answer."""
+        if self._is_waited_for:
+            self._is_closing = True
+        else:
+            self._close()
+
+    def abort(self) -> None:
+        """Close at once; what is not written yet is lost."""
+        self._is_closing = True
+        self._fd = -1
+        self._transport.abort()
+
+    def time_out(self) -> None:
+        """The client has not done in time what was expected of it."""
+        if self._is_lingering:
+            self.abort()
+        elif self._is_half_closed:
+            self._close_after_writing()
+        else:
+            self._refuse(text_reply(408, "the request did not arrive in time", connection=CLOSE_LINE))
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of replies that the client has not taken yet."""
+        return self._transport.get_write_buffer_size()
 
     # --- flow ---
 
@@ -449,32 +576,15 @@ class Connection(asyncio.BufferedProtocol):
             not self._is_writable
             or len(self._calls) >= PIPELINE_MAX
             or (self._side_door is not None and self._side_door.is_busy)
-            or (self._head is not None and self._head.target is Target.OTHER and bool(self._calls))
+            or (self._is_blocked and bool(self._calls))
         )
-        if busy != self._is_paused and self._fd >= 0 and not self._transport.is_closing():
+        if busy != self._is_paused and self._fd >= 0 and not self._is_half_closed and not self._transport.is_closing():
             self._is_paused = busy
             if busy:
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
 
-    def _done_waiting(self) -> None:
-        if self.since:
-            self._frontend.no_longer_waiting(self)
-
-    def time_out(self) -> None:
-        """The client took too long to send a request."""
-        if self._upload is not None:
-            self._upload.abandon()
-            self._upload = None
-        self._refuse(text_reply(408, "the request did not arrive in time", close=True))
-
-    def drain(self) -> None:
-        """The server stops: close now if nothing is asked, else after the last answer."""
-        if not self._calls and not (self._side_door is not None and self._side_door.is_busy):
-            self._transport.close()
-        else:
-            self._is_closing = True
-
-    def abort(self) -> None:
-        self._transport.abort()
+    def _nothing_expected(self) -> None:
+        if self.deadline_s and not self._is_half_closed:
+            self._frontend.expect_nothing(self)

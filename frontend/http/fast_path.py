@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
 from forebay.frontend.codec.infer_response import FixedOutput, response_prefix
 from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.ensemble.one_step import OneStepRoute
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.tensor import byte_size
 
@@ -21,20 +22,35 @@ PLANS_PER_HEAD_MAX = 1024
 PLAN_JSON_BYTES_MAX = 4096
 
 
+#: Whose slab rows a plan takes.
+RowsRoute = RouteClient | OneStepRoute
+
+
 class InferPlan:
     """How to place and answer one form of request."""
 
-    __slots__ = ("copied_bytes", "copies", "outputs", "priority", "reply_head", "route", "rows", "timeout_us")
+    __slots__ = (
+        "connection_line",
+        "copied_bytes",
+        "copies",
+        "outputs",
+        "priority",
+        "reply_head",
+        "route",
+        "rows",
+        "timeout_us",
+    )
 
     def __init__(
         self,
-        route: RouteClient,
+        route: RowsRoute,
         rows: int,
         copies: Sequence[tuple[int, int, int]],
         outputs: Sequence[int],
         reply_head: bytes,
         priority: int,
         timeout_us: int,
+        connection_line: bytes,
     ) -> None:
         self.route = route
         self.rows = rows
@@ -46,37 +62,42 @@ class InferPlan:
         self.reply_head = reply_head
         self.priority = priority
         self.timeout_us = timeout_us
+        #: For a reply other than ``reply_head``.
+        self.connection_line = connection_line
         self.copied_bytes = sum(end - start for start, end, _index in copies)
 
 
-def make_plan(route: RouteClient, entry: ModelEntry, request: ParsedInfer, rows: int) -> InferPlan | None:
+def make_plan(
+    route: RowsRoute, entry: ModelEntry, request: ParsedInfer, rows: int, connection_line: bytes
+) -> InferPlan | None:
     """Return the plan for requests that are equal to this validated one but for their tensor bytes; None: no plan.
 
     Args:
         rows: batch items, at least 1.
+        connection_line: what the reply says about the connection, as the head of these requests wants it.
     """
-    if not route.uses_rows or request.sequence_id or request.is_raw:
+    if request.sequence_id or request.sequence_start or request.sequence_end or request.is_raw:
         return None
-    index_of = {spec.name: index for index, spec in enumerate(entry.inputs)}
     copies: list[tuple[int, int, int]] = []
     for tensor in request.inputs:
         if not isinstance(tensor.source, BinaryData) or tensor.source.prefix:
             return None
         start = tensor.source.offset
-        copies.append((start, start + tensor.source.body_bytes, index_of[tensor.name]))
-    output_of = {spec.name: index for index, spec in enumerate(entry.outputs)}
+        copies.append((start, start + tensor.source.body_bytes, route.input_indices[tensor.name]))
     fixed: list[FixedOutput] = []
     indices: list[int] = []
     for output in request.output_plan(entry):
         if not output.binary or output.classification or output.region is not None:
             return None
-        index = output_of[output.name]
-        spec = entry.outputs[index]
+        index = route.output_indices[output.name]
+        spec = route.output_specs[index]
         shape = (rows, *spec.dims) if entry.max_batch_size > 0 else spec.dims
         size = byte_size(spec.datatype, shape)
         if size == 0:
             return None
-        fixed.append(FixedOutput(spec.name, spec.datatype, shape, size))
+        fixed.append(FixedOutput(output.name, spec.datatype, shape, size))
         indices.append(index)
-    reply_head = response_prefix(entry.name, entry.version, request.id, fixed)
-    return InferPlan(route, rows, copies, indices, reply_head, request.priority, request.timeout_us)
+    reply_head = response_prefix(
+        entry.name, entry.version, request.id, fixed, route.reply_parameters, extra_headers=connection_line
+    )
+    return InferPlan(route, rows, copies, indices, reply_head, request.priority, request.timeout_us, connection_line)

@@ -21,7 +21,8 @@ from forebay.frontend.http.connection import Call
 from forebay.frontend.http.fast_path import PLAN_JSON_BYTES_MAX, PLANS_PER_HEAD_MAX, make_plan
 from forebay.frontend.http.head import Head
 from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
-from forebay.frontend.inference import Inference, InputTensor, RequestMeta, Response
+from forebay.frontend.inference import InputTensor, RequestMeta, Response
+from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import InvalidArgument, NotFound, ServingError, Unsupported
 
@@ -56,7 +57,7 @@ class GeneralCall(Call):
         self._head = head
         self._entry: ModelEntry | None = None
         self._request: ParsedInfer | None = None
-        self._inference: Inference | None = None
+        self._inference: PlacedInference | None = None
 
     def find_model(self) -> ModelEntry:
         """Return the model that is asked.
@@ -71,7 +72,7 @@ class GeneralCall(Call):
 
     def fail(self, error: ServingError, content_type: str = "application/json") -> None:
         """Answer with an error."""
-        self.connection.answer(self, [error_reply(error, content_type)])
+        self.connection.answer(self, [error_reply(error, content_type, self._head.connection_line)])
 
     def start(self, body: memoryview) -> None:
         """Take a request whose whole body is here; the body may be reused when this returns."""
@@ -91,7 +92,7 @@ class GeneralCall(Call):
                 entry, plain, head.header_length, max_json_bytes=frontend.settings.max_input_size
             )
             batch_size = validate_infer(entry, request, plain).batch_size
-            inference = Inference(frontend.engine, entry.route, _tensors(request), batch_size)
+            inference = start_inference(frontend.engine, entry.route, take_places(request), batch_size)
         except ServingError as error:
             self.fail(error)
             return
@@ -103,15 +104,18 @@ class GeneralCall(Call):
             self._remember_plan(inference, entry, request, bytes(body[: head.json_bytes]))
         self.submit(entry, request, inference)
 
-    def _remember_plan(self, inference: Inference, entry: ModelEntry, request: ParsedInfer, json: bytes) -> None:
-        plan = make_plan(inference.route, entry, request, inference.rows)
+    def _remember_plan(self, inference: PlacedInference, entry: ModelEntry, request: ParsedInfer, json: bytes) -> None:
+        route = inference.rows_route
+        if route is None:
+            return
+        plan = make_plan(route, entry, request, inference.rows, self._head.connection_line)
         if plan is not None:
             plans = self._head.plans
             if len(plans) >= PLANS_PER_HEAD_MAX:
                 plans.clear()
             plans[json] = plan
 
-    def submit(self, entry: ModelEntry, request: ParsedInfer, inference: Inference) -> None:
+    def submit(self, entry: ModelEntry, request: ParsedInfer, inference: PlacedInference) -> None:
         """Hand the placed request over."""
         self._entry = entry
         self._request = request
@@ -128,7 +132,7 @@ class GeneralCall(Call):
             rendered = render_infer_response(
                 self._entry.name, self._entry.version, self._request.id, response.parameters, self._outputs(response)
             )
-            buffers = infer_reply(rendered, self._head.accept_encoding)
+            buffers = infer_reply(rendered, self._head.accept_encoding, self._head.connection_line)
         except ServingError as error:
             self.fail(error, TEXT_TYPE)
             return
@@ -157,7 +161,7 @@ class GeneralCall(Call):
                         labels,
                         is_batched=entry.max_batch_size > 0,
                         binary=wanted.binary,
-                    )  # fmt: skip
+                    )
                 )
             else:
                 outputs.append(OutputTensor(view.name, view.datatype, view.shape, view.data, wanted.binary))
@@ -167,8 +171,13 @@ class GeneralCall(Call):
         if self._inference is not None:
             self._inference.cancel()
 
+    def count_copy(self, count: int) -> None:
+        if self._inference is not None:
+            self._inference.route.copied_out_bytes += count
 
-def _tensors(request: ParsedInfer) -> list[InputTensor]:
+
+def take_places(request: ParsedInfer) -> list[InputTensor]:
+    """Return the inputs as the engine places them."""
     for tensor in request.inputs:
         if isinstance(tensor.source, RegionData):
             raise NotFound(f"Unable to find shared memory region: '{tensor.source.region}'")
@@ -207,10 +216,11 @@ class DirectUpload:
         self._error: tuple[ServingError, str] | None = None
         self._entry: ModelEntry | None = None
         self._request: ParsedInfer | None = None
-        self._inference: Inference | None = None
+        self._inference: PlacedInference | None = None
         #: Places still to be filled, in body order; the first may be partly filled.
         self._places: list[memoryview] = []
-        self._remaining = head.content_length - len(data)
+        #: Bytes of the body that have not arrived yet.
+        self.remaining_bytes = head.content_length - len(data)
         content_type = TEXT_TYPE
         try:
             self._entry = call.find_model()
@@ -232,7 +242,9 @@ class DirectUpload:
             InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
         ]
         validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
-        inference = Inference(self._frontend.engine, entry.route, _tensors(request), validated.batch_size, direct=True)
+        inference = start_inference(
+            self._frontend.engine, entry.route, take_places(request), validated.batch_size, direct=True
+        )
         self._request = request
         self._inference = inference
         copied = 0
@@ -254,19 +266,19 @@ class DirectUpload:
     def next_place(self) -> memoryview:
         """Return where the next bytes go; never empty while the upload lasts."""
         if self._error is not None or not self._places:
-            return self._frontend.scratch_view[: max(1, min(self._remaining, len(self._frontend.scratch)))]
+            return self._frontend.scratch_view[: max(1, min(self.remaining_bytes, len(self._frontend.scratch)))]
         return self._places[0]
 
     def received(self, count: int) -> bool:
         """Note that ``count`` bytes have arrived; True: the body is complete."""
-        self._remaining -= count
+        self.remaining_bytes -= count
         if self._error is None and self._places:
             place = self._places[0][count:]
             if place:
                 self._places[0] = place
             else:
                 del self._places[0]
-        return self._remaining <= 0
+        return self.remaining_bytes <= 0
 
     def submit(self, connection: Connection) -> None:
         """The body is complete: hand the request over, or answer what was wrong with it."""

@@ -22,7 +22,18 @@ _CACHED_BYTES_MAX = 4096
 #: Blocks kept; at the limit all are dropped.
 _CACHED_COUNT_MAX = 4096
 
-_INFER_PATH = re.compile(r"/v2/models/([^/?]+)(?:/versions/([0-9]+))?/infer(?:\?.*)?")
+#: What 431 says.
+TOO_LARGE = f"request header is larger than {HEAD_BYTES_MAX} bytes"
+
+_INFER_PATH = re.compile(
+    r"(?:[hH][tT][tT][pP][sS]?://[^/?]*)?"  # the absolute form, which proxies send
+    r"/v2/models/([^/?]+)(?:/versions/([0-9]+))?/(infer|generate|generate_stream)(?:\?.*)?"
+)
+_PROTOCOL = re.compile(rb" HTTP/([0-9]+)(?:\.[0-9]+)?\r\n")
+
+#: What a reply says about the connection, where it is not what HTTP/1.1 takes for granted.
+CLOSE_LINE = b"Connection: close\r\n"
+_KEEP_ALIVE_LINE = b"Connection: keep-alive\r\n"
 
 #: Request parameters that a forwarded header must not shadow (spec H-159).
 _RESERVED = frozenset(
@@ -43,16 +54,36 @@ class Target(enum.Enum):
     """Who answers a request."""
 
     INFER = "infer"
+    GENERATE = "generate"
+    GENERATE_STREAM = "generate_stream"
     OTHER = "other"
+    """Everything else: aiohttp."""
 
 
 class Head:
     """What a header block means."""
 
     __slots__ = (
-        "accept_encoding", "content_encoding", "content_length", "expects_continue", "forwarded", "header_length",
-        "is_chunked", "is_plain", "json_bytes", "keep_alive", "model", "plans", "raw", "target", "version",
-    )  # fmt: skip
+        "accept_encoding",
+        "connection_line",
+        "content_encoding",
+        "content_length",
+        "expects_continue",
+        "forwarded",
+        "header_length",
+        "is_chunked",
+        "is_exclusive",
+        "is_http_1_0",
+        "is_plain",
+        "is_upgrade",
+        "json_bytes",
+        "keep_alive",
+        "model",
+        "plans",
+        "raw",
+        "target",
+        "version",
+    )
 
     def __init__(self, raw: bytes) -> None:
         #: The block, blank line included.
@@ -62,6 +93,11 @@ class Head:
         #: Version in the path; None: the latest.
         self.version: int | None = None
         self.keep_alive = True
+        #: Header line about it that the reply needs; empty for HTTP/1.1 connections that stay open.
+        self.connection_line = b""
+        self.is_http_1_0 = False
+        #: The client offers another protocol, which we do not take: the request is served as it is (RFC 9110, 7.8).
+        self.is_upgrade = False
         self.is_chunked = False
         #: Bytes of the body; 0 if there is none or it is chunked.
         self.content_length = 0
@@ -72,6 +108,9 @@ class Head:
         self.accept_encoding: str | None = None
         #: Headers that become request parameters (spec H-158).
         self.forwarded: dict[str, Parameter] = {}
+        #: Taken only when nothing else of the connection is in flight: aiohttp writes to the transport by itself, a
+        #: stream has no end to wait for, and an interim reply must not stand between two others.
+        self.is_exclusive = True
         #: True for an inference request without chunks, compression, expectation or forwarded headers.
         self.is_plain = False
         #: Bytes of the JSON at the start of the body, for a plain request with a sane header length; else -1. 0: raw.
@@ -87,6 +126,8 @@ class _Parser:
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
         self.is_complete = False
+        self.keep_alive = False
+        self.parser = httptools.HttpRequestParser(self)
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -96,6 +137,8 @@ class _Parser:
 
     def on_headers_complete(self) -> None:
         self.is_complete = True
+        # Not known any more once the parser has seen the end of a request without a body.
+        self.keep_alive = self.parser.should_keep_alive()
 
 
 class HeadParser:
@@ -132,20 +175,26 @@ class HeadParser:
         return head
 
     def _parse(self, raw: bytes) -> Head:
+        protocol = _PROTOCOL.search(raw)
+        if protocol is not None and protocol[1] != b"1":
+            raise HeadError(505, "HTTP version not supported")
         found = _Parser()
-        parser = httptools.HttpRequestParser(found)
+        parser = found.parser
+        head = Head(raw)
         try:
             parser.feed_data(raw)
         except httptools.HttpParserUpgrade:
-            raise HeadError(400, "protocol upgrades are not supported on this port") from None
+            head.is_upgrade = True
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
             raise HeadError(400, f"invalid HTTP request: {error}") from None
-        if not found.is_complete:
+        if not found.is_complete or parser.get_method() == b"CONNECT":
             raise HeadError(400, "invalid HTTP request: incomplete header")
-        if parser.get_http_version() not in ("1.1", "1.0"):
-            raise HeadError(505, "HTTP version not supported")
-        head = Head(raw)
-        head.keep_alive = parser.should_keep_alive()
+        head.is_http_1_0 = parser.get_http_version() == "1.0"
+        head.keep_alive = found.keep_alive
+        if not head.keep_alive:
+            head.connection_line = CLOSE_LINE
+        elif head.is_http_1_0:
+            head.connection_line = _KEEP_ALIVE_LINE
         unmet = dict(self._restricted)
         for name_bytes, value_bytes in found.headers:
             self._read_header(head, name_bytes.decode("latin-1"), value_bytes.decode("latin-1"), unmet)
@@ -154,7 +203,7 @@ class HeadParser:
         if parser.get_method() == b"POST":
             match = _INFER_PATH.fullmatch(found.url.decode("latin-1"))
             if match is not None and not unmet:
-                head.target = Target.INFER
+                head.target = Target(match[3])
                 head.model = match[1]
                 head.version = int(match[2]) if match[2] else None
         self._judge(head)
@@ -167,6 +216,8 @@ class HeadParser:
         elif lowered == "transfer-encoding":
             if value.strip().lower() != "chunked":
                 raise HeadError(501, "only the transfer encoding 'chunked' is supported")
+            if head.is_http_1_0:
+                raise HeadError(400, "invalid HTTP request: HTTP/1.0 has no transfer encodings")
             head.is_chunked = True
         elif lowered == "inference-header-content-length":
             head.header_length = value
@@ -177,7 +228,8 @@ class HeadParser:
         elif lowered == "expect":
             if value.strip().lower() != "100-continue":
                 raise HeadError(417, "Expectation Failed")
-            head.expects_continue = True
+            # HTTP/1.0 knows no interim replies; its clients do not wait for one (RFC 9110, 10.1.1).
+            head.expects_continue = not head.is_http_1_0
         if unmet.get(lowered) == value:
             del unmet[lowered]
         if self._forward is not None and self._forward.search(name):
@@ -187,6 +239,7 @@ class HeadParser:
 
     @staticmethod
     def _judge(head: Head) -> None:
+        head.is_exclusive = head.expects_continue or head.target in (Target.OTHER, Target.GENERATE_STREAM)
         if head.target is not Target.INFER or head.is_chunked or head.expects_continue or head.forwarded:
             return
         if head.content_encoding not in (None, "", "identity"):
@@ -203,6 +256,18 @@ class HeadParser:
             and int(length) <= head.content_length
         ):
             head.json_bytes = int(length)
+
+
+def check_beginning(first_byte: int, count: int) -> None:
+    """Refuse bytes without the end of a header block that cannot become one.
+
+    Raises:
+        HeadError: they are too many, or no method begins so (a TLS client, for example).
+    """
+    if not 65 <= first_byte <= 90 and not 97 <= first_byte <= 122:
+        raise HeadError(400, "invalid HTTP request: this port speaks HTTP/1.1 without TLS")
+    if count > HEAD_BYTES_MAX:
+        raise HeadError(431, TOO_LARGE)
 
 
 def _may_compress(accept_encoding: str) -> bool:

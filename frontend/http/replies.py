@@ -9,55 +9,73 @@ from forebay.frontend.codec.compression import compress, response_encoding
 from forebay.frontend.codec.infer_response import JSON_TYPE, RenderedReply
 from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.errors import error_body, http_status
-from forebay.ipc.errors import ServingError
+from forebay.frontend.http.head import CLOSE_LINE
+from forebay.ipc.errors import ServingError, Unsupported
+
+__all__ = ("CLOSE_LINE", "TEXT_TYPE", "error_reply", "head_bytes", "infer_reply", "stream_head", "text_reply")
 
 TEXT_TYPE = "text/plain"
 
+#: Buffers that one system call may write.
+_IOV_MAX = 1024
 
-def head_bytes(status: int, content_type: str, length: int, extra: bytes = b"", *, close: bool = False) -> bytes:
-    """Return status line and headers."""
+_CHUNKED_LINE = b"Transfer-Encoding: chunked\r\n"
+
+
+def _head(status: int, content_type: str, lines: bytes) -> bytes:
     phrase = http.HTTPStatus(status).phrase
-    ending = b"Connection: close\r\n\r\n" if close else b"\r\n"
-    return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\n%sContent-Length: %d\r\n%s" % (
+    return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\n%s\r\n" % (
         status,
         phrase.encode(),
         content_type.encode(),
-        extra,
-        length,
-        ending,
+        lines,
     )
 
 
-def error_reply(error: ServingError, content_type: str = JSON_TYPE, *, close: bool = False) -> bytes:
-    """Return a complete error reply."""
-    return text_reply(http_status(error), error.text, content_type, close=close, unsupported=error)
+def head_bytes(status: int, content_type: str, length: int, lines: bytes = b"") -> bytes:
+    """Return status line and headers of a reply with a body of ``length`` bytes.
+
+    Args:
+        lines: further header lines, each with its CRLF.
+    """
+    return _head(status, content_type, b"%sContent-Length: %d\r\n" % (lines, length))
 
 
-def text_reply(
-    status: int,
-    text: str,
-    content_type: str = JSON_TYPE,
-    *,
-    close: bool = False,
-    unsupported: ServingError | None = None,
-) -> bytes:
+def stream_head(status: int, content_type: str, connection: bytes, *, is_chunked: bool) -> bytes:
+    """Return status line and headers of a reply whose end is not known yet: chunks, or all that comes."""
+    return _head(status, content_type, connection + (_CHUNKED_LINE if is_chunked else b""))
+
+
+def error_reply(error: ServingError, content_type: str = JSON_TYPE, connection: bytes = b"") -> bytes:
+    """Return a complete error reply.
+
+    Args:
+        connection: header line about the connection, or nothing.
+    """
+    extra = b""
+    if isinstance(error, Unsupported) and error.text == "Unsupported compression type":
+        extra = b"Accept-Encoding: gzip, deflate\r\n"  # spec H-140
+    body = error_body(error.text)
+    return head_bytes(http_status(error), content_type, len(body), extra + connection) + body
+
+
+def text_reply(status: int, text: str, content_type: str = JSON_TYPE, connection: bytes = b"") -> bytes:
     """Return a complete error reply with a status of its own."""
     body = error_body(text)
-    extra = b""
-    if unsupported is not None and text == "Unsupported compression type":
-        extra = b"Accept-Encoding: gzip, deflate\r\n"  # spec H-140
-    return head_bytes(status, content_type, len(body), extra, close=close) + body
+    return head_bytes(status, content_type, len(body), connection) + body
 
 
-def infer_reply(reply: RenderedReply, accept_encoding: str | None, *, close: bool = False) -> list[Buffer]:
+def infer_reply(reply: RenderedReply, accept_encoding: str | None, connection: bytes = b"") -> list[Buffer]:
     """Return the buffers of a successful reply; uncompressed tensors stay where they are (I-1)."""
-    extra = b""
+    extra = connection
     if reply.header_length is not None:
         extra = b"Inference-Header-Content-Length: %d\r\n" % reply.header_length
     encoding = response_encoding(accept_encoding)
     if encoding in ("gzip", "deflate"):
         body = compress(reply.buffers, encoding)
         extra += b"Content-Encoding: %s\r\n" % encoding.encode()
-        return [head_bytes(200, reply.content_type, len(body), extra, close=close), body]
+        return [head_bytes(200, reply.content_type, len(body), extra), body]
     buffers: Sequence[Buffer] = reply.buffers
-    return [head_bytes(200, reply.content_type, reply.body_bytes, extra, close=close), *buffers]
+    if len(buffers) >= _IOV_MAX:
+        buffers = [b"".join(buffers)]
+    return [head_bytes(200, reply.content_type, reply.body_bytes, extra), *buffers]

@@ -11,14 +11,18 @@ from forebay.frontend.catalog_view import CatalogView
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.http.connection import SCRATCH_BYTES, Connection
 from forebay.frontend.http.general_path import DirectUpload, GeneralCall
-from forebay.frontend.http.head import Head, HeadError, HeadParser
+from forebay.frontend.http.generate import GenerateCall
+from forebay.frontend.http.head import Head, HeadError, HeadParser, Target
 from forebay.frontend.http.settings import HttpView
 from forebay.frontend.http.side_door import NotifyingConnection
+from forebay.ipc.errors import ServingError, Unavailable
 
-#: Seconds a client may take to send a request it has begun.
-REQUEST_SECS_MAX = 60.0
-#: How often that is looked at.
-_SWEEP_SECS = 5.0
+#: How often deadlines of clients are looked at, s, while there are any.
+_SWEEP_SECS = 1.0
+#: A body must arrive at this rate on the average, once the time for a request is over, bytes per s.
+_BODY_RATE_MIN = 64 * 1024
+#: Incomplete requests of all connections together may take so many times the largest input in private memory.
+_HELD_INPUTS_MAX = 4
 
 
 class HttpFrontend:
@@ -35,14 +39,17 @@ class HttpFrontend:
         self.scratch_view = memoryview(self.scratch)
         #: Bytes of an inference request's body at most: it must fit into shared memory.
         self.body_bytes_max = engine.arena.byte_size
-        #: Bytes of any other request's body at most; kept in private memory, so bounded more tightly.
-        self.control_bytes_max = settings.max_input_size
         self._control = control
         self._connections: set[Connection] = set()
-        self._waiting: dict[Connection, float] = {}
-        self._is_draining = False
-        #: Bytes of replies that had to be copied because the client or an earlier reply was slow.
-        self.copied_out_bytes = 0
+        #: Connections that have something to do in a limited time.
+        self._expecting: set[Connection] = set()
+        #: Connections that do not take their replies: bytes left, and until when fewer must be left, s.
+        self._stalled: dict[Connection, tuple[int, float]] = {}
+        self._is_sweeping = False
+        self._held_bytes = 0
+        #: Called with True when there are as many connections as there may be, with False when there are fewer again.
+        self.on_full: Callable[[bool], None] | None = None
+        self._is_full = False
 
     def connection(self) -> Connection:
         """Make the protocol object of a new connection."""
@@ -64,11 +71,13 @@ class HttpFrontend:
             HeadError: too large; the connection is closed because the body is not read.
         """
         limit = self.settings.max_input_size
-        if head.header_length is None and head.content_length > limit:
+        # Of a body with binary tensors only the JSON is bounded (spec H-013); chunks are counted as they come.
+        json_bytes = head.content_length if head.header_length is None else head.json_bytes
+        if json_bytes > limit:
             raise HeadError(
                 400,
-                f"request JSON size of {head.content_length} bytes exceeds the maximum allowed input size of {limit} "
-                "bytes. Use --http-max-input-size to increase the limit.",
+                f"request JSON size of {json_bytes} bytes exceeds the maximum allowed input size of {limit} bytes. "
+                "Use --http-max-input-size to increase the limit.",
             )
         if head.content_length > self.body_bytes_max:
             raise HeadError(
@@ -77,44 +86,47 @@ class HttpFrontend:
                 "for requests in flight; raise --arena-byte-size",
             )
 
-    def new_call(self, connection: Connection, head: Head) -> GeneralCall:
-        return GeneralCall(self, connection, head)
+    def hold(self, change: int) -> bool:
+        """Count private memory of incomplete requests, bytes; False: it is more than may be."""
+        self._held_bytes += change
+        return self._held_bytes <= _HELD_INPUTS_MAX * self.settings.max_input_size
+
+    def no_memory(self) -> ServingError:
+        """Return what a client is told whose request did not fit any more."""
+        return Unavailable(
+            f"incomplete requests of all clients take more than {_HELD_INPUTS_MAX} times --http-max-input-size; "
+            "try again later"
+        )
+
+    def new_call(self, connection: Connection, head: Head) -> GeneralCall | GenerateCall:
+        """Return the call for a request that no plan is known for."""
+        if head.target is Target.INFER:
+            return GeneralCall(self, connection, head)
+        return GenerateCall(self, connection, head)
 
     def open_upload(self, connection: Connection, head: Head, data: memoryview) -> DirectUpload:
         """Begin to receive a large body; ``data`` is what has arrived of it, the JSON included."""
         return DirectUpload(self, GeneralCall(self, connection, head), head, data)
 
-    def copied_out(self, count: int) -> None:
-        self.copied_out_bytes += count
-
     # --- connections ---
 
     def opened(self, connection: Connection) -> None:
         self._connections.add(connection)
+        if not self._is_full and len(self._connections) >= self.settings.max_connections:
+            self._set_full(True)
 
     def closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
-        self._waiting.pop(connection, None)
+        self._expecting.discard(connection)
+        self._stalled.pop(connection, None)
+        # Some fewer, so that the listening sockets are not switched with every connection.
+        if self._is_full and len(self._connections) <= self.settings.max_connections * 15 // 16:
+            self._set_full(False)
 
-    def waiting(self, connection: Connection) -> None:
-        """The connection has begun a request and not finished it."""
-        connection.since = time.monotonic()
-        if not self._waiting:
-            asyncio.get_running_loop().call_later(_SWEEP_SECS, self._sweep)
-        self._waiting[connection] = connection.since
-
-    def no_longer_waiting(self, connection: Connection) -> None:
-        connection.since = 0.0
-        self._waiting.pop(connection, None)
-
-    def _sweep(self) -> None:
-        deadline = time.monotonic() - REQUEST_SECS_MAX
-        for connection, since in list(self._waiting.items()):
-            if since < deadline:
-                self.no_longer_waiting(connection)
-                connection.time_out()
-        if self._waiting:
-            asyncio.get_running_loop().call_later(_SWEEP_SECS, self._sweep)
+    def _set_full(self, is_full: bool) -> None:
+        self._is_full = is_full
+        if self.on_full is not None:
+            self.on_full(is_full)
 
     @property
     def connection_count(self) -> int:
@@ -122,7 +134,6 @@ class HttpFrontend:
 
     def drain(self) -> None:
         """Close what is idle, and the rest as soon as it has been answered."""
-        self._is_draining = True
         for connection in list(self._connections):
             connection.drain()
 
@@ -130,3 +141,48 @@ class HttpFrontend:
         """Close everything now."""
         for connection in list(self._connections):
             connection.abort()
+
+    # --- deadlines ---
+
+    def expect_request(self, connection: Connection, body_bytes: int) -> None:
+        """The connection has begun a request; ``body_bytes`` of it are to come at most."""
+        self.expect(connection, self.settings.request_timeout_secs + body_bytes / _BODY_RATE_MIN)
+
+    def expect(self, connection: Connection, seconds: float) -> None:
+        """Call the connection's ``time_out`` unless :meth:`expect_nothing` comes before it."""
+        connection.deadline_s = time.monotonic() + seconds
+        self._expecting.add(connection)
+        self._start_sweeping()
+
+    def expect_nothing(self, connection: Connection) -> None:
+        connection.deadline_s = 0.0
+        self._expecting.discard(connection)
+
+    def stalled(self, connection: Connection) -> None:
+        """The client does not take its replies as fast as they come."""
+        self._stalled[connection] = (connection.unsent_bytes, time.monotonic() + self.settings.request_timeout_secs)
+        self._start_sweeping()
+
+    def no_longer_stalled(self, connection: Connection) -> None:
+        self._stalled.pop(connection, None)
+
+    def _start_sweeping(self) -> None:
+        if not self._is_sweeping:
+            self._is_sweeping = True
+            asyncio.get_running_loop().call_later(_SWEEP_SECS, self._sweep)
+
+    def _sweep(self) -> None:
+        now_s = time.monotonic()
+        for connection in [each for each in self._expecting if each.deadline_s < now_s]:
+            self.expect_nothing(connection)
+            connection.time_out()
+        for connection, (left_bytes, deadline_s) in list(self._stalled.items()):
+            unsent_bytes = connection.unsent_bytes
+            if unsent_bytes < left_bytes:
+                self.stalled(connection)
+            elif deadline_s < now_s:
+                del self._stalled[connection]
+                connection.abort()
+        self._is_sweeping = False
+        if self._expecting or self._stalled:
+            self._start_sweeping()

@@ -17,6 +17,7 @@ class HttpView(msgspec.Struct, frozen=True, kw_only=True):
     header_forward_pattern: str = ""
     restricted_apis: tuple[RestrictedApi, ...] = ()
     max_connections: int = 10_000
+    request_timeout_secs: float = 60.0
 
     @classmethod
     def from_groups(cls, groups: Mapping[str, Any]) -> HttpView:

@@ -52,7 +52,7 @@ class SideDoor:
         self.is_busy = True
         self._keep_alive = head.keep_alive
         raw = head.raw
-        if head.is_chunked or head.expects_continue:
+        if head.is_chunked or head.expects_continue or head.is_upgrade:
             raw = _plain_head(raw, len(body))
         self._protocol.data_received(raw + bytes(body) if body else raw)
 
@@ -75,9 +75,9 @@ class SideDoor:
 
 
 def _plain_head(raw: bytes, length: int) -> bytes:
-    """Return the block with a Content-Length in place of its transfer coding and expectation."""
+    """Return the block with a Content-Length in place of what has been dealt with: chunks, expectation, upgrade."""
     lines = raw[:-4].split(b"\r\n")
-    dropped = (b"transfer-encoding:", b"expect:", b"content-length:")
+    dropped = (b"transfer-encoding:", b"expect:", b"content-length:", b"upgrade:", b"http2-settings:")
     kept = [line for line in lines if not line.lower().startswith(dropped)]
     kept.append(b"Content-Length: %d" % length)
     return b"\r\n".join(kept) + b"\r\n\r\n"
