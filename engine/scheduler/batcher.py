@@ -24,8 +24,12 @@ class Reason(enum.StrEnum):
     SHAPE = "shape change"
     RETRY = "retry"
     """Ran before on an instance that died; runs alone now."""
+    MESSAGE = "message full"
+    """More heads of requests do not fit into one message to a worker."""
     DELAY = "delay"
     IDLE = "instance idle"
+    SLOTS = "slot utilization"
+    """Direct sequence batching: enough of the slots have a request (spec S-065)."""
     WAIT = "waiting"
     EMPTY = "empty"
 

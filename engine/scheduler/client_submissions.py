@@ -1,4 +1,4 @@
-"""What shared-memory clients hand in: read from their own sockets, checked number by number, then like any other request.
+"""What shared-memory clients hand in: read from their sockets, checked number by number, then like any other request.
 
 A client may send anything at any time. Whatever does not hold true of its arena, of the model and of the limits is
 answered with an error, or ends the connection if it cannot even be read; nothing of it reaches a queue or a worker.

@@ -1,20 +1,25 @@
 """The instances of a model version as the scheduler sees them.
 
-An instance goes syncing -> idle -> (busy -> idle)*, or idle -> granted -> (revoking ->) idle, until it is gone. A syncing
-instance was running when this scheduler started and has not yet said that it finished what an earlier one had sent.
+An instance goes syncing -> idle -> ((staged ->) busy -> idle)*, or idle -> granted -> (revoking ->) idle, until it is
+gone. A syncing instance was running when this scheduler started and has not yet said that it finished what an earlier
+one had sent.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
-from forebay.engine.scheduler.waiting import Waiting
+from forebay.engine.scheduler.waiting import Waiting, WaitingParcel
 from forebay.ipc.doorbell import Bell
+from forebay.ipc.messages import Resource
 
 
 class InstanceState(enum.Enum):
     SYNCING = "syncing"
     IDLE = "idle"
+    STAGED = "staged"
+    """Its batch waits for the rate limiter's resources."""
     BUSY = "busy"
     GRANTED = "granted"
     REVOKING = "revoking"
@@ -27,27 +32,56 @@ class Instance:
         "batch_id",
         "bell",
         "draining",
+        "executions",
         "generation",
         "grantee",
         "id",
         "items",
         "name",
+        "open",
+        "rate_priority",
+        "resources",
         "route",
         "started_ns",
         "state",
     )
 
-    def __init__(self, instance: int, route: int, name: str, bell: Bell, *, syncing: bool) -> None:
+    def __init__(
+        self,
+        instance: int,
+        route: int,
+        name: str,
+        bell: Bell,
+        *,
+        syncing: bool,
+        generation: int = 0,
+        resources: tuple[Resource, ...] = (),
+        rate_priority: int = 1,
+    ) -> None:
         self.id = instance
         self.route = route
         self.name = name
         self.bell = bell
         self.state = InstanceState.SYNCING if syncing else InstanceState.IDLE
         #: What it runs, to be reported lost if it dies.
-        self.items: list[Waiting] = []
+        self.items: Sequence[Waiting] = ()
+        #: What it has run but not answered for good: decoupled models, answers that wait for room.
+        self.open: dict[tuple[int, int], WaitingParcel] = {}
         self.batch_id = 0
         self.started_ns = 0
         self.draining = False
         #: Counts grants, so that a late return is told from a current one.
-        self.generation = 0
+        self.generation = generation
+        #: Who was served last, or holds the grant.
         self.grantee = 0
+        # Rate limiter
+        self.resources = resources
+        self.rate_priority = rate_priority
+        self.executions = 0
+
+    def holds(self, producer: int, token: int) -> bool:
+        """True if it runs the parcel, or may: what is rung under a grant is not told to the scheduler."""
+        if self.state in (InstanceState.GRANTED, InstanceState.REVOKING) and self.grantee == producer:
+            return True
+        key = (producer, token)
+        return key in self.open or any(isinstance(item, WaitingParcel) and item.key == key for item in self.items)

@@ -12,7 +12,7 @@ ends waiting under any policy (L-007).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.errors import QueueFull
@@ -158,6 +158,15 @@ class RequestQueue:
                     taken.append(item)
         return taken
 
+    def put_back(self, items: Sequence[Waiting]) -> None:
+        """Return items that were just taken to the head, in their order."""
+        for item in reversed(items):
+            level = self._level(item.priority)
+            level.live.appendleft(item)
+            level.note_end(item.next_end_ns)
+            level.count += item.requests
+            self.request_count += item.requests
+
     def remove_producer(self, producer: int) -> int:
         """Drop everything of a producer that is gone; return how many requests that were."""
         return sum(item.requests for item in self._remove(lambda item: item.producer == producer))
@@ -217,7 +226,7 @@ class RequestQueue:
 
 
 def cut_out(run: WaitingRun, firsts: Collection[int], kept: list[Waiting], removed: list[WaitingRun]) -> None:
-    """Divide a run: requests that begin at one of ``firsts`` go to ``removed``, the stretches between them to ``kept``."""
+    """Divide a run: requests that begin at one of ``firsts`` go to ``removed``, those between them to ``kept``."""
     rows = run.rows_each
     inside = sorted(first for first in firsts if run.first <= first < run.end and (first - run.first) % rows == 0)
     for first in inside:

@@ -1,13 +1,18 @@
-"""One model version in the scheduler: its queue, its instances, its grants. Decides; the loop sends."""
+"""One model version in the scheduler: its line, its instances, its grants, its memory of the last batches."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from forebay.engine.scheduler.batcher import Batcher, Decision, Reason
+import msgspec
+
+from forebay.engine.repository.model_spec import SequenceBatchingSpec
+from forebay.engine.scheduler.batcher import Decision, Reason
 from forebay.engine.scheduler.instances import Instance, InstanceState
-from forebay.engine.scheduler.request_queue import RequestQueue
+from forebay.engine.scheduler.line import Choice, Line, SharedLine
+from forebay.engine.scheduler.sequence_line import SequenceLine
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.messages import RouteUp
 
@@ -35,13 +40,10 @@ class BatchRecord(NamedTuple):
 class Route:
     """One loaded model version."""
 
-    def __init__(self, up: RouteUp) -> None:
+    def __init__(self, up: RouteUp, *, hold_back_requests: int = 0) -> None:
         self.id = up.route
         self.name = up.name
         self.version = up.version
-        self.batching = up.batching
-        self.queue = RequestQueue(up.batching)
-        self.batcher = Batcher(up.batching)
         self.instances: dict[int, Instance] = {}
         #: Idle instances, the most recently used last: its caches are warm.
         self.idle: list[Instance] = []
@@ -49,25 +51,41 @@ class Route:
         self.is_drain_reported = False
         self.recent: deque[BatchRecord] = deque(maxlen=EXPLAIN_RING)
         self.batch_ns: dict[int, int] = {}
-        policy = up.batching
-        self._is_grantable = (
-            self.batcher.can_be_granted
-            and not policy.priority_levels
-            and not policy.preserve_ordering
-            and not policy.default_queue_policy.max_queue_size
-            and not up.extra
-        )
+        self.sequences: SequenceLine | None = None
+        self._hold_back = hold_back_requests
         self._quiet = 0
+        #: Most rows that a frontend may ring under a grant as one batch.
+        self.grant_rows = 0
+        self._is_grantable = False
+        self.line: Line
+        if "sequence" in up.extra:
+            policy = msgspec.convert(up.extra["sequence"], SequenceBatchingSpec)
+            self.line = self.sequences = SequenceLine(up.name, policy, up.batching)
+        else:
+            shared = SharedLine(up.batching)
+            self.line = shared
+            self.grant_rows = shared.batcher.grant_rows
+            self._is_grantable = (
+                shared.batcher.can_be_granted
+                and not up.batching.priority_levels
+                and not up.batching.preserve_ordering
+                and not up.batching.default_queue_policy.max_queue_size
+                and not up.extra
+                and not hold_back_requests
+            )
 
     @property
     def is_quiescent(self) -> bool:
-        """True if nothing waits, runs or is granted."""
-        return not self.queue.request_count and all(
-            instance.state is InstanceState.IDLE for instance in self.instances.values()
+        """True if nothing waits, runs, is granted or still owes an answer."""
+        return self.line.is_empty and all(
+            instance.state is InstanceState.IDLE and not instance.open for instance in self.instances.values()
         )
+
+    # --- instances ---
 
     def add_instance(self, instance: Instance) -> None:
         self.instances[instance.id] = instance
+        self.line.add_instance(instance.id)
         if instance.state is InstanceState.IDLE:
             self.idle.append(instance)
 
@@ -79,32 +97,73 @@ class Route:
     def set_idle(self, instance: Instance) -> None:
         """The instance finished its batch or its grant came back."""
         instance.state = InstanceState.IDLE
-        instance.items = []
+        instance.items = ()
         if not instance.draining and instance.id in self.instances:
             self.idle.append(instance)
 
-    def next_batch(self, now_ns: int) -> tuple[Decision, list[Waiting]]:
-        """Choose what an idle instance runs now; an empty list: nothing (``Decision.wait_until_ns`` says until when)."""
-        decision = self.batcher.decide(self.queue, now_ns)
-        if not decision.requests:
-            return decision, []
-        return decision, self.queue.take(decision.requests)
+    # --- batches ---
 
-    def note_dispatch(self) -> None:
-        """Keep count of how quiet it is: quiet means that one batch at a time is enough."""
-        busy = sum(instance.state is InstanceState.BUSY for instance in self.instances.values())
-        if self.queue.request_count == 0 and busy <= 1:
-            self._quiet += 1
-        else:
-            self._quiet = 0
+    @property
+    def is_held_back(self) -> bool:
+        """True while it waits for the requests that a test wants to see together (spec S-035); then never again."""
+        if self._hold_back and self.line.request_count >= self._hold_back:
+            self._hold_back = 0
+        return self._hold_back > 0
+
+    def choices(self, now_ns: int) -> Iterator[tuple[Instance, Choice]]:
+        """Choose what idle instances run now, until nothing is ready.
+
+        The last pair may be without items: its decision says until when the line waits. The caller takes the instances
+        of the others out of :attr:`idle` before it asks for the next.
+        """
+        for instance in reversed(tuple(self.idle)):
+            if not self.line.request_count:
+                return
+            choice = self.line.choose(instance.id, now_ns)
+            yield instance, choice
+            if not choice.items and not self.line.is_bound:
+                return  # What waits does not wait for another instance.
+
+    def note_dispatch(
+        self, instance: Instance, batch_id: int, items: Sequence[Waiting], segments: int,
+        decision: Decision, now_ns: int,
+    ) -> None:  # fmt: skip
+        """Remember a batch, and keep count of how quiet it is: quiet means that one batch at a time is enough."""
+        busy = sum(other.state is InstanceState.BUSY for other in self.instances.values())
+        self._quiet = self._quiet + 1 if self.line.request_count == 0 and busy <= 1 else 0
+        self.recent.append(
+            BatchRecord(
+                batch_id,
+                sum(item.requests * item.rows_each for item in items),
+                sum(item.requests for item in items),
+                segments,
+                now_ns - min(item.enqueue_ns for item in items),
+                decision.reason,
+                instance.name,
+                now_ns,
+            )
+        )
+
+    def note_run_time(self, batch_id: int, run_ns: int) -> None:
+        """Remember how long a batch took."""
+        self.batch_ns[batch_id] = run_ns
+        if len(self.batch_ns) > 2 * EXPLAIN_RING:
+            alive = {record.batch for record in self.recent}
+            self.batch_ns = {batch: ns for batch, ns in self.batch_ns.items() if batch in alive}
+
+    def explain(self) -> list[dict[str, object]]:
+        """Return the last batches, oldest first, as plain data."""
+        return [
+            {**record._asdict(), "reason": str(record.reason), "run_ns": self.batch_ns.get(record.batch, 0)}
+            for record in self.recent
+        ]
+
+    # --- grants ---
 
     def wants_grant(self) -> bool:
         """True if an idle instance should be granted to the producer that was served last."""
         return (
-            self._is_grantable
-            and self._quiet >= QUIET_BATCHES
-            and not self.queue.request_count
-            and not self.is_draining
+            self._is_grantable and self._quiet >= QUIET_BATCHES and not self.line.request_count and not self.is_draining
         )
 
     def note_contention(self) -> None:
@@ -114,8 +173,7 @@ class Route:
     def granted(self) -> list[Instance]:
         return [instance for instance in self.instances.values() if instance.state is InstanceState.GRANTED]
 
-    def next_alarm_ns(self, decision: Decision) -> int:
+    def next_alarm_ns(self, wait_until_ns: int) -> int:
         """Return when to look at this route again; 0: only when something happens."""
-        expiry_ns = self.queue.next_expiry_ns()
-        alarms = [alarm for alarm in (decision.wait_until_ns, expiry_ns) if alarm]
+        alarms = [alarm for alarm in (wait_until_ns, self.line.next_expiry_ns()) if alarm]
         return min(alarms, default=0)

@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
@@ -44,6 +44,9 @@ from forebay.ipc.wire import FLAG_GRANTED, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, 
 
 #: How long to wait between tries to deliver to a producer that does not read.
 _BACKLOG_RETRY_S = 0.01
+
+#: How long a new scheduler is kept waiting for producers that do not read, s.
+_SYNC_PATIENCE_S = 2.0
 
 
 class Worker:
@@ -153,6 +156,7 @@ class Worker:
         if isinstance(instance, TensorInstance):
             self._rows = RowsRunner(spec, instance, self._producers, counters)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
+        self._parcels.tell_closed = self._tell_closed
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
         self._instance = instance
         self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
@@ -187,7 +191,7 @@ class Worker:
                 except struct.error:
                     times = NO_TIMES  # A torn message; its sender alone is concerned.
                 if not buffer[1] & FLAG_GRANTED:
-                    self._done.ring(self._done_header(buffer) + times)
+                    self._tell_done(buffer, times)
             elif kind == parcels:
                 self._run_parcels(buffer, view[:size])
             else:
@@ -208,10 +212,17 @@ class Worker:
         elif self._rows is not None:
             self._rows.execute(message, time.monotonic_ns())
 
-    def _done_header(self, buffer: bytearray) -> bytes:
+    def _tell_done(self, buffer: bytearray, times: bytes, still_open: Sequence[bytes] = ()) -> None:
+        """Tell the scheduler that the batch in ``buffer`` has run; ``still_open``: its unanswered requests, packed."""
         assert self._spec is not None
-        _kind, _flags, count, _sender, batch = HEADER.unpack_from(buffer)
-        return HEADER.pack(Kind.DONE, 0, count, self._spec.instance, batch)
+        _kind, _flags, _count, _sender, batch = HEADER.unpack_from(buffer)
+        header = HEADER.pack(Kind.DONE, 0, len(still_open), self._spec.instance, batch)
+        self._done.ring(b"".join((header, times, *still_open)))
+
+    def _tell_closed(self, packed: bytes) -> None:
+        """Tell the scheduler that a request has its answer now; the doorbells' lock is held."""
+        assert self._spec is not None
+        self._done.ring(HEADER.pack(Kind.CLOSED, 0, 1, self._spec.instance, 0) + packed)
 
     def _run_parcels(self, buffer: bytearray, message: memoryview) -> None:
         assert self._parcels is not None
@@ -220,7 +231,9 @@ class Worker:
         except struct.error:
             times = NO_TIMES
         if not buffer[1] & FLAG_GRANTED:
-            self._done.ring(self._done_header(buffer) + times)
+            with self._producers.lock:
+                # A model's own threads answer too; who answers after this says so (CLOSED).
+                self._tell_done(buffer, times, self._parcels.report_open())
 
     def _receive_with_retry(self, buffer: bytearray) -> int:
         # A producer does not read its doorbell. Keep serving the others, and try it again between their batches.
@@ -253,11 +266,19 @@ class Worker:
         elif kind == Kind.SYNC:
             if self._rings is not None:
                 self._rings.close_all(buffer)
+            self._deliver_backlog()
             self._done.ring(HEADER.pack(Kind.SYNCED, 0, 0, self._spec.instance, batch))
         elif kind == Kind.COLLECT and self._parcels is not None:
             self._parcels.collect(sender, message)
         elif kind == Kind.CANCEL and self._parcels is not None:
             self._parcels.cancel(sender, message, count)
+
+    def _deliver_backlog(self) -> None:
+        """Let what waits for full doorbells go first: whoever reads RESYNC takes the rest for lost."""
+        end_s = time.monotonic() + _SYNC_PATIENCE_S
+        while self._producers.has_backlog() and time.monotonic() < end_s:
+            self._producers.flush()
+            time.sleep(_BACKLOG_RETRY_S)
 
     def close(self) -> None:
         if self._instance is not None:

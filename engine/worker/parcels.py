@@ -24,7 +24,7 @@ from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, InvalidArgument, ServingError
 from forebay.ipc.messages import InlineTensor, InstanceSpec, ParameterValue, ParcelHead, ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes, encode_bytes
-from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, MESSAGE_BYTES_MAX, PARCEL, TIMES, TOKEN, Kind
+from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, MESSAGE_BYTES_MAX, OPEN, PARCEL, TIMES, TOKEN, Kind
 
 #: Bytes of outputs that travel in the message itself when no reply block is at hand (responses of decoupled models).
 INLINE_BYTES_MAX = 16 * 1024
@@ -455,6 +455,11 @@ class ParcelsRunner:
         #: Handles COLLECT and CANCEL messages that have arrived, without waiting; set by the loop. Called whenever a
         #: running model asks whether its request is cancelled, by the thread that asks.
         self.take_signals: Callable[[], None] = _nothing
+        #: Sends a packed OPEN to the scheduler; set by the loop.
+        self.tell_closed: Callable[[bytes], None] = _ignore
+        #: Keys of the last batch, and of requests that the scheduler was told are still open.
+        self._batch_keys: list[tuple[int, int]] = []
+        self._reported: set[tuple[int, int]] = set()
 
     @property
     def open_count(self) -> int:
@@ -465,6 +470,8 @@ class ParcelsRunner:
         self._bound.clear()
         for key in [key for key in self._open if key[0] == producer]:
             self._open.pop(key).orphan()
+            with self.producers.lock:
+                self._close(key)
 
     def cancel(self, producer: int, message: memoryview, count: int) -> None:
         """Mark requests whose clients left."""
@@ -493,7 +500,7 @@ class ParcelsRunner:
     def answered(self, request: ParcelRequest) -> None:
         """The final response of a request is known; it may still wait for room."""
         if not request.is_waiting:
-            self._open.pop(request.key, None)
+            self.forget(request)
 
     def count_answer(
         self, request: ParcelRequest, failed: ServingError | None = None, *, by_model: bool = False
@@ -518,6 +525,22 @@ class ParcelsRunner:
     def forget(self, request: ParcelRequest) -> None:
         """The last waiting response has been sent."""
         self._open.pop(request.key, None)
+        with self.producers.lock:
+            self._close(request.key)
+
+    def _close(self, key: tuple[int, int]) -> None:
+        if key in self._reported:
+            self._reported.discard(key)
+            self.tell_closed(OPEN.pack(key[0], 0, key[1]))
+
+    def report_open(self) -> list[bytes]:
+        """Return the requests of the last batch that are not answered for good, packed; the doorbells' lock is held.
+
+        Each is reported with ``tell_closed`` when it is.
+        """
+        still_open = [key for key in self._batch_keys if key in self._open]
+        self._reported.update(still_open)
+        return [OPEN.pack(producer, 0, token) for producer, token in still_open]
 
     def execute(self, message: memoryview, start_ns: int) -> bytes:
         """Run one PARCELS message.
@@ -526,6 +549,7 @@ class ParcelsRunner:
             The TIMES of the batch, packed, for the scheduler.
         """
         requests = self._unpack(message, start_ns)
+        self._batch_keys = [request.key for request in requests]
         if not requests:
             return TIMES.pack(start_ns, start_ns, start_ns, start_ns)
         rows = sum(max(request.rows, 1) for request in requests)
@@ -759,6 +783,10 @@ _EMPTY_HEAD = ParcelHead(inputs=(), reply_offset=0, reply_bytes=0)
 
 
 def _nothing() -> None:
+    pass
+
+
+def _ignore(_packed: bytes) -> None:
     pass
 
 

@@ -67,6 +67,9 @@ class Producers:
             with self.lock:
                 gone.close()
 
+    def __contains__(self, producer: int) -> bool:
+        return producer in self._by_id
+
     def get(self, producer: int) -> Producer:
         """Return the producer.
 

@@ -19,7 +19,7 @@ from forebay.ipc.errors import BackendFailed, Internal, ServingError
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.slabs import SlabLayout
 from forebay.ipc.tensor import DATATYPES
-from forebay.ipc.wire import HEADER, TIMES, Kind, Run, pack_runs, unpack_runs
+from forebay.ipc.wire import HEADER, NO_TIMES, TIMES, Kind, Run, pack_runs, unpack_runs
 
 #: Bindings kept per producer; at the limit all of them are dropped, which costs less bookkeeping than an exact order
 #: of use.
@@ -60,6 +60,12 @@ class RowsRunner:
         """
         _kind, _flags, count, _sender, batch = HEADER.unpack_from(message)
         runs = unpack_runs(message, count, HEADER.size)
+        if count > 1:
+            # A producer that died between the scheduler's decision and now must not fail its neighbours' requests.
+            runs = [run for run in runs if run.producer in self._producers]
+            count = len(runs)
+            if not runs:
+                return NO_TIMES
         try:
             if count == 1:
                 times = self._execute_in_place(runs[0], batch_start_ns)

@@ -69,5 +69,3 @@ def tokens(items: Iterable[Waiting]) -> list[int]:
         assert isinstance(item, WaitingParcel | WaitingRun)
         names.append(item.token if isinstance(item, WaitingParcel) else item.first)
     return names
-
-

@@ -54,7 +54,7 @@ def test_queue_limit_counts_waiting_requests() -> None:
     queue = RequestQueue(with_policy(max_queue_size=3))
     queue.append(run(0, 2))
     too_many = run(10, 4)
-    with pytest.raises(QueueFull, match="^Exceeds maximum queue size$"):
+    with pytest.raises(QueueFull, match=r"^Exceeds maximum queue size$"):
         queue.append(too_many)
     assert queue.request_count == 3
     assert (too_many.first, too_many.requests) == (11, 3)
