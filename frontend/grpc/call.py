@@ -134,9 +134,7 @@ class Call(Stream):
             self.take_message(message)
         elif flag == 1:
             if self.head.encoding == "identity":
-                raise RpcError(
-                    Status.INTERNAL, "Compressed flag set, but no grpc-encoding was specified"
-                )
+                raise RpcError(Status.INTERNAL, "Compressed flag set, but no grpc-encoding was specified")
             self.take_message(memoryview(self._decompress(message)))
         else:
             raise RpcError(Status.INTERNAL, f"invalid message flags {flag}")

@@ -71,7 +71,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._timers.append(frontend.loop.call_later(_GREETING_SECS, self._check_greeting))
         age_ms = self._settings.max_connection_age
         if age_ms is not None:
-            age_s = age_ms / 1000 * random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)  # noqa: S311 (no secret)
+            age_s = age_ms / 1000 * random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)
             self._timers.append(frontend.loop.call_later(age_s, self._grow_old))
         self._keepalive = frontend.loop.call_later(self._settings.keepalive_time / 1000, self._keep_alive)
         if frontend.is_draining:
@@ -128,14 +128,14 @@ class GrpcConnection(asyncio.BufferedProtocol):
             self._http2.abort(call, Http2Code.PROTOCOL_ERROR)
         elif head.http_status != 200:
             # No gRPC client at all: answer in plain HTTP.
-            self._http2.send_tail(call, encode_plain([(b":status", b"%d" % head.http_status), (b"content-length", b"0")]))
+            self._http2.send_tail(
+                call, encode_plain([(b":status", b"%d" % head.http_status), (b"content-length", b"0")])
+            )
         elif head.error is not None:
             call.fail(head.error)
         elif self._frontend.is_draining:
             call.fail(
-                RpcError(
-                    Status.UNAVAILABLE, "GRPC server is shutting down and has stopped accepting new requests."
-                )
+                RpcError(Status.UNAVAILABLE, "GRPC server is shutting down and has stopped accepting new requests.")
             )
         else:
             # Without a text, as grpc-core (spec G-021).

@@ -56,7 +56,7 @@ def parse(name: str, data: memoryview) -> Any:
         raise Malformed from None
 
 
-def build(name: str, **values: Any) -> Any:
+def build(name: str, /, **values: Any) -> Any:
     """Return a message of type ``inference.<name>`` with these fields."""
     return message_class(f"inference.{name}")(**values)
 

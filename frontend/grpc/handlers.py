@@ -188,7 +188,9 @@ async def _region_status(frontend: GrpcFrontend, message: memoryview, kind: str)
     """``SystemSharedMemoryStatus`` and its sister; they work where registering is disabled too (spec H-190)."""
     label = kind.capitalize()
     request = descriptors.parse(f"{label}SharedMemoryStatusRequest", message)
-    entries: list[dict[str, Any]] = await frontend.control.command("region_status", {"kind": kind, "name": request.name})
+    entries: list[dict[str, Any]] = await frontend.control.command(
+        "region_status", {"kind": kind, "name": request.name}
+    )
     reply = descriptors.build(f"{label}SharedMemoryStatusResponse")
     fields = ("name", "key", "offset", "byte_size") if kind == "system" else ("name", "device_id", "byte_size")
     for entry in entries:

@@ -436,9 +436,8 @@ class _ContentsReader:
             if number == 8:
                 if kind == LENGTH:
                     pieces.setdefault(8, []).append(frame_element(value))
-            elif kind == LENGTH or kind == (FIXED32 if number == 6 else FIXED64 if number == 7 else VARINT):
-                if value:
-                    pieces.setdefault(number, []).append(value)
+            elif value and kind in (LENGTH, FIXED32 if number == 6 else FIXED64 if number == 7 else VARINT):
+                pieces.setdefault(number, []).append(value)
         found = b""
         for number in sorted(pieces):
             found = self._convert(number, b"".join(pieces[number]), is_first=not found)
@@ -463,4 +462,5 @@ class _ContentsReader:
         if number == 1:
             return (numbers != 0).astype(np.uint8).tobytes()
         unsigned = f"uint{DATATYPES[datatype].item_bytes * 8}"
-        return numbers.astype(unsigned).tobytes()
+        narrowed: bytes = numbers.astype(unsigned).tobytes()
+        return narrowed

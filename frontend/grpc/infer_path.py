@@ -88,8 +88,9 @@ def place_request(
             place[:] = message[source.offset : source.offset + source.body_bytes]
         copied += source.byte_size
     inference.route.copied_in_bytes += copied
-    if wire.is_plain and wire.raw and not head.forwarded:
-        plan = make_plan(inference.route, entry, wire, message, request, inference.rows)
+    route = inference.rows_route
+    if route is not None and wire.is_plain and wire.raw and not head.forwarded:
+        plan = make_plan(route, entry, wire, message, request, inference.rows)
         if plan is not None:
             frontend.plans.remember(message, wire, plan)
     meta = RequestMeta(

@@ -9,11 +9,13 @@ ends, and a repeated request costs two dictionary look-ups, the copy of its tens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
 from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.ensemble.one_step import OneStepRoute
 from forebay.frontend.grpc.infer_message import WireRequest
-from forebay.frontend.grpc.infer_reply import FINAL_ENTRY, output_entry, raw_head
+from forebay.frontend.grpc.infer_reply import FINAL_ENTRY, output_entry, parameter_entry, raw_head
 from forebay.frontend.grpc.wire import text_field
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.tensor import byte_size
@@ -25,6 +27,9 @@ _KEY_BYTES_MAX = 4096
 #: Lengths of what precedes the tensors, tried for one length of message.
 _LENGTHS_MAX = 8
 
+#: Whose slab rows a plan takes.
+RowsRoute: TypeAlias = RouteClient | OneStepRoute
+
 
 class InferPlan:
     """How to place and answer one form of request."""
@@ -34,7 +39,7 @@ class InferPlan:
         "route", "rows", "stream_bytes", "stream_tail", "timeout_us",
     )  # fmt: skip
 
-    def __init__(self, route: RouteClient, entry: ModelEntry, rows: int, request: ParsedInfer) -> None:
+    def __init__(self, route: RowsRoute, entry: ModelEntry, rows: int, request: ParsedInfer) -> None:
         self.route = route
         self.entry = entry
         self.rows = rows
@@ -127,17 +132,17 @@ def _id_span(wire: WireRequest) -> tuple[int, int]:
 
 
 def make_plan(
-    route: RouteClient, entry: ModelEntry, wire: WireRequest, message: memoryview, request: ParsedInfer, rows: int
+    route: RowsRoute, entry: ModelEntry, wire: WireRequest, message: memoryview, request: ParsedInfer, rows: int
 ) -> InferPlan | None:
     """Return the plan for requests that are equal to this validated one but for id and tensors; None: no plan.
 
     Args:
         rows: batch items, at least 1.
     """
-    if not route.uses_rows or request.sequence_id or len(wire.raw) != len(request.inputs) or wire.raw[-1][1] != len(message):
+    is_sequence = request.sequence_id or request.sequence_start or request.sequence_end
+    if is_sequence or len(wire.raw) != len(request.inputs) or wire.raw[-1][1] != len(message):
         return None
     plan = InferPlan(route, entry, rows, request)
-    index_of = {spec.name: index for index, spec in enumerate(entry.inputs)}
     begin = wire.raw[0][0]
     copies: list[tuple[int, int, int]] = []
     checks: list[tuple[int, bytes]] = []
@@ -149,7 +154,7 @@ def make_plan(
         start, end = source.offset, source.offset + source.body_bytes
         if start > last:
             checks.append((last - begin, bytes(message[last:start])))
-        copies.append((start - begin, end - begin, index_of[tensor.name]))
+        copies.append((start - begin, end - begin, route.input_indices[tensor.name]))
         last = end
     plan.copies = tuple(copies)
     plan.checks = tuple(checks)
@@ -158,25 +163,26 @@ def make_plan(
 
 
 def _plan_reply(plan: InferPlan, entry: ModelEntry, request: ParsedInfer) -> bool:
-    output_of = {spec.name: index for index, spec in enumerate(entry.outputs)}
+    route = plan.route
     entries: list[bytes] = []
     outputs: list[tuple[bytes, int]] = []
     tensor_bytes = 0
     for wanted in request.output_plan(entry):
         if wanted.classification or wanted.region is not None:
             return False
-        index = output_of[wanted.name]
-        spec = entry.outputs[index]
+        index = route.output_indices[wanted.name]
+        spec = route.output_specs[index]
         shape: Sequence[int] = (plan.rows, *spec.dims) if entry.max_batch_size > 0 else spec.dims
         size = byte_size(spec.datatype, shape)
-        entries.append(output_entry(spec.name, spec.datatype, shape))
+        entries.append(output_entry(wanted.name, spec.datatype, shape))
         outputs.append((raw_head(size), index))
         tensor_bytes += size
     if not outputs:
         return False
     plan.reply_head = text_field(1, entry.name) + text_field(2, str(entry.version))
     # The first output's head is constant too, so it goes with what precedes it.
-    plan.reply_tail = b"".join(entries) + outputs[0][0]
+    parameters = b"".join(parameter_entry(key, value) for key, value in route.reply_parameters.items())
+    plan.reply_tail = parameters + b"".join(entries) + outputs[0][0]
     plan.stream_tail = FINAL_ENTRY + plan.reply_tail
     plan.outputs = ((b"", outputs[0][1]), *outputs[1:])
     between = sum(len(head) for head, _index in outputs[1:])

@@ -1,4 +1,4 @@
-"""From outputs to the bytes of a ``ModelInferResponse``; tensor bytes are passed on as views. Pure (spec G-033, G-043)."""
+"""From outputs to the bytes of a ``ModelInferResponse``; tensor bytes stay views. Pure (spec G-033, G-043)."""
 
 from __future__ import annotations
 

@@ -122,9 +122,7 @@ class HeadReader:
         )
         restriction = self._restrictions.get(path)
         if restriction is not None and values.get(restriction[0].encode()) != restriction[1].encode():
-            error = RpcError(
-                Status.UNAVAILABLE, f"This protocol is restricted, expecting header '{restriction[0]}'"
-            )
+            error = RpcError(Status.UNAVAILABLE, f"This protocol is restricted, expecting header '{restriction[0]}'")
         forwarded: dict[str, str] = {}
         if self._pattern is not None and error is None:
             forwarded = {

@@ -118,9 +118,7 @@ class GrpcFrontend:
             RpcError: too much is kept already; these bytes are not counted.
         """
         if self._held_bytes + byte_size > HELD_BYTES_MAX:
-            raise RpcError(
-                Status.RESOURCE_EXHAUSTED, "too many large requests are being received, try again later"
-            )
+            raise RpcError(Status.RESOURCE_EXHAUSTED, "too many large requests are being received, try again later")
         self._held_bytes += byte_size
 
     def release(self, byte_size: int) -> None:
