@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from forebay.frontend.engine_client import EngineClient, RouteClient
-from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference, one_step_of
+from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference
+from forebay.frontend.ensemble.one_step import OneStepRoute, one_step_of
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, RequestMeta
 from forebay.ipc.errors import NotReady
 
@@ -25,6 +26,11 @@ class PlacedInference(Protocol):
     @property
     def rows(self) -> int:
         """Batch items, at least 1."""
+        ...
+
+    @property
+    def rows_route(self) -> RouteClient | OneStepRoute | None:
+        """What a plan for equal requests takes slab rows of; None: they never lie in rows."""
         ...
 
     @property

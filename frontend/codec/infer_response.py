@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 import msgspec
@@ -107,7 +108,13 @@ class FixedOutput(msgspec.Struct, frozen=True):
 
 
 def response_prefix(
-    model_name: str, model_version: int, request_id: str, outputs: Sequence[FixedOutput], *, extra_headers: bytes = b""
+    model_name: str,
+    model_version: int,
+    request_id: str,
+    outputs: Sequence[FixedOutput],
+    parameters: Mapping[str, Parameter] = MappingProxyType({}),
+    *,
+    extra_headers: bytes = b"",
 ) -> bytes:
     """Return status line, headers and JSON of a reply with binary outputs only: what precedes the tensor bytes.
 
@@ -122,7 +129,7 @@ def response_prefix(
         % (_output_start(output.name, output.datatype, output.shape), output.byte_size)
         for output in outputs
     )
-    head = _response_start(model_name, model_version, request_id, {}) + entries + b"]}"
+    head = _response_start(model_name, model_version, request_id, parameters) + entries + b"]}"
     tensor_bytes = sum(output.byte_size for output in outputs)
     kind = (
         b"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\n" % len(head)

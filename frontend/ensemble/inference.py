@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
 
 from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.ensemble.one_step import SUCCESS, OneStep, OneStepRoute
 from forebay.frontend.ensemble.outcome import count_outcome
-from forebay.frontend.ensemble.run import EnsembleModel, EnsembleRun, ensemble_of, sequence_parameters
+from forebay.frontend.ensemble.run import EnsembleRun, ensemble_of, sequence_parameters
 from forebay.frontend.ensemble.step_call import StepReply, StepTimes
 from forebay.frontend.ensemble.tensors import Block, Tensor
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, OutputView, RequestMeta, Response
@@ -46,6 +46,10 @@ class EnsembleInference:
             self.places.append(engine.view[offset : offset + tensor.byte_size])
             offset += align(tensor.byte_size)
 
+    @property
+    def rows_route(self) -> None:
+        return None
+
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Run the ensemble; ``on_response`` may be called before this returns."""
         engine = self.route.engine
@@ -81,55 +85,6 @@ class EnsembleInference:
             self._block.release()
 
 
-class OneStep(NamedTuple):
-    """An ensemble that only gives a model's tensors other names, so that its requests may lie in the model's slab."""
-
-    ensemble: EnsembleModel
-    route: RouteClient
-    """Of the model."""
-    inputs: dict[str, str]
-    """The ensemble's name to the model's."""
-    outputs: dict[str, str]
-    """The model's name to the ensemble's."""
-
-
-def one_step_of(route: RouteClient) -> OneStep | None:
-    """Return how to run an ensemble's requests as those of its only step; None: it needs an :class:`EnsembleRun`."""
-    entry = route.entry
-    if len(entry.steps) != 1:
-        return None
-    step = entry.steps[0]
-    target = route.engine.find_route(step.namespace, step.model, step.version)
-    if target is None:
-        return None
-    model = target.entry
-    inputs = {tensor: name for name, tensor in step.inputs.items()}
-    outputs = {name: tensor for name, tensor in step.outputs.items() if entry.output_named(tensor) is not None}
-    is_batching = entry.max_batch_size > 0
-    if (
-        model.is_ensemble
-        or model.decoupled
-        or is_batching != (model.max_batch_size > 0)
-        or len(inputs) != len(step.inputs)
-        or len(outputs) != len(entry.outputs)
-    ):
-        return None
-    for name, tensor in step.inputs.items():
-        ours, theirs = entry.input_named(tensor), model.input_named(name)
-        if (
-            ours is None
-            or theirs is None
-            or len(ours.dims) != len(theirs.dims)
-            or (ours.optional and not theirs.optional)
-        ):
-            return None
-    for name, tensor in outputs.items():
-        ours, theirs = entry.output_named(tensor), model.output_named(name)
-        if ours is None or theirs is None or len(ours.dims) != len(theirs.dims):
-            return None
-    return OneStep(ensemble_of(route), target, inputs, outputs)
-
-
 class OneStepInference:
     """One request to an ensemble of one step, placed where the model reads it. Life as :class:`Inference`."""
 
@@ -157,8 +112,8 @@ class OneStepInference:
         return self._inner.is_done
 
     @property
-    def one_step(self) -> OneStep:
-        return self._one
+    def rows_route(self) -> OneStepRoute | None:
+        return OneStepRoute(self._one) if self._one.route.uses_rows else None
 
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Hand the filled request over; ``on_response`` is called from the event loop."""
@@ -169,13 +124,11 @@ class OneStepInference:
         self._inner.submit(msgspec.structs.replace(meta, outputs=wanted), self._respond)
 
     def _respond(self, response: Response) -> None:
-        meta, name = self._meta, self.route.entry.name
         self._count(response)
         if response.error is not None:
-            failed = type(response.error)(f"in ensemble '{name}', {response.error.text}")
-            self._on_response(Response(error=failed))
+            self._on_response(Response(error=self._one.prefixed(response.error)))
             return
-        outputs = self._one.outputs
+        outputs, meta = self._one.outputs, self._meta
         sequence = (meta.sequence_id, meta.sequence_start, meta.sequence_end)
         self._on_response(
             Response(
@@ -193,7 +146,7 @@ class OneStepInference:
             reply = StepReply(error=response.error)
             times = StepTimes()
         else:
-            reply = _SUCCESS
+            reply = SUCCESS
             times = StepTimes.since(self._began_ns, self.route.engine.reply_times())
         count_outcome(self.route, reply, self.rows, self._began_ns, times)
 
@@ -204,5 +157,4 @@ class OneStepInference:
         self._inner.cancel()
 
 
-_SUCCESS = StepReply()
 _CANCELLED = StepReply(error=Cancelled("cancelled"))

@@ -1,14 +1,13 @@
 """A model repository of small Python and ONNX models and the ensembles over them, for tests.
 
-``add_one``: OUT = IN + 1, Python, batches. ``scale``: Y = 2 X, ONNX, fixed [4], batches. ``plain``: as add_one, does not
-batch. ``many``: decoupled, one response per unit of its input. A negative first element makes add_one fail.
+``add_one``: OUT = IN + 1, Python, batches. ``scale``: Y = 2 X, ONNX, fixed [4], batches. ``plain``: as add_one, does
+not batch. ``many``: decoupled, one response per unit of its input. A first element of -1 makes add_one fail, -2 slow.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 from onnx import TensorProto, helper
 
 _ADD_ONE = """

@@ -1,0 +1,158 @@
+"""Ensembles that only give a model's tensors other names: their requests lie in the model's own slab.
+
+So an ensemble of one step costs what its model costs, and a few counters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient, RowOwner
+from forebay.frontend.ensemble.outcome import count_outcome
+from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of, sequence_parameters
+from forebay.frontend.ensemble.step_call import StepReply, StepTimes
+from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.errors import ServingError
+from forebay.ipc.messages import ParameterValue
+from forebay.ipc.tensor import TensorSpec
+
+SUCCESS = StepReply()
+
+
+class OneStep(NamedTuple):
+    """How an ensemble names the tensors of its only model."""
+
+    ensemble: EnsembleModel
+    route: RouteClient
+    """Of the model."""
+    inputs: dict[str, str]
+    """The ensemble's name to the model's."""
+    outputs: dict[str, str]
+    """The model's name to the ensemble's."""
+
+    def prefixed(self, error: ServingError) -> ServingError:
+        """Return a step's error as the ensemble's (spec S-107)."""
+        return type(error)(f"in ensemble '{self.ensemble.route.entry.name}', {error.text}")
+
+
+def one_step_of(route: RouteClient) -> OneStep | None:
+    """Return how to run an ensemble's requests as those of its only step; None: it needs an ``EnsembleRun``."""
+    entry = route.entry
+    if len(entry.steps) != 1:
+        return None
+    step = entry.steps[0]
+    target = route.engine.find_route(step.namespace, step.model, step.version)
+    if target is None:
+        return None
+    inputs = {tensor: name for name, tensor in step.inputs.items()}
+    outputs = {name: tensor for name, tensor in step.outputs.items() if entry.output_named(tensor) is not None}
+    if len(inputs) != len(step.inputs) or len(outputs) != len(entry.outputs) or not _only_renames(entry, target.entry):
+        return None
+    model = target.entry
+    if not all(_fits(entry.input_named(tensor), model.input_named(name)) for tensor, name in inputs.items()):
+        return None
+    if not all(_fits(entry.output_named(tensor), model.output_named(name)) for name, tensor in outputs.items()):
+        return None
+    return OneStep(ensemble_of(route), target, inputs, outputs)
+
+
+def _only_renames(ensemble: ModelEntry, model: ModelEntry) -> bool:
+    if model.is_ensemble or model.decoupled:
+        return False
+    return (ensemble.max_batch_size > 0) == (model.max_batch_size > 0)
+
+
+def _fits(ours: TensorSpec | None, theirs: TensorSpec | None) -> bool:
+    """Whether a tensor of the ensemble can be the model's as it is."""
+    if ours is None or theirs is None:
+        return False
+    return len(ours.dims) == len(theirs.dims) and (theirs.optional or not ours.optional)
+
+
+class OneStepRoute:
+    """Rows in the model's slab for requests of equal form to the ensemble: what a plan needs of a route."""
+
+    __slots__ = ("_one", "input_indices", "output_indices", "output_specs")
+
+    def __init__(self, one: OneStep) -> None:
+        self._one = one
+        model = one.route.entry
+        self.output_specs = model.outputs
+        #: The ensemble's name to the index of the tensor in the model.
+        self.input_indices = {
+            tensor: index
+            for index, spec in enumerate(model.inputs)
+            for tensor, name in one.inputs.items()
+            if name == spec.name
+        }
+        self.output_indices = {
+            one.outputs[spec.name]: index for index, spec in enumerate(model.outputs) if spec.name in one.outputs
+        }
+
+    @property
+    def engine(self) -> EngineClient:
+        return self._one.route.engine
+
+    @property
+    def reply_parameters(self) -> dict[str, ParameterValue]:
+        """What every reply says (spec S-111)."""
+        return sequence_parameters((0, False, False))
+
+    @property
+    def copied_in_bytes(self) -> int:
+        return self._one.ensemble.route.copied_in_bytes
+
+    @copied_in_bytes.setter
+    def copied_in_bytes(self, count: int) -> None:
+        self._one.ensemble.route.copied_in_bytes = count
+
+    @property
+    def copied_out_bytes(self) -> int:
+        return self._one.ensemble.route.copied_out_bytes
+
+    @copied_out_bytes.setter
+    def copied_out_bytes(self, count: int) -> None:
+        self._one.ensemble.route.copied_out_bytes = count
+
+    def loan(self, rows: int) -> tuple[OwnedSlab, int]:
+        """Return a slab of the model and the first of ``rows`` free rows in it.
+
+        Raises:
+            ArenaFull: there is no room.
+        """
+        return self._one.route.loan(rows)
+
+    def publish(
+        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
+    ) -> None:
+        """Hand filled rows over."""
+        route = self._one.route
+        counted = _CountedRows(self._one, owner, route.engine.turn_ns())
+        route.publish(slab, first, rows, counted, priority, timeout_us)
+
+
+class _CountedRows:
+    """Stands between the engine and a call: counts its request for the ensemble."""
+
+    __slots__ = ("_began_ns", "_one", "_owner")
+
+    def __init__(self, one: OneStep, owner: RowOwner, began_ns: int) -> None:
+        self._one = one
+        self._owner = owner
+        self._began_ns = began_ns
+
+    @property
+    def rows(self) -> int:
+        return self._owner.rows
+
+    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+        owner, ensemble = self._owner, self._one.ensemble.route
+        owner.rows_done(slab, first)
+        times = StepTimes.since(self._began_ns, ensemble.engine.reply_times())
+        count_outcome(ensemble, SUCCESS, owner.rows, self._began_ns, times)
+
+    def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
+        owner = self._owner
+        failed = self._one.prefixed(error)
+        owner.rows_failed(slab, first, failed, ran=True)
+        count_outcome(self._one.ensemble.route, StepReply(error=failed), owner.rows, self._began_ns, StepTimes())
