@@ -26,7 +26,7 @@ from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.repository import FoundModel, ModelRepository, changed_fields
 from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.plant import Plant
-from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version, verify_version
+from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version
 from forebay.engine.supervisor.served_version import ServedVersion
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.errors import Code, Internal, InvalidArgument, NotFound, ServingError, Unavailable
@@ -369,7 +369,7 @@ class ModelLifecycle:
             served = self._create(prepared)
             count = len(served.instances)
             self._progress(name, version, "starting worker", 0, count, "")
-            await self._start_and_verify(served)
+            await served.start()
         except ServingError as error:
             self._progress(name, version, "failed", 0, 0, error.text)
             raise
@@ -378,25 +378,6 @@ class ModelLifecycle:
             raise Internal(f"{type(error).__name__}: {error}") from error
         self._progress(name, version, "ready", count, count, "")
         return served
-
-    async def _start_and_verify(self, served: ServedVersion) -> None:
-        """Load a version, and compare its configuration with its file meanwhile."""
-        verifying = asyncio.create_task(verify_version(self.plant, served.prepared))
-        try:
-            await served.start()
-        except ServingError:
-            # What is wrong with the configuration explains a failed load better than the load does.
-            await verifying
-            raise
-        except BaseException:
-            verifying.cancel()
-            await asyncio.gather(verifying, return_exceptions=True)
-            raise
-        try:
-            await verifying
-        except BaseException:
-            await served.stop()
-            raise
 
     def _create(self, prepared: PreparedVersion) -> ServedVersion:
         name, version = prepared.found.name, prepared.version

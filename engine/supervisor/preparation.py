@@ -53,9 +53,6 @@ _SELF_COMPLETING = frozenset({"python"})
 #: Backends that can say what their model files hold.
 _DESCRIBING = frozenset({"onnxruntime", "tensorrt", "python", "pytorch", "tensorflow"})
 
-#: Backends whose model files declare names, types and shapes that a configuration can contradict.
-_DECLARING = frozenset({"onnxruntime"})
-
 #: ``optimization.graph.level`` for a look into a file: what the graph could be made into does not matter.
 _NO_GRAPH_OPTIMIZATION = 2
 
@@ -84,8 +81,6 @@ class PreparedVersion:
     config_json: bytes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    is_verified: bool
-    """The configuration has been compared with the model file, or cannot be."""
     steps: tuple[EnsembleStep, ...] = ()
     """Of an ensemble, once it was joined with its models."""
 
@@ -122,10 +117,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
     if not is_ensemble and not await asyncio.to_thread(os.path.isdir, found.version_path(version)):
         raise NotFound(f"failed to find version {version} of model '{found.name}'")
-    is_verified = backend not in _DECLARING
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
-        # What is completed is compared in passing.
-        is_verified = is_verified or not is_complete(config)
         config = await _auto_complete(plant, found, version, config)
     settings = plant.settings.gpu
     gpus = gpus_of_backend(plant.gpus, config)
@@ -156,19 +148,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         config_json=config_json(config).encode(),
         inputs=tuple(tensor.tensor() for tensor in spec.inputs),
         outputs=outputs,
-        is_verified=is_verified,
     )
-
-
-async def verify_version(plant: Plant, prepared: PreparedVersion) -> None:
-    """Compare a complete configuration with what the model file declares (spec B-011, B-020..B-026).
-
-    Raises:
-        ServingError: they contradict each other, or the file cannot be read.
-    """
-    if not prepared.is_verified:
-        described = await _describe(plant, prepared.found, prepared.version, prepared.config)
-        check_described(prepared.config, _described_model(described))
 
 
 def _read_outputs(found: FoundModel, spec: ModelSpec) -> tuple[TensorSpec, ...]:

@@ -43,7 +43,7 @@ def kill_and_wait_replaced(server: ForebayServer, role: str) -> int:
 
 def test_every_process_is_named_by_its_role(server: ForebayServer) -> None:
     roles = set(server.pids())
-    assert {"supervisor", "janitor", "scheduler", "http 1", "zygote onnxruntime"} <= roles
+    assert {"supervisor", "janitor", "scheduler", "http 0", "zygote onnxruntime"} <= roles
     workers = {role for role in roles if role.startswith("worker ")}
     assert workers == {f"worker alpha_model:{v} alpha_model_0_{k}" for v in (1, 2) for k in (0, 1)}
 

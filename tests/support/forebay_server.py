@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +67,8 @@ class ForebayServer:
             protocols: of ``http``, ``grpc`` and ``metrics``; the others are switched off.
         """
         self.directory = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
+        # Also of servers that a test only launches, and without the context manager.
+        self._finalizer = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
         self.runtime_base = self.directory / "run"
         self._out = self.directory / "out.txt"
         self._err = self.directory / "err.txt"
@@ -82,6 +86,8 @@ class ForebayServer:
             *(switches + ports + list(arguments)),
         ]
         self._process: subprocess.Popen[bytes] | None = None
+        #: What it printed in all, once it has ended and its directory is gone.
+        self._printed = ("", "")
 
     # --- life ---
 
@@ -128,6 +134,8 @@ class ForebayServer:
             if self._process.poll() is None:
                 self._process.kill()
                 self._process.wait()
+        self._printed = (self.stdout, self.stderr)
+        self._finalizer()
 
     # --- looking ---
 
@@ -143,12 +151,12 @@ class ForebayServer:
 
     @property
     def stdout(self) -> str:
-        return self._out.read_text(errors="replace") if self._out.exists() else ""
+        return self._out.read_text(errors="replace") if self._out.exists() else self._printed[0]
 
     @property
     def stderr(self) -> str:
         """Everything logged so far."""
-        return self._err.read_text(errors="replace") if self._err.exists() else ""
+        return self._err.read_text(errors="replace") if self._err.exists() else self._printed[1]
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait for a condition as long as the server lives."""
