@@ -7,6 +7,7 @@ waits here, in this process, until the producer has lent a larger one (COLLECT),
 from __future__ import annotations
 
 import select
+import sys
 import threading
 import time
 from collections import deque
@@ -37,6 +38,9 @@ BINDINGS_MAX = 256
 
 #: Messages that may wait for a producer that does not read, before the model that sends them has to wait too.
 BACKLOG_MAX = 64
+
+#: Responses of one request that may wait for reply blocks, before the model that sends them has to wait too.
+WAITING_MAX = 8
 
 #: How long a model's thread waits for such a producer before the request counts as abandoned.
 BACKLOG_WAIT_S = 10.0
@@ -407,21 +411,33 @@ class ParcelRequest:
 
         The worker's own thread tries again between batches; a model's thread has nobody else to do it.
         """
-        producer = self._producer
-        allowed = BACKLOG_MAX if threading.current_thread() is threading.main_thread() else 0
-        if producer.bell.backlog_count <= allowed:
+        producer, runner = self._producer, self._runner
+        is_own_thread = threading.current_thread() is threading.main_thread()
+        allowed = BACKLOG_MAX if is_own_thread else 0
+        # Who waits in the worker's own thread must be able to hear of a lent block.
+        waiting_allowed = WAITING_MAX if not is_own_thread or runner.take_signals is not _nothing else sys.maxsize
+        if self._waiting:
+            runner.take_signals()
+        if producer.bell.backlog_count <= allowed and len(self._waiting) <= waiting_allowed:
             return
         give_up = time.monotonic() + BACKLOG_WAIT_S
-        while not producer.is_gone and producer.bell.backlog_count > allowed:
+        while not producer.is_gone and not self._is_cancelled:
+            backlog_count = producer.bell.backlog_count
+            if backlog_count <= allowed and len(self._waiting) <= waiting_allowed:
+                return
             if time.monotonic() > give_up:
                 self._is_cancelled = True
                 return
-            poll = select.poll()
-            poll.register(producer.bell.fileno(), select.POLLOUT)
-            poll.poll(100)
-            with self._runner.producers.lock:
-                if not producer.is_gone:
-                    producer.bell.flush()
+            if backlog_count:
+                poll = select.poll()
+                poll.register(producer.bell.fileno(), select.POLLOUT)
+                poll.poll(20)
+                with runner.producers.lock:
+                    if not producer.is_gone:
+                        producer.bell.flush()
+            else:
+                time.sleep(0.001)
+            runner.take_signals()
 
 
 def byte_view(array: Array) -> memoryview:

@@ -349,3 +349,16 @@ def test_environment_archive_is_unpacked_once(tmp_path: Path) -> None:
         with WorkerHarness(spec_of("probe", PROBE, parameters=parameters), env=environment) as worker:
             assert ask(worker, "arguments")["factor"] == 7
     assert len(list(tmp_path.glob("forebay-env-*"))) == 1
+
+
+def test_large_streamed_responses_wait_for_blocks_in_bounded_memory() -> None:
+    """From a thread: the model is held up until the producer lends."""
+    large = [{"name": "OUT", "data_type": "TYPE_INT32", "dims": [-1]}]
+    spec = spec_of("bulky", {**SQUARE, "output": large}, decoupled=True)
+    with WorkerHarness(spec) as worker:
+        [token] = worker.submit({"IN": np.array([40], np.int32)}, reply_bytes=0)
+        worker.wait_done()
+        time.sleep(0.3)
+        responses = [response for response in worker.responses(token) if response.index >= 0]
+        assert [int(response.outputs["OUT"][0]) for response in responses] == list(range(40))
+        assert all(response.outputs["OUT"].shape == (10_000,) for response in responses)
