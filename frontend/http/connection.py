@@ -71,13 +71,15 @@ class Call:
 class PlannedCall(Call):
     """A request of a known plan, waiting in slab rows."""
 
-    __slots__ = ("plan",)
+    __slots__ = ("first", "plan", "slab")
 
     def __init__(self, connection: Connection, plan: InferPlan, *, keep_alive: bool) -> None:
         self.connection = connection
         self.keep_alive = keep_alive
         self.buffers = None
         self.plan = plan
+        self.slab: OwnedSlab | None = None
+        self.first = 0
 
     @property
     def rows(self) -> int:
@@ -98,6 +100,11 @@ class PlannedCall(Call):
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         content_type = "text/plain" if ran else "application/json"
         self.connection.answer(self, [error_reply(error, content_type, self.plan.connection_line)])
+
+    def cancel(self) -> None:
+        route = self.plan.route
+        if isinstance(route, RouteClient) and self.slab is not None and self.slab.owners[self.first] is self:
+            route.cancel_rows(self.slab, self.first)
 
     def count_copy(self, count: int) -> None:
         self.plan.route.copied_out_bytes += count
@@ -417,6 +424,8 @@ class Connection(asyncio.BufferedProtocol):
             memory[target : target + source_end - source] = view[start + source : start + source_end]
         route.copied_in_bytes += plan.copied_bytes
         self._calls.append(call)
+        call.slab = slab
+        call.first = first
         route.publish(slab, first, rows, call, plan.priority, plan.timeout_us)
 
     def _infer_general(self, head: Head, body: memoryview) -> None:

@@ -69,7 +69,7 @@ def infer_reply(reply: RenderedReply, accept_encoding: str | None, connection: b
     """Return the buffers of a successful reply; uncompressed tensors stay where they are (I-1)."""
     extra = connection
     if reply.header_length is not None:
-        extra = b"Inference-Header-Content-Length: %d\r\n" % reply.header_length
+        extra += b"Inference-Header-Content-Length: %d\r\n" % reply.header_length
     encoding = response_encoding(accept_encoding)
     if encoding in ("gzip", "deflate"):
         body = compress(reply.buffers, encoding)
