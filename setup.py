@@ -3,7 +3,8 @@
 from setuptools import find_packages, setup
 
 NAME = "forebay"
-TREES = ("engine", "frontend", "ipc", "conf")
+#: Package to folder. The client is a frontend by its place in the code, and a package of its own to its users.
+TREES = {"engine": "engine", "frontend": "frontend", "client": "frontend/client", "ipc": "ipc", "conf": "conf"}
 
 #: What a package ships besides its modules: type markers, settings, protocol descriptors, the dashboard's pages.
 DATA = ["py.typed"] + [f"**/*.{suffix}" for suffix in ("toml", "binpb", "proto", "html", "css", "js", "svg", "json")]
@@ -11,11 +12,14 @@ DATA = ["py.typed"] + [f"**/*.{suffix}" for suffix in ("toml", "binpb", "proto",
 setup(
     # forebay is a namespace: engine/x.py is forebay.engine.x in a checkout and in a
     # wheel alike, and no module called plain "engine" or "ipc" is ever installed.
-    package_dir={f"{NAME}.{tree}": tree for tree in TREES},
+    package_dir={f"{NAME}.{tree}": folder for tree, folder in TREES.items()},
     packages=[
-        name for tree in TREES for name in (f"{NAME}.{tree}", *(f"{NAME}.{tree}.{sub}" for sub in find_packages(tree)))
+        name
+        for tree, folder in TREES.items()
+        for name in (f"{NAME}.{tree}", *(f"{NAME}.{tree}.{sub}" for sub in find_packages(folder, exclude=["client*"])))
     ],
     # The example model repository travels inside the wheel: `forebay demo` needs nothing else.
-    package_data={f"{NAME}.{tree}": DATA for tree in TREES} | {f"{NAME}.conf": [*DATA, "models/**/*"]},
+    package_data={f"{NAME}.{tree}": DATA for tree in TREES}
+    | {f"{NAME}.conf": [*DATA, "models/**/*"], f"{NAME}.client": [*DATA, "c/*"]},
     exclude_package_data={"": ["*.py[co]", "**/__pycache__/*"]},
 )

@@ -86,6 +86,9 @@ FLAG_GONE = 8
 #: Flag of OPEN: the model wants the request again (iterative sequences, spec S-060).
 FLAG_RESCHEDULE = 16
 
+#: Flag of RUNS_FAILED and PARCEL_REPLY to a client: the model was loaded anew; open it and hand the request in again.
+FLAG_MOVED = 32
+
 #: Set in the batch number of what is rung under a grant: the scheduler's numbers never have it.
 GRANTED_BATCH = 1 << 63
 

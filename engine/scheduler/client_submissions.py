@@ -45,6 +45,7 @@ from forebay.ipc.messages import (
 )
 from forebay.ipc.wire import (
     FLAG_FINAL,
+    FLAG_MOVED,
     GRANTED_BATCH,
     GROW,
     HEAD_BYTES_MAX,
@@ -71,8 +72,7 @@ _ENQUEUE_AGE_NS = 1_000_000_000
 #: Times a request may have been handed in again.
 _ATTEMPTS_MAX = 1_000
 
-#: Text that tells a client to open the model again.
-MOVED_TEXT = "the model version was unloaded before the request could run"
+_MOVED_TEXT = "the model version was unloaded before the request could run"
 
 _END = HEADER.size
 
@@ -89,6 +89,10 @@ class Engine(Protocol):
     def instance_of(self, number: int) -> Instance | None: ...
 
     def count_waiting(self, producer_id: int) -> int: ...
+
+
+class _Moved(NotReady):
+    """The route is gone or going; the client opens the model again."""
 
 
 class _Broken(Exception):
@@ -269,7 +273,7 @@ class ClientSubmissions:
         shape = self._shapes.get(number)
         if route is None or shape is None or route.is_draining:
             # Frontends learn of a new version before the old one is drained; clients learn of it here.
-            raise NotReady(MOVED_TEXT)
+            raise _Moved(_MOVED_TEXT)
         return shape
 
     def _refuse_run(self, client: _Client, run: RunSubmit, error: ServingError) -> None:
@@ -278,7 +282,9 @@ class ClientSubmissions:
         wire = Run(client.number, requests, run.base, run.capacity, run.first, rows, run.attempt, 0)
         self._engine.ring_producer(
             client.number,
-            pack_runs(Kind.RUNS_FAILED, 0, 0, 0, [wire], NO_TIMES) + bytes((error.code,)) + error.text.encode(),
+            pack_runs(Kind.RUNS_FAILED, _flags_of(error), 0, 0, [wire], NO_TIMES)
+            + bytes((error.code,))
+            + error.text.encode(),
         )
 
     # --- parcels ---
@@ -313,7 +319,7 @@ class ClientSubmissions:
 
     def _refuse_parcel(self, client: _Client, token: int, error: ServingError) -> None:
         reply = msgspec.msgpack.encode(ReplyHead(code=error.code, text=error.text))
-        header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL, 1, 0, 0)
+        header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL | _flags_of(error), 1, 0, 0)
         self._engine.ring_producer(client.number, header + NO_TIMES + TOKEN.pack(token) + reply)
 
     def _collect(self, client: _Client, instance_number: int, grow: bytes) -> None:
@@ -340,6 +346,10 @@ class ClientSubmissions:
             if client.accepted + requests > _OUTSTANDING_LIMIT:
                 raise Unavailable(f"a client may have {OUTSTANDING_MAX} requests in flight")
         client.accepted += requests
+
+
+def _flags_of(error: ServingError) -> int:
+    return FLAG_MOVED if isinstance(error, _Moved) else 0
 
 
 def believable_ns(claimed_ns: int, now_ns: int) -> int:

@@ -15,6 +15,7 @@ from forebay.engine.supervisor.preparation import (
     batching_policy,
     default_timeout_us,
     instance_specs,
+    preserves_ordering,
     scheduling_extra,
 )
 from forebay.ipc.catalog import ModelEntry
@@ -221,6 +222,7 @@ class ServedVersion:
             load_ns=self.load_ns,
             response_cache=spec.response_cache,
             default_timeout_us=default_timeout_us(spec),
+            preserve_ordering=preserves_ordering(spec),
             scheduler_counter_offset=self._scheduler_offset,
             worker_restart_count=sum(instance.restart_count for instance in self.instances),
             steps=prepared.steps,

@@ -28,6 +28,7 @@ from forebay.engine.supervisor.core_pool import CorePool, usable_cores
 from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
+from forebay.engine.supervisor.rate_limits import limits_of
 from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.zygotes import Zygotes
@@ -35,7 +36,7 @@ from forebay.ipc.catalog import Catalog
 from forebay.ipc.counters import COUNTERS_BYTES, CountersFile
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import ENVIRONMENT_VARIABLE, LogOptions, log
-from forebay.ipc.messages import Explain, LogChanged
+from forebay.ipc.messages import Explain, LogChanged, SchedulerStart
 
 #: How long processes get to end after everything they had to do is done, s.
 _STOP_TIMEOUT_S = 5.0
@@ -74,23 +75,34 @@ class Supervisor:
         self._signals = 0
         self._stop_requested = asyncio.Event()
         self._tasks: list[asyncio.Task[Any]] = []
+        self._client_catalog: Catalog | None = None
 
     async def run(self) -> int:
         """Serve until a signal; return the exit code."""
         self._watch_signals()
         os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(log.options).decode()
         counters = CountersFile()
-        self._switchboard = Switchboard(self._runtime.path, counters.fd, COUNTERS_BYTES)
+        scheduling = SchedulerStart(
+            epoch=0,
+            runtime_directory="",
+            is_rate_limited=self.settings.rate_limit.mode != "off",
+            resources=limits_of(self.settings.rate_limit),
+            hold_back_requests=self.settings.scheduler.delay_request_count,
+        )
+        self._switchboard = Switchboard(self._runtime.path, counters.fd, COUNTERS_BYTES, scheduling)
         self._zygotes = Zygotes()
         for family in self._likely_families():
             self._zygotes.start(family)
         self._scheduler = SchedulerRole(self._switchboard)
         self._scheduler.start()
+        #: Of producers: frontends' runs and shared-memory clients.
+        self._numbers = itertools.count(1)
         self._frontends = self._create_frontends()
         for frontend in self._frontends:
             frontend.start()
         self._roles: list[Role[Any]] = [*self._frontends, self._scheduler]
         # Only now, while the children import their libraries, what takes us long to import (protobuf, ZeroMQ).
+        from forebay.engine.supervisor.client_door import ClientDoor
         from forebay.engine.supervisor.control import ControlServer
         from forebay.engine.supervisor.gpus import find_gpus
 
@@ -103,6 +115,13 @@ class Supervisor:
             gpus=find_gpus(cpu_only=self.settings.gpu.cpu_only),
         )
         self._control = ControlServer(self._runtime.path, self._catalog_for)
+        self._door = ClientDoor(
+            self._runtime.path,
+            self._switchboard,
+            numbers=self._numbers,
+            catalog=self._catalog_for_clients,
+            arena_bytes_max=self.settings.memory.arena_byte_size,
+        )
         try:
             self._create_lifecycle(plant)
             self._tasks.append(asyncio.create_task(self._control.run()))
@@ -171,14 +190,13 @@ class Supervisor:
 
     def _create_frontends(self) -> list[FrontendRole]:
         settings: dict[str, Any] = msgspec.to_builtins(self.settings)
-        numbers = itertools.count(1)
 
         def create(name: str, module: str, protocol: str, *, submits: bool = True) -> FrontendRole:
             return FrontendRole(
                 name,
                 module,
                 self._switchboard,
-                numbers=numbers,
+                numbers=self._numbers,
                 arena_bytes=self.settings.memory.arena_byte_size if submits else _NO_ARENA_BYTES,
                 settings=settings,
                 listeners=(self._listeners[protocol],),
@@ -233,6 +251,7 @@ class Supervisor:
                 await asyncio.gather(*(self._control.wait_seen_by(role.number, generation) for role in self._frontends))
         except TimeoutError:
             log.warning("a frontend has not taken in the list of models yet")
+        self._door.open()
         self._listen()
         if self.settings.repository.control_mode == "poll":
             from forebay.engine.supervisor.poller import RepositoryPoller
@@ -265,6 +284,12 @@ class Supervisor:
         slots = tuple(role.name for role in self._frontends if role.submits)
         slot = next((role.name for role in self._frontends if role.number == producer), "")
         return self._lifecycle.catalog(slot, slots)
+
+    def _catalog_for_clients(self) -> Catalog:
+        # Clients ask once per model and count nothing; the catalog is built anew only when something has changed.
+        if self._client_catalog is None or self._client_catalog.generation != self._lifecycle.generation:
+            self._client_catalog = self._lifecycle.catalog("", ())
+        return self._client_catalog
 
     def _forget_frontend(self, number: int) -> None:
         task = asyncio.create_task(self._control.forget(number))
@@ -343,6 +368,8 @@ class Supervisor:
         """Finish what was accepted and unload everything (spec R-110..R-113); return the exit code."""
         timeout_s = float(self.settings.server.exit_timeout_secs)
         self._lifecycle.is_live = False
+        self._client_catalog = None
+        self._door.stop_accepting()
         log.info("Waiting for in-flight requests to complete.")
         counting = asyncio.create_task(self._count_down(timeout_s))
         try:
@@ -395,6 +422,7 @@ class Supervisor:
         await asyncio.gather(*(child.exited.wait() for child in children), *list(self._tasks), return_exceptions=True)
         await self._zygotes.wait_ended()
         await self._control.close()
+        self._door.close()
         for listener in self._listeners.values():
             listener.close()
         self._switchboard.close()

@@ -36,6 +36,7 @@ from forebay.ipc.messages import (
     Message,
     ProducerDown,
     ProducerUp,
+    Resource,
     Restored,
     RingUp,
     RouteDrain,
@@ -90,13 +91,26 @@ class _Instance(msgspec.Struct, frozen=True):
     route: int
     name: str
     worker: WorkerHandle
+    resources: tuple[Resource, ...] = ()
+    rate_priority: int = 1
 
 
 class Switchboard:
     """Used in the supervisor's event loop only."""
 
-    def __init__(self, runtime_directory: str, counters_fd: int, counters_bytes: int) -> None:
-        """Create the done doorbell; the caller keeps ``counters_fd``."""
+    def __init__(
+        self,
+        runtime_directory: str,
+        counters_fd: int,
+        counters_bytes: int,
+        scheduling: SchedulerStart | None = None,
+    ) -> None:
+        """Create the done doorbell; the caller keeps ``counters_fd``.
+
+        Args:
+            scheduling: what every scheduler is told at its start, apart from what this class knows.
+        """
+        self._scheduling = scheduling or SchedulerStart(epoch=0, runtime_directory="")
         self.runtime_directory = runtime_directory
         self.counters_fd = counters_fd
         self.counters_bytes = counters_bytes
@@ -124,8 +138,11 @@ class Switchboard:
         """Tell a scheduler that was just started everything."""
         self.epoch += 1
         self._scheduler = scheduler
-        start = SchedulerStart(
-            epoch=self.epoch, runtime_directory=self.runtime_directory, counters_bytes=self.counters_bytes
+        start = msgspec.structs.replace(
+            self._scheduling,
+            epoch=self.epoch,
+            runtime_directory=self.runtime_directory,
+            counters_bytes=self.counters_bytes,
         )
         scheduler.send(start, (self._done_receiver.fileno(),))
         scheduler.send(CountersFile(byte_size=self.counters_bytes), (self.counters_fd,))
@@ -195,9 +212,16 @@ class Switchboard:
             if producer.is_trusted:
                 self._tell_worker(worker, producer)
 
-    def add_instance(self, route: int, name: str, worker: WorkerHandle) -> None:
+    def add_instance(
+        self,
+        route: int,
+        name: str,
+        worker: WorkerHandle,
+        resources: tuple[Resource, ...] = (),
+        rate_priority: int = 1,
+    ) -> None:
         """A worker has loaded: let it have batches."""
-        instance = self._instances[worker.number] = _Instance(route, name, worker)
+        instance = self._instances[worker.number] = _Instance(route, name, worker, resources, rate_priority)
         for client in self._clients.values():
             if route in client.routes:
                 client.on_instance(route, worker.number, self._connect_ring(client, worker))
@@ -224,7 +248,14 @@ class Switchboard:
         if instance.worker.ended.is_set():
             return  # Its removal is under way.
         self._tell_scheduler(
-            InstanceUp(route=instance.route, instance=number, name=instance.name), (instance.worker.bell.fileno(),)
+            InstanceUp(
+                route=instance.route,
+                instance=number,
+                name=instance.name,
+                resources=instance.resources,
+                rate_priority=instance.rate_priority,
+            ),
+            (instance.worker.bell.fileno(),),
         )
 
     def _announce_doorbell(self, frontend: Listener, number: int, instance: _Instance) -> None:

@@ -1,0 +1,348 @@
+"""The door: the Unix socket where shared-memory clients come in. Runs in the supervisor's event loop.
+
+Who may come in is decided twice: the socket lies in the runtime directory, which is 0700 and ours, and the kernel
+tells who is at the other end (SO_PEERCRED): the server's own user and root, nobody else. Models run on memory that a
+client may write to at any time, which is a risk to take only with somebody who could trace this process anyway.
+
+A client's life: connected -> introduced (HELLO: it has an arena, a completion doorbell and a submission socket) -> any
+number of models opened -> gone, when its end of the connection is closed or its process ended. Nothing outlives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+from forebay.engine.supervisor.switchboard import Producer, Switchboard
+from forebay.ipc.arena import create_memory_file
+from forebay.ipc.catalog import Catalog, ModelEntry
+from forebay.ipc.client_wire import (
+    DOOR_FDS_MAX,
+    DOOR_HEADER,
+    DOOR_NAME,
+    DOOR_REPLY_BYTES_MAX,
+    DOOR_REQUEST_BYTES_MAX,
+    FLAG_DECOUPLED,
+    FLAG_LAST,
+    FLAG_ROWS,
+    HELLO,
+    INSTANCE,
+    MAGIC,
+    MODEL,
+    NUMBER,
+    OPEN,
+    OUTSTANDING_MAX,
+    PROTOCOL_VERSION,
+    WELCOME,
+    DoorKind,
+    pack_tensor,
+)
+from forebay.ipc.doorbell import create_doorbell
+from forebay.ipc.errors import (
+    Draining,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    NotReady,
+    ServingError,
+    Unavailable,
+    Unsupported,
+)
+from forebay.ipc.log import log
+
+#: Clients at a time; each costs three descriptors here and two in every worker that it uses.
+CLIENTS_MAX = 256
+
+#: Bytes of a client's arena at least.
+ARENA_BYTES_MIN = 64 * 1024
+
+#: Lines of a MODELS message take so many bytes at most.
+_LIST_BYTES_MAX = 32 * 1024
+
+_UCRED = struct.Struct("3i")
+
+
+class ClientDoor:
+    """The listening socket and everybody who came in."""
+
+    def __init__(
+        self,
+        runtime_directory: str,
+        switchboard: Switchboard,
+        *,
+        numbers: itertools.count[int],
+        catalog: Callable[[], Catalog],
+        arena_bytes_max: int,
+    ) -> None:
+        """Create nothing yet.
+
+        Args:
+            numbers: producer numbers, shared with the frontends.
+            catalog: returns what is served at the moment.
+            arena_bytes_max: what a client gets that asks for nothing, and at most.
+        """
+        self.path = os.path.join(runtime_directory, DOOR_NAME)
+        self._switchboard = switchboard
+        self._numbers = numbers
+        self._catalog = catalog
+        self._arena_bytes_max = arena_bytes_max
+        self._loop = asyncio.get_running_loop()
+        self._listener: socket.socket | None = None
+        self._visitors: set[_Visitor] = set()
+
+    def open(self) -> None:
+        """Let clients in from now on."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.setblocking(False)
+        listener.bind(self.path)
+        os.chmod(self.path, 0o600)
+        listener.listen(64)
+        self._listener = listener
+        self._loop.add_reader(listener.fileno(), self._accept)
+
+    def stop_accepting(self) -> None:
+        """Let nobody in any more; those who are in stay."""
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+    def close(self) -> None:
+        """See everybody out."""
+        self.stop_accepting()
+        for visitor in list(self._visitors):
+            visitor.leave()
+
+    @property
+    def client_count(self) -> int:
+        return len(self._visitors)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _address = self._listener.accept()
+        except OSError:
+            return  # It has left again, or there are no descriptors left: then the next try finds some.
+        sock.setblocking(False)
+        pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        visitor = _Visitor(sock, pid, self._serve, self._left)
+        if uid not in (os.geteuid(), 0):
+            visitor.refuse(0, Unavailable(f"this server belongs to user {os.geteuid()}, user {uid} may not use it"))
+        elif self._listener is not None and len(self._visitors) >= CLIENTS_MAX:
+            visitor.refuse(0, Unavailable(f"the server has {CLIENTS_MAX} shared-memory clients already"))
+        else:
+            self._visitors.add(visitor)
+            visitor.watch()
+            return
+        sock.close()
+
+    def _left(self, visitor: _Visitor) -> None:
+        self._visitors.discard(visitor)
+        if visitor.number:
+            log.verbose(1, f"shared-memory client {visitor.number} (process {visitor.pid}) is gone")
+            self._switchboard.remove_producer(visitor.number)
+
+    # --- requests ---
+
+    def _serve(self, visitor: _Visitor, message: memoryview) -> None:
+        kind, _flags, request = DOOR_HEADER.unpack_from(message)
+        body = message[DOOR_HEADER.size :]
+        try:
+            if kind == DoorKind.HELLO:
+                self._welcome(visitor, request, body)
+            elif not visitor.number:
+                raise InvalidArgument("the first message must be HELLO")
+            elif kind == DoorKind.OPEN:
+                self._open_model(visitor, request, body)
+            elif kind == DoorKind.LIST:
+                self._list_models(visitor, request)
+            else:
+                raise InvalidArgument(f"unknown message {kind}")
+        except ServingError as error:
+            visitor.refuse(request, error)
+        except (struct.error, UnicodeDecodeError) as error:
+            visitor.refuse(request, InvalidArgument(f"the message cannot be read: {error}"))
+
+    def _welcome(self, visitor: _Visitor, request: int, body: memoryview) -> None:
+        if visitor.number:
+            raise InvalidArgument("HELLO was said before")
+        magic, version, _zero, wanted_bytes = HELLO.unpack_from(body)
+        if magic != MAGIC or version != PROTOCOL_VERSION:
+            raise Unsupported(f"this server speaks version {PROTOCOL_VERSION} of the client protocol, not {version}")
+        if wanted_bytes > self._arena_bytes_max:
+            raise InvalidArgument(
+                f"an arena may have {self._arena_bytes_max} bytes, not {wanted_bytes}; raise --arena-byte-size"
+            )
+        arena_bytes = max(wanted_bytes or self._arena_bytes_max, ARENA_BYTES_MIN)
+        name = bytes(body[HELLO.size :][:64]).decode()
+        try:
+            self._introduce(visitor, request, name, arena_bytes)
+        except OSError as error:
+            raise Unavailable(f"no shared memory for the client: {error.strerror}") from None
+
+    def _introduce(self, visitor: _Visitor, request: int, name: str, arena_bytes: int) -> None:
+        number = next(self._numbers)
+        arena_fd = create_memory_file(f"forebay-arena-{number}", arena_bytes)
+        completions_in, completions_out = create_doorbell()
+        submit_in, submit_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        producer = Producer(
+            number, f"client {visitor.pid} {name}", arena_fd, arena_bytes, completions_in.detach(), submit_out.detach()
+        )
+        visitor.number = number
+        with completions_out, submit_in:
+            self._switchboard.add_client(producer, visitor.send_instance)
+            visitor.send(
+                DoorKind.WELCOME,
+                request,
+                WELCOME.pack(PROTOCOL_VERSION, number, arena_bytes, self._switchboard.epoch, OUTSTANDING_MAX),
+                (arena_fd, completions_out.fileno(), submit_in.fileno()),
+            )
+        log.verbose(1, f"shared-memory client {number} is process {visitor.pid} {name}")
+
+    def _open_model(self, visitor: _Visitor, request: int, body: memoryview) -> None:
+        (version,) = OPEN.unpack_from(body)
+        entry = find_entry(self._catalog(), bytes(body[OPEN.size :]).decode(), version)
+        if entry.is_ensemble:
+            raise Unsupported(
+                f"model '{entry.name}' is an ensemble, which the HTTP and gRPC frontends run; "
+                "open the models that it is made of"
+            )
+        # Descriptors beyond what a message can carry: those instances are reached by way of the scheduler only.
+        rings = self._switchboard.open_route(visitor.number, entry.route)
+        try:
+            visitor.send(
+                DoorKind.MODEL,
+                request,
+                pack_entry(entry, [instance for instance, _ring in rings[:DOOR_FDS_MAX]]),
+                tuple(ring.fileno() for _instance, ring in rings[:DOOR_FDS_MAX]),
+                flags=entry.is_fixed * FLAG_ROWS | entry.decoupled * FLAG_DECOUPLED,
+            )
+        finally:
+            for _instance, ring in rings:
+                ring.close()
+
+    def _list_models(self, visitor: _Visitor, request: int) -> None:
+        lines = [f"{entry.name}\t{entry.version}\t{entry.state}\n".encode() for entry in self._catalog().models]
+        chunk = b""
+        for line in lines:
+            if len(chunk) + len(line) > _LIST_BYTES_MAX:
+                visitor.send(DoorKind.MODELS, request, chunk)
+                chunk = b""
+            chunk += line
+        visitor.send(DoorKind.MODELS, request, chunk, flags=FLAG_LAST)
+
+
+class _Visitor:
+    """One connection. Owns the socket and, while watching, a pidfd of the process that made it."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        pid: int,
+        on_message: Callable[[_Visitor, memoryview], None],
+        on_gone: Callable[[_Visitor], None],
+    ) -> None:
+        self.pid = pid
+        #: Its producer number; 0: not introduced yet.
+        self.number = 0
+        self._sock = sock
+        self._on_message = on_message
+        self._on_gone = on_gone
+        self._loop = asyncio.get_running_loop()
+        self._pidfd = -1
+
+    def watch(self) -> None:
+        """Read what it says, and notice its end even if a child of it still holds the connection."""
+        self._loop.add_reader(self._sock.fileno(), self._read)
+        # The process has ended already: reading tells.
+        with contextlib.suppress(OSError):
+            self._pidfd = os.pidfd_open(self.pid)
+            self._loop.add_reader(self._pidfd, self.leave)
+
+    def leave(self) -> None:
+        """End the connection."""
+        if self._sock.fileno() < 0:
+            return
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._on_gone(self)
+
+    def send(self, kind: DoorKind, request: int, body: bytes, fds: tuple[int, ...] = (), *, flags: int = 0) -> None:
+        """Send one message; one that does not take its answers is seen out. The caller keeps ``fds``."""
+        message = DOOR_HEADER.pack(kind, flags, request) + body
+        if len(message) > DOOR_REPLY_BYTES_MAX:
+            raise Internal(f"the answer has {len(message)} bytes, too many for one message")
+        try:
+            if fds:
+                socket.send_fds(self._sock, [message], list(fds))
+            else:
+                self._sock.send(message)
+        except OSError:
+            # Not now: the caller may be in the middle of introducing it.
+            self._loop.call_soon(self.leave)
+
+    def refuse(self, request: int, error: ServingError) -> None:
+        self.send(DoorKind.REFUSED, request, NUMBER.pack(error.code) + error.text.encode()[:4096])
+
+    def send_instance(self, route: int, instance: int, ring: socket.socket) -> None:
+        """Tell of a worker that was started later; takes ownership of ``ring``."""
+        with ring:
+            self.send(DoorKind.INSTANCE, 0, INSTANCE.pack(route, instance), (ring.fileno(),))
+
+    def _read(self) -> None:
+        try:
+            message = self._sock.recv(DOOR_REQUEST_BYTES_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if len(message) < DOOR_HEADER.size:
+            self.leave()
+            return
+        self._on_message(self, memoryview(message))
+
+
+def find_entry(catalog: Catalog, name: str, version: int) -> ModelEntry:
+    """Return a READY version of a model: the one asked for, or the newest for 0 (spec H-062).
+
+    Raises:
+        Draining, NotFound, NotReady, InvalidArgument: why there is none; texts as for requests over HTTP.
+    """
+    if not catalog.live:
+        raise Draining("the server is stopping")
+    entries = [entry for entry in catalog.models if entry.name == name]
+    if not entries:
+        raise NotFound(f"Request for unknown model: '{name}' is not found")
+    if len({entry.namespace for entry in entries}) > 1:
+        raise InvalidArgument(f"Request for model '{name}' is ambiguous: several namespaces have a model of that name")
+    if version:
+        entry = next((entry for entry in entries if entry.version == version), None)
+        if entry is None:
+            raise NotFound(f"Request for unknown model: '{name}' version {version} is not found")
+        if not entry.is_ready:
+            raise NotReady(f"Request for unknown model: '{name}' version {version} is not at ready state")
+        return entry
+    newest = max((entry for entry in entries if entry.is_ready), key=lambda entry: entry.version, default=None)
+    if newest is None:
+        raise NotFound(f"Request for unknown model: '{name}' has no available versions")
+    return newest
+
+
+def pack_entry(entry: ModelEntry, instances: list[int]) -> bytes:
+    """Return the body of a MODEL message."""
+    head = MODEL.pack(
+        entry.route, entry.max_batch_size, entry.version, len(entry.inputs), len(entry.outputs), len(instances), 0
+    )
+    numbers = b"".join(NUMBER.pack(instance) for instance in instances)
+    return b"".join((head, numbers, *(pack_tensor(spec) for spec in (*entry.inputs, *entry.outputs))))

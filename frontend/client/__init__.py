@@ -1,0 +1,1 @@
+"""Clients for programs on the server's own machine."""

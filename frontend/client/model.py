@@ -1,0 +1,319 @@
+"""A model as callers use it: fill inputs in place, run, read outputs in place.
+
+A handle may be shared by threads: each of them has a request of its own that it fills.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay.client.opened import Opened
+from forebay.client.pending import Array, Pending, PendingParcel
+from forebay.client.placement import NO_OPTIONS, BlockPlacement, Options, Placement, RowsPlacement, unknown_tensor
+from forebay.ipc.errors import Cancelled, InvalidArgument, from_wire
+from forebay.ipc.messages import ParameterValue
+from forebay.ipc.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from forebay.client.connection import Connection
+    from forebay.client.shm import Engine
+
+
+class Future:
+    """A request in flight. Results are views of shared memory, which stay as they are for as long as anybody has them."""
+
+    __slots__ = ("_connection", "_is_cancelled", "_pending", "_placement")
+
+    def __init__(self, connection: Connection, placement: Placement, pending: Pending) -> None:
+        self._connection = connection
+        self._placement = placement
+        self._pending = pending
+        self._is_cancelled = False
+
+    def done(self) -> bool:
+        """True if ``result`` would return, or raise, at once."""
+        if not self._pending.has_news:
+            self._connection.read_nowait()
+        return self._pending.has_news or self._is_cancelled
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def cancel(self) -> bool:
+        """Give the request up; False if its answer is here already. What has not started will not."""
+        if self._pending.has_news:
+            return False
+        self._is_cancelled = True
+        self._connection.cancel(self._pending)
+        return True
+
+    def result(self, timeout_s: float | None = None, *, output: str | None = None) -> Array:
+        """Wait for the answer and return an output: the one named, else the model's first.
+
+        Raises:
+            DeadlineExceeded: ``timeout_s`` has passed; ask again, or cancel.
+            Cancelled: ``cancel`` was called.
+            ServingError: the server's answer.
+        """
+        self._finish(timeout_s)
+        return self._placement.leased_output(self._pending, output)
+
+    def outputs(self, timeout_s: float | None = None) -> dict[str, Array]:
+        """Wait for the answer and return every output by name; raises like :meth:`result`."""
+        self._finish(timeout_s)
+        names = [spec.name for spec in self._placement.model.signature.outputs]
+        return {name: self._placement.leased_output(self._pending, name) for name in names}
+
+    def _finish(self, timeout_s: float | None) -> None:
+        if self._is_cancelled:
+            raise Cancelled("the request was cancelled")
+        pending = self._pending
+        if not pending.has_news:
+            self._connection.wait(pending, deadline_after(timeout_s))
+        if pending.error is not None:
+            raise pending.error
+
+
+class Model:
+    """One model of the server; ``engine.model(name)`` makes it."""
+
+    def __init__(self, engine: Engine, name: str, version: int) -> None:
+        """Look it up.
+
+        Raises:
+            ServingError: there is no such model.
+        """
+        self._engine = engine
+        self.name = name
+        self._wanted_version = version
+        self._local = threading.local()
+        self._connection = engine.connection
+        self._opened: Opened = self._connection.open_model(name, version)
+
+    # --- what it is ---
+
+    @property
+    def version(self) -> int:
+        """The version that answers."""
+        return self._opened.version
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._opened.signature.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._opened.signature.outputs
+
+    @property
+    def max_batch_size(self) -> int:
+        """Rows of a request at most; 0: the model does not batch."""
+        return self._opened.signature.max_batch_size
+
+    @property
+    def is_decoupled(self) -> bool:
+        """True if a request may have any number of responses: use :meth:`stream`."""
+        return self._opened.signature.is_decoupled
+
+    # --- filling ---
+
+    def input(self, name: str, rows: int | None = None, *, shape: tuple[int, ...] | None = None) -> Array:
+        """Return an input of this thread's next request: a view of shared memory, to be filled in place.
+
+        Args:
+            rows: batch items of the request; None: as many as before, at first 1.
+            shape: full shape, for inputs whose shape varies.
+
+        Returns:
+            The datatype's numpy dtype (BF16: uint16), full shape with the batch dimension; what it holds is left over from
+            earlier requests. Valid until the request is submitted, and again for ``infer`` after ``infer``.
+
+        Raises:
+            InvalidArgument: no such input, or it cannot have that shape.
+            ArenaFull: there is no room.
+        """
+        if rows is not None and shape is None and not self._opened.signature.uses_rows:
+            spec = self._input_named(name)
+            shape = (rows, *spec.dims) if self.max_batch_size > 0 and -1 not in spec.dims else None
+        return self._placement(rows, shape).input(self._input_named(name), shape)
+
+    def put(self, name: str, values: npt.ArrayLike) -> None:
+        """Copy an input of this thread's next request in; the only way for BYTES.
+
+        Args:
+            values: full shape with the batch dimension; BYTES as ``bytes`` or ``str`` elements.
+
+        Raises:
+            InvalidArgument: no such input, or it has another datatype or shape.
+            ArenaFull: there is no room.
+        """
+        spec = self._input_named(name)
+        if spec.datatype == "BYTES" and not isinstance(values, np.ndarray):
+            array: Array = np.array(values, dtype=np.object_)
+        else:
+            array = np.asarray(values)
+        rows = array.shape[0] if self.max_batch_size > 0 and array.ndim else None
+        self._placement(rows, array.shape).put(spec, array)
+
+    def _input_named(self, name: str) -> TensorSpec:
+        for spec in self._opened.signature.inputs:
+            if spec.name == name:
+                return spec
+        raise unknown_tensor("input", name, self._opened.signature.inputs, self.name)
+
+    def _placement(self, rows: int | None, shape: tuple[int, ...] | None) -> Placement:
+        placement: Placement | None = getattr(self._local, "placement", None)
+        if placement is not None and placement.model is self._opened and placement.matches(rows, shape):
+            if self._connection is self._engine.connection:
+                return placement
+        self._rebind()
+        self._local.placement = None
+        if self._opened.signature.uses_rows:
+            placement = RowsPlacement(self._connection, self._opened, 1 if rows is None else rows)
+        else:
+            placement = BlockPlacement(self._connection, self._opened)
+        self._local.placement = placement
+        return placement
+
+    def _rebind(self) -> None:
+        """Follow the engine to the connection that it has now."""
+        connection = self._engine.connection
+        connection.check_usable()
+        if connection is not self._connection:
+            self._opened = connection.open_model(self.name, self._wanted_version)
+            self._connection = connection
+
+    # --- running ---
+
+    def infer(
+        self,
+        *,
+        timeout_s: float | None = None,
+        options: Options = NO_OPTIONS,
+    ) -> Array:
+        """Run this thread's request and wait for its answer.
+
+        Args:
+            timeout_s: how long to wait; None: until there is an answer.
+            options: id, priority, sequence and so on.
+
+        Returns:
+            The model's first output, full shape: a view of shared memory, valid until this thread's next call. Others:
+            :meth:`output`.
+
+        Raises:
+            InvalidArgument: an input was not filled.
+            DeadlineExceeded: ``timeout_s`` has passed; the request may still run.
+            EngineGone: the server has ended; ``engine.reconnect()``.
+            ServingError: the server's answer.
+        """
+        placement = self._filled()
+        deadline_ns = 0
+        if timeout_s is not None:
+            deadline_ns = deadline_after(timeout_s)
+            options = with_deadline(options, deadline_ns)
+        pending = placement.submit(options)
+        try:
+            if not pending.has_news:
+                self._connection.wait(pending, deadline_ns)
+        except BaseException:
+            # Whoever fills the next request must not write into this one, which may still run.
+            self._local.placement = None
+            self._connection.cancel(pending)
+            raise
+        if pending.error is not None:
+            raise pending.error
+        self._local.answered = pending
+        return placement.output(pending, None)
+
+    def output(self, name: str) -> Array:
+        """Return an output of this thread's last ``infer``, valid until its next call.
+
+        Raises:
+            InvalidArgument: no such output, or nothing was inferred.
+        """
+        placement: Placement | None = getattr(self._local, "placement", None)
+        pending: Pending | None = getattr(self._local, "answered", None)
+        if placement is None or pending is None:
+            raise InvalidArgument(f"model '{self.name}' has no answer in this thread")
+        if all(spec.name != name for spec in self._opened.signature.outputs):
+            raise unknown_tensor("output", name, self._opened.signature.outputs, self.name)
+        return placement.output(pending, name)
+
+    def submit(self, *, options: Options = NO_OPTIONS) -> Future:
+        """Hand this thread's request over and return at once; the next ``input`` belongs to the next request.
+
+        Raises:
+            InvalidArgument: an input was not filled.
+            EngineGone: the server has ended.
+        """
+        placement = self._filled()
+        self._local.placement = None
+        return Future(self._connection, placement, placement.submit(options))
+
+    def stream(self, *, timeout_s: float | None = None, options: Options = NO_OPTIONS) -> Iterator[Mapping[str, Array]]:
+        """Run this thread's request and yield each response of a decoupled model, outputs by name.
+
+        Raises:
+            DeadlineExceeded: ``timeout_s`` has passed before the last response.
+            ServingError: the server's answer; responses may have come before.
+        """
+        placement = self._filled()
+        self._local.placement = None
+        deadline_ns = deadline_after(timeout_s)
+        pending = placement.submit(with_deadline(options, deadline_ns) if deadline_ns else options)
+        if not isinstance(placement, BlockPlacement) or not isinstance(pending, PendingParcel):
+            yield Future(self._connection, placement, pending).outputs(timeout_s)
+            return
+        try:
+            while True:
+                self._connection.wait(pending, deadline_ns)
+                while pending.responses:
+                    reply, held = pending.responses.popleft()
+                    if reply.text or reply.code:
+                        raise from_wire(reply.code, reply.text)
+                    yield placement.outputs_of(reply, held)
+                if pending.is_done:
+                    break
+        finally:
+            self._connection.cancel(pending)
+        if pending.error is not None:
+            raise pending.error
+
+    def _filled(self) -> Placement:
+        placement: Placement | None = getattr(self._local, "placement", None)
+        if placement is None:
+            self._connection.check_usable()
+            raise InvalidArgument(f"no input of model '{self.name}' was filled: call input() or put() first")
+        return placement
+
+
+def deadline_after(timeout_s: float | None) -> int:
+    """Return the monotonic time in ns at which ``timeout_s`` has passed; 0 for None."""
+    return 0 if timeout_s is None else time.monotonic_ns() + int(timeout_s * 1e9)
+
+
+def with_deadline(options: Options, deadline_ns: int) -> Options:
+    """Return options that tell the engine that nobody waits after ``deadline_ns``."""
+    return Options(
+        request_id=options.request_id,
+        outputs=options.outputs,
+        parameters=options.parameters,
+        sequence_id=options.sequence_id,
+        sequence_start=options.sequence_start,
+        sequence_end=options.sequence_end,
+        priority=options.priority,
+        timeout_us=options.timeout_us,
+        deadline_ns=deadline_ns,
+    )
+
+
+def options_of(**fields: ParameterValue) -> Options:
+    """Return options from keyword arguments."""
+    return Options(**fields)  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""One model as a connection knows it: its signature, its slabs, and the workers that it may ring itself."""
+
+from __future__ import annotations
+
+import socket
+
+from forebay.client.door import OpenedModel, Signature
+from forebay.client.pending import Pending
+from forebay.ipc.slabs import Slab, SlabLayout
+
+#: Bytes of a model's first slab, if it is to have more than a few rows.
+_SLAB_BYTES_FIRST = 1024 * 1024
+_SLAB_ROWS_FIRST = 64
+
+
+class Grant:
+    """The right to ring one worker, with one request at a time."""
+
+    __slots__ = ("instance", "model", "outstanding", "ring", "ticket")
+
+    def __init__(self, model: Opened, instance: int, ticket: int, ring: socket.socket) -> None:
+        self.model = model
+        self.instance = instance
+        self.ticket = ticket
+        self.ring = ring
+        #: What the worker runs now; None: it is idle.
+        self.outstanding: Pending | None = None
+
+
+class Opened:
+    """One model name and version, as asked for. The route behind it changes when the server loads it anew."""
+
+    def __init__(self, name: str, version: int, found: OpenedModel) -> None:
+        """Describe what the door answered; ``version`` 0 stands for the newest."""
+        self.name = name
+        self.wanted_version = version
+        self.route = found.route
+        self.version = found.version
+        self.signature: Signature = found.signature
+        #: Counts changes of the signature: slots made for an earlier one are worth nothing.
+        self.edition = 0
+        self.rings = dict(found.rings)
+        self.grants: list[Grant] = []
+        self.slabs: list[Slab[Pending]] = []
+        self.row_bytes = _row_bytes(found.signature)
+        #: Bytes that answers of unknown size took so far, at most.
+        self.reply_guess_bytes = 4096
+
+    @property
+    def rows_max(self) -> int:
+        return max(self.signature.max_batch_size, 1)
+
+    def idle_grant(self) -> Grant | None:
+        for grant in self.grants:
+            if grant.outstanding is None:
+                return grant
+        return None
+
+    def next_layout(self, rows: int) -> SlabLayout:
+        """Return the layout of the next slab: each twice the last."""
+        if self.slabs:
+            capacity = self.slabs[-1].capacity * 2
+        else:
+            capacity = min(max(_SLAB_ROWS_FIRST, 4 * self.rows_max), _SLAB_BYTES_FIRST // max(self.row_bytes, 1))
+        return SlabLayout(self.signature.inputs, self.signature.outputs, max(capacity, rows, 1))
+
+    def replace(self, found: OpenedModel) -> list[Slab[Pending]]:
+        """The server has loaded it anew.
+
+        Returns:
+            The slabs that are of no use any more, because the signature is another one.
+        """
+        self.close_rings()
+        self.route = found.route
+        self.version = found.version
+        self.rings = dict(found.rings)
+        if found.signature == self.signature:
+            return []
+        self.signature = found.signature
+        self.edition += 1
+        self.row_bytes = _row_bytes(found.signature)
+        retired, self.slabs = self.slabs, []
+        return retired
+
+    def close_rings(self) -> None:
+        for ring in self.rings.values():
+            ring.close()
+        self.rings.clear()
+
+
+def _row_bytes(signature: Signature) -> int:
+    if not signature.uses_rows:
+        return 0
+    return sum(spec.row_bytes for spec in (*signature.inputs, *signature.outputs))

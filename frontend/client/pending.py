@@ -1,0 +1,158 @@
+"""Requests in flight, and the memory that they and their answers live in.
+
+Who owns rows and blocks: a :class:`RowsLease` or :class:`BlockLease`, which gives them back when nobody refers to it any
+more. A request in flight refers to its lease, and so do the arrays of a future's result; so neither the engine nor a
+caller can be left with rows that somebody else fills.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay.ipc.errors import ServingError
+from forebay.ipc.messages import ReplyHead
+from forebay.ipc.slabs import Slab
+from forebay.ipc.tensor import DATATYPES
+
+if TYPE_CHECKING:
+    from forebay.client.opened import Opened
+
+#: Any array.
+Array = npt.NDArray[np.generic]
+
+#: What is to be given back, by whoever next looks: a lease may end anywhere, even while the connection is locked.
+RowsReturns = deque[tuple["Slab[Pending]", int, int]]
+BlockReturns = deque[tuple[int, int]]
+
+
+class RowsLease:
+    """The right to consecutive rows of a slab."""
+
+    __slots__ = ("__weakref__", "_returns", "first", "rows", "slab")
+
+    def __init__(self, returns: RowsReturns, slab: Slab[Pending], first: int, rows: int) -> None:
+        self._returns = returns
+        self.slab = slab
+        self.first = first
+        self.rows = rows
+
+    def __del__(self) -> None:
+        self._returns.append((self.slab, self.first, self.rows))
+
+
+class BlockLease:
+    """The right to a block of the arena."""
+
+    __slots__ = ("_returns", "byte_size", "offset")
+
+    def __init__(self, returns: BlockReturns, offset: int, byte_size: int) -> None:
+        self._returns = returns
+        self.offset = offset
+        self.byte_size = byte_size
+
+    def __del__(self) -> None:
+        self._returns.append((self.offset, self.byte_size))
+
+
+def leased_array(view: memoryview, offset: int, datatype: str, shape: tuple[int, ...], lease: object) -> Array:
+    """Return a view of the arena that keeps ``lease`` and the mapping alive as long as any array made from it."""
+    dtype = DATATYPES[datatype].numpy_dtype
+    count = 1
+    for dim in shape:
+        count *= dim
+    if not count:
+        return np.empty(shape, dtype)
+    raw = (ctypes.c_char * (count * dtype.itemsize)).from_buffer(view, offset)
+    # numpy keeps the exporter of its bytes alive, and that keeps what hangs on it.
+    raw.lease = lease  # type: ignore[attr-defined]
+    return np.frombuffer(memoryview(raw), dtype).reshape(shape)
+
+
+class Pending:
+    """One request: submitted -> (response)* -> done. Changed under the connection's lock only."""
+
+    __slots__ = (
+        "attempt",
+        "deadline_ns",
+        "edition",
+        "enqueue_ns",
+        "error",
+        "is_cancelled",
+        "is_done",
+        "lease",
+        "model",
+        "priority",
+        "route",
+        "rows",
+        "timeout_us",
+        "waiter",
+    )
+
+    def __init__(self, model: Opened, lease: RowsLease | None, rows: int) -> None:
+        self.model = model
+        self.edition = model.edition
+        #: Rows that the request lives in; a parcel has blocks instead.
+        self.lease = lease
+        self.rows = rows
+        #: Where it was handed in last.
+        self.route = 0
+        self.attempt = 0
+        self.priority = 0
+        self.timeout_us = 0
+        self.deadline_ns = 0
+        self.enqueue_ns = 0
+        self.error: ServingError | None = None
+        self.is_done = False
+        self.is_cancelled = False
+        #: Called once, as soon as there is something to take.
+        self.waiter: Callable[[], None] | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """True if waiting is over: it is done, or has a response that nobody has taken."""
+        return self.is_done
+
+    def finish(self, error: ServingError | None = None) -> None:
+        """It has its last answer."""
+        self.error = error
+        self.is_done = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let whoever waits look."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None:
+            waiter()
+
+
+class PendingParcel(Pending):
+    """A request outside slabs, with its blocks."""
+
+    __slots__ = ("blocks", "head", "inputs", "lent", "responses", "sequence", "shape_key", "token")
+
+    def __init__(self, model: Opened, rows: int, token: int) -> None:
+        super().__init__(model, None, rows)
+        self.token = token
+        #: An encoded ``ParcelHead``.
+        self.head = b""
+        self.shape_key = 0
+        #: Correlation id as text, or empty; as a number; flags of SUBMIT_PARCEL.
+        self.sequence = ("", 0, 0)
+        #: What the inputs lie in: not given back while a worker may read it.
+        self.inputs: tuple[BlockLease, ...] = ()
+        #: The reply block that came with the request.
+        self.blocks: list[BlockLease] = []
+        #: Reply blocks lent since, for responses that have not come yet.
+        self.lent: deque[BlockLease] = deque()
+        #: Responses that nobody has taken yet, each with what its outputs lie in.
+        self.responses: deque[tuple[ReplyHead, tuple[BlockLease, ...]]] = deque()
+
+    @property
+    def has_news(self) -> bool:
+        return self.is_done or bool(self.responses)

@@ -1,0 +1,330 @@
+"""Where one request's tensors go: rows of a slab for models of fixed shapes, blocks of the arena for all others.
+
+A placement is filled by the caller, turned into a request in flight by ``pending``, and then belongs to the engine until
+the answer. Both kinds have the same methods, so that a model handle need not know which it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from forebay.client.connection import Connection
+from forebay.client.opened import Opened
+from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, RowsLease, leased_array
+from forebay.ipc.arena import align
+from forebay.ipc.client_wire import FLAG_SEQUENCE_END, FLAG_SEQUENCE_START
+from forebay.ipc.errors import InvalidArgument, Unsupported
+from forebay.ipc.messages import ParameterValue, ParcelHead, ReplyHead, TensorPlace
+from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, datatype_of, decode_bytes, encode_bytes, view_tensor
+
+
+_encode_head = msgspec.msgpack.Encoder().encode
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request carries besides its tensors. Names and meanings as in the KServe protocol."""
+
+    request_id: str = ""
+    outputs: tuple[str, ...] = ()
+    """Outputs wanted; empty: all."""
+    parameters: dict[str, ParameterValue] = {}
+    sequence_id: int | str = 0
+    sequence_start: bool = False
+    sequence_end: bool = False
+    priority: int = 0
+    timeout_us: int = 0
+    """For the model's queue policy; how long the caller waits is another matter."""
+    deadline_ns: int = 0
+    """Monotonic time after which nobody waits."""
+
+    @property
+    def needs_parcel(self) -> bool:
+        return bool(self.sequence_id or self.parameters)
+
+
+NO_OPTIONS = Options()
+
+
+def full_shape(spec: TensorSpec, rows: int, max_batch_size: int) -> tuple[int, ...]:
+    """Return the shape of a tensor with ``rows`` batch items."""
+    return (rows, *spec.dims) if max_batch_size > 0 else spec.dims
+
+
+def unknown_tensor(kind: str, name: str, specs: Sequence[TensorSpec], model: str) -> InvalidArgument:
+    """Return the error for a name that the model does not have."""
+    names = ", ".join(f"'{spec.name}'" for spec in specs)
+    return InvalidArgument(f"model '{model}' has no {kind} '{name}', but {names}")
+
+
+class RowsPlacement:
+    """Consecutive rows of a slab; every tensor of the model has its place, of one size."""
+
+    def __init__(self, connection: Connection, model: Opened, rows: int) -> None:
+        """Take rows.
+
+        Raises:
+            InvalidArgument: the model takes fewer rows at a time.
+            ArenaFull: there is no room.
+        """
+        if not 1 <= rows <= model.rows_max:
+            raise InvalidArgument(f"model '{model.name}' takes 1 to {model.rows_max} rows at a time, not {rows}")
+        self._connection = connection
+        self.model = model
+        self.edition = model.edition
+        self.rows = rows
+        self.lease = connection.loan_rows(model, rows)
+        view, slab, first = connection.view, self.lease.slab, self.lease.first
+        max_batch_size = model.signature.max_batch_size
+        self._inputs: dict[str, Array] = {}
+        for spec, area in zip(model.signature.inputs, slab.layout.inputs, strict=True):
+            offset = slab.base + area.offset + first * area.row_bytes
+            self._inputs[spec.name] = _view(view, offset, spec.datatype, full_shape(spec, rows, max_batch_size))
+        self._outputs: dict[str, Array] = {}
+        for spec, area in zip(model.signature.outputs, slab.layout.outputs, strict=True):
+            offset = slab.base + area.offset + first * area.row_bytes
+            self._outputs[spec.name] = _view(view, offset, spec.datatype, full_shape(spec, rows, max_batch_size))
+        self._first_output = next(iter(self._outputs.values()))
+        #: Used over and over by ``infer``, one request after the other.
+        self._pending = Pending(model, self.lease, rows)
+
+    def matches(self, rows: int | None, shape: Sequence[int] | None) -> bool:
+        """True if it can hold a request of that many rows; None: any."""
+        return self.edition == self.model.edition and rows in (None, self.rows)
+
+    def input(self, spec: TensorSpec, shape: Sequence[int] | None) -> Array:
+        """Return a view of an input, full shape.
+
+        Raises:
+            InvalidArgument: ``shape`` is another one.
+        """
+        array = self._inputs[spec.name]
+        if shape is not None and tuple(shape) != array.shape:
+            raise InvalidArgument(f"input '{spec.name}' has the shape {list(array.shape)}, not {list(shape)}")
+        return array
+
+    def put(self, spec: TensorSpec, values: Array) -> None:
+        """Copy an input in.
+
+        Raises:
+            InvalidArgument: it has another shape.
+        """
+        array = self.input(spec, values.shape)
+        if array.dtype != values.dtype:
+            raise _wrong_datatype(spec, values)
+        np.copyto(array, values)
+        self._connection.copied_bytes += array.nbytes
+
+    def submit(self, options: Options) -> Pending:
+        """Hand the request over; the placement is the engine's until the answer."""
+        pending = self._pending
+        if pending.is_done or pending.enqueue_ns:
+            pending = self._pending = Pending(self.model, self.lease, self.rows)
+        if options is not NO_OPTIONS:
+            pending.priority = options.priority
+            pending.timeout_us = options.timeout_us
+        self._connection.submit_rows(pending)
+        return pending
+
+    def output(self, pending: Pending, name: str | None) -> Array:
+        """Return a view of an output, valid until the placement is used again."""
+        return self._first_output if name is None else self._outputs[name]
+
+    def leased_output(self, pending: Pending, name: str | None) -> Array:
+        """Return a view of an output that keeps the rows from being used again as long as it lives."""
+        layout, slab = self.lease.slab.layout, self.lease.slab
+        outputs = self.model.signature.outputs
+        index = 0 if name is None else next(i for i, spec in enumerate(outputs) if spec.name == name)
+        spec, area = outputs[index], layout.outputs[index]
+        offset = slab.base + area.offset + self.lease.first * area.row_bytes
+        shape = full_shape(spec, self.rows, self.model.signature.max_batch_size)
+        return leased_array(self._connection.view, offset, spec.datatype, shape, self.lease)
+
+
+class BlockPlacement:
+    """A block per input, and one for the answer."""
+
+    def __init__(self, connection: Connection, model: Opened) -> None:
+        self._connection = connection
+        self.model = model
+        self.edition = model.edition
+        self._inputs: dict[str, tuple[TensorPlace, BlockLease]] = {}
+        #: What the last answer lies in.
+        self._held: tuple[BlockLease, ...] = ()
+        self._reply: ReplyHead | None = None
+
+    def matches(self, rows: int | None, shape: Sequence[int] | None) -> bool:
+        return self.edition == self.model.edition
+
+    def input(self, spec: TensorSpec, shape: Sequence[int] | None) -> Array:
+        """Return a view of an input; the same again as long as the shape is the same.
+
+        Raises:
+            InvalidArgument: the model does not take that shape, or the input is BYTES.
+            ArenaFull: there is no room.
+        """
+        if spec.datatype == "BYTES":
+            raise InvalidArgument(f"input '{spec.name}' is BYTES, whose elements vary in size: use put()")
+        wanted = self._shape_of(spec, shape)
+        place = self._place(spec, wanted, byte_size(spec.datatype, wanted))
+        return _view(self._connection.view, place.offset, spec.datatype, wanted)
+
+    def put(self, spec: TensorSpec, values: Array) -> None:
+        """Copy an input in; BYTES as objects, ``S`` or ``U``.
+
+        Raises:
+            InvalidArgument: the datatype or the shape is not the model's.
+            ArenaFull: there is no room.
+        """
+        shape = self._shape_of(spec, values.shape)
+        if spec.datatype == "BYTES":
+            if datatype_of(values) != "BYTES":
+                raise _wrong_datatype(spec, values)
+            data = encode_bytes(values)
+            place = self._place(spec, shape, len(data))
+            self._connection.view[place.offset : place.offset + len(data)] = data
+            self._connection.copied_bytes += len(data)
+            return
+        if values.dtype != DATATYPES[spec.datatype].numpy_dtype:
+            raise _wrong_datatype(spec, values)
+        np.copyto(self.input(spec, shape), values)
+        self._connection.copied_bytes += values.nbytes
+
+    def _shape_of(self, spec: TensorSpec, shape: Sequence[int] | None) -> tuple[int, ...]:
+        expected = full_shape(spec, -1, self.model.signature.max_batch_size)
+        if shape is None:
+            if -1 in spec.dims:
+                raise InvalidArgument(f"input '{spec.name}' has the shape {list(expected)}: say which, with shape=")
+            return tuple(1 if dim == -1 else dim for dim in expected)
+        given = tuple(int(dim) for dim in shape)
+        if len(given) != len(expected) or not all(
+            have >= 0 and want in (-1, have) for want, have in zip(expected, given, strict=True)
+        ):
+            raise InvalidArgument(f"input '{spec.name}' has the shape {list(expected)}, not {list(given)}")
+        if self.model.signature.max_batch_size > 0 and not 1 <= given[0] <= self.model.rows_max:
+            raise InvalidArgument(
+                f"model '{self.model.name}' takes 1 to {self.model.rows_max} rows at a time, not {given[0]}"
+            )
+        return given
+
+    def _place(self, spec: TensorSpec, shape: tuple[int, ...], size: int) -> TensorPlace:
+        known = self._inputs.get(spec.name)
+        if known is not None and known[1].byte_size >= size:
+            lease = known[1]
+        else:
+            lease = self._connection.loan_block(size)
+        place = TensorPlace(spec.name, spec.datatype, shape, lease.offset, size)
+        self._inputs[spec.name] = (place, lease)
+        return place
+
+    def submit(self, options: Options) -> PendingParcel:
+        """Hand the request over; the placement is the engine's until the answer.
+
+        Raises:
+            InvalidArgument: an input is missing, or the inputs have different numbers of rows.
+        """
+        connection, model = self._connection, self.model
+        signature = model.signature
+        places = [self._inputs[spec.name][0] for spec in signature.inputs if spec.name in self._inputs]
+        missing = [s.name for s in signature.inputs if not s.optional and s.name not in self._inputs]
+        if missing:
+            raise InvalidArgument(f"model '{model.name}' needs input '{missing[0]}', which was not filled")
+        rows = {place.shape[0] for place in places} if signature.max_batch_size > 0 else {1}
+        if len(rows) > 1:
+            raise InvalidArgument(f"the inputs of a request must have the same number of rows, not {sorted(rows)}")
+        count = max(rows, default=1)
+        reply = connection.loan_block(self._reply_bytes(count))
+        pending = PendingParcel(model, count, connection.next_token())
+        pending.blocks = [reply]
+        pending.inputs = tuple(lease for _place, lease in self._inputs.values())
+        pending.shape_key = self._shape_key(places)
+        pending.priority, pending.timeout_us = options.priority, options.timeout_us
+        pending.deadline_ns = options.deadline_ns
+        text, number = (options.sequence_id, 0) if isinstance(options.sequence_id, str) else ("", options.sequence_id)
+        flags = options.sequence_start * FLAG_SEQUENCE_START | options.sequence_end * FLAG_SEQUENCE_END
+        pending.sequence = (text, number, flags)
+        pending.head = _encode_head(
+            ParcelHead(
+                inputs=tuple(places),
+                reply_offset=reply.offset,
+                reply_bytes=reply.byte_size,
+                outputs=options.outputs,
+                id=options.request_id,
+                parameters=options.parameters,
+                correlation_id=options.sequence_id,
+                sequence_start=options.sequence_start,
+                sequence_end=options.sequence_end,
+                priority=options.priority,
+                timeout_us=options.timeout_us,
+                deadline_ns=options.deadline_ns,
+            )
+        )
+        self._reply, self._held = None, ()
+        connection.submit_parcel(pending)
+        return pending
+
+    def _reply_bytes(self, rows: int) -> int:
+        total = 0
+        for spec in self.model.signature.outputs:
+            if not spec.is_fixed:
+                return self.model.reply_guess_bytes
+            total += align(byte_size(spec.datatype, full_shape(spec, rows, self.model.signature.max_batch_size)))
+        return max(total, 64)
+
+    def _shape_key(self, places: Sequence[TensorPlace]) -> int:
+        """Return a number that is equal for requests that may share a batch, in every producer (spec S-011)."""
+        if all(spec.is_fixed for spec in self.model.signature.inputs):
+            return 0
+        skip = 1 if self.model.signature.max_batch_size > 0 else 0
+        signature = sorted((place.name, place.shape[skip:]) for place in places)
+        return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
+
+    def output(self, pending: Pending, name: str | None) -> Array:
+        """Return an output, valid until the placement is used again (BYTES: a copy, for good)."""
+        return self.leased_output(pending, name)
+
+    def leased_output(self, pending: Pending, name: str | None) -> Array:
+        """Return an output; its block is not used again as long as it lives."""
+        assert isinstance(pending, PendingParcel)
+        if self._reply is None:
+            self._reply, self._held = pending.responses.popleft()
+        outputs = self.outputs_of(self._reply, self._held)
+        if name is None:
+            return next(iter(outputs.values()))
+        if name not in outputs:
+            raise InvalidArgument(f"the answer of model '{self.model.name}' has no output '{name}'")
+        return outputs[name]
+
+    def outputs_of(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> Mapping[str, Array]:
+        """Return every output of a response by name."""
+        arrays: dict[str, Array] = {}
+        for place in reply.outputs:
+            if place.datatype == "BYTES":
+                raw = self._connection.view[place.offset : place.offset + place.byte_size]
+                arrays[place.name] = decode_bytes(raw, place.shape)
+                self._connection.copied_bytes += place.byte_size
+            elif byte_size(place.datatype, place.shape) != place.byte_size:
+                raise Unsupported("the model's answer does not have the bytes of its shape")
+            else:
+                arrays[place.name] = leased_array(
+                    self._connection.view, place.offset, place.datatype, place.shape, held
+                )
+        for tensor in reply.inline:
+            arrays[tensor.name] = view_tensor(memoryview(tensor.data), tensor.datatype, tensor.shape)
+        return arrays
+
+
+Placement = RowsPlacement | BlockPlacement
+
+
+def _view(view: memoryview, offset: int, datatype: str, shape: tuple[int, ...]) -> Array:
+    size = byte_size(datatype, shape)
+    dtype = DATATYPES[datatype].numpy_dtype
+    return np.frombuffer(view[offset : offset + size], dtype).reshape(shape)
+
+
+def _wrong_datatype(spec: TensorSpec, values: Array) -> InvalidArgument:
+    return InvalidArgument(f"input '{spec.name}' is {spec.datatype}, not {values.dtype}")
