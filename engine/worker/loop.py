@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
+from forebay.engine.worker.inbox import Inbox
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rings import Rings
@@ -66,6 +67,8 @@ class Worker:
         self._rows: RowsRunner | None = None
         self._parcels: ParcelsRunner | None = None
         self._rings: Rings | None = None
+        #: Reads ahead while a batch of parcels runs, so that a model hears of cancellations.
+        self._inbox = Inbox(doorbell, self._handle_early)
         self._stopping = False
 
     # --- lifeline ---
@@ -157,6 +160,7 @@ class Worker:
             self._rows = RowsRunner(spec, instance, self._producers, counters)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
         self._parcels.tell_closed = self._tell_closed
+        self._parcels.take_signals = self._inbox.take_signals
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
         self._instance = instance
         self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
@@ -173,9 +177,11 @@ class Worker:
         rows_runner, rings = self._rows, self._rings
         assert rings is not None
         while not self._stopping:
-            if rings.is_open and not self._wait_doorbell(rings, buffer):
+            if self._inbox.has_kept:
+                size = self._inbox.take_kept(buffer)
+            elif rings.is_open and not self._wait_doorbell(rings, buffer):
                 continue
-            if self._producers.has_backlog() or self._done.backlog_count:
+            elif self._producers.has_backlog() or self._done.backlog_count:
                 size = self._receive_with_retry(buffer)
             else:
                 size = receive(buffer)
@@ -227,7 +233,8 @@ class Worker:
     def _run_parcels(self, buffer: bytearray, message: memoryview) -> None:
         assert self._parcels is not None
         try:
-            times = self._parcels.execute(message, time.monotonic_ns())
+            with self._inbox.executing():
+                times = self._parcels.execute(message, time.monotonic_ns())
         except struct.error:
             times = NO_TIMES
         if not buffer[1] & FLAG_GRANTED:
@@ -249,6 +256,15 @@ class Worker:
                         self._doorbell.settimeout(None)
         finally:
             self._doorbell.settimeout(None)
+
+    def _handle_early(self, message: memoryview) -> None:
+        """Handle a COLLECT or CANCEL that a running model read ahead."""
+        assert self._parcels is not None
+        kind, _flags, count, sender, _batch = HEADER.unpack_from(message)
+        if kind == Kind.COLLECT:
+            self._parcels.collect(sender, message)
+        else:
+            self._parcels.cancel(sender, message, count)
 
     def _handle_signal(self, kind: int, buffer: bytearray, message: memoryview) -> None:
         assert self._spec is not None
