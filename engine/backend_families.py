@@ -28,7 +28,7 @@ FAMILIES: dict[str, BackendFamily] = {
         ("forebay.engine.backends.tensorflow_backend",), "tensorflow", "TensorFlow", "tensorflow"
     ),
     # Everything that needs no framework: identity, Python models (which import what they like after the fork).
-    "python": BackendFamily(("forebay.engine.backends.base",)),
+    "python": BackendFamily(("forebay.engine.backends.python_backend", "forebay.engine.backends.identity_backend")),
 }
 
 #: Model files that tell which zygotes will be needed before any configuration was read.

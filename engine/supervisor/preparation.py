@@ -31,6 +31,7 @@ from forebay.engine.repository.model_spec import (
     DynamicBatchingSpec,
     EnsembleSpec,
     ModelSpec,
+    OldestStrategy,
     QueuePolicySpec,
     SequenceBatchingSpec,
 )
@@ -40,6 +41,7 @@ from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
 from forebay.engine.supervisor.gpus import gpus_of_backend
 from forebay.engine.supervisor.plant import Plant
+from forebay.engine.supervisor.rate_limits import check_resources, resources_of
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.errors import InvalidArgument, NotFound, Unavailable
@@ -57,7 +59,7 @@ _DESCRIBING = frozenset({"onnxruntime", "tensorrt", "python", "pytorch", "tensor
 _NO_GRAPH_OPTIMIZATION = 2
 
 #: Backends that see each request with its id and parameters, or answer requests one by one.
-_WANTS_PARCELS = frozenset({"python"})
+_WANTS_PARCELS = frozenset({"forebay_fault", "identity", "python"})
 
 _STOP_TIMEOUT_S = 2.0
 
@@ -99,6 +101,7 @@ class PreparedVersion:
             or spec.response_cache
             or isinstance(spec.scheduling, SequenceBatchingSpec)
             or (isinstance(spec.scheduling, DynamicBatchingSpec) and spec.scheduling.has_queue_policy)
+            or preserves_ordering(spec)
             or bool(spec.batch_inputs or spec.batch_outputs)
         )
 
@@ -139,6 +142,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
             ) from None
         raise
     spec = spec_from_config(config)
+    check_resources(spec, plant.settings.rate_limit)
     outputs = await asyncio.to_thread(_read_outputs, found, spec)
     return PreparedVersion(
         found=found,
@@ -283,7 +287,22 @@ def scheduling_extra(spec: ModelSpec) -> dict[str, object]:
         extra["ensemble"] = msgspec.to_builtins(spec.scheduling)
     if spec.response_cache:
         extra["response_cache"] = True
+    if spec.decoupled:
+        # Its instance is free for others long before its requests are answered: never granted.
+        extra["decoupled"] = True
     return extra
+
+
+def preserves_ordering(spec: ModelSpec) -> bool:
+    """Return whether answers must come in the order of the requests (spec S-024, S-067)."""
+    scheduling = spec.scheduling
+    if isinstance(scheduling, DynamicBatchingSpec):
+        return scheduling.preserve_ordering
+    return (
+        isinstance(scheduling, SequenceBatchingSpec)
+        and isinstance(scheduling.strategy, OldestStrategy)
+        and scheduling.strategy.preserve_ordering
+    )
 
 
 def default_timeout_us(spec: ModelSpec) -> int:
@@ -304,6 +323,9 @@ def _queue_policy(policy: QueuePolicySpec) -> QueuePolicy:
 def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[InstanceSpec]:
     """Return what each worker of a version needs, complete but for what belongs to its slot."""
     spec, found = prepared.spec, prepared.found
+    # Control tensors and implicit state are made in the worker.
+    is_sequence = isinstance(spec.scheduling, SequenceBatchingSpec)
+    sequence = msgspec.to_builtins(spec.scheduling) if is_sequence else None
     is_fixed = all(tensor.is_fixed for tensor in (*prepared.inputs, *prepared.outputs))
     # Labels are for frontends, and may be a million lines.
     outputs = tuple(msgspec.structs.replace(tensor, labels=()) for tensor in prepared.outputs)
@@ -336,6 +358,9 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
                 "cc_model_filenames": spec.cc_model_filenames,
                 "profiles": list(instance.profiles),
                 "host_policy": instance.host_policy,
+                "resources": msgspec.to_builtins(resources_of(instance)),
+                "rate_priority": instance.rate_priority,
+                **({"sequence": sequence} if sequence is not None else {}),
             },
             rows_mode=is_fixed and not prepared.wants_parcels,
         )
