@@ -284,8 +284,8 @@ async def trace_setting(frontend: GrpcFrontend, message: memoryview) -> bytes:
         found = await frontend.control.command("trace_get", {"model": model})
     reply = descriptors.build("TraceSettingResponse")
     for name, value in found.items():
-        values = value if isinstance(value, list) else [value]
-        reply.settings[name].value.extend(map(str, values))
+        values: list[object] = value if isinstance(value, list) else [value]
+        reply.settings[name].value.extend(str(item) for item in values)
     return _encode(reply)
 
 

@@ -102,6 +102,7 @@ class InferCall(Call):
             offset, row_bytes = areas[index]
             start = base + offset + first * row_bytes
             pieces.append(memory[start : start + rows * row_bytes])
+        plan.route.copied_out_bytes += plan.tensor_bytes
         self.reply(pieces, plan.reply_bytes + len(id_field))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:

@@ -127,6 +127,7 @@ def render(placed: PlacedRequest, response: Response, extra: dict[str, bool]) ->
     """
     entry = placed.entry
     identity = identity_fields(entry.name, str(entry.version), placed.request.id)
+    placed.inference.route.copied_out_bytes += sum(len(view.data) for view in response.outputs)
     return render_reply(identity, {**response.parameters, **extra}, _reply_tensors(placed, response))
 
 

@@ -36,7 +36,7 @@ class InferPlan:
 
     __slots__ = (
         "checks", "copied_bytes", "copies", "entry", "outputs", "priority", "reply_bytes", "reply_head", "reply_tail",
-        "route", "rows", "stream_bytes", "stream_tail", "timeout_us",
+        "route", "rows", "stream_bytes", "stream_tail", "tensor_bytes", "timeout_us",
     )  # fmt: skip
 
     def __init__(self, route: RowsRoute, entry: ModelEntry, rows: int, request: ParsedInfer) -> None:
@@ -55,6 +55,8 @@ class InferPlan:
         #: The reply in front of the id, and from there to the first output's bytes.
         self.reply_head = b""
         self.reply_tail = b""
+        #: Bytes of the outputs, which every reply copies once.
+        self.tensor_bytes = 0
         #: Length of the reply message without the id.
         self.reply_bytes = 0
         #: The same for a stream, where each reply says that it is the final one.
@@ -99,7 +101,7 @@ class PlanBook:
             if not id_field.isascii():
                 return None
             for offset, expected in plan.checks:
-                if message[begin + offset : begin + offset + len(expected)] != expected:
+                if bytes(message[begin + offset : begin + offset + len(expected)]) != expected:
                     return None
             return plan, id_field, begin
         return None
@@ -185,6 +187,7 @@ def _plan_reply(plan: InferPlan, entry: ModelEntry, request: ParsedInfer) -> boo
     plan.reply_tail = parameters + b"".join(entries) + outputs[0][0]
     plan.stream_tail = FINAL_ENTRY + plan.reply_tail
     plan.outputs = ((b"", outputs[0][1]), *outputs[1:])
+    plan.tensor_bytes = tensor_bytes
     between = sum(len(head) for head, _index in outputs[1:])
     plan.reply_bytes = len(plan.reply_head) + len(plan.reply_tail) + between + tensor_bytes
     plan.stream_bytes = plan.reply_bytes + len(FINAL_ENTRY)

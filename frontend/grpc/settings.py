@@ -63,7 +63,7 @@ class GrpcView(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_groups(cls, groups: Mapping[str, Any]) -> GrpcView:
         """Pick them from ``FrontendStart.settings``; what is missing keeps its default."""
-        group = groups.get("grpc") or {}
+        group: Mapping[str, Any] = groups.get("grpc") or {}
         return msgspec.convert({name: group[name] for name in cls.__struct_fields__ if name in group}, cls)
 
     @property

@@ -96,6 +96,7 @@ class StreamSlot:
             start = slab.base + offset + first * row_bytes
             pieces += (head, memory[start : start + plan.rows * row_bytes])
         self._is_ended = True
+        plan.route.copied_out_bytes += plan.tensor_bytes
         self._call.take_reply(self, *stream_reply(pieces, plan.stream_bytes + len(self._id_field)))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
