@@ -318,8 +318,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "cache-config",
         "cache.config",
-        NOT_YET,
-        "every request runs its model",
         metavar="CACHE,SETTING=VALUE",
         parse=values.parse_cache_config,
     ),
@@ -327,8 +325,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "response-cache-byte-size",
         "cache.config",
-        NOT_YET,
-        "every request runs its model",
         metavar="BYTES",
         help="The same as --cache-config local,size=BYTES.",
         parse=values.parse_cache_byte_size,
@@ -336,12 +332,10 @@ FLAGS: tuple[Flag, ...] = (
         "implementation with the provided byte size for its config. Please use '--cache-config' instead.",
     ),
     # Rate limiter
-    Flag("rate-limit", "rate_limit.mode", NOT_YET, "instances run as soon as they are idle"),
+    Flag("rate-limit", "rate_limit.mode"),
     Flag(
         "rate-limit-resource",
         "rate_limit.resources",
-        NOT_YET,
-        "instances run as soon as they are idle",
         metavar="NAME:COUNT[:DEVICE]",
         parse=values.parse_rate_limit_resource,
     ),
@@ -350,8 +344,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "delay-request-count",
         "scheduler.delay_request_count",
-        NOT_YET,
-        "leave it out outside tests",
         minimum=0,
         environment=("TRITONSERVER_DELAY_SCHEDULER",),
     ),

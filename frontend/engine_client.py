@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 
+from forebay.frontend.answer_order import AnswerOrder
 from forebay.ipc.arena import Arena, BlockAllocator
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.channel import SubmitSender
@@ -27,6 +28,7 @@ from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import (
     ArenaFull,
     BackendFailed,
+    Cancelled,
     Code,
     Internal,
     ServingError,
@@ -41,6 +43,7 @@ from forebay.ipc.messages import (
     ParcelHead,
     ParcelSubmit,
     ReplyHead,
+    RowsCancel,
     RunSubmit,
     Submit,
 )
@@ -50,6 +53,7 @@ from forebay.ipc.wire import (
     FLAG_GONE,
     FLAG_GRANTED,
     GRANT,
+    GRANTED_BATCH,
     GROW,
     HEADER,
     MESSAGE_BYTES_MAX,
@@ -115,6 +119,25 @@ class ParcelOwner(Protocol):
         ...
 
 
+def count_failure(counters: memoryview, error: ServingError, requests: int, elapsed_ns: int, *, ran: bool) -> None:
+    """Count failed requests, by Triton's reasons (spec M-021).
+
+    Args:
+        elapsed_ns: summed over the requests.
+        ran: a worker had them.
+    """
+    counters[Count.FAILED] += requests
+    counters[Count.FAILED_NS] += elapsed_ns
+    if error.code is Code.CANCELLED:
+        counters[Count.CANCELED] += requests
+    elif not ran and error.code is Code.UNAVAILABLE:
+        counters[Count.REJECTED] += requests
+    elif ran:
+        counters[Count.FAILED_BACKEND] += requests
+    else:
+        counters[Count.FAILED_OTHER] += requests
+
+
 class Grant:
     """The right to ring one worker. Owns nothing: the doorbell belongs to the client."""
 
@@ -144,7 +167,8 @@ class Grant:
         """
         self.outstanding = runs
         self.batches += 1
-        self.bell.ring(pack_runs(Kind.RUNS, FLAG_GRANTED, self.route.engine.producer, self.batches, runs))
+        batch = GRANTED_BATCH | self.batches
+        self.bell.ring(pack_runs(Kind.RUNS, FLAG_GRANTED, self.route.engine.producer, batch, runs))
         self.route.counters[Count.GRANTED_BATCHES] += 1
 
     def ring_parcel(self, parcel: ParcelSubmit) -> None:
@@ -155,7 +179,7 @@ class Grant:
         self.bell.ring(
             b"".join(
                 (
-                    HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, producer, self.batches),
+                    HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, producer, GRANTED_BATCH | self.batches),
                     PARCEL.pack(producer, max(parcel.rows, 1), parcel.token, parcel.enqueue_ns, len(parcel.head)),
                     parcel.head,
                 )
@@ -189,6 +213,20 @@ class _TurnRun:
         self.priority = priority
         self.timeout_us = timeout_us
 
+    def without(self, first: int) -> list[_TurnRun]:
+        """Return what is left without the request that begins at ``first``."""
+        ahead = (first - self.first) // self.rows_each
+        behind = self.requests - ahead - 1
+        parts = ((self.first, ahead), (first + self.rows_each, behind))
+        return [
+            _TurnRun(
+                self.slab, start, self.rows_each, self.enqueue_ns, requests, self.attempt, self.priority,
+                self.timeout_us,
+            )
+            for start, requests in parts
+            if requests
+        ]  # fmt: skip
+
     def to_submit(self, route: int) -> RunSubmit:
         """Return the message for the scheduler."""
         return RunSubmit(
@@ -208,13 +246,14 @@ class _TurnRun:
 class _Parcel:
     """A parcel in flight."""
 
-    __slots__ = ("instance", "owner", "route", "submit")
+    __slots__ = ("has_responses", "owner", "route", "submit")
 
     def __init__(self, route: RouteClient, submit: ParcelSubmit, owner: ParcelOwner) -> None:
         self.route = route
         self.submit = submit
         self.owner = owner
-        self.instance = 0
+        #: The client has part of the answer: the request cannot be tried again.
+        self.has_responses = False
 
 
 class RouteClient:
@@ -251,6 +290,8 @@ class RouteClient:
         self._row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
         #: True if requests may live in slab rows.
         self.uses_rows = entry.is_fixed and self._row_bytes <= SLAB_ROW_BYTES_MAX
+        #: Holds answers back until it is their turn; None: nobody minds.
+        self.order = AnswerOrder() if entry.preserve_ordering else None
         self._layouts: dict[int, SlabLayout] = {}
         self.input_indices = {tensor.name: index for index, tensor in enumerate(entry.inputs)}
         self.output_indices = {tensor.name: index for index, tensor in enumerate(entry.outputs)}
@@ -339,6 +380,19 @@ class RouteClient:
             self.is_flush_scheduled = True
             self.engine.schedule_flush(self)
 
+    def cancel_rows(self, slab: OwnedSlab, first: int) -> None:
+        """Nobody waits any more for the request that begins at ``first``; its owner still hears once of its end."""
+        if slab.owners[first] is None:
+            return
+        for place, run in enumerate(self.turn):
+            end = run.first + run.requests * run.rows_each
+            if run.slab is slab and run.first <= first < end:
+                self.turn[place : place + 1] = run.without(first)
+                self.turn_rows -= run.rows_each
+                self.engine.fail_run(self, slab, first, run.rows_each, Cancelled("request was cancelled"))
+                return
+        self.engine.cancel_rows(self, slab, first)
+
     def _ring_now(self, slab: OwnedSlab, first: int, rows: int) -> bool:
         for grant in self.grants:
             if grant.is_idle and not grant.revoked:
@@ -364,6 +418,8 @@ class RouteClient:
     def submit_parcel(self, submit: ParcelSubmit, owner: ParcelOwner) -> None:
         """Hand over a parcel whose tensors are filled in."""
         self.engine.parcels[submit.token] = _Parcel(self, submit, owner)
+        if self.order is not None:
+            self.order.expect(submit.token)
         self.need_flush()
         self.turn_parcels.append(submit)
 
@@ -477,7 +533,15 @@ class EngineClient:
         self._blocks.allocate(64)
         self._tokens = itertools.count(1)
         self._dirty: list[RouteClient] = []
+        self._is_flush_due = False
         self._turn_ns = 0
+        #: What clients have left since the end of the last turn.
+        self._cancelled_tokens: list[int] = []
+        self._cancelled_rows: dict[tuple[int, int], list[int]] = {}
+        #: By instance: the last batch of ours that it answered.
+        self._answered_batches: dict[int, int] = {}
+        #: Of the answer that is being given, if it was held back.
+        self._held_times: Times | None = None
         #: The gauges of memory in use will be written in a moment.
         self.are_gauges_due = False
         self._bells: dict[int, Bell] = {}
@@ -581,9 +645,15 @@ class EngineClient:
 
     def schedule_flush(self, route: RouteClient) -> None:
         """Remember that the route has something to send at the end of the turn."""
-        if not self._dirty:
+        if not self._is_flush_due:
+            self._is_flush_due = True
             self._loop.call_soon(self._flush)
         self._dirty.append(route)
+
+    def _schedule_cancel(self) -> None:
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self._loop.call_soon(self._flush)
 
     def to_wire(self, run: _TurnRun) -> Run:
         return Run(
@@ -593,6 +663,7 @@ class EngineClient:
 
     def _flush(self) -> None:
         dirty, self._dirty = self._dirty, []
+        self._is_flush_due = False
         self._turn_ns = 0
         runs: list[RunSubmit] = []
         parcels: list[ParcelSubmit] = []
@@ -605,17 +676,28 @@ class EngineClient:
                 route.turn.clear()
                 route.turn_parcels.clear()
             route.write_counters()
-        if not runs and not parcels:
-            return
-        message = Submit(producer=self.producer, epoch=self._epoch, runs=tuple(runs), parcels=tuple(parcels))
-        if not self._submit.send_nowait(message):
-            self._refuse_unsent(runs, parcels)
+        if runs or parcels:
+            message = Submit(producer=self.producer, epoch=self._epoch, runs=tuple(runs), parcels=tuple(parcels))
+            if not self._submit.send_nowait(message):
+                self._refuse_unsent(runs, parcels)
+        if self._cancelled_tokens or self._cancelled_rows:
+            self._send_cancels()
+
+    def _send_cancels(self) -> None:
+        # Behind the submissions of the same turn, so that the scheduler knows what is meant.
+        tokens, self._cancelled_tokens = tuple(self._cancelled_tokens), []
+        rows = tuple(
+            RowsCancel(route=route, base=base, firsts=tuple(firsts))
+            for (route, base), firsts in self._cancelled_rows.items()
+        )
+        self._cancelled_rows.clear()
+        self._submit.send_nowait(Cancel(producer=self.producer, tokens=tokens, rows=rows))
 
     def _refuse_unsent(self, runs: list[RunSubmit], parcels: list[ParcelSubmit]) -> None:
         error = Unavailable("the scheduler does not keep up; try again later")
         for run in runs:
-            _route, slab = self.slabs[run.base]
-            self._fail_rows(slab, run.first, run.requests * run.rows_each, error, ran=False)
+            route, slab = self.slabs[run.base]
+            self.fail_run(route, slab, run.first, run.requests * run.rows_each, error, requests=run.requests)
         for parcel in parcels:
             self._fail_parcel(parcel.token, error)
 
@@ -631,18 +713,23 @@ class EngineClient:
         message = self._buffer_view[:size]
         kind, flags, count, instance, batch = HEADER.unpack_from(message)
         if kind == Kind.RUNS_DONE:
+            self._answered_batches[instance] = batch
             self._runs_done(message, count, instance)
         elif kind == Kind.PARCEL_REPLY:
             self._parcel_reply(message, flags, instance)
         elif kind == Kind.RUNS_FAILED:
+            if instance:
+                self._answered_batches[instance] = batch
             self._runs_failed(message, count, instance)
         elif kind == Kind.GRANT:
             self._granted(message)
         elif kind == Kind.REVOKE:
             self._revoked(message, flags)
         elif kind == Kind.RUNS_LOST:
-            for run in unpack_runs(message, count, _TIMES_END):
-                self._run_lost(run)
+            # A worker may die when it has answered us and not yet told the scheduler: the rows may be others' by now.
+            if self._answered_batches.get(instance) != batch:
+                for run in unpack_runs(message, count, _TIMES_END):
+                    self._run_lost(run)
         elif kind == Kind.PARCEL_LOST:
             for index in range(count):
                 (token,) = TOKEN.unpack_from(message, _TIMES_END + index * TOKEN.size)
@@ -692,10 +779,18 @@ class EngineClient:
             if found is None:
                 continue
             route, slab = found
+            elapsed_ns = max(run.requests * now_ns - run.enqueue_sum_ns, 0)
+            count_failure(route.counters, error, run.requests, elapsed_ns, ran=instance != 0)
             self._fail_rows(slab, run.first, run.rows, error, ran=instance != 0)
-            route.counters[Count.FAILED] += run.requests
-            route.counters[Count.FAILED_NS] += max(run.requests * now_ns - run.enqueue_sum_ns, 0)
-        self._grant_idle(instance)
+        if instance:
+            self._grant_idle(instance)
+
+    def fail_run(
+        self, route: RouteClient, slab: OwnedSlab, first: int, rows: int, error: ServingError, *, requests: int = 1
+    ) -> None:
+        """Answer requests in rows that never reached the scheduler."""
+        count_failure(route.counters, error, requests, 0, ran=False)
+        self._fail_rows(slab, first, rows, error, ran=False)
 
     def _fail_rows(self, slab: OwnedSlab, first: int, rows: int, error: ServingError, *, ran: bool) -> None:
         for row in range(first, first + rows):
@@ -717,9 +812,8 @@ class EngineClient:
                 f"an instance of model '{route.entry.name}' ended unexpectedly while it ran the request, "
                 "and so did the one that tried it again"
             )
+            count_failure(route.counters, error, run.requests, 0, ran=True)
             self._fail_rows(slab, run.first, run.rows, error, ran=True)
-            route.counters[Count.FAILED] += run.requests
-            route.counters[Count.FAILED_OTHER] += run.requests
             return
         enqueue_ns = run.enqueue_sum_ns // max(run.requests, 1)
         self._resubmit_rows(route, slab, range(run.first, run.first + run.rows), enqueue_ns, run.attempt + 1)
@@ -738,6 +832,7 @@ class EngineClient:
             owner = slab.owners[row]
             if owner is None or row in skip:
                 continue
+            # Models with priorities get parcels, which keep theirs.
             route.append_turn(_TurnRun(slab, row, owner.rows, enqueue_ns, 1, attempt, 0, 0))
             route.need_flush()
             route.counters[Count.RESUBMITTED] += 1
@@ -746,6 +841,8 @@ class EngineClient:
 
     def reply_times(self) -> Times:
         """Return the times of the execution whose completion is being handled; zero if it did not run."""
+        if self._held_times is not None:
+            return self._held_times
         return Times._make(TIMES.unpack_from(self._buffer, HEADER.size))
 
     def _parcel_reply(self, message: memoryview, flags: int, instance: int) -> None:
@@ -763,22 +860,42 @@ class EngineClient:
             if reply.needs_bytes:
                 self._lend(parcel, token, reply.needs_bytes, instance)
             else:
+                parcel.has_responses = True
                 if final:
-                    self._count_parcel(parcel, reply)
                     del self.parcels[token]
-                parcel.owner.parcel_reply(reply, final=final, ran=instance != 0)
-                parcel.route.write_counters()
+                self._answer_parcel(parcel, reply, final=final, ran=instance != 0)
         grant = self._grants.get(instance)
         if grant is not None and final and token in grant.tokens:
             grant.tokens.remove(token)
             self._grant_idle(instance)
 
-    def _count_parcel(self, parcel: _Parcel, reply: ReplyHead) -> None:
+    def _answer_parcel(self, parcel: _Parcel, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        order = parcel.route.order
+        if order is None:
+            self._give_answer(parcel, reply, final=final, ran=ran)
+            return
+        times = self.reply_times()
+
+        def give() -> None:
+            self._held_times = times
+            try:
+                self._give_answer(parcel, reply, final=final, ran=ran)
+            finally:
+                self._held_times = None
+
+        order.answer(parcel.submit.token, give, final=final)
+
+    def _give_answer(self, parcel: _Parcel, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        if final:
+            self._count_parcel(parcel, reply, ran=ran)
+        parcel.owner.parcel_reply(reply, final=final, ran=ran)
+        parcel.route.write_counters()
+
+    def _count_parcel(self, parcel: _Parcel, reply: ReplyHead, *, ran: bool) -> None:
         counters = parcel.route.counters
         elapsed_ns = time.monotonic_ns() - parcel.submit.enqueue_ns
         if reply.text:
-            counters[Count.FAILED] += 1
-            counters[Count.FAILED_NS] += elapsed_ns
+            count_failure(counters, from_wire(reply.code, reply.text), 1, elapsed_ns, ran=ran)
         else:
             counters[Count.SUCCESS] += 1
             counters[Count.SUCCESS_NS] += elapsed_ns
@@ -799,14 +916,21 @@ class EngineClient:
         parcel = self.parcels.pop(token, None)
         if parcel is not None:
             reply = ReplyHead(code=int(error.code), text=error.text)
-            self._count_parcel(parcel, reply)
-            parcel.owner.parcel_reply(reply, final=True, ran=isinstance(error, BackendFailed | WorkerDied))
+            self._answer_parcel(parcel, reply, final=True, ran=isinstance(error, BackendFailed | WorkerDied))
 
     def _parcel_lost(self, token: int) -> None:
         parcel = self.parcels.get(token)
         if parcel is None:
             return
         submit = parcel.submit
+        if parcel.has_responses:
+            self._fail_parcel(
+                token,
+                WorkerDied(
+                    f"an instance of model '{parcel.route.entry.name}' ended unexpectedly before its last response"
+                ),
+            )
+            return
         if submit.attempt >= ATTEMPTS_MAX or parcel.route.is_retired:
             self._fail_parcel(
                 token,
@@ -818,12 +942,17 @@ class EngineClient:
             return
         parcel.route.counters[Count.RESUBMITTED] += 1
         again = msgspec.structs.replace(submit, attempt=submit.attempt + 1)
-        parcel.instance = 0
         parcel.route.submit_parcel(again, parcel.owner)
 
     def cancel(self, token: int) -> None:
         """Tell the engine that nobody waits for the parcel; its owner is still called back once, with the last word."""
-        self._submit.send_nowait(Cancel(producer=self.producer, tokens=(token,)))
+        self._cancelled_tokens.append(token)
+        self._schedule_cancel()
+
+    def cancel_rows(self, route: RouteClient, slab: OwnedSlab, first: int) -> None:
+        """Tell the scheduler that nobody waits for a request in rows; see :meth:`RouteClient.cancel_rows`."""
+        self._cancelled_rows.setdefault((route.route, slab.base), []).append(first)
+        self._schedule_cancel()
 
     # --- grants ---
 
@@ -850,7 +979,11 @@ class EngineClient:
     def _revoked(self, message: memoryview, flags: int) -> None:
         _route, instance, generation, _rows = GRANT.unpack_from(message, HEADER.size)
         grant = self._grants.get(instance)
-        if grant is None or grant.generation != generation:
+        if flags & FLAG_GONE:
+            self._answered_batches.pop(instance, None)
+        elif grant is not None and grant.generation != generation:
+            return
+        if grant is None:
             return
         grant.revoked = True
         if flags & FLAG_GONE:
@@ -883,6 +1016,8 @@ class EngineClient:
 
     def _drop_grant(self, grant: Grant) -> None:
         self._grants.pop(grant.instance, None)
+        if self._bells.get(grant.instance) is not grant.bell:
+            grant.bell.close()  # Its instance went while it was granted.
         if grant in grant.route.grants:
             grant.route.grants.remove(grant)
         grant.route.grant_finished()
@@ -891,6 +1026,8 @@ class EngineClient:
 
     def _resync(self, epoch: int) -> None:
         """A new scheduler is up and every worker has finished what the old one sent: hand in again what is left."""
+        if epoch == self._epoch:
+            return  # Started, or told, in the meantime: nothing of ours went to an earlier one.
         self._epoch = epoch
         # What was rung under a grant runs or has run; what was not yet sent goes out with this turn.
         exempt_rows: set[tuple[int, int]] = set()
@@ -900,7 +1037,10 @@ class EngineClient:
                 exempt_rows.update((granted.base, row) for row in range(granted.first, granted.first + granted.rows))
             exempt_tokens.update(grant.tokens)
             grant.route.grants.clear()
-        self._grants.clear()
+            # The new scheduler knows of no grants. Those whose worker runs are kept to hear of its end, or its death.
+            grant.revoked = True
+        for grant in [grant for grant in self._grants.values() if grant.is_idle]:
+            self._drop_grant(grant)
         for route in self.routes.values():
             route.grant_finished()
             for run in route.turn:

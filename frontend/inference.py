@@ -326,6 +326,8 @@ class Inference:
                 self._slab.release(self._first, self.rows)
             else:
                 self._free_block()
+        elif self._slab is not None:
+            self.route.cancel_rows(self._slab, self._first)
         elif self._token:
             self._engine.cancel(self._token)
 

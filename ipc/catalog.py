@@ -59,6 +59,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """How long the load took."""
     response_cache: bool = False
     default_timeout_us: int = 0
+    preserve_ordering: bool = False
+    """Answers are given in the order of the requests (spec S-024)."""
     scheduler_counter_offset: int = 0
     """Byte offset of the scheduler's counters for this route, for statistics and metrics; 0: none."""
     worker_restart_count: int = 0
@@ -94,6 +96,8 @@ class Catalog(msgspec.Struct, frozen=True):
     live: bool = True
     ready: bool = False
     """What ``GET /v2/health/ready`` says, by ``--strict-readiness`` (spec H-031)."""
+    cache_counter_offsets: tuple[int, ...] = ()
+    """Byte offsets of every frontend's :class:`CacheCounter` block; empty: there is no response cache."""
 
     def versions(self, name: str) -> tuple[ModelEntry, ...]:
         return tuple(entry for entry in self.models if entry.name == name)

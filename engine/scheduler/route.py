@@ -23,6 +23,9 @@ QUIET_BATCHES = 8
 #: Batches that ``explain`` can tell about.
 EXPLAIN_RING = 512
 
+#: What people see of a batch's number: without the scheduler's epoch.
+_BATCH_MASK = (1 << 48) - 1
+
 
 class BatchRecord(NamedTuple):
     """One line of ``explain``."""
@@ -154,7 +157,12 @@ class Route:
     def explain(self) -> list[dict[str, object]]:
         """Return the last batches, oldest first, as plain data."""
         return [
-            {**record._asdict(), "reason": str(record.reason), "run_ns": self.batch_ns.get(record.batch, 0)}
+            {
+                **record._asdict(),
+                "batch": record.batch & _BATCH_MASK,
+                "reason": str(record.reason),
+                "run_ns": self.batch_ns.get(record.batch, 0),
+            }
             for record in self.recent
         ]
 

@@ -21,7 +21,7 @@ from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.counters import InstanceCounter, instance_words
 from forebay.ipc.errors import ServingError
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec, Loaded
+from forebay.ipc.messages import InstanceSpec, Loaded, Resource
 
 #: A crash loop is tried again so often, s: what it crashed on may have gone away.
 LOOP_RETRY_S = 60.0
@@ -101,7 +101,13 @@ class Instance:
             self._worker = None
             raise
         self.memory_bytes = loaded.memory_bytes
-        plant.switchboard.add_instance(spec.route, spec.instance_name, worker)
+        plant.switchboard.add_instance(
+            spec.route,
+            spec.instance_name,
+            worker,
+            msgspec.convert(spec.extra.get("resources", ()), tuple[Resource, ...]),
+            int(spec.extra.get("rate_priority", 1)),
+        )
         self._is_serving = True
         self._since_s = time.monotonic()
         self.reason = ""

@@ -98,7 +98,6 @@ class PreparedVersion:
             spec.backend in _WANTS_PARCELS
             or spec.decoupled
             or spec.is_ensemble
-            or spec.response_cache
             or isinstance(spec.scheduling, SequenceBatchingSpec)
             or (isinstance(spec.scheduling, DynamicBatchingSpec) and spec.scheduling.has_queue_policy)
             or preserves_ordering(spec)
@@ -285,8 +284,6 @@ def scheduling_extra(spec: ModelSpec) -> dict[str, object]:
         extra["sequence"] = msgspec.to_builtins(spec.scheduling)
     elif isinstance(spec.scheduling, EnsembleSpec):
         extra["ensemble"] = msgspec.to_builtins(spec.scheduling)
-    if spec.response_cache:
-        extra["response_cache"] = True
     if spec.decoupled:
         # Its instance is free for others long before its requests are answered: never granted.
         extra["decoupled"] = True

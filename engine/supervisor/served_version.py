@@ -220,7 +220,8 @@ class ServedVersion:
             metric_tags=spec.metric_tags,
             namespace=prepared.found.namespace,
             load_ns=self.load_ns,
-            response_cache=spec.response_cache,
+            # Without a cache in the server the model's wish for one means nothing (spec S-170).
+            response_cache=spec.response_cache and bool(self._plant.cache_counter_offsets),
             default_timeout_us=default_timeout_us(spec),
             preserve_ordering=preserves_ordering(spec),
             scheduler_counter_offset=self._scheduler_offset,

@@ -190,6 +190,9 @@ class Supervisor:
 
     def _create_frontends(self) -> list[FrontendRole]:
         settings: dict[str, Any] = msgspec.to_builtins(self.settings)
+        grpc_count = int("grpc" in self._listeners)
+        http_count = max(1, self.settings.http.frontends) if "http" in self._listeners else 0
+        shares = self._share_cache(http_count + grpc_count)
 
         def create(name: str, module: str, protocol: str, *, submits: bool = True) -> FrontendRole:
             return FrontendRole(
@@ -202,6 +205,8 @@ class Supervisor:
                 listeners=(self._listeners[protocol],),
                 on_gone=self._forget_frontend,
                 submits=submits,
+                cache_bytes=shares[0] if submits else 0,
+                cache_counter_offset=next(cache_offsets, 0) if submits else 0,
             )
 
         frontends: list[FrontendRole] = []
