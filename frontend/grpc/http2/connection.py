@@ -251,7 +251,7 @@ class Connection(Generic[Head]):
             length = high << 8 | low
             number &= MAX_31_BITS
             if kind == DATA and self._block is None:
-                if not (flags & PADDED and end - position == FRAME_HEADER_BYTES):
+                if not (flags & PADDED and length and end - position == FRAME_HEADER_BYTES):
                     position += FRAME_HEADER_BYTES
                     position += self._begin_data(view, position, length, flags, number)
                     continue
