@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
@@ -779,6 +780,23 @@ class Connection:
             self.arena.close()
         _alive.discard(self)
 
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's sockets."""
+        self._close_sockets()
+
+    def notify(self, pending: Pending, waiter: Callable[[], None]) -> bool:
+        """Have ``waiter`` called once, by the thread that reads, with the books locked; False if there is news now."""
+        with self._lock:
+            if pending.has_news:
+                return False
+            pending.waiter = waiter
+        return True
+
+    @property
+    def is_crowded(self) -> bool:
+        """True if submitting would have to wait for answers first."""
+        return self.in_flight >= self._outstanding_max
+
     def _close_sockets(self) -> None:
         self._door.close()
         self._completions.close()
@@ -790,7 +808,7 @@ class Connection:
 def _leave_to_parent() -> None:
     """In a forked child: the connection is the parent's, which must be able to end it. No locks: they may be held."""
     for connection in list(_alive):
-        connection._close_sockets()  # noqa: SLF001  (one module)
+        connection.abandon()
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)

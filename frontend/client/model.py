@@ -17,7 +17,6 @@ from forebay.client.opened import Opened
 from forebay.client.pending import Array, Pending, PendingParcel
 from forebay.client.placement import NO_OPTIONS, BlockPlacement, Options, Placement, RowsPlacement, unknown_tensor
 from forebay.ipc.errors import Cancelled, InvalidArgument, from_wire
-from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -26,31 +25,32 @@ if TYPE_CHECKING:
 
 
 class Future:
-    """A request in flight. Results are views of shared memory, which stay as they are for as long as anybody has them."""
+    """A request in flight. Results are views of shared memory, which stay as they are as long as anybody has them."""
 
-    __slots__ = ("_connection", "_is_cancelled", "_pending", "_placement")
+    __slots__ = ("_connection", "_is_cancelled", "_placement", "pending")
 
     def __init__(self, connection: Connection, placement: Placement, pending: Pending) -> None:
         self._connection = connection
         self._placement = placement
-        self._pending = pending
+        #: The request itself.
+        self.pending = pending
         self._is_cancelled = False
 
     def done(self) -> bool:
         """True if ``result`` would return, or raise, at once."""
-        if not self._pending.has_news:
+        if not self.pending.has_news:
             self._connection.read_nowait()
-        return self._pending.has_news or self._is_cancelled
+        return self.pending.has_news or self._is_cancelled
 
     def cancelled(self) -> bool:
         return self._is_cancelled
 
     def cancel(self) -> bool:
         """Give the request up; False if its answer is here already. What has not started will not."""
-        if self._pending.has_news:
+        if self.pending.has_news:
             return False
         self._is_cancelled = True
-        self._connection.cancel(self._pending)
+        self._connection.cancel(self.pending)
         return True
 
     def result(self, timeout_s: float | None = None, *, output: str | None = None) -> Array:
@@ -62,18 +62,18 @@ class Future:
             ServingError: the server's answer.
         """
         self._finish(timeout_s)
-        return self._placement.leased_output(self._pending, output)
+        return self._placement.leased_output(self.pending, output)
 
     def outputs(self, timeout_s: float | None = None) -> dict[str, Array]:
         """Wait for the answer and return every output by name; raises like :meth:`result`."""
         self._finish(timeout_s)
         names = [spec.name for spec in self._placement.model.signature.outputs]
-        return {name: self._placement.leased_output(self._pending, name) for name in names}
+        return {name: self._placement.leased_output(self.pending, name) for name in names}
 
     def _finish(self, timeout_s: float | None) -> None:
         if self._is_cancelled:
             raise Cancelled("the request was cancelled")
-        pending = self._pending
+        pending = self.pending
         if not pending.has_news:
             self._connection.wait(pending, deadline_after(timeout_s))
         if pending.error is not None:
@@ -131,8 +131,8 @@ class Model:
             shape: full shape, for inputs whose shape varies.
 
         Returns:
-            The datatype's numpy dtype (BF16: uint16), full shape with the batch dimension; what it holds is left over from
-            earlier requests. Valid until the request is submitted, and again for ``infer`` after ``infer``.
+            The datatype's numpy dtype (BF16: uint16), full shape with the batch dimension; what it holds is left over
+            from earlier requests. Valid until the request is submitted, and again for ``infer`` after ``infer``.
 
         Raises:
             InvalidArgument: no such input, or it cannot have that shape.
@@ -169,9 +169,13 @@ class Model:
 
     def _placement(self, rows: int | None, shape: tuple[int, ...] | None) -> Placement:
         placement: Placement | None = getattr(self._local, "placement", None)
-        if placement is not None and placement.model is self._opened and placement.matches(rows, shape):
-            if self._connection is self._engine.connection:
-                return placement
+        if (
+            placement is not None
+            and placement.model is self._opened
+            and placement.matches(rows, shape)
+            and self._connection is self._engine.connection
+        ):
+            return placement
         self._rebind()
         self._local.placement = None
         if self._opened.signature.uses_rows:
@@ -312,8 +316,3 @@ def with_deadline(options: Options, deadline_ns: int) -> Options:
         timeout_us=options.timeout_us,
         deadline_ns=deadline_ns,
     )
-
-
-def options_of(**fields: ParameterValue) -> Options:
-    """Return options from keyword arguments."""
-    return Options(**fields)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Requests in flight, and the memory that they and their answers live in.
 
-Who owns rows and blocks: a :class:`RowsLease` or :class:`BlockLease`, which gives them back when nobody refers to it any
-more. A request in flight refers to its lease, and so do the arrays of a future's result; so neither the engine nor a
-caller can be left with rows that somebody else fills.
+Who owns rows and blocks: a :class:`RowsLease` or :class:`BlockLease`, which gives them back when nobody refers to it
+any more. A request in flight refers to its lease, and so do the arrays of a future's result; so neither the engine nor
+a caller can be left with rows that somebody else fills.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where one request's tensors go: rows of a slab for models of fixed shapes, blocks of the arena for all others.
 
-A placement is filled by the caller, turned into a request in flight by ``pending``, and then belongs to the engine until
+A placement is filled by the caller, turned into a request in flight by ``submit``, and then belongs to the engine until
 the answer. Both kinds have the same methods, so that a model handle need not know which it has.
 """
 
@@ -14,13 +14,12 @@ import numpy as np
 
 from forebay.client.connection import Connection
 from forebay.client.opened import Opened
-from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, RowsLease, leased_array
+from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, leased_array
 from forebay.ipc.arena import align
 from forebay.ipc.client_wire import FLAG_SEQUENCE_END, FLAG_SEQUENCE_START
 from forebay.ipc.errors import InvalidArgument, Unsupported
 from forebay.ipc.messages import ParameterValue, ParcelHead, ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, datatype_of, decode_bytes, encode_bytes, view_tensor
-
 
 _encode_head = msgspec.msgpack.Encoder().encode
 

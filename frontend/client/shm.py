@@ -15,8 +15,8 @@
         future = model.submit()                  # many in flight; results come in any order
         print(future.result())
 
-``connect()`` finds the running server: in ``$FOREBAY_RUNTIME_DIRECTORY`` if that is set, else where servers of this user put
-their sockets, the newest first. For asyncio see :mod:`forebay.client.shm_asyncio`.
+``connect()`` finds the running server: in ``$FOREBAY_RUNTIME_DIRECTORY`` if that is set, else where this user's servers
+put their sockets, the newest first. For asyncio see :mod:`forebay.client.shm_asyncio`.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def connect(
     """Connect to the server.
 
     Args:
-        path: its socket, its runtime directory, or the directory of those; None: the newest running server of this user.
+        path: its socket, its runtime directory, or the directory of those; None: the newest server of this user.
         wait: ``park`` sleeps until an answer comes; ``spin`` keeps a core busy instead, which is faster where there are
             cores to spare.
         arena_bytes: shared memory for this client's tensors at most; pages cost nothing until they are used. 0: the
