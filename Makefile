@@ -54,7 +54,7 @@ reference: $(VENV)/.installed  ## Renew docs/flags.md and conf/forebay.toml afte
 	$(BIN)/python -m forebay.engine.command_line --markdown > docs/flags.md
 	$(BIN)/python -m forebay.engine.command_line --toml > conf/forebay.toml
 
-typecheck: $(VENV)/.installed-test build/typing/forebay  ## Run mypy and pyright, both strict
+typecheck: $(VENV)/.installed-test build/typing/forebay/client  ## Run mypy and pyright, both strict
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
@@ -90,7 +90,10 @@ endif
 	@touch $@ $(VENV)/.installed-demo
 
 # mypy and pyright cannot see through an editable finder: give them one link that spells the name.
-build/typing/forebay:
-	mkdir -p build/typing && ln -sfn ../.. $@
+build/typing/forebay/client: $(wildcard frontend/*)
+	rm -rf build/typing/forebay && mkdir -p build/typing/forebay/frontend
+	cd build/typing/forebay && ln -s ../../../engine ../../../ipc ../../../conf . && ln -s ../../../frontend/client client
+	@# The client is a package of its own: under frontend as well it would be checked as two.
+	cd build/typing/forebay/frontend && ln -s $(addprefix ../../../../,$(filter-out frontend/client,$(wildcard frontend/*))) .
 
 .PHONY: help serve demo install gpu test format format-check lint reference typecheck check clean
