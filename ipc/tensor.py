@@ -1,19 +1,26 @@
 """Datatypes, shapes and byte sizes, with the KServe v2 names. Used by every process.
 
+numpy is imported only where an array is made: the supervisor, the scheduler and the metrics process never make one, and
+start sooner without it.
+
 The one place that multiplies dimensions: results are exact Python integers and are checked against
 :data:`MAX_ELEMENT_COUNT` and against what a buffer really holds before anybody indexes with them.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from forebay.ipc.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 #: Elements of one tensor at most; Triton's limit (spec H-092).
 MAX_ELEMENT_COUNT = 2**63 - 1
@@ -38,7 +45,14 @@ class DataType(msgspec.Struct, frozen=True):
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
-        return np.dtype(self.numpy_name)
+        return _numpy_dtype(self.numpy_name)
+
+
+@functools.cache
+def _numpy_dtype(name: str) -> np.dtype[np.generic]:
+    import numpy as np
+
+    return np.dtype(name)
 
 
 _ROWS = (
@@ -66,7 +80,10 @@ DATATYPES: dict[str, DataType] = {
 #: ``TYPE_FP32`` to datatype.
 BY_CONFIG_NAME: dict[str, DataType] = {row.config_name: row for row in DATATYPES.values()}
 
-_FROM_NUMPY = {row.numpy_dtype: row.name for row in DATATYPES.values() if row.name not in ("BF16", "BYTES")}
+
+@functools.cache
+def _names_by_dtype() -> dict[np.dtype[np.generic], str]:
+    return {row.numpy_dtype: row.name for row in DATATYPES.values() if row.name not in ("BF16", "BYTES")}
 
 
 def datatype_of(array: npt.NDArray[np.generic]) -> str:
@@ -78,7 +95,7 @@ def datatype_of(array: npt.NDArray[np.generic]) -> str:
     if array.dtype.kind in "OSU":
         return "BYTES"
     try:
-        return _FROM_NUMPY[array.dtype]
+        return _names_by_dtype()[array.dtype]
     except KeyError:
         raise InvalidArgument(f"numpy dtype '{array.dtype}' has no tensor datatype") from None
 
@@ -166,6 +183,8 @@ def decode_bytes(buffer: memoryview, shape: Sequence[int]) -> npt.NDArray[np.obj
     Raises:
         InvalidArgument: the framing is wrong or the count differs from the shape.
     """
+    import numpy as np
+
     elements = [bytes(element) for element in iter_bytes_elements(buffer)]
     expected = element_count(shape)
     if len(elements) != expected:
@@ -193,4 +212,6 @@ def view_tensor(buffer: memoryview, datatype: str, shape: Sequence[int]) -> npt.
     """
     if datatype == "BYTES":
         return decode_bytes(buffer, shape)
+    import numpy as np
+
     return np.frombuffer(buffer, dtype=DATATYPES[datatype].numpy_dtype).reshape(shape)
