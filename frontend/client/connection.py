@@ -120,6 +120,7 @@ class Connection:
         self._buffer_view = memoryview(self._buffer)
         self._decode_reply = msgspec.msgpack.Decoder(ReplyHead).decode
         self._failure: ServingError | None = None
+        self._is_closed = False
         #: Bytes of tensors copied in user space.
         self.copied_bytes = 0
         self._lock = threading.Lock()
@@ -243,7 +244,7 @@ class Connection:
         while block_returns:
             offset, byte_size = block_returns.popleft()
             self._blocks.free(offset, byte_size)
-            if byte_size >= _DISCARD_BYTES:
+            if byte_size >= _DISCARD_BYTES and not self._is_closed:
                 self.arena.discard(offset, byte_size)
 
     def _free_slab(self, slab: Slab[Pending]) -> None:
@@ -772,6 +773,9 @@ class Connection:
     def close(self) -> None:
         """Leave: the server takes everything back. Arrays that still look into the arena stay readable."""
         with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
             self._broken("the connection was closed")
             with contextlib.suppress(OSError):
                 # A thread that reads wakes up with end of file.
@@ -791,6 +795,11 @@ class Connection:
                 return False
             pending.waiter = waiter
         return True
+
+    @property
+    def grant_count(self) -> int:
+        """How many workers may be rung directly at the moment."""
+        return len(self._grants)
 
     @property
     def is_crowded(self) -> bool:
