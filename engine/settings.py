@@ -347,11 +347,32 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The response cache."""
 
     config: tuple[ConfigEntry, ...] = ()
-    """The cache and its options, as `<cache>,<setting>=<value>`: `local,size=<bytes>`, or `redis,host=<host>` and
-    `redis,port=<port>`. Without any there is no cache."""
+    """The cache and its options, as `<cache>,<setting>=<value>`: `local,size=<bytes>`. Without any there is no cache.
+    Each HTTP and gRPC frontend keeps answers of its own; the size is that of all together."""
 
     directory: str = "/opt/tritonserver/caches"
     """Triton's directory of cache libraries."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the cache; 0: there is none.
+
+        Raises:
+            ValueError: the options name another cache than `local`, or no usable size.
+        """
+        if not self.config:
+            return 0
+        options = {entry.setting: entry.value for entry in self.config}
+        name = self.config[0].name
+        if name != "local":
+            raise ValueError(f"the cache '{name}' is not part of forebay; use 'local,size=<bytes>'")
+        unknown = sorted(set(options) - {"size"})
+        if unknown or "size" not in options:
+            raise ValueError(f"the local cache has one setting, 'size', got {', '.join(map(repr, options))}")
+        text = options["size"]
+        if not text.isascii() or not text.isdigit():
+            raise ValueError(f"the size of the local cache must be a number of bytes, got '{text}'")
+        return int(text)
 
 
 class RateLimitSettings(msgspec.Struct, frozen=True, kw_only=True):

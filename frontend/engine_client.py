@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import socket
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -67,6 +67,9 @@ from forebay.ipc.wire import (
     pack_runs,
     unpack_runs,
 )
+
+if TYPE_CHECKING:
+    from forebay.frontend.response_cache import ResponseCache
 
 #: A request whose tensors take more bytes per row than this lives in blocks of its own: a slow upload must not hold
 #: up the slab's ring, and gathering large rows would cost more than running them one by one.
@@ -542,6 +545,8 @@ class EngineClient:
         self._answered_batches: dict[int, int] = {}
         #: Of the answer that is being given, if it was held back.
         self._held_times: Times | None = None
+        #: Answers of models that have them kept; None: the server has no response cache.
+        self.response_cache: ResponseCache | None = None
         #: The gauges of memory in use will be written in a moment.
         self.are_gauges_due = False
         self._bells: dict[int, Bell] = {}
@@ -568,6 +573,8 @@ class EngineClient:
         self._by_model = {}
         for route in self.routes.values():
             self._by_model.setdefault((route.entry.namespace, route.entry.name), {})[route.entry.version] = route
+        if self.response_cache is not None:
+            self.response_cache.forget_retired()
 
     def find_route(self, namespace: str, model: str, version: int) -> RouteClient | None:
         """Return the route of a READY version, of the highest one for a version below 1; None: there is none."""

@@ -20,9 +20,10 @@ import zmq
 
 from forebay.frontend.control_client import ControlClient
 from forebay.frontend.engine_client import EngineClient
+from forebay.frontend.response_cache import ResponseCache
 from forebay.ipc.arena import Arena
 from forebay.ipc.channel import SubmitSender
-from forebay.ipc.counters import CountersFile
+from forebay.ipc.counters import CACHE_WORDS, CountersFile
 from forebay.ipc.errors import Code, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import LogOptions, log
@@ -88,6 +89,9 @@ class FrontendProcess:
             counters=self.counters,
             submit=SubmitSender(self._context, start.runtime_directory),
         )
+        if start.cache_bytes:
+            counters = self.counters.block(start.cache_counter_offset, CACHE_WORDS)
+            self.engine.response_cache = ResponseCache(self.engine, start.cache_bytes, counters)
         self.control = ControlClient(self.loop, start.runtime_directory, start.producer, context=self._context)
         #: Set when clients may be accepted.
         self.may_serve = asyncio.Event()

@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 
 from forebay.frontend.catalog_view import CatalogView
-from forebay.frontend.statistics import ModelTotals, Words
+from forebay.frontend.statistics import ModelTotals, Words, sum_blocks
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.clock import Clock, MonotonicClock
-from forebay.ipc.counters import InstanceCounter, ProducerCounter, SchedulerCounter
+from forebay.ipc.counters import CACHE_WORDS, CacheCounter, InstanceCounter, ProducerCounter, SchedulerCounter
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
 
@@ -159,25 +159,25 @@ _TRITON_FAMILIES = (
     _counter(
         "nv_cache_num_hits_per_model",
         "Number of cache hits per model",
-        _scheduler(SchedulerCounter.CACHE_HITS),
+        _producer(ProducerCounter.CACHE_HITS),
         needs_cache=True,
     ),
     _counter(
         "nv_cache_hit_duration_per_model",
         "Total cache hit duration per model, in microseconds",
-        _scheduler(SchedulerCounter.CACHE_HIT_NS, _NS_PER_US),
+        _producer(ProducerCounter.CACHE_HIT_NS, _NS_PER_US),
         needs_cache=True,
     ),
     _counter(
         "nv_cache_num_misses_per_model",
         "Number of cache misses per model",
-        _scheduler(SchedulerCounter.CACHE_MISSES),
+        _producer(ProducerCounter.CACHE_MISSES),
         needs_cache=True,
     ),
     _counter(
         "nv_cache_miss_duration_per_model",
         "Total cache miss (insert+lookup) duration per model, in microseconds",
-        _scheduler(SchedulerCounter.CACHE_MISS_NS, _NS_PER_US),
+        _producer(ProducerCounter.CACHE_MISS_NS, _NS_PER_US),
         needs_cache=True,
     ),
     _gauge(
@@ -249,6 +249,34 @@ _OUR_FAMILIES = (
         _producer(ProducerCounter.BLOCK_BYTES_IN_USE),
     ),
 )
+
+
+def cache_gauges(words: Words, offsets: Iterable[int]) -> list[tuple[str, str, Value]]:
+    """Return (name, help, value) of each gauge of the local response cache, summed over frontends (spec M-054)."""
+    totals = sum_blocks(words, offsets, CACHE_WORDS)
+    size_bytes = totals[CacheCounter.SIZE_BYTES]
+    return [
+        (
+            "nv_cache_util",
+            "Cache utilization [0.0 - 1.0]",
+            totals[CacheCounter.USED_BYTES] / size_bytes if size_bytes else 0.0,
+        ),
+        ("nv_cache_num_entries", "Number of responses stored in response cache", totals[CacheCounter.ENTRIES]),
+        ("nv_cache_num_lookups", "Number of cache lookups in response cache", totals[CacheCounter.LOOKUPS]),
+        ("nv_cache_num_hits", "Number of cache hits in response cache", totals[CacheCounter.HITS]),
+        ("nv_cache_num_misses", "Number of cache misses in response cache", totals[CacheCounter.MISSES]),
+        ("nv_cache_num_evictions", "Number of cache evictions in response cache", totals[CacheCounter.EVICTIONS]),
+        (
+            "nv_cache_lookup_duration",
+            "Total cache lookup duration (hit and miss), in microseconds",
+            totals[CacheCounter.LOOKUP_NS] // _NS_PER_US,
+        ),
+        (
+            "nv_cache_insertion_duration",
+            "Total cache insertion duration, in microseconds",
+            totals[CacheCounter.INSERTION_NS] // _NS_PER_US,
+        ),
+    ]
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -369,12 +397,14 @@ class MetricsPage:
         self._settings = settings
         self._machine = machine or (Machine(settings.interval_ms) if settings.allow_cpu else None)
         self._entries: tuple[ModelEntry, ...] = ()
+        self._cache_offsets: tuple[int, ...] = ()
         self._triton = self._show(_TRITON_FAMILIES)
         self._ours = self._show(_OUR_FAMILIES)
 
     def take_catalog(self, view: CatalogView) -> None:
         """Use the READY models of a catalog from now on."""
         self._entries = view.ready_models
+        self._cache_offsets = view.catalog.cache_counter_offsets
         self._triton = self._show(_TRITON_FAMILIES)
         self._ours = self._show(_OUR_FAMILIES)
 
@@ -420,6 +450,7 @@ class MetricsPage:
             ),
             # Slabs are page-locked where they lie, so no tensor is ever staged in a pool of its own.
             ("nv_pinned_memory_pool_used_bytes", "Pinned memory pool used memory size, in bytes", 0),
+            *(cache_gauges(self._words, self._cache_offsets) if self._cache_offsets else ()),
             *(self._machine.gauges() if self._machine is not None else ()),
         )
         for name, text, value in gauges:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from forebay.frontend.cached_inference import CachedInference
 from forebay.frontend.engine_client import EngineClient, RouteClient
 from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference
 from forebay.frontend.ensemble.one_step import OneStepRoute, one_step_of
@@ -71,8 +72,17 @@ def start_inference(
     route = engine.routes.get(route_number)
     if route is None:
         raise NotReady("the model version was unloaded before the request could run")
+    inference = _uncached(engine, route, inputs, batch_size, direct=direct)
+    if route.entry.response_cache and engine.response_cache is not None:
+        return CachedInference(engine.response_cache, inference, inputs)
+    return inference
+
+
+def _uncached(
+    engine: EngineClient, route: RouteClient, inputs: Sequence[InputTensor], batch_size: int, *, direct: bool
+) -> PlacedInference:
     if not route.entry.is_ensemble:
-        return Inference(engine, route_number, inputs, batch_size, direct=direct)
+        return Inference(engine, route.route, inputs, batch_size, direct=direct)
     one = one_step_of(route)
     if one is not None and all(tensor.name in one.inputs for tensor in inputs):
         return OneStepInference(route, one, inputs, batch_size, direct=direct)

@@ -17,7 +17,6 @@ from forebay.ipc.counters import (
     SCHEDULER_WORDS,
     InstanceCounter,
     ProducerCounter,
-    SchedulerCounter,
 )
 
 #: uint64 words of the whole counters file.
@@ -94,10 +93,10 @@ class ModelTotals:
 def model_statistics(words: Words, entry: ModelEntry) -> dict[str, object]:
     """Return one element of ``model_stats``, keys in Triton's order (spec H-231, appendix A)."""
     totals = ModelTotals(words, entry)
-    instances, producers, scheduler = totals.instances, totals.producers, totals.scheduler
+    instances, producers = totals.instances, totals.producers
     success = totals.success_count
     # What came from the cache was not computed (spec H-233).
-    computed = max(success - scheduler[SchedulerCounter.CACHE_HITS], 0)
+    computed = max(success - producers[ProducerCounter.CACHE_HITS], 0)
 
     def duration(count: int, ns: int) -> dict[str, int]:
         return {"count": count, "ns": ns}
@@ -116,8 +115,8 @@ def model_statistics(words: Words, entry: ModelEntry) -> dict[str, object]:
             "compute_input": duration(computed, instances[InstanceCounter.INPUT_NS]),
             "compute_infer": duration(computed, instances[InstanceCounter.INFER_NS]),
             "compute_output": duration(computed, instances[InstanceCounter.OUTPUT_NS]),
-            "cache_hit": duration(scheduler[SchedulerCounter.CACHE_HITS], scheduler[SchedulerCounter.CACHE_HIT_NS]),
-            "cache_miss": duration(scheduler[SchedulerCounter.CACHE_MISSES], scheduler[SchedulerCounter.CACHE_MISS_NS]),
+            "cache_hit": duration(producers[ProducerCounter.CACHE_HITS], producers[ProducerCounter.CACHE_HIT_NS]),
+            "cache_miss": duration(producers[ProducerCounter.CACHE_MISSES], producers[ProducerCounter.CACHE_MISS_NS]),
         },
         "response_stats": {},
         "batch_stats": [

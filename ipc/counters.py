@@ -38,6 +38,8 @@ class InstanceCounter(enum.IntEnum):
     BUSY_NS = 15
     BATCHES_GATHERED = 16
     MEMORY_BYTES = 17
+    #: Since when the worker is executing a batch, monotonic ns; 0: it is not. Whoever forks it clears the word.
+    RUNNING_SINCE_NS = 18
     #: From here, four words per batch size (1 first): executions, input ns, infer ns, output ns.
     BATCH_SIZES = 24
 
@@ -62,10 +64,32 @@ class ProducerCounter(enum.IntEnum):
     RESUBMITTED = 14
     #: Ensemble requests in flight that use the route in one of their steps; goes down again.
     ENSEMBLE_USES = 15
+    CACHE_HITS = 16
+    CACHE_MISSES = 17
+    CACHE_HIT_NS = 18
+    CACHE_MISS_NS = 19
 
 
 #: Words of a producer block.
-PRODUCER_WORDS = 16
+PRODUCER_WORDS = 24
+
+
+class CacheCounter(enum.IntEnum):
+    """Words of a frontend's block for its part of the response cache, written by that frontend."""
+
+    SIZE_BYTES = 0
+    USED_BYTES = 1
+    ENTRIES = 2
+    HITS = 3
+    MISSES = 4
+    LOOKUPS = 5
+    EVICTIONS = 6
+    LOOKUP_NS = 7
+    INSERTION_NS = 8
+
+
+#: Words of a cache block.
+CACHE_WORDS = 16
 
 
 class SchedulerCounter(enum.IntEnum):
@@ -79,10 +103,6 @@ class SchedulerCounter(enum.IntEnum):
     GRANTS = 5
     REVOKES = 6
     LOST_BATCHES = 7
-    CACHE_HITS = 8
-    CACHE_MISSES = 9
-    CACHE_HIT_NS = 10
-    CACHE_MISS_NS = 11
 
 
 #: Words of a scheduler block.

@@ -239,6 +239,8 @@ class InstanceDown(Message, frozen=True, tag=5):
 
     instance: int
     exit_status: int = 0
+    is_hung: bool = False
+    """It was ended because an execution took longer than it may: what it ran is not tried again."""
 
 
 class InstanceDrain(Message, frozen=True, tag=6):
@@ -361,6 +363,9 @@ class FrontendStart(Message, frozen=True, tag=20):
     settings: dict[str, Any]
     """The settings groups the frontend needs, as plain data."""
     listen: tuple[tuple[str, int], ...] = ()
+    cache_bytes: int = 0
+    """This frontend's share of the response cache; 0: there is none."""
+    cache_counter_offset: int = 0
     name: str = ""
     """The frontend's name in log lines and ps, for example ``http 0``; the same after a restart."""
 

@@ -149,7 +149,11 @@ class ModelLifecycle:
             entries += self._entries(model, slot, slots)
         entries.sort(key=lambda entry: (entry.name, entry.version))
         return Catalog(
-            generation=self.generation, models=tuple(entries), live=self.is_live, ready=self.is_live and self.is_ready
+            generation=self.generation,
+            models=tuple(entries),
+            live=self.is_live,
+            ready=self.is_live and self.is_ready,
+            cache_counter_offsets=self.plant.cache_counter_offsets,
         )
 
     def _entries(self, model: Model, slot: str, slots: tuple[str, ...]) -> list[ModelEntry]:

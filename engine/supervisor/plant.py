@@ -24,6 +24,8 @@ class Plant:
     counters: CountersFile
     cores: CorePool
     gpus: tuple[Gpu, ...] = ()
+    #: Of each frontend that keeps a part of the response cache; empty: there is none.
+    cache_counter_offsets: tuple[int, ...] = ()
     next_instance: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     next_route: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 

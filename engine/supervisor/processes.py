@@ -188,6 +188,8 @@ class FrontendRole(Role[Started | Failed]):
         listeners: tuple[Listener, ...],
         on_gone: Callable[[int], None],
         submits: bool = True,
+        cache_bytes: int = 0,
+        cache_counter_offset: int = 0,
     ) -> None:
         """Start nothing yet.
 
@@ -197,13 +199,17 @@ class FrontendRole(Role[Started | Failed]):
             listeners: sockets that it serves on; ours.
             on_gone: called with the number of a run that ended.
             submits: it sends requests into the engine; False for the metrics frontend.
+            cache_bytes: its share of the response cache, for which its arena has room as well.
+            cache_counter_offset: of its block of ``CacheCounter`` words.
         """
         super().__init__(name, module, FrontendToSupervisor)
         self.number = 0
         self.submits = submits
         self._switchboard = switchboard
         self._numbers = numbers
-        self._arena_bytes = arena_bytes
+        self._arena_bytes = arena_bytes + cache_bytes
+        self._cache_bytes = cache_bytes
+        self._cache_counter_offset = cache_counter_offset
         self._settings = settings
         self._listeners = listeners
         self._on_gone = on_gone
@@ -237,6 +243,8 @@ class FrontendRole(Role[Started | Failed]):
             scheduler_epoch=self._switchboard.epoch,
             settings=self._settings,
             listen=tuple(listener.address for listener in self._listeners),
+            cache_bytes=self._cache_bytes,
+            cache_counter_offset=self._cache_counter_offset,
             name=self.name,
         )
         sockets = tuple(listener.sock.fileno() for listener in self._listeners)

@@ -33,7 +33,7 @@ from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.zygotes import Zygotes
 from forebay.ipc.catalog import Catalog
-from forebay.ipc.counters import COUNTERS_BYTES, CountersFile
+from forebay.ipc.counters import CACHE_WORDS, COUNTERS_BYTES, CountersFile
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import ENVIRONMENT_VARIABLE, LogOptions, log
 from forebay.ipc.messages import Explain, LogChanged, SchedulerStart
@@ -97,7 +97,8 @@ class Supervisor:
         self._scheduler.start()
         #: Of producers: frontends' runs and shared-memory clients.
         self._numbers = itertools.count(1)
-        self._frontends = self._create_frontends()
+        self._cache_counter_offsets: tuple[int, ...] = ()
+        self._frontends = self._create_frontends(counters)
         for frontend in self._frontends:
             frontend.start()
         self._roles: list[Role[Any]] = [*self._frontends, self._scheduler]
@@ -113,6 +114,7 @@ class Supervisor:
             counters=counters,
             cores=CorePool(usable_cores()),
             gpus=find_gpus(cpu_only=self.settings.gpu.cpu_only),
+            cache_counter_offsets=self._cache_counter_offsets,
         )
         self._control = ControlServer(self._runtime.path, self._catalog_for)
         self._door = ClientDoor(
@@ -188,11 +190,11 @@ class Supervisor:
                             families[family] = None
         return [family for family in families if _is_installed(family)]
 
-    def _create_frontends(self) -> list[FrontendRole]:
+    def _create_frontends(self, counters: CountersFile) -> list[FrontendRole]:
         settings: dict[str, Any] = msgspec.to_builtins(self.settings)
-        grpc_count = int("grpc" in self._listeners)
         http_count = max(1, self.settings.http.frontends) if "http" in self._listeners else 0
-        shares = self._share_cache(http_count + grpc_count)
+        share_bytes = self._share_cache(counters, http_count + ("grpc" in self._listeners))
+        cache_offsets = iter(self._cache_counter_offsets)
 
         def create(name: str, module: str, protocol: str, *, submits: bool = True) -> FrontendRole:
             return FrontendRole(
@@ -205,19 +207,27 @@ class Supervisor:
                 listeners=(self._listeners[protocol],),
                 on_gone=self._forget_frontend,
                 submits=submits,
-                cache_bytes=shares[0] if submits else 0,
+                cache_bytes=share_bytes if submits else 0,
                 cache_counter_offset=next(cache_offsets, 0) if submits else 0,
             )
 
         frontends: list[FrontendRole] = []
         if "http" in self._listeners:
-            count = max(1, self.settings.http.frontends)
-            frontends += [create(f"http {index}", "forebay.frontend.http_main", "http") for index in range(count)]
+            names = [f"http {index}" for index in range(http_count)]
+            frontends += [create(name, "forebay.frontend.http_main", "http") for name in names]
         if "grpc" in self._listeners:
             frontends.append(create("grpc", "forebay.frontend.grpc_main", "grpc"))
         if "metrics" in self._listeners:
             frontends.append(create("metrics", "forebay.frontend.metrics_main", "metrics", submits=False))
         return frontends
+
+    def _share_cache(self, counters: CountersFile, frontend_count: int) -> int:
+        """Return the bytes of the response cache that each frontend keeps."""
+        size_bytes = self.settings.cache.size_bytes
+        if not size_bytes or not frontend_count:
+            return 0
+        self._cache_counter_offsets = tuple(counters.allocate(CACHE_WORDS) for _ in range(frontend_count))
+        return size_bytes // frontend_count
 
     async def _start(self) -> None:
         """Bring everything up.

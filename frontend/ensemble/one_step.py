@@ -57,7 +57,7 @@ def one_step_of(route: RouteClient) -> OneStep | None:
 
 
 def _only_renames(ensemble: ModelEntry, model: ModelEntry) -> bool:
-    if model.is_ensemble or model.decoupled:
+    if model.is_ensemble or model.decoupled or model.response_cache:
         return False
     return (ensemble.max_batch_size > 0) == (model.max_batch_size > 0)
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
 
 import msgspec
 
 from forebay.frontend.codec.infer_request import id_prefix
 from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.ensemble.cached_call import CachedCall, StepCall
 from forebay.frontend.ensemble.graph import EnsembleGraph, GraphPlan, NeededStep
 from forebay.frontend.ensemble.outcome import count_outcome
 from forebay.frontend.ensemble.step_call import ModelCall, OnStepReply, StepReply, StepTimes
@@ -51,10 +51,6 @@ def ensemble_of(route: RouteClient) -> EnsembleModel:
         model = route.ensemble = EnsembleModel(route)
     assert isinstance(model, EnsembleModel)
     return model
-
-
-class _Call(Protocol):
-    def cancel(self) -> None: ...
 
 
 class _Iteration:
@@ -129,7 +125,7 @@ class EnsembleRun:
         self._is_decoupled = model.route.entry.decoupled
         self._began_ns = time.monotonic_ns()
         self._times = StepTimes()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, StepCall] = {}
         self._next_call = 0
         self._is_mixed: bool | None = None
         self._routes: dict[int, RouteClient] = {}
@@ -227,13 +223,10 @@ class EnsembleRun:
             self._step_replied(iteration, needed, number, reply)
 
         try:
-            call = self._call(route, needed, inputs, iteration, on_reply)
+            call = self._calls[number] = self._call(route, needed, inputs, iteration, on_reply)
+            call.start()
         except ServingError as error:
             self._fail(error)
-            return
-        self._calls[number] = call
-        if isinstance(call, EnsembleRun):
-            call.start()
 
     def _call(
         self,
@@ -242,7 +235,7 @@ class EnsembleRun:
         inputs: Mapping[str, Tensor],
         iteration: _Iteration,
         on_reply: OnStepReply,
-    ) -> ModelCall | EnsembleRun:
+    ) -> StepCall:
         entry = route.entry
         shaped = shaped_for(route, inputs)
         places = [
@@ -258,9 +251,16 @@ class EnsembleRun:
             sequence_start=is_start,
             sequence_end=is_end,
         )
-        if entry.is_ensemble:
-            return EnsembleRun(ensemble_of(route), shaped, rows, meta, on_reply, self._depth + 1)
-        return ModelCall(route, shaped, places, rows, meta, on_reply)
+
+        def run(reply_to: OnStepReply) -> StepCall:
+            if entry.is_ensemble:
+                return EnsembleRun(ensemble_of(route), shaped, rows, meta, reply_to, self._depth + 1)
+            return ModelCall(route, shaped, places, rows, meta, reply_to)
+
+        cache = route.engine.response_cache
+        if cache is not None and entry.response_cache:
+            return CachedCall(cache, route, shaped, meta, run, on_reply)
+        return run(on_reply)
 
     # --- replies ---
 

@@ -63,8 +63,18 @@ class ModelCall:
     """A request to a model that is no ensemble. Life: submitted -> replies -> final; holds its inputs until then."""
 
     __slots__ = (
-        "_enqueue_ns", "_first", "_inputs", "_is_cancelled", "_lent", "_on_reply", "_route", "_token",
-    )  # fmt: skip
+        "_enqueue_ns",
+        "_first",
+        "_inputs",
+        "_is_cancelled",
+        "_lent",
+        "_meta",
+        "_on_reply",
+        "_places",
+        "_route",
+        "_rows",
+        "_token",
+    )
 
     def __init__(
         self,
@@ -75,33 +85,44 @@ class ModelCall:
         meta: RequestMeta,
         on_reply: OnStepReply,
     ) -> None:
-        """Hand the request over; ``on_reply`` is called from the event loop until a final reply.
+        """Prepare the request.
 
         Args:
             inputs: by the model's names, each in a block.
             places: the same, as the worker is told.
-
-        Raises:
-            ArenaFull: there is no room for the outputs.
         """
-        engine = route.engine
         self._route = route
+        self._places = places
+        self._rows = rows
+        self._meta = meta
         self._inputs = inputs
         self._on_reply = on_reply
         self._is_cancelled = False
         self._lent: list[Block] = []
-        self._first = Block(route, max(expected_reply_bytes(route, rows), 1))
-        hold_all(inputs.values())
+        self._first: Block | None = None
+        self._token = 0
+        self._enqueue_ns = 0
+
+    def start(self) -> None:
+        """Hand the request over; ``on_reply`` is called from the event loop until a final reply.
+
+        Raises:
+            ArenaFull: there is no room for the outputs.
+        """
+        route, engine = self._route, self._route.engine
+        first = self._first = Block(route, max(expected_reply_bytes(route, self._rows), 1))
+        hold_all(self._inputs.values())
         self._token = engine.next_token()
         self._enqueue_ns = engine.turn_ns()
-        reply = (self._first.offset, self._first.byte_size)
-        route.submit_parcel(make_parcel(route, self._token, places, rows, reply, meta), self)
+        reply = (first.offset, first.byte_size)
+        route.submit_parcel(make_parcel(route, self._token, self._places, self._rows, reply, self._meta), self)
 
     def cancel(self) -> None:
         """Nobody waits any more; the blocks are given back when the engine has let go of them."""
         if not self._is_cancelled:
             self._is_cancelled = True
-            self._route.engine.cancel(self._token)
+            if self._token:
+                self._route.engine.cancel(self._token)
 
     # --- called by the engine client ---
 
@@ -112,6 +133,7 @@ class ModelCall:
         return block.offset
 
     def parcel_reply(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        assert self._first is not None
         blocks = [self._first, *self._lent]
         try:
             if not self._is_cancelled:

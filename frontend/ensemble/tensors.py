@@ -6,7 +6,7 @@ A step's output block is the next step's input block (spec L-030): nothing is co
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from forebay.frontend.codec.validation import InputFacts, validate_request
 from forebay.frontend.engine_client import EngineClient, RouteClient
@@ -48,6 +48,14 @@ class Block:
         return self.offset <= offset < self.offset + self.byte_size
 
 
+class Held(Protocol):
+    """Bytes with a count of users."""
+
+    def hold(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class Tensor(NamedTuple):
     """One tensor of a running ensemble."""
 
@@ -56,7 +64,7 @@ class Tensor(NamedTuple):
     """Batch dimension included, if its writer batches."""
     byte_size: int
     offset: int = 0
-    block: Block | None = None
+    block: Held | None = None
     """Where it lies; None: in ``data``, because it came inside a message."""
     data: bytes = b""
 

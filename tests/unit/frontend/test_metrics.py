@@ -160,15 +160,23 @@ def test_values_are_current_at_every_scrape() -> None:
     assert f"nv_inference_request_success{labels} 11" in shown.render().decode().splitlines()
 
 
-def test_the_scheduler_counts_what_waits_and_what_came_from_the_cache() -> None:
+def test_counts_of_what_waits_and_what_came_from_the_cache() -> None:
     """Spec M-027, M-029: cache families only for models that have the cache."""
     counters = CountersFile()
     offset = counters.allocate(SCHEDULER_WORDS)
     block = counters.block(offset, SCHEDULER_WORDS)
     block[SchedulerCounter.PENDING] = 6
-    block[SchedulerCounter.CACHE_HITS] = 2
-    block[SchedulerCounter.CACHE_MISS_NS] = 5_999
-    cached = entry("cached", response_cache=True, scheduler_counter_offset=offset, worker_restart_count=4)
+    producer = counters.allocate(PRODUCER_WORDS)
+    counts = counters.block(producer, PRODUCER_WORDS)
+    counts[ProducerCounter.CACHE_HITS] = 2
+    counts[ProducerCounter.CACHE_MISS_NS] = 5_999
+    cached = entry(
+        "cached",
+        response_cache=True,
+        scheduler_counter_offset=offset,
+        producer_counter_offsets=(producer,),
+        worker_restart_count=4,
+    )
     text = page(cached, entry("plain"), words=counters.words)
     lines = text.splitlines()
     assert 'nv_inference_pending_request_count{model="cached",version="1"} 6' in lines

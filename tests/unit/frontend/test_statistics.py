@@ -8,11 +8,9 @@ from fake_frontend import entry
 from forebay.frontend.statistics import model_statistics, sum_blocks
 from forebay.ipc.counters import (
     PRODUCER_WORDS,
-    SCHEDULER_WORDS,
     CountersFile,
     InstanceCounter,
     ProducerCounter,
-    SchedulerCounter,
     instance_words,
 )
 
@@ -123,14 +121,14 @@ def test_a_model_without_batching_has_batch_size_one() -> None:
 def test_cache_hits_are_successes_that_were_not_computed() -> None:
     """Spec H-233, H-238."""
     counters = CountersFile()
-    scheduler, producer = counters.allocate(SCHEDULER_WORDS), counters.allocate(PRODUCER_WORDS)
-    counters.block(producer, PRODUCER_WORDS)[ProducerCounter.SUCCESS] = 5
-    block = counters.block(scheduler, SCHEDULER_WORDS)
-    block[SchedulerCounter.CACHE_HITS] = 2
-    block[SchedulerCounter.CACHE_HIT_NS] = 70
-    block[SchedulerCounter.CACHE_MISSES] = 3
-    block[SchedulerCounter.CACHE_MISS_NS] = 90
-    model = entry("m", scheduler_counter_offset=scheduler, producer_counter_offsets=(producer,))
+    producer = counters.allocate(PRODUCER_WORDS)
+    block = counters.block(producer, PRODUCER_WORDS)
+    block[ProducerCounter.SUCCESS] = 5
+    block[ProducerCounter.CACHE_HITS] = 2
+    block[ProducerCounter.CACHE_HIT_NS] = 70
+    block[ProducerCounter.CACHE_MISSES] = 3
+    block[ProducerCounter.CACHE_MISS_NS] = 90
+    model = entry("m", producer_counter_offsets=(producer,))
     stats = model_statistics(counters.words, model)["inference_stats"]
     assert isinstance(stats, dict)
     assert stats["queue"]["count"] == 5
