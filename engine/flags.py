@@ -133,14 +133,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("exit-on-error", "repository.exit_on_error"),
     Flag("disable-auto-complete-config", "repository.disable_auto_complete_config", takes_value=False),
     Flag("strict-readiness", "repository.strict_readiness"),
-    Flag(
-        "model-control-mode",
-        "repository.control_mode",
-        NOT_YET,
-        "models are loaded at start-up; restart the server to change them",
-    ),
-    Flag("repository-poll-secs", "repository.poll_secs", NOT_YET, "restart the server to see changes", minimum=0),
-    Flag("load-model", "repository.load_models", NOT_YET, "all models of the repository are loaded", metavar="MODEL"),
+    Flag("model-control-mode", "repository.control_mode"),
+    Flag("repository-poll-secs", "repository.poll_secs", minimum=0),
+    Flag("load-model", "repository.load_models", metavar="MODEL"),
     Flag(
         "model-config-name",
         "repository.config_name",
@@ -368,7 +363,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     # Memory
     Flag("arena-byte-size", "memory.arena_byte_size", minimum=1 << 20, maximum=1 << 44),
-    Flag("allow-client-shm", "memory.allow_client_shm", NOT_YET, "send tensors in the request's body"),
+    Flag("allow-client-shm", "memory.allow_client_shm"),
     Flag(
         "pinned-memory-pool-byte-size",
         "memory.pinned_pool_byte_size",
