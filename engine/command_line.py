@@ -286,14 +286,12 @@ class _Parser:
             for word in arguments:
                 if not FUNCTION.fullmatch(word):
                     raise CommandLineExit(f"{usage_line('serve')}\n\nUnexpected argument: {word}\n")
-            raise CommandLineExit(
-                f"Error: '{arguments[0]}': serving a Python function is not implemented yet; "
-                "put the model into a model repository and name that with --model-repository.\n"
-            )
+            repository = msgspec.structs.replace(repository, functions=tuple(dict.fromkeys(arguments)))
+            arguments = []
         if self.command == "validate" and arguments:
             repository = msgspec.structs.replace(repository, paths=(*repository.paths, *arguments))
             arguments = []
-        if not repository.paths:
+        if not repository.paths and not repository.functions:
             text = "--model-repository must be specified"
             if self.command == "serve":
                 text += "\n(for a first look: forebay demo)"

@@ -64,7 +64,7 @@ def serve(settings: Settings) -> int:
     except OSError as error:
         print(f"error: cannot open the log file '{chosen.file}': {error.strerror}", file=sys.stderr)
         return 1
-    if not settings.repository.paths:
+    if not settings.repository.paths and not settings.repository.functions:
         print("error: creating server: Invalid argument - --model-repository must be specified", file=sys.stderr)
         return 1
 
@@ -78,9 +78,32 @@ def serve(settings: Settings) -> int:
         print(f"error: creating server: {error.code.label} - {error.text}", file=sys.stderr)
         return 1
     try:
+        try:
+            settings = _add_functions(settings, runtime)
+        except ServingError as error:
+            print(f"error: creating server: {error.code.label} - {error.text}", file=sys.stderr)
+            return 1
         return _supervise(settings, runtime, listeners)
     finally:
         runtime.remove()
+
+
+def _add_functions(settings: Settings, runtime: RuntimeDirectory) -> Settings:
+    """Return the settings with one more repository, of the Python functions that were named.
+
+    Raises:
+        InvalidArgument: two functions have the same name.
+    """
+    if not settings.repository.functions:
+        return settings
+    import msgspec
+
+    from forebay.engine.function_repository import write_function_repository
+
+    path = os.path.join(runtime.path, "functions")
+    write_function_repository(path, settings.repository.functions, os.getcwd())
+    repository = msgspec.structs.replace(settings.repository, paths=(*settings.repository.paths, path))
+    return msgspec.structs.replace(settings, repository=repository)
 
 
 def bind_endpoints(settings: Settings) -> dict[str, Listener]:

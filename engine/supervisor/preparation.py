@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from forebay.engine.backend_families import family_of, missing_library
+from forebay.engine.function_repository import BACKEND_NAME as FUNCTION_BACKEND
 from forebay.engine.repository.auto_complete import (
     DEFAULT_MAX_BATCH_SIZE,
     DescribedModel,
@@ -35,7 +36,7 @@ from forebay.engine.repository.model_spec import (
     QueuePolicySpec,
     SequenceBatchingSpec,
 )
-from forebay.engine.repository.normalise import normalise_instance_groups
+from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups
 from forebay.engine.repository.repository import FoundModel, read_labels
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
@@ -51,6 +52,9 @@ from forebay.ipc.tensor import TensorSpec
 
 #: Backends whose models may set their own configuration; asked even if it is complete (spec R-066).
 _SELF_COMPLETING = frozenset({"python"})
+
+#: Backends whose models say their whole configuration: functions, by their declaration.
+_SELF_CONFIGURED = frozenset({FUNCTION_BACKEND})
 
 #: Backends that can say what their model files hold.
 _DESCRIBING = frozenset({"onnxruntime", "tensorrt", "python", "pytorch", "tensorflow"})
@@ -164,6 +168,8 @@ def _read_outputs(found: FoundModel, spec: ModelSpec) -> tuple[TensorSpec, ...]:
 
 async def _auto_complete(plant: Plant, found: FoundModel, version: int, config: ModelConfig) -> ModelConfig:
     backend = config.backend
+    if backend in _SELF_CONFIGURED:
+        return _declared_config(config, await _describe(plant, found, version, config))
     if backend not in _DESCRIBING:
         if not is_complete(config):
             require_config(config, bool(found.config_file) or found.is_override)
@@ -196,6 +202,14 @@ def _default_max_batch_size(text: str | None) -> int:
         return int(text)
     except ValueError:
         raise InvalidArgument(f"backend setting 'default-max-batch-size' must be an integer, got '{text}'") from None
+
+
+def _declared_config(config: ModelConfig, described: Described) -> ModelConfig:
+    """Return a configuration that says where a model is, together with all that the model says itself."""
+    declared = config.copy()
+    declared.message.MergeFrom(parse_config_json(json.dumps(described.config)).message)
+    normalise_defaults(declared)
+    return declared
 
 
 def _edited_config(config: ModelConfig, described: Described) -> ModelConfig:

@@ -161,7 +161,8 @@ def serve(case: Case, worker: ReloadingWorker, directory: Path) -> str:
         "output": [configured(n, value) for n, value in zip(session.get_outputs(), case.outputs, strict=True)],
     }
     worker.load(spec_from_config(config, model=case.name, model_path=str(directory)))
-    response = worker.infer({n.name: sent(n, feed[n.name]) for n in session.get_inputs()}, reply_bytes=1 << 20)
+    room = sum(value.nbytes for value in here) + (1 << 16)
+    response = worker.infer({n.name: sent(n, feed[n.name]) for n in session.get_inputs()}, reply_bytes=room)
     if response.error is not None:
         raise response.error
     served = [response.outputs[n.name] for n in session.get_outputs()]

@@ -178,9 +178,8 @@ def test_other_words_are_refused():
 
 
 def test_python_functions_are_recognised():
-    assert "'package.module:function': serving a Python function is not implemented yet" in refuse(
-        "package.module:function"
-    )
+    functions = ("package.module:function", "module:Class.method")
+    assert serve(*functions, functions[0]).settings.repository.functions == functions
 
 
 @pytest.mark.parametrize("command", ["serve", "validate", "explain"])
