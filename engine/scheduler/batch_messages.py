@@ -11,6 +11,7 @@ from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ReplyHead
 from forebay.ipc.wire import (
     FLAG_FINAL,
+    FLAG_HUNG,
     HEADER,
     MESSAGE_BYTES_MAX,
     NO_TIMES,
@@ -105,8 +106,15 @@ def pack_refusal(item: Waiting, error: ServingError) -> bytes:
     return HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL, 1, 0, 0) + NO_TIMES + TOKEN.pack(item.token) + reply
 
 
-def pack_losses(instance: int, batch_id: int, items: Sequence[Waiting]) -> list[tuple[int, bytes]]:
-    """Build what the producers of a batch hear when its worker died: pairs of producer and message."""
+def pack_losses(
+    instance: int, batch_id: int, items: Sequence[Waiting], *, is_hung: bool = False
+) -> list[tuple[int, bytes]]:
+    """Build what the producers of a batch hear when its worker died: pairs of producer and message.
+
+    Args:
+        is_hung: the batch is to fail, not to be tried again.
+    """
+    flags = FLAG_HUNG if is_hung else 0
     runs: dict[int, list[Run]] = {}
     tokens: dict[int, list[int]] = {}
     for item in items:
@@ -115,10 +123,10 @@ def pack_losses(instance: int, batch_id: int, items: Sequence[Waiting]) -> list[
         elif isinstance(item, WaitingParcel):
             tokens.setdefault(item.producer, []).append(item.token)
     messages = [
-        (producer, pack_runs(Kind.RUNS_LOST, 0, instance, batch_id, lost, NO_TIMES)) for producer, lost in runs.items()
+        (producer, pack_runs(Kind.RUNS_LOST, flags, instance, batch_id, lost, NO_TIMES)) for producer, lost in runs.items()
     ]
     for producer, lost_tokens in tokens.items():
         packed = b"".join(TOKEN.pack(token) for token in lost_tokens)
-        header = HEADER.pack(Kind.PARCEL_LOST, 0, len(lost_tokens), instance, batch_id)
+        header = HEADER.pack(Kind.PARCEL_LOST, flags, len(lost_tokens), instance, batch_id)
         messages.append((producer, header + NO_TIMES + packed))
     return messages

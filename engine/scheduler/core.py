@@ -121,7 +121,7 @@ class SchedulerCore:
                 self._counters_file = CountersFile(fds[0])
                 os.close(fds[0])
             case InstanceDown():
-                self._instance_down(message.instance, now_ns)
+                self._instance_down(message.instance, now_ns, is_hung=message.is_hung)
             case InstanceDrain():
                 self._instance_drain(message.instance)
             case ProducerDown():
@@ -142,7 +142,16 @@ class SchedulerCore:
                 pass
 
     def _route_up(self, up: RouteUp) -> None:
-        self._routes[up.route] = Route(up, hold_back_requests=self._hold_back)
+        route = self._routes.get(up.route)
+        if route is None:
+            self._routes[up.route] = Route(up, hold_back_requests=self._hold_back)
+        else:
+            for item, error in route.change_policy(up):
+                self.producers.refuse(item, error)
+            for instance in route.granted():
+                # What the holder may do with it has changed.
+                self._grants.revoke(instance)
+            self._dirty.add(up.route)
         self.clients.add_route(up)
         if self._counters_file is not None and up.counter_offset:
             self._counters[up.route] = self._counters_file.block(up.counter_offset, SCHEDULER_WORDS)
@@ -214,7 +223,7 @@ class SchedulerCore:
         if instance.draining and instance.state is InstanceState.IDLE and not instance.open:
             self._tell(Drained(instance=instance.id))
 
-    def _instance_down(self, instance_id: int, now_ns: int) -> None:
+    def _instance_down(self, instance_id: int, now_ns: int, *, is_hung: bool) -> None:
         """A worker's process is gone. The caller has taken everything that it had sent."""
         instance = self._instances.pop(instance_id, None)
         if instance is None:
@@ -226,8 +235,8 @@ class SchedulerCore:
             self._bump(instance.route, SchedulerCounter.LOST_BATCHES)
         if route is not None:
             route.remove_instance(instance)
-            self._tell_lost(route, instance, lost, now_ns)
-        self._grants.tell_gone(instance)
+            self._tell_lost(route, instance, lost, now_ns, is_hung=is_hung)
+        self._grants.tell_gone(instance, is_hung=is_hung)
         self._release(instance)
         if self._limiter is not None:
             self._limiter.add(self._instances.values())
@@ -235,9 +244,11 @@ class SchedulerCore:
         self._dirty.add(instance.route)
         self._resync_if_ready()
 
-    def _tell_lost(self, route: Route, instance: Instance, lost: list[Waiting], now_ns: int) -> None:
+    def _tell_lost(
+        self, route: Route, instance: Instance, lost: list[Waiting], now_ns: int, *, is_hung: bool
+    ) -> None:
         if route.sequences is None:
-            self.producers.tell_lost(instance.id, instance.batch_id, lost)
+            self.producers.tell_lost(instance.id, instance.batch_id, lost, is_hung=is_hung)
             return
         # What a sequence has done so far is lost too: no other instance can go on with it.
         route.sequences.answered(lost, now_ns)

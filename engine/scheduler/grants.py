@@ -13,7 +13,7 @@ from forebay.engine.scheduler.instances import Instance, InstanceState
 from forebay.engine.scheduler.producers import Producers
 from forebay.engine.scheduler.route import Route
 from forebay.ipc.counters import SchedulerCounter
-from forebay.ipc.wire import FLAG_GONE, GRANT, HEADER, Kind
+from forebay.ipc.wire import FLAG_GONE, FLAG_HUNG, GRANT, HEADER, Kind
 
 
 class Grants:
@@ -97,12 +97,13 @@ class Grants:
             if instance.grantee == producer:
                 self.end(instance)
 
-    def tell_gone(self, instance: Instance) -> None:
+    def tell_gone(self, instance: Instance, *, is_hung: bool = False) -> None:
         """An instance's process is gone: what was rung under a grant and is not answered is lost.
 
         Everybody is told, not the holder alone: a grant of an earlier scheduler may still have something under way.
         """
+        flags = FLAG_GONE | FLAG_HUNG if is_hung else FLAG_GONE
         self._producers.ring_all(
-            HEADER.pack(Kind.REVOKE, FLAG_GONE, 0, instance.id, 0)
+            HEADER.pack(Kind.REVOKE, flags, 0, instance.id, 0)
             + GRANT.pack(instance.route, instance.id, instance.generation & 0xFFFFFFFF, 0)
         )

@@ -74,13 +74,13 @@ class Producers:
         """Answer what never ran."""
         self.ring(item.producer, pack_refusal(item, error))
 
-    def tell_lost(self, instance: int, batch_id: int, items: Sequence[Waiting]) -> None:
+    def tell_lost(self, instance: int, batch_id: int, items: Sequence[Waiting], *, is_hung: bool = False) -> None:
         """A worker died with these requests unanswered.
 
         Everything it had sent is ahead of this in the producers' doorbells (one queue), so what they still wait for
         when they read it is truly lost.
         """
-        for producer, message in pack_losses(instance, batch_id, items):
+        for producer, message in pack_losses(instance, batch_id, items, is_hung=is_hung):
             self.ring(producer, message)
 
     def flush_lagging(self) -> None:

@@ -11,9 +11,10 @@ import msgspec
 from forebay.engine.repository.model_spec import SequenceBatchingSpec
 from forebay.engine.scheduler.batcher import Decision, Reason
 from forebay.engine.scheduler.instances import Instance, InstanceState
-from forebay.engine.scheduler.line import Choice, Line, SharedLine
+from forebay.engine.scheduler.line import Choice, Line, Refusal, SharedLine
 from forebay.engine.scheduler.sequence_line import SequenceLine
 from forebay.engine.scheduler.waiting import Waiting
+from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import RouteUp
 
 #: Batches in a row that must have found nobody else waiting before an instance is granted. Grants under load would be
@@ -65,17 +66,38 @@ class Route:
             policy = msgspec.convert(up.extra["sequence"], SequenceBatchingSpec)
             self.line = self.sequences = SequenceLine(up.name, policy, up.batching)
         else:
-            shared = SharedLine(up.batching)
-            self.line = shared
-            self.grant_rows = shared.batcher.grant_rows
-            self._is_grantable = (
-                shared.batcher.can_be_granted
-                and not up.batching.priority_levels
-                and not up.batching.preserve_ordering
-                and not up.batching.default_queue_policy.max_queue_size
-                and not up.extra
-                and not hold_back_requests
-            )
+            self._share(up)
+
+    def _share(self, up: RouteUp) -> None:
+        """Take requests in one line for all instances."""
+        shared = SharedLine(up.batching)
+        self.line = shared
+        self.grant_rows = shared.batcher.grant_rows
+        self._is_grantable = (
+            shared.batcher.can_be_granted
+            and not up.batching.priority_levels
+            and not up.batching.preserve_ordering
+            and not up.batching.default_queue_policy.max_queue_size
+            and not up.extra
+            and not self._hold_back
+        )
+
+    def change_policy(self, up: RouteUp) -> list[Refusal]:
+        """Batch by another policy from now on; return what waits and may not wait under it.
+
+        Sequences are bound to their instances: their policy does not change while the model is loaded.
+        """
+        refused: list[Refusal] = []
+        if self.sequences is not None or "sequence" in up.extra:
+            return refused
+        waiting = self.line.clear()
+        self._share(up)
+        for item in waiting:
+            try:
+                self.line.append(item, item.enqueue_ns)
+            except ServingError as error:
+                refused.append(Refusal(item, error))
+        return refused
 
     @property
     def is_quiescent(self) -> bool:

@@ -22,7 +22,8 @@ from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
-from forebay.ipc.counters import CountersFile, instance_words
+from forebay.engine.worker.sequences import SequencesRunner, sequence_policy, with_sequence_tensors
+from forebay.ipc.counters import CountersFile, InstanceCounter, instance_words
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
@@ -49,6 +50,9 @@ _BACKLOG_RETRY_S = 0.01
 #: How long a new scheduler is kept waiting for producers that do not read, s.
 _SYNC_PATIENCE_S = 2.0
 
+_SINCE = InstanceCounter.RUNNING_SINCE_NS
+_CLOCK_WORDS = InstanceCounter.BATCH_SIZES
+
 
 class Worker:
     """One instance. ``serve`` returns when the supervisor says stop or is gone."""
@@ -66,9 +70,12 @@ class Worker:
         self._instance: TensorInstance | RequestInstance | None = None
         self._rows: RowsRunner | None = None
         self._parcels: ParcelsRunner | None = None
+        self._sequences: SequencesRunner | None = None
         self._rings: Rings | None = None
         #: Reads ahead while a batch of parcels runs, so that a model hears of cancellations.
         self._inbox = Inbox(doorbell, self._handle_early)
+        #: Our counters; only for :attr:`InstanceCounter.RUNNING_SINCE_NS`, which tells the supervisor of a hung batch.
+        self._clock = memoryview(bytearray(_CLOCK_WORDS * 8)).cast("Q")
         self._stopping = False
 
     # --- lifeline ---
@@ -154,13 +161,17 @@ class Worker:
     def _load(self, spec: InstanceSpec) -> None:
         start_ns = time.monotonic_ns()
         self._lifeline.send(Phase(text="loading"))
-        instance = self._open(spec).load(spec)
+        policy = sequence_policy(spec)
+        instance = self._open(spec).load(with_sequence_tensors(spec))
         counters = self._counters_file.block(spec.counter_offset, instance_words(spec.max_batch_size))
+        self._clock = counters
         if isinstance(instance, TensorInstance):
             self._rows = RowsRunner(spec, instance, self._producers, counters)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
         self._parcels.tell_closed = self._tell_closed
         self._parcels.take_signals = self._inbox.take_signals
+        if policy is not None:
+            self._sequences = SequencesRunner(spec, policy, instance, self._parcels)
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
         self._instance = instance
         self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
@@ -174,7 +185,7 @@ class Worker:
         receive = self._doorbell.recv_into
         runs, parcels = Kind.RUNS, Kind.PARCELS
         self._doorbell.setblocking(True)
-        rows_runner, rings = self._rows, self._rings
+        rows_runner, rings, clock = self._rows, self._rings, self._clock
         assert rings is not None
         while not self._stopping:
             if self._inbox.has_kept:
@@ -191,15 +202,16 @@ class Worker:
                 continue
             kind = buffer[0]
             if kind == runs and rows_runner is not None:
-                start_ns = time.monotonic_ns()
+                start_ns = clock[_SINCE] = time.monotonic_ns()
                 try:
                     times = rows_runner.execute(view[:size], start_ns)
                 except struct.error:
                     times = NO_TIMES  # A torn message; its sender alone is concerned.
+                clock[_SINCE] = 0
                 if not buffer[1] & FLAG_GRANTED:
                     self._tell_done(buffer, times)
-            elif kind == parcels:
-                self._run_parcels(buffer, view[:size])
+            elif kind == parcels or kind == Kind.SEQUENCES:
+                self._run_parcels(kind, buffer, view[:size])
             else:
                 self._handle_signal(kind, buffer, view[:size])
 
@@ -212,11 +224,15 @@ class Worker:
         return rings.wait_doorbell(buffer, int(_BACKLOG_RETRY_S * 1000))
 
     def _run_ring(self, kind: int, message: memoryview) -> None:
-        if kind == Kind.PARCELS:
-            assert self._parcels is not None
-            self._parcels.execute(message, time.monotonic_ns())
-        elif self._rows is not None:
-            self._rows.execute(message, time.monotonic_ns())
+        start_ns = self._clock[_SINCE] = time.monotonic_ns()
+        try:
+            if kind == Kind.PARCELS:
+                assert self._parcels is not None
+                self._parcels.execute(message, start_ns)
+            elif self._rows is not None:
+                self._rows.execute(message, start_ns)
+        finally:
+            self._clock[_SINCE] = 0
 
     def _tell_done(self, buffer: bytearray, times: bytes, still_open: Sequence[bytes] = ()) -> None:
         """Tell the scheduler that the batch in ``buffer`` has run; ``still_open``: its unanswered requests, packed."""
@@ -230,13 +246,18 @@ class Worker:
         assert self._spec is not None
         self._done.ring(HEADER.pack(Kind.CLOSED, 0, 1, self._spec.instance, 0) + packed)
 
-    def _run_parcels(self, buffer: bytearray, message: memoryview) -> None:
+    def _run_parcels(self, kind: int, buffer: bytearray, message: memoryview) -> None:
         assert self._parcels is not None
+        runner = self._sequences if kind == Kind.SEQUENCES else self._parcels
+        if runner is None:
+            return
+        start_ns = self._clock[_SINCE] = time.monotonic_ns()
         try:
             with self._inbox.executing():
-                times = self._parcels.execute(message, time.monotonic_ns())
+                times = runner.execute(message, start_ns)
         except struct.error:
             times = NO_TIMES
+        self._clock[_SINCE] = 0
         if not buffer[1] & FLAG_GRANTED:
             with self._producers.lock:
                 # A model's own threads answer too; who answers after this says so (CLOSED).

@@ -102,6 +102,12 @@ class ParcelRequest:
         # The lent block serves one response: the producer frees it when it has been read.
         self._block_free = head.reply_bytes > 0
         self._block_used_bytes = 0
+        #: Control tensors of a sequence model, by name: (datatype, array in the model's shape).
+        self.control_inputs: dict[str, tuple[str, Array]] = {}
+
+    def copy_as(self, kind: type[ParcelRequest]) -> ParcelRequest:
+        """Return another request with the same inputs, which nobody has sent."""
+        return kind(self._runner, self._producer, 0, self.rows, self.enqueue_ns, self.head)
 
     # --- what the model asks ---
 
@@ -564,17 +570,33 @@ class ParcelsRunner:
         Returns:
             The TIMES of the batch, packed, for the scheduler.
         """
-        requests = self._unpack(message, start_ns)
+        requests, _places = self.unpack(message, start_ns, HEADER.size)
+        return self.run_batch(requests, start_ns, lambda stamps: self._run(requests, stamps))
+
+    def _run(self, requests: list[ParcelRequest], stamps: list[int]) -> None:
+        if isinstance(self._instance, RequestInstance):
+            self.run_requests(self._instance, requests, stamps)
+        else:
+            self._run_tensors(self._instance, requests, stamps)
+
+    def run_batch(
+        self, requests: Sequence[ParcelRequest], start_ns: int, run: Callable[[list[int]], None]
+    ) -> bytes:
+        """Run unpacked requests, answer what fails, and count.
+
+        Args:
+            run: runs them; sets the second and third of (start, input end, output start, end).
+
+        Returns:
+            The TIMES of the batch, packed, for the scheduler.
+        """
         self._batch_keys = [request.key for request in requests]
         if not requests:
             return TIMES.pack(start_ns, start_ns, start_ns, start_ns)
         rows = sum(max(request.rows, 1) for request in requests)
         stamps = [start_ns, start_ns, start_ns, start_ns]
         try:
-            if isinstance(self._instance, RequestInstance):
-                self._run_requests(self._instance, requests, stamps)
-            else:
-                self._run_tensors(self._instance, requests, stamps)
+            run(stamps)
         except ServingError as error:
             self._fail_all(requests, error)
         except Exception as error:  # a model's own code may raise anything
@@ -584,12 +606,15 @@ class ParcelsRunner:
         self._count(requests, rows, stamps)
         return TIMES.pack(*stamps)
 
-    def _unpack(self, message: memoryview, start_ns: int) -> list[ParcelRequest]:
-        """Return the message's requests; one whose head cannot be used is answered here."""
+    def unpack(self, message: memoryview, start_ns: int, offset: int) -> tuple[list[ParcelRequest], list[int]]:
+        """Return the message's requests from ``offset`` on, and the place of each in the message.
+
+        One whose head cannot be used is answered here.
+        """
         _kind, _flags, count, _sender, _batch = HEADER.unpack_from(message)
-        offset = HEADER.size
         requests: list[ParcelRequest] = []
-        for _ in range(count):
+        places: list[int] = []
+        for place in range(count):
             if len(message) < offset + PARCEL.size:
                 break  # Shorter than its header says.
             producer_id, rows, token, enqueue_ns, head_bytes = PARCEL.unpack_from(message, offset)
@@ -623,9 +648,10 @@ class ParcelsRunner:
             request.times = (start_ns, start_ns, 0, 0)
             self._open[request.key] = request
             requests.append(request)
-        return requests
+            places.append(place)
+        return requests, places
 
-    def _run_requests(self, instance: RequestInstance, requests: list[ParcelRequest], stamps: list[int]) -> None:
+    def run_requests(self, instance: RequestInstance, requests: list[ParcelRequest], stamps: list[int]) -> None:
         stamps[1] = time.monotonic_ns()
         for request in requests:
             request.times = (stamps[0], stamps[1], 0, 0)
@@ -687,13 +713,14 @@ class ParcelsRunner:
             except ServingError as error:
                 request.fail(error)
 
-    def _wanted(self, requests: Sequence[ParcelRequest]) -> tuple[str, ...]:
+    def wanted(self, requests: Sequence[ParcelRequest]) -> tuple[str, ...]:
+        """Return the outputs that any of the requests wants."""
         wanted = {name for request in requests for name in request.requested_outputs}
         return tuple(name for name in self.outputs if name in wanted)
 
     def _run_single(self, instance: TensorInstance, request: ParcelRequest, stamps: list[int]) -> None:
         head = request.head
-        wanted = self._wanted([request])
+        wanted = self.wanted([request])
         places = self._fixed_places(head, wanted, request.rows)
         if places is not None:
             key = (request.key[0], head.inputs, places)
@@ -714,7 +741,7 @@ class ParcelsRunner:
         results = instance.run(inputs, wanted)
         stamps[2] = time.monotonic_ns()
         request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
-        request.reply({name: self._checked(name, results, request.rows) for name in wanted})
+        request.reply({name: self.checked(name, results, request.rows) for name in wanted})
 
     def _fixed_places(self, head: ParcelHead, wanted: tuple[str, ...], rows: int) -> tuple[TensorPlace, ...] | None:
         """Return where the outputs go in the lent block if their shapes are known beforehand and fit, else None."""
@@ -754,12 +781,12 @@ class ParcelsRunner:
             place.byte_size for request in requests for place in request.head.inputs
         )
         self.counters[Count.BATCHES_GATHERED] += 1
-        wanted = self._wanted(requests)
+        wanted = self.wanted(requests)
         stamps[1] = time.monotonic_ns()
         results = instance.run(joined, wanted)
         stamps[2] = time.monotonic_ns()
         total = sum(request.rows for request in requests)
-        checked = {name: self._checked(name, results, total) for name in wanted}
+        checked = {name: self.checked(name, results, total) for name in wanted}
         first = 0
         for request in requests:
             request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
@@ -767,7 +794,7 @@ class ParcelsRunner:
             request.reply({name: (checked[name][0], checked[name][1][own]) for name in request.requested_outputs})
             first += request.rows
 
-    def _checked(self, name: str, results: Mapping[str, Array], rows: int) -> tuple[str, Array]:
+    def checked(self, name: str, results: Mapping[str, Array], rows: int) -> tuple[str, Array]:
         """Return (datatype, array in the client's shape) of an output after comparing it with the configuration."""
         spec = self.outputs[name]
         array = results.get(name)

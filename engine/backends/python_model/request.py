@@ -109,6 +109,9 @@ class InferenceRequest:
         request._request_id = head.id
         request._correlation_id = head.correlation_id
         request._inputs = [_input(parcel, place) for place in head.inputs]
+        request._inputs += [
+            Tensor.of_datatype(name, datatype, array) for name, (datatype, array) in parcel.control_inputs.items()
+        ]
         request._output_names = parcel.requested_outputs
         request._model_name = model_name
         request._model_version = model_version
