@@ -37,6 +37,7 @@ from forebay.engine.repository.model_spec import (
     SequenceBatchingSpec,
 )
 from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups
+from forebay.engine.repository.packaged_files import missing_packages, packaged_model_file
 from forebay.engine.repository.repository import FoundModel, read_labels
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
@@ -118,7 +119,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     """
     config = found.usable_config.copy()
     backend = config.backend
-    if (missing := missing_library(backend)) is not None:
+    if (missing := missing_library(backend) or missing_packages(config)) is not None:
         raise MissingLibrary(missing)
     is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
     if not is_ensemble and not await asyncio.to_thread(os.path.isdir, found.version_path(version)):
@@ -247,7 +248,7 @@ async def _describe(plant: Plant, found: FoundModel, version: int, config: Model
         backend=config.backend,
         model_path=found.path,
         version_path=found.version_path(version),
-        model_file=config.default_model_filename,
+        model_file=packaged_model_file(config) or config.default_model_filename,
         max_batch_size=config.max_batch_size,
         parameters={key: message.parameters[key].string_value for key in message.parameters},
         backend_config=plant.settings.backend.options(config.backend),
@@ -350,7 +351,7 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
             backend=spec.backend,
             model_path=found.path,
             version_path=found.version_path(prepared.version),
-            model_file=spec.default_model_filename,
+            model_file=packaged_model_file(prepared.config) or spec.default_model_filename,
             kind=str(instance.kind),
             device_id=instance.device_id,
             max_batch_size=spec.max_batch_size,
