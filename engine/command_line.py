@@ -382,6 +382,10 @@ class _Parser:
             )
         if len({entry.name for entry in settings.cache.config}) > 1:
             raise self._bad_option("cache-config", "Only one cache can be configured.")
+        try:
+            _ = settings.cache.size_bytes
+        except ValueError as error:
+            raise self._bad_option("cache-config", str(error)) from None
         for name, groups, feature in (
             ("http-restricted-api", settings.http.restricted_apis, "api"),
             ("grpc-restricted-protocol", settings.grpc.restricted_protocols, "protocol"),
