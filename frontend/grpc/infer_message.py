@@ -182,6 +182,9 @@ def _walk_input(data: memoryview) -> WireInput:
             _add_parameter(parameters, data[start:end])
         elif number == 5:
             contents.append(data[start:end])
+            # Read later, if at all; but a message that is broken is refused as a whole.
+            for _field in fields(contents[-1]):
+                pass
     merged = contents[0] if len(contents) == 1 else memoryview(b"".join(contents)) if contents else None
     return WireInput(name, datatype, tuple(shape), parameters, merged)
 

@@ -18,6 +18,8 @@ LENGTH: Final = 2
 FIXED32: Final = 5
 
 _UINT64_MASK = 2**64 - 1
+#: Tags are 32 bits.
+_TAG_MAX = 2**32 - 1
 #: Bytes of the longest varint.
 _VARINT_BYTES_MAX = 10
 
@@ -105,7 +107,7 @@ def fields(data: memoryview, position: int = 0, end: int = -1) -> Iterator[tuple
         else:
             tag, position = read_varint(data, position, end)
         number, kind = tag >> 3, tag & 7
-        if number == 0:
+        if number == 0 or tag > _TAG_MAX:
             raise Malformed
         start = position
         if kind == LENGTH:

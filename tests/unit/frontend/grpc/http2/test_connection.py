@@ -10,6 +10,7 @@ import h2.config
 import h2.connection
 import h2.events
 import pytest
+
 from forebay.frontend.grpc.http2 import connection as module
 from forebay.frontend.grpc.http2.connection import Connection, Stream
 from forebay.frontend.grpc.http2.frames import (

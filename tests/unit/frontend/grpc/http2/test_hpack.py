@@ -6,11 +6,12 @@ import random
 
 import hpack
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from forebay.frontend.grpc.http2.frames import Http2Code, Http2Error
 from forebay.frontend.grpc.http2.hpack_decoder import HpackDecoder
 from forebay.frontend.grpc.http2.hpack_encoder import ReplyEncoder, encode_plain
-from hypothesis import given
-from hypothesis import strategies as st
 
 Fields = list[tuple[bytes, bytes]]
 
