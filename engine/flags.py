@@ -139,8 +139,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "model-config-name",
         "repository.config_name",
-        NOT_YET,
-        "copy the configuration to config.pbtxt",
         metavar="NAME",
         parse=values.parse_config_name,
     ),
@@ -151,19 +149,8 @@ FLAGS: tuple[Flag, ...] = (
         "each instance loads in a process of its own, as many at a time as there are cores",
         minimum=0,
     ),
-    Flag(
-        "model-load-retry-count",
-        "repository.load_retry_count",
-        NOT_YET,
-        "mend what makes the load fail",
-        minimum=0,
-    ),
-    Flag(
-        "model-namespacing",
-        "repository.namespacing",
-        NOT_YET,
-        "give the models different names",
-    ),
+    Flag("model-load-retry-count", "repository.load_retry_count", minimum=0),
+    Flag("model-namespacing", "repository.namespacing"),
     Flag(
         "strict-model-config",
         "repository.disable_auto_complete_config",

@@ -71,6 +71,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """Responses of a decoupled step that an ensemble works on at a time (spec S-110); 0: unlimited."""
     step_counter_offset: int = 0
     """Byte offset of this frontend's block, laid out as an instance's, for what an ensemble's steps took; 0: none."""
+    instance_count: int = 0
+    """How many instances there are; blocks of counters may be more, of instances that an update removed."""
 
     @property
     def is_ready(self) -> bool:

@@ -12,6 +12,7 @@ import msgspec
 
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.trace import TraceRecord, TraceRules
 
 #: What a request or response parameter may be (spec H-156, H-098).
 ParameterValue = str | int | bool | float
@@ -393,8 +394,33 @@ class LogChanged(Message, frozen=True, tag=24):
     options: dict[str, Any]
 
 
-SupervisorToFrontend = FrontendStart | DoorbellUp | DoorbellDown | Serve | LogChanged | Stop
-FrontendToSupervisor = Started | Failed
+class RegionUp(Message, frozen=True, tag=25):
+    """Supervisor -> frontend: clients may use this region. Comes with one descriptor: the shared memory object."""
+
+    generation: int
+    """Of the set of regions; the frontend answers with :class:`RegionsSeen`."""
+    name: str
+    kind: str
+    """``system`` or ``cuda``."""
+    offset: int
+    byte_size: int
+
+
+class RegionDown(Message, frozen=True, tag=26):
+    """Supervisor -> frontend: no further request may use these regions."""
+
+    generation: int
+    names: tuple[str, ...]
+
+
+class RegionsSeen(Message, frozen=True, tag=27):
+    """Frontend -> supervisor: requests that come from now on see the regions as of this generation."""
+
+    generation: int
+
+
+SupervisorToFrontend = FrontendStart | DoorbellUp | DoorbellDown | Serve | LogChanged | RegionUp | RegionDown | Stop
+FrontendToSupervisor = Started | Failed | RegionsSeen
 
 
 # --- supervisor <-> zygote and worker (lifeline, with descriptors) ---------------------------------------------------
@@ -567,5 +593,17 @@ class CommandReply(Message, frozen=True, tag=64):
     result: Any = None
 
 
-FrontendToControl = Hello | CatalogSeen | Command
-ControlToFrontend = CatalogPush | CommandReply
+class TraceRulesPush(Message, frozen=True, tag=65):
+    """Supervisor -> frontend: trace like this from now on (spec H-251)."""
+
+    rules: TraceRules
+
+
+class TraceReport(Message, frozen=True, tag=66):
+    """Frontend -> supervisor: requests that were traced."""
+
+    records: tuple[TraceRecord, ...]
+
+
+FrontendToControl = Hello | CatalogSeen | Command | TraceReport
+ControlToFrontend = CatalogPush | CommandReply | TraceRulesPush

@@ -83,6 +83,9 @@ FLAG_FAILED = 2
 FLAG_FINAL = 4
 #: Flag of REVOKE: the instance is gone, whatever the generation; what was rung under the grant and not answered is lost.
 FLAG_GONE = 8
+#: Flag of RUNS_LOST, PARCEL_LOST and of REVOKE with FLAG_GONE: the worker was ended because it took too long. Whoever
+#: tried again would only have the next one hang.
+FLAG_HUNG = 32
 #: Flag of OPEN: the model wants the request again (iterative sequences, spec S-060).
 FLAG_RESCHEDULE = 16
 

@@ -123,7 +123,8 @@ def pack_losses(
         elif isinstance(item, WaitingParcel):
             tokens.setdefault(item.producer, []).append(item.token)
     messages = [
-        (producer, pack_runs(Kind.RUNS_LOST, flags, instance, batch_id, lost, NO_TIMES)) for producer, lost in runs.items()
+        (producer, pack_runs(Kind.RUNS_LOST, flags, instance, batch_id, lost, NO_TIMES))
+        for producer, lost in runs.items()
     ]
     for producer, lost_tokens in tokens.items():
         packed = b"".join(TOKEN.pack(token) for token in lost_tokens)

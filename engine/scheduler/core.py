@@ -244,9 +244,7 @@ class SchedulerCore:
         self._dirty.add(instance.route)
         self._resync_if_ready()
 
-    def _tell_lost(
-        self, route: Route, instance: Instance, lost: list[Waiting], now_ns: int, *, is_hung: bool
-    ) -> None:
+    def _tell_lost(self, route: Route, instance: Instance, lost: list[Waiting], now_ns: int, *, is_hung: bool) -> None:
         if route.sequences is None:
             self.producers.tell_lost(instance.id, instance.batch_id, lost, is_hung=is_hung)
             return

@@ -43,17 +43,30 @@ class InstanceEvents:
 class Instance:
     """A slot. Created by its model version; ``start`` once, ``stop`` once."""
 
-    def __init__(self, plant: Plant, spec: InstanceSpec, index: int, events: InstanceEvents) -> None:
+    def __init__(
+        self,
+        plant: Plant,
+        spec: InstanceSpec,
+        index: int,
+        events: InstanceEvents,
+        *,
+        timeout_s: float = 0.0,
+        counter_offset: int = 0,
+    ) -> None:
         """Allocate the counters.
 
         Args:
             spec: complete but for ``instance``, ``counter_offset`` and ``cores``.
             index: its place among the version's instances, for its name in ps.
+            timeout_s: how long an execution may take; 0: any time.
+            counter_offset: go on with this block, of an instance that is gone.
         """
         self._plant = plant
         self._events = events
         self._words = instance_words(spec.max_batch_size)
-        self.counter_offset = plant.counters.allocate(self._words)
+        self.counter_offset = counter_offset or plant.counters.allocate(self._words)
+        self._counters = plant.counters.block(self.counter_offset, self._words)
+        self.timeout_s = timeout_s
         self.cores: tuple[int, ...] = ()
         self.spec = msgspec.structs.replace(spec, counter_offset=self.counter_offset)
         self.title = f"{spec.model}:{spec.version} #{index}"
@@ -68,7 +81,7 @@ class Instance:
         self._since_s = 0.0
         self._backoff = Backoff()
         self._delay_s = 0.0
-        self._successes_at_death = 0
+        self._successes_at_death = self._counters[InstanceCounter.SUCCESS]
         self._restart: asyncio.Task[None] | None = None
 
     @property
@@ -80,6 +93,21 @@ class Instance:
         """Its worker's process id, 0 without one."""
         return self._worker.pid if self._worker is not None else 0
 
+    def suits(self, spec: InstanceSpec) -> bool:
+        """Whether this is the instance that a specification of the same version asks for."""
+        ours = self.spec
+        return (ours.instance_name, ours.kind, ours.device_id, ours.extra) == (
+            spec.instance_name,
+            spec.kind,
+            spec.device_id,
+            spec.extra,
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until its worker runs nothing and gets nothing any more, at most so long."""
+        if self._worker is not None and self._is_serving:
+            await self._plant.switchboard.drain_instance(self._worker.number, timeout_s)
+
     async def start(self) -> Loaded:
         """Fork a worker and load the model; serving when this returns.
 
@@ -87,6 +115,8 @@ class Instance:
             ServingError: why not; nothing of the attempt is left.
         """
         plant = self._plant
+        # A worker that was killed has left its mark.
+        self._counters[InstanceCounter.RUNNING_SINCE_NS] = 0
         worker = WorkerHandle(next(plant.next_instance), self.title, self._ended)
         worker.on_phase = self._events.phase
         self._worker = worker
@@ -109,6 +139,7 @@ class Instance:
             int(spec.extra.get("rate_priority", 1)),
         )
         self._is_serving = True
+        plant.watchdog.add(self)
         self._since_s = time.monotonic()
         self.reason = ""
         self._events.changed()
@@ -134,11 +165,28 @@ class Instance:
         if self._worker is not None:
             self._worker.kill()
 
-    def release(self) -> None:
-        """Give counters and cores back; the worker has ended."""
-        self._plant.counters.free(self.counter_offset, self._words)
+    def release(self, *, keep_counters: bool = False) -> None:
+        """Give counters and cores back; the worker has ended.
+
+        Args:
+            keep_counters: the block belongs to the caller from now on.
+        """
+        self._plant.watchdog.discard(self)
+        if not keep_counters:
+            self._plant.counters.free(self.counter_offset, self._words)
         self._plant.cores.give_back(self.cores)
         self.cores = ()
+
+    def end_if_hung(self, now_ns: int) -> None:
+        """End the worker if what it executes takes longer than it may; its batch fails, and it is replaced."""
+        worker = self._worker
+        since_ns = self._counters[InstanceCounter.RUNNING_SINCE_NS]
+        if worker is None or worker.is_hung or not self.timeout_s or not since_ns:
+            return
+        if now_ns - since_ns > self.timeout_s * 1e9:
+            log.error(f"worker {self.title} has been executing one batch for more than {self.timeout_s:g} s; ending it")
+            worker.is_hung = True
+            worker.kill()
 
     # --- restarts ---
 
@@ -155,6 +203,8 @@ class Instance:
     async def _keep_restarting(self, worker: WorkerHandle) -> None:
         exit_code = await worker.wait_exit_code()
         ending = "ended" if exit_code is None else f"ended with {describe_exit(exit_code)}"
+        if worker.is_hung:
+            ending = f"took more than {self.timeout_s:g} s for one batch and was ended"
         self._note_death(f"worker {self.title} {ending}")
         while not self._is_serving:
             await asyncio.sleep(self._delay_s)
@@ -168,7 +218,7 @@ class Instance:
 
     def _note_death(self, text: str) -> None:
         now_s = time.monotonic()
-        successes = self._plant.counters.block(self.counter_offset, self._words)[InstanceCounter.SUCCESS]
+        successes = self._counters[InstanceCounter.SUCCESS]
         # One that has answered requests since it last died is not in a crash loop, however often it dies.
         lived_s = float("inf") if successes != self._successes_at_death else now_s - self._since_s
         self._successes_at_death = successes

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -24,6 +24,7 @@ import msgspec
 from forebay.engine.backend_families import missing_library
 from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.repository import FoundModel, ModelRepository, changed_fields
+from forebay.engine.supervisor.adjustment import ADJUSTABLE_FIELDS, Adjustment
 from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version
@@ -314,7 +315,8 @@ class ModelLifecycle:
         for line in (*found.versions.warnings, *chosen.errors):
             log.warning(line)
         kept = self._unchanged(model, found, chosen.numbers)
-        if kept and len(kept) == len(chosen.numbers) == len(model.serving):
+        adjustments = await self._plan_adjustments(model, found, kept)
+        if kept and not adjustments and len(kept) == len(chosen.numbers) == len(model.serving):
             model.found, model.problem = found, ""
             return  # Nothing changed (spec R-089).
         starting = [version for version in chosen.numbers if version not in kept]
@@ -332,26 +334,34 @@ class ModelLifecycle:
             raise self._load_failed(model, dict.fromkeys(starting, error), starting) from None
         async with self._load_slots:
             results = await asyncio.gather(
-                *(self._start_version(found, version) for version in starting), return_exceptions=True
+                *(self._start_version(found, version) for version in starting),
+                *(adjustment.start() for adjustment in adjustments.values()),
+                return_exceptions=True,
             )
         started: dict[int, ServedVersion] = {}
         failed: dict[int, ServingError] = {}
-        for version, result in zip(starting, results, strict=True):
+        broken: BaseException | None = None
+        for version, result in zip((*starting, *adjustments), results, strict=True):
             if isinstance(result, ServedVersion):
                 started[version] = result
             elif isinstance(result, ServingError):
                 failed[version] = result
-            else:
-                assert isinstance(result, BaseException)
-                await self._abandon(model, started, starting)
-                raise result
-        if failed:
+            elif result is not None:
+                broken = result
+        if failed or broken is not None:
             await self._abandon(model, started, starting)
-            raise self._load_failed(model, failed, starting)
+            await asyncio.gather(*(adjustment.abandon() for adjustment in adjustments.values()))
+            if broken is not None:
+                raise broken
+            raise self._load_failed(model, failed, (*starting, *adjustments))
+        for adjustment in adjustments.values():
+            adjustment.commit()
         await self._switch(model, found, started, kept)
+        for adjustment in adjustments.values():
+            self._retire_in_background(self._finish_adjustment(adjustment))
 
     def _unchanged(self, model: Model, found: FoundModel, versions: Iterable[int]) -> set[int]:
-        """Return the serving versions that neither their files nor their configuration would change (spec R-091)."""
+        """Return the serving versions that need no reload: their files are the same (spec R-090, R-091)."""
         older = model.found
         if older is None or found.is_override or older.is_override or found.fingerprint is None:
             return set()
@@ -359,10 +369,41 @@ class ModelLifecycle:
             return set()
         if older.fingerprint.shared != found.fingerprint.shared:
             return set()
-        if changed_fields(older.config, found.config) - {"version_policy"}:
+        if changed_fields(older.config, found.config) - {"version_policy"} - ADJUSTABLE_FIELDS:
             return set()
         changed = found.fingerprint.changed_versions(older.fingerprint)
         return {version for version in versions if version in model.serving and version not in changed}
+
+    async def _plan_adjustments(self, model: Model, found: FoundModel, kept: set[int]) -> dict[int, Adjustment]:
+        """Return what changes for versions that are kept; takes those out of ``kept`` that must be loaded again.
+
+        Raises:
+            LoadFailed: the new configuration cannot be used.
+        """
+        older = model.found
+        if (
+            not kept
+            or older is None
+            or not changed_fields(older.usable_config, found.usable_config) & ADJUSTABLE_FIELDS
+        ):
+            return {}
+        adjustments: dict[int, Adjustment] = {}
+        for version in sorted(kept):
+            served = model.serving[version]
+            try:
+                prepared = self.ensembles.join(await prepare_version(self.plant, found, version))
+            except ServingError as error:
+                raise self._load_failed(model, {version: error}, [version]) from None
+            if Adjustment.is_possible(served, prepared):
+                adjustments[version] = Adjustment(served, prepared)
+                log.info(f"adjusting: {model.name}:{version}")
+            else:
+                kept.discard(version)
+        return adjustments
+
+    async def _finish_adjustment(self, adjustment: Adjustment) -> None:
+        await adjustment.retire(float(self.plant.settings.server.exit_timeout_secs))
+        self.touch()
 
     async def _start_version(self, found: FoundModel, version: int) -> ServedVersion:
         """Prepare and start one version; LOADING until the whole model is."""
@@ -505,7 +546,10 @@ class ModelLifecycle:
         generation: int,
         found: FoundModel | None,
     ) -> None:
-        task = asyncio.create_task(self._retire(model, retired, replaced, generation, found))
+        self._retire_in_background(self._retire(model, retired, replaced, generation, found))
+
+    def _retire_in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 

@@ -9,6 +9,7 @@ from forebay.engine.repository.normalise import Gpu
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool
 from forebay.engine.supervisor.switchboard import Switchboard
+from forebay.engine.supervisor.watchdog import Watchdog
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.engine.supervisor.zygotes import Zygotes
 from forebay.ipc.counters import CountersFile
@@ -24,6 +25,7 @@ class Plant:
     counters: CountersFile
     cores: CorePool
     gpus: tuple[Gpu, ...] = ()
+    watchdog: Watchdog = field(default_factory=Watchdog)
     #: Of each frontend that keeps a part of the response cache; empty: there is none.
     cache_counter_offsets: tuple[int, ...] = ()
     next_instance: itertools.count[int] = field(default_factory=lambda: itertools.count(1))

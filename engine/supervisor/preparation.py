@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,9 @@ _WANTS_PARCELS = frozenset({"forebay_fault", "identity", "python"})
 
 _STOP_TIMEOUT_S = 2.0
 
+#: Model parameter that overrides ``--worker-timeout-secs``.
+WORKER_TIMEOUT_PARAMETER = "worker_timeout_secs"
+
 
 class MissingLibrary(Unavailable):
     """An optional framework is not installed.
@@ -90,6 +94,8 @@ class PreparedVersion:
     outputs: tuple[TensorSpec, ...]
     steps: tuple[EnsembleStep, ...] = ()
     """Of an ensemble, once it was joined with its models."""
+    worker_timeout_s: float = 0.0
+    """How long one execution may take; 0: any time."""
 
     @property
     def title(self) -> str:
@@ -156,7 +162,28 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         config_json=config_json(config).encode(),
         inputs=tuple(tensor.tensor() for tensor in spec.inputs),
         outputs=outputs,
+        worker_timeout_s=_worker_timeout_s(spec, plant.settings.process.worker_timeout_secs),
     )
+
+
+def _worker_timeout_s(spec: ModelSpec, default_s: float) -> float:
+    """Return how long one execution of a model may take.
+
+    Raises:
+        InvalidArgument: its parameter is no number of seconds.
+    """
+    text = spec.parameters.get(WORKER_TIMEOUT_PARAMETER)
+    if text is None:
+        return default_s
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InvalidArgument(
+            f"parameter '{WORKER_TIMEOUT_PARAMETER}' must be a number of seconds, 0 for no limit, got '{text}'"
+        )
+    return seconds
 
 
 def _read_outputs(found: FoundModel, spec: ModelSpec) -> tuple[TensorSpec, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from forebay.engine.backend_families import family_of
 from forebay.engine.repository.model_spec import EnsembleSpec
@@ -21,7 +21,7 @@ from forebay.engine.supervisor.preparation import (
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS, ProducerCounter, instance_words
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import RouteUp
+from forebay.ipc.messages import InstanceSpec, RouteUp
 
 #: How long after its end a version's counters may still be written by those who count its requests, s.
 _COUNTERS_QUARANTINE_S = 5.0
@@ -50,16 +50,20 @@ class ServedVersion:
         self.prepared = prepared
         self.route = next(plant.next_route)
         self.load_ns = 0
-        self._plant = plant
+        self.plant = plant
         self._on_change = on_change
         self._scheduler_offset = plant.counters.allocate(SCHEDULER_WORDS)
         #: Frontend slot (for example ``http 0``) to the offset of its counters for this route.
         self._producer_offsets: dict[str, int] = {}
         #: The same for what the steps of an ensemble took.
         self._step_offsets: dict[str, int] = {}
-        events = InstanceEvents(changed=on_change, phase=on_phase)
+        self._events = InstanceEvents(changed=on_change, phase=on_phase)
+        #: Instances that an adjustment removed, and that still run something.
+        self._leaving: list[Instance] = []
+        #: Counters of instances that are gone: totals never go backwards. An added instance goes on with one.
+        self._spare_offsets: list[int] = []
         specs = instance_specs(plant, prepared, self.route)
-        self.instances = [Instance(plant, spec, index, events) for index, spec in enumerate(specs)]
+        self.instances = [self.create_instance(spec, index) for index, spec in enumerate(specs)]
 
     @property
     def version(self) -> int:
@@ -99,24 +103,11 @@ class ServedVersion:
         Raises:
             ServingError: an instance could not be loaded; all are gone again.
         """
-        plant = self._plant
         began_ns = time.monotonic_ns()
-        spec = self.prepared.spec
-        for instance, cores in zip(self.instances, self._take_cores(), strict=True):
-            instance.cores = cores
-        plant.switchboard.add_route(
-            RouteUp(
-                route=self.route,
-                name=self.prepared.found.identity,
-                version=self.version,
-                batching=batching_policy(spec),
-                extra=scheduling_extra(spec),
-                counter_offset=self._scheduler_offset,
-                row_bytes=self._row_bytes(),
-            )
-        )
+        self.assign_cores(self.instances)
+        self.plant.switchboard.add_route(self._route_up())
         if self.instances:
-            plant.zygotes.start(family_of(spec.backend))
+            self.plant.zygotes.start(family_of(self.prepared.spec.backend))
         tasks = [asyncio.create_task(instance.start()) for instance in self.instances]
         try:
             await asyncio.gather(*tasks)
@@ -128,6 +119,18 @@ class ServedVersion:
             raise
         self.load_ns = time.monotonic_ns() - began_ns
 
+    def _route_up(self) -> RouteUp:
+        spec = self.prepared.spec
+        return RouteUp(
+            route=self.route,
+            name=self.prepared.found.identity,
+            version=self.version,
+            batching=batching_policy(spec),
+            extra=scheduling_extra(spec),
+            counter_offset=self._scheduler_offset,
+            row_bytes=self._row_bytes(),
+        )
+
     def _row_bytes(self) -> tuple[int, ...]:
         prepared = self.prepared
         tensors = (*prepared.inputs, *prepared.outputs)
@@ -135,10 +138,48 @@ class ServedVersion:
             return ()
         return tuple(tensor.row_bytes for tensor in tensors)
 
-    def _take_cores(self) -> list[tuple[int, ...]]:
-        on_cpu = sum(instance.spec.kind == "CPU" for instance in self.instances)
-        cores = iter(self._plant.cores.take(on_cpu))
-        return [next(cores) if instance.spec.kind == "CPU" else () for instance in self.instances]
+    def assign_cores(self, instances: Sequence[Instance]) -> None:
+        """Pin those that run on the CPU to cores of their own, if there are enough."""
+        on_cpu = [instance for instance in instances if instance.spec.kind == "CPU"]
+        for instance, cores in zip(on_cpu, self.plant.cores.take(len(on_cpu)), strict=True):
+            instance.cores = cores
+
+    # --- adjustments ---
+
+    def create_instance(self, spec: InstanceSpec, index: int, *, spare: int = 0) -> Instance:
+        """Return an instance that is not started yet.
+
+        Args:
+            spare: which of the blocks of instances that are gone it goes on with, if there are so many.
+        """
+        spares = self._spare_offsets
+        return Instance(
+            self.plant,
+            spec,
+            index,
+            self._events,
+            timeout_s=self.prepared.worker_timeout_s,
+            counter_offset=spares[spare] if spare < len(spares) else 0,
+        )
+
+    def adopt(self, prepared: PreparedVersion, instances: list[Instance], leaving: list[Instance]) -> None:
+        """Go on with another configuration and other instances; ``leaving`` are to be dismissed."""
+        self.prepared = prepared
+        self.instances = instances
+        self._leaving += leaving
+        taken = {instance.counter_offset for instance in instances}
+        self._spare_offsets = [offset for offset in self._spare_offsets if offset not in taken]
+        self.plant.switchboard.add_route(self._route_up())
+
+    async def dismiss(self, instance: Instance, timeout_s: float) -> None:
+        """Let an instance finish what it runs, end it, and keep what it counted."""
+        await instance.drain(timeout_s)
+        await instance.stop()
+        if instance in self._leaving:
+            self._leaving.remove(instance)
+        if instance.counter_offset not in self._spare_offsets:
+            self._spare_offsets.append(instance.counter_offset)
+        instance.release(keep_counters=True)
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or running; no frontend may route to it any more."""
@@ -148,31 +189,34 @@ class ServedVersion:
             if time.monotonic() > end_s:
                 return False
             await asyncio.sleep(_USES_POLL_S)
-        return await self._plant.switchboard.drain_route(self.route, max(end_s - time.monotonic(), 0.0))
+        return await self.plant.switchboard.drain_route(self.route, max(end_s - time.monotonic(), 0.0))
 
     def _ensemble_uses(self) -> int:
         """Return how many requests to ensembles have a step here."""
-        words = self._plant.counters.words
+        words = self.plant.counters.words
         return sum(words[offset // 8 + ProducerCounter.ENSEMBLE_USES] for offset in self._producer_offsets.values())
 
     async def stop(self) -> None:
         """End the workers and give everything back."""
-        plant = self._plant
+        plant = self.plant
         name = self.prepared.found.name
         plant.switchboard.remove_route(
             self.route,
             Code.UNAVAILABLE,
             f"Request for unknown model: '{name}' version {self.version} is not at ready state",
         )
-        await asyncio.gather(*(instance.stop() for instance in self.instances))
+        await asyncio.gather(*(instance.stop() for instance in (*self.instances, *self._leaving)))
         for instance in self.instances:
             instance.release()
         # Scheduler and frontends may still be counting the last requests: their blocks are used again later.
         asyncio.get_running_loop().call_later(_COUNTERS_QUARANTINE_S, self._free_counters)
 
     def _free_counters(self) -> None:
-        counters = self._plant.counters
+        counters = self.plant.counters
         counters.free(self._scheduler_offset, SCHEDULER_WORDS)
+        for offset in self._spare_offsets:
+            counters.free(offset, instance_words(self.prepared.spec.max_batch_size))
+        self._spare_offsets.clear()
         for offset in self._producer_offsets.values():
             counters.free(offset, PRODUCER_WORDS)
         self._producer_offsets.clear()
@@ -182,20 +226,20 @@ class ServedVersion:
 
     def kill(self) -> None:
         """End the workers at once; the server is going down."""
-        for instance in self.instances:
+        for instance in (*self.instances, *self._leaving):
             instance.kill()
 
     def entry(self, slot: str, slots: tuple[str, ...], *, state: str, reason: str, decoupled: bool) -> ModelEntry:
         """Return what the frontend of ``slot`` is told; ``slots`` are all frontends that count requests."""
         for name in slots:
             if name not in self._producer_offsets:
-                self._producer_offsets[name] = self._plant.counters.allocate(PRODUCER_WORDS)
+                self._producer_offsets[name] = self.plant.counters.allocate(PRODUCER_WORDS)
         prepared = self.prepared
         spec = prepared.spec
         ensemble = spec.scheduling if isinstance(spec.scheduling, EnsembleSpec) else None
         for name in slots if ensemble is not None else ():
             if name not in self._step_offsets:
-                self._step_offsets[name] = self._plant.counters.allocate(instance_words(spec.max_batch_size))
+                self._step_offsets[name] = self.plant.counters.allocate(instance_words(spec.max_batch_size))
         return ModelEntry(
             name=prepared.found.name,
             version=self.version,
@@ -213,7 +257,8 @@ class ServedVersion:
             counter_offset=self._producer_offsets.get(slot, 0),
             # An ensemble has no instances: its frontends count for them.
             instance_counter_offsets=(
-                *(instance.counter_offset for instance in self.instances),
+                *(instance.counter_offset for instance in (*self.instances, *self._leaving)),
+                *self._spare_offsets,
                 *(self._step_offsets[name] for name in slots if name in self._step_offsets),
             ),
             producer_counter_offsets=tuple(self._producer_offsets[name] for name in slots),
@@ -221,7 +266,7 @@ class ServedVersion:
             namespace=prepared.found.namespace,
             load_ns=self.load_ns,
             # Without a cache in the server the model's wish for one means nothing (spec S-170).
-            response_cache=spec.response_cache and bool(self._plant.cache_counter_offsets),
+            response_cache=spec.response_cache and bool(self.plant.cache_counter_offsets),
             default_timeout_us=default_timeout_us(spec),
             preserve_ordering=preserves_ordering(spec),
             scheduler_counter_offset=self._scheduler_offset,
@@ -229,4 +274,5 @@ class ServedVersion:
             steps=prepared.steps,
             max_inflight_requests=ensemble.max_inflight_requests if ensemble is not None else 0,
             step_counter_offset=self._step_offsets.get(slot, 0),
+            instance_count=len(self.instances),
         )

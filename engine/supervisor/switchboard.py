@@ -237,7 +237,9 @@ class Switchboard:
         instance = self._instances.pop(worker.number, None)
         if instance is None:
             return
-        self._tell_scheduler(InstanceDown(instance=worker.number, exit_status=worker.exit_code or 0))
+        self._tell_scheduler(
+            InstanceDown(instance=worker.number, exit_status=worker.exit_code or 0, is_hung=worker.is_hung)
+        )
         for frontend in self._frontends.values():
             frontend.send(DoorbellDown(instance=worker.number))
         waiting = self._drains.pop((0, worker.number), None)

@@ -57,6 +57,8 @@ class WorkerHandle:
         self.exit_code: int | None = None
         self.ended = asyncio.Event()
         self.is_stopping = False
+        #: It was ended because an execution took too long.
+        self.is_hung = False
         self.on_phase: Callable[[str], None] | None = None
 
         self._loop = asyncio.get_running_loop()
