@@ -1,4 +1,4 @@
-"""Clients that break the rules, leave, or dawdle: a clear answer, bounded memory, and everyone else goes on being served.
+"""Clients that break the rules, leave, or dawdle: a clear answer, bounded memory, and everyone else is served.
 
 The server has a short time limit for requests and small limits for sizes, so that each can be reached.
 """
@@ -69,7 +69,7 @@ def refused(server: ForebayServer, *parts: bytes) -> Answer:
         return answer
 
 
-# --- no HTTP ------------------------------------------------------------------------------------------------------------
+# --- no HTTP ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_protocol_version_that_we_do_not_speak(server: ForebayServer) -> None:
     assert refused(server, get("/v2", version="0.9")).status == 505
 
 
-# --- sizes --------------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [33_000, 300_000])
@@ -156,8 +156,8 @@ def test_json_that_is_too_large_is_refused_before_it_is_read(server: ForebayServ
         answer = refused(server, post(path, length=LIMIT_BYTES + 1))
         assert answer.status == 400
         assert answer.text == (
-            f"request JSON size of {LIMIT_BYTES + 1} bytes exceeds the maximum allowed input size of {LIMIT_BYTES} bytes. "
-            "Use --http-max-input-size to increase the limit."
+            f"request JSON size of {LIMIT_BYTES + 1} bytes exceeds the maximum allowed input size of {LIMIT_BYTES} "
+            "bytes. Use --http-max-input-size to increase the limit."
         )
 
 
@@ -239,7 +239,7 @@ def test_deeply_nested_json(server: ForebayServer) -> None:
         assert (answer.status, "nesting depth" in answer.text) == (400, True)
 
 
-# --- dawdling -----------------------------------------------------------------------------------------------------------
+# --- dawdling -----------------------------------------------------------------------------------------------------
 
 
 def test_slow_loris(server: ForebayServer) -> None:
@@ -300,7 +300,7 @@ def test_client_that_never_reads_its_answer_is_cut_off(server: ForebayServer) ->
             assert len(wire.answer().body) > 3_600_000
 
 
-# --- leaving ------------------------------------------------------------------------------------------------------------
+# --- leaving ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [50, 5_000, 20_000, 400_000])

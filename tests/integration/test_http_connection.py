@@ -46,7 +46,7 @@ def ids(wire: WireClient, count: int) -> list[str]:
     return found
 
 
-# --- order --------------------------------------------------------------------------------------------------------------
+# --- order --------------------------------------------------------------------------------------------------------
 
 
 def test_pipelined_requests_are_answered_in_order(server: ForebayServer) -> None:
@@ -96,7 +96,7 @@ def test_pipelined_requests_before_a_half_close_are_all_answered(server: Forebay
         assert wire.is_ended
 
 
-# --- framing ------------------------------------------------------------------------------------------------------------
+# --- framing ------------------------------------------------------------------------------------------------------
 
 
 def test_one_byte_at_a_time(server: ForebayServer) -> None:
@@ -203,7 +203,7 @@ def test_offer_of_http_2_is_declined_by_serving_http_1(server: ForebayServer) ->
         assert wire.send(get("/v2")).answer().status == 200
 
 
-# --- ends ---------------------------------------------------------------------------------------------------------------
+# --- ends ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
@@ -254,7 +254,7 @@ def test_connections_that_ask_nothing(server: ForebayServer) -> None:
         assert wire.send(alpha(1.0)).answer().status == 200
 
 
-# --- flow ---------------------------------------------------------------------------------------------------------------
+# --- flow ---------------------------------------------------------------------------------------------------------
 
 
 def test_slow_reader_of_a_large_answer_gets_all_of_it(server: ForebayServer) -> None:

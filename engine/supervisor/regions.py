@@ -1,0 +1,225 @@
+"""The regions of shared memory that clients register (spec H-190..H-203): opened here, handed to every frontend.
+
+::
+
+    frontend -- region_register --> supervisor: open, check, remember
+                                    supervisor -- RegionUp, descriptor --> every frontend
+                                    supervisor <-- RegionsSeen ----------- every frontend
+    frontend <-- reply ------------ supervisor
+
+so that a client may use a region in any protocol once it has the reply. A frontend that is restarted gets all of them
+again. Regions are opened once and never by name again: clients unlink the name while they still use the memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from forebay.ipc.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from forebay.ipc.log import log
+from forebay.ipc.messages import Message, RegionDown, RegionUp
+from forebay.ipc.regions import open_shared_memory
+
+#: Regions at most: each is a descriptor here and in every frontend.
+REGIONS_MAX = 1024
+
+#: Bytes of a region's name at most.
+_NAME_BYTES_MAX = 1024
+
+#: How long frontends may take to know a region, s.
+_SEEN_TIMEOUT_S = 10.0
+
+_TITLES = {"system": "system", "cuda": "CUDA"}
+
+
+class Recipient(Protocol):
+    """A frontend's process."""
+
+    def send(self, message: Message, fds: tuple[int, ...] = ()) -> bool: ...
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """One region. Owns ``fd``."""
+
+    name: str
+    kind: str
+    key: str
+    offset: int
+    byte_size: int
+    fd: int
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its name is gone, as after the end of the client that made it."""
+        return os.fstat(self.fd).st_nlink == 0
+
+    def status(self) -> dict[str, Any]:
+        return {"name": self.name, "key": self.key, "offset": self.offset, "byte_size": self.byte_size}
+
+
+class RegionRegistry:
+    """All regions of a server, and which frontends know them."""
+
+    def __init__(self) -> None:
+        self._regions: dict[str, _Registered] = {}
+        self._frontends: dict[int, Recipient] = {}
+        #: Changes so far, and up to which one each frontend knows them.
+        self._generation = 0
+        self._seen: dict[int, int] = {}
+        #: Changes that wait until every frontend knows them, with their number.
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+
+    # --- frontends ---
+
+    def attach(self, number: int, frontend: Recipient) -> None:
+        """A frontend has been started: tell it every region."""
+        self._frontends[number] = frontend
+        self._seen[number] = self._generation
+        for region in self._regions.values():
+            frontend.send(self._announcement(region), (region.fd,))
+
+    def detach(self, number: int) -> None:
+        """A frontend's process is gone."""
+        if self._frontends.pop(number, None) is not None:
+            self._seen.pop(number, None)
+            self._notify()
+
+    def note_seen(self, number: int, generation: int) -> None:
+        """A frontend knows the regions as of a change."""
+        if number in self._seen:
+            self._seen[number] = max(self._seen[number], generation)
+            self._notify()
+
+    def _notify(self) -> None:
+        known = min(self._seen.values(), default=self._generation)
+        for generation, future in self._waiting:
+            if generation <= known and not future.done():
+                future.set_result(None)
+        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+
+    def _announcement(self, region: _Registered) -> RegionUp:
+        return RegionUp(
+            generation=self._generation,
+            name=region.name,
+            kind=region.kind,
+            offset=region.offset,
+            byte_size=region.byte_size,
+        )
+
+    async def _announce(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Tell every frontend of the latest change and wait until they know it."""
+        for frontend in list(self._frontends.values()):
+            frontend.send(message, fds)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((self._generation, future))
+        self._notify()
+        try:
+            await asyncio.wait_for(future, _SEEN_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("a frontend has not taken in a change of shared memory regions yet")
+
+    # --- commands ---
+
+    async def register(self, arguments: dict[str, Any]) -> None:
+        """Carry out ``region_register``.
+
+        Raises:
+            ServingError: with Triton's texts (spec H-193, H-196).
+        """
+        kind, name = _kind(arguments), _text(arguments, "name")
+        if len(name.encode(errors="replace")) > _NAME_BYTES_MAX:
+            raise InvalidArgument(f"the name of a shared memory region has at most {_NAME_BYTES_MAX} bytes")
+        if kind == "cuda":
+            raise InvalidArgument(f"failed to register CUDA shared memory region: '{name}', GPUs not supported")
+        await self._reclaim()
+        if name in self._regions:
+            raise AlreadyExists(f"shared memory region '{name}' already in manager")
+        region = _open(name, _text(arguments, "key"), _number(arguments, "offset"), _number(arguments, "byte_size"))
+        self._regions[name] = region
+        log.verbose(1, f"registered shared memory region '{name}': {region.byte_size} bytes of '{region.key}'")
+        self._generation += 1
+        await self._announce(self._announcement(region), (region.fd,))
+
+    async def status(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """Carry out ``region_status``: one region, or all of a kind (spec H-191, H-195, H-201)."""
+        kind, name = _kind(arguments), _text(arguments, "name")
+        if not name:
+            return [region.status() for _, region in sorted(self._regions.items()) if region.kind == kind]
+        region = self._regions.get(name)
+        if region is None:
+            raise NotFound(f"Unable to find {_TITLES[kind]} shared memory region: '{name}'")
+        if region.kind != kind:
+            raise InvalidArgument(
+                f"The region named '{name}' is registered as {_TITLES[region.kind]} shared memory, not {_TITLES[kind]} "
+                "shared memory"
+            )
+        return [region.status()]
+
+    async def unregister(self, arguments: dict[str, Any]) -> None:
+        """Carry out ``region_unregister``: one region, or all of a kind; unknown ones are no error (spec H-194).
+
+        Requests in flight keep what they use; see :class:`forebay.ipc.regions.Region`.
+        """
+        kind, name = _kind(arguments), _text(arguments, "name")
+        await self._forget([r.name for r in self._regions.values() if r.kind == kind and name in ("", r.name)])
+
+    async def _forget(self, names: list[str]) -> None:
+        if names:
+            for name in names:
+                os.close(self._regions.pop(name).fd)
+            self._generation += 1
+            await self._announce(RegionDown(generation=self._generation, names=tuple(names)))
+
+    async def _reclaim(self) -> None:
+        """Make room: forget the regions of clients that are gone.
+
+        Raises:
+            Unavailable: all of them are still in use.
+        """
+        if len(self._regions) < REGIONS_MAX:
+            return
+        abandoned = [region.name for region in self._regions.values() if region.is_abandoned]
+        if not abandoned:
+            raise Unavailable(f"{REGIONS_MAX} shared memory regions are registered; unregister those not in use")
+        log.warning(f"unregistered {len(abandoned)} shared memory regions whose clients have unlinked them")
+        await self._forget(abandoned)
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for region in self._regions.values():
+            os.close(region.fd)
+        self._regions.clear()
+
+
+def _open(name: str, key: str, offset: int, byte_size: int) -> _Registered:
+    fd = open_shared_memory(name, key)
+    size = os.fstat(fd).st_size
+    if byte_size <= 0 or offset < 0 or offset + byte_size > size:
+        os.close(fd)
+        raise InvalidArgument(f"failed to register shared memory region '{name}': invalid args")
+    return _Registered(name, "system", key, offset, byte_size, fd)
+
+
+def _kind(arguments: dict[str, Any]) -> str:
+    kind = arguments.get("kind")
+    if kind not in _TITLES:
+        raise InvalidArgument("control argument 'kind' must be system or cuda")
+    return str(kind)
+
+
+def _text(arguments: dict[str, Any], name: str) -> str:
+    value = arguments.get(name, "")
+    if not isinstance(value, str):
+        raise InvalidArgument(f"control argument '{name}' must be a string")
+    return value
+
+
+def _number(arguments: dict[str, Any], name: str) -> int:
+    value = arguments.get(name, 0)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidArgument(f"control argument '{name}' must be an integer")
+    return value
