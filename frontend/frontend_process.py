@@ -20,6 +20,7 @@ import zmq
 
 from forebay.frontend.control_client import ControlClient
 from forebay.frontend.engine_client import EngineClient
+from forebay.frontend.regions import RegionTable
 from forebay.frontend.response_cache import ResponseCache
 from forebay.ipc.arena import Arena
 from forebay.ipc.channel import SubmitSender
@@ -33,12 +34,16 @@ from forebay.ipc.messages import (
     Failed,
     FrontendStart,
     LogChanged,
+    RegionDown,
+    RegionsSeen,
+    RegionUp,
     Serve,
     Started,
     Stop,
     SupervisorToFrontend,
 )
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
+from forebay.ipc.regions import Region
 
 #: Seconds between looks at whether the last request has been answered while stopping.
 _DRAIN_POLL_SECS = 0.02
@@ -93,6 +98,8 @@ class FrontendProcess:
             counters = self.counters.block(start.cache_counter_offset, CACHE_WORDS)
             self.engine.response_cache = ResponseCache(self.engine, start.cache_bytes, counters)
         self.control = ControlClient(self.loop, start.runtime_directory, start.producer, context=self._context)
+        #: Shared memory that clients have registered.
+        self.regions = RegionTable()
         #: Set when clients may be accepted.
         self.may_serve = asyncio.Event()
         #: Set when the process shall end.
@@ -120,8 +127,20 @@ class FrontendProcess:
                 case LogChanged():
                     with contextlib.suppress(TypeError, ValueError):
                         log.configure(LogOptions(**message.options))
+                case RegionUp():
+                    self.regions.add(Region(message.name, message.kind, fds[0], message.offset, message.byte_size))
+                    self._confirm_regions(message.generation)
+                case RegionDown():
+                    for name in message.names:
+                        self.regions.remove(name)
+                    self._confirm_regions(message.generation)
                 case FrontendStart():
                     pass
+
+    def _confirm_regions(self, generation: int) -> None:
+        # Without a supervisor, the end of file that follows ends us.
+        with contextlib.suppress(PeerClosed):
+            self._lifeline.send(RegionsSeen(generation=generation))
 
     async def run(self, open_servers: Callable[[FrontendProcess], Awaitable[Served]]) -> int:
         """Serve from ``Serve`` to ``Stop``; return the exit code."""

@@ -90,7 +90,9 @@ async def open_servers(process: FrontendProcess) -> Served:
         ControlSettings.from_groups(process.start.settings), process.control, process.counters.words
     )
     heads = HeadParser(settings.header_forward_pattern, settings.inference_keys)
-    frontend = HttpFrontend(process.engine, settings, build_server(context), process.control.catalog, heads)
+    frontend = HttpFrontend(
+        process.engine, settings, build_server(context), process.control.catalog, heads, process.regions
+    )
     frontend.take_catalog(process.control.catalog)
     process.control.add_listener(frontend.take_catalog)
     _allow_descriptors()

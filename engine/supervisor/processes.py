@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from forebay.engine.supervisor.backoff import Backoff
 from forebay.engine.supervisor.child import Child, describe_exit
 from forebay.engine.supervisor.listeners import Listener
+from forebay.engine.supervisor.regions import RegionRegistry
 from forebay.engine.supervisor.switchboard import Producer, Switchboard
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.doorbell import create_doorbell
@@ -23,6 +24,7 @@ from forebay.ipc.messages import (
     Failed,
     FrontendStart,
     FrontendToSupervisor,
+    RegionsSeen,
     SchedulerToSupervisor,
     Serve,
     Started,
@@ -173,7 +175,7 @@ class SchedulerRole(Role[Started | Failed | Drained | Explained]):
                 future.set_result(message.batches)
 
 
-class FrontendRole(Role[Started | Failed]):
+class FrontendRole(Role[Started | Failed | RegionsSeen]):
     """A frontend. Each run of it is a producer of its own, with a new number, arena and completion doorbell."""
 
     def __init__(
@@ -187,6 +189,7 @@ class FrontendRole(Role[Started | Failed]):
         settings: dict[str, Any],
         listeners: tuple[Listener, ...],
         on_gone: Callable[[int], None],
+        regions: RegionRegistry,
         submits: bool = True,
         cache_bytes: int = 0,
         cache_counter_offset: int = 0,
@@ -198,6 +201,7 @@ class FrontendRole(Role[Started | Failed]):
             settings: what the process gets of the server's settings, as plain data.
             listeners: sockets that it serves on; ours.
             on_gone: called with the number of a run that ended.
+            regions: shared memory of clients, which it gets if it submits.
             submits: it sends requests into the engine; False for the metrics frontend.
             cache_bytes: its share of the response cache, for which its arena has room as well.
             cache_counter_offset: of its block of ``CacheCounter`` words.
@@ -213,6 +217,7 @@ class FrontendRole(Role[Started | Failed]):
         self._settings = settings
         self._listeners = listeners
         self._on_gone = on_gone
+        self._regions = regions
         self._is_serving = False
 
     def serve(self) -> None:
@@ -227,7 +232,7 @@ class FrontendRole(Role[Started | Failed]):
         if self._is_serving and self.child is not None:
             self.child.send(Serve())
 
-    def _introduce(self, child: Child[Started | Failed]) -> None:
+    def _introduce(self, child: Child[Started | Failed | RegionsSeen]) -> None:
         self.number = next(self._numbers)
         arena_fd = create_memory_file(f"forebay-arena-{self.number}", self._arena_bytes)
         sender, receiver = create_doorbell()
@@ -253,9 +258,15 @@ class FrontendRole(Role[Started | Failed]):
         receiver.close()
         if self.submits:
             self._switchboard.attach_frontend(self.number, child)
+            self._regions.attach(self.number, child)
         else:
             producer.close()
 
-    def _farewell(self, child: Child[Started | Failed]) -> None:
+    def _handle(self, message: Started | Failed | RegionsSeen, fds: list[int]) -> None:
+        if isinstance(message, RegionsSeen):
+            self._regions.note_seen(self.number, message.generation)
+
+    def _farewell(self, child: Child[Started | Failed | RegionsSeen]) -> None:
+        self._regions.detach(self.number)
         self._switchboard.remove_producer(self.number)
         self._on_gone(self.number)

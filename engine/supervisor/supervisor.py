@@ -29,6 +29,7 @@ from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
 from forebay.engine.supervisor.rate_limits import limits_of
+from forebay.engine.supervisor.regions import RegionRegistry
 from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.zygotes import Zygotes
@@ -98,6 +99,7 @@ class Supervisor:
         #: Of producers: frontends' runs and shared-memory clients.
         self._numbers = itertools.count(1)
         self._cache_counter_offsets: tuple[int, ...] = ()
+        self._regions = RegionRegistry()
         self._frontends = self._create_frontends(counters)
         for frontend in self._frontends:
             frontend.start()
@@ -173,6 +175,9 @@ class Supervisor:
             log_get=self._log_get,
             log_set=self._log_set,
             explain=self._explain,
+            region_register=self._regions.register,
+            region_status=self._regions.status,
+            region_unregister=self._regions.unregister,
         )
 
     # --- start ---
@@ -206,6 +211,7 @@ class Supervisor:
                 settings=settings,
                 listeners=(self._listeners[protocol],),
                 on_gone=self._forget_frontend,
+                regions=self._regions,
                 submits=submits,
                 cache_bytes=share_bytes if submits else 0,
                 cache_counter_offset=next(cache_offsets, 0) if submits else 0,
@@ -440,6 +446,7 @@ class Supervisor:
         self._door.close()
         for listener in self._listeners.values():
             listener.close()
+        self._regions.close()
         self._switchboard.close()
 
     # --- what people see ---

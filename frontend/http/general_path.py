@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from forebay.frontend.codec.compression import decompress, request_encoding
@@ -22,9 +23,10 @@ from forebay.frontend.http.fast_path import PLAN_JSON_BYTES_MAX, PLANS_PER_HEAD_
 from forebay.frontend.http.head import Head
 from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
 from forebay.frontend.inference import InputTensor, RequestMeta, Response
+from forebay.frontend.regions import RegionUse
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.errors import InvalidArgument, NotFound, ServingError, Unsupported
+from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
 
 if TYPE_CHECKING:
     from forebay.frontend.http.connection import Connection
@@ -49,7 +51,7 @@ def request_meta(request: ParsedInfer, head: Head) -> RequestMeta:
 class GeneralCall(Call):
     """One inference request on its way through the engine."""
 
-    __slots__ = ("_entry", "_frontend", "_head", "_inference", "_request")
+    __slots__ = ("_entry", "_frontend", "_head", "_inference", "_regions", "_request")
 
     def __init__(self, frontend: HttpFrontend, connection: Connection, head: Head) -> None:
         super().__init__(connection, keep_alive=head.keep_alive)
@@ -58,6 +60,7 @@ class GeneralCall(Call):
         self._entry: ModelEntry | None = None
         self._request: ParsedInfer | None = None
         self._inference: PlacedInference | None = None
+        self._regions: RegionUse | None = None
 
     def find_model(self) -> ModelEntry:
         """Return the model that is asked.
@@ -72,6 +75,7 @@ class GeneralCall(Call):
 
     def fail(self, error: ServingError, content_type: str = "application/json") -> None:
         """Answer with an error."""
+        self._release_regions()
         self.connection.answer(self, [error_reply(error, content_type, self._head.connection_line)])
 
     def start(self, body: memoryview) -> None:
@@ -83,6 +87,7 @@ class GeneralCall(Call):
         except ServingError as error:
             self.fail(error, TEXT_TYPE)
             return
+        inference: PlacedInference | None = None
         try:
             encoding = request_encoding(head.content_encoding)
             plain: memoryview = body
@@ -91,14 +96,19 @@ class GeneralCall(Call):
             request = decode_infer_request(
                 entry, plain, head.header_length, max_json_bytes=frontend.settings.max_input_size
             )
+            self.use_regions(request)
             batch_size = validate_infer(entry, request, plain).batch_size
             inference = start_inference(frontend.engine, entry.route, take_places(request), batch_size)
+            copied = 0
+            for tensor, place in zip(request.inputs, inference.places, strict=True):
+                copied += fill(place, tensor, plain, self._regions)
+            if self._regions is not None:
+                check_strings(entry, request, inference.places)
         except ServingError as error:
+            if inference is not None:
+                inference.cancel()
             self.fail(error)
             return
-        copied = 0
-        for tensor, place in zip(request.inputs, inference.places, strict=True):
-            copied += fill(place, tensor, plain)
         inference.route.copied_in_bytes += copied
         if 0 <= head.json_bytes <= PLAN_JSON_BYTES_MAX and head.is_plain:
             self._remember_plan(inference, entry, request, bytes(body[: head.json_bytes]))
@@ -114,6 +124,24 @@ class GeneralCall(Call):
             if len(plans) >= PLANS_PER_HEAD_MAX:
                 plans.clear()
             plans[json] = plan
+
+    def use_regions(self, request: ParsedInfer) -> RegionUse | None:
+        """Find the regions that a request names, for as long as it lasts; None: it names none.
+
+        Raises:
+            NotFound: one is not registered.
+            InvalidArgument: a place lies outside of its region.
+        """
+        sources = [tensor.source for tensor in request.inputs] + [output.region for output in request.outputs]
+        places = [source for source in sources if isinstance(source, RegionData)]
+        if places:
+            self._regions = RegionUse(self._frontend.regions, places)
+        return self._regions
+
+    def _release_regions(self) -> None:
+        if self._regions is not None:
+            self._regions.release()
+            self._regions = None
 
     def submit(self, entry: ModelEntry, request: ParsedInfer, inference: PlacedInference) -> None:
         """Hand the placed request over."""
@@ -136,6 +164,7 @@ class GeneralCall(Call):
         except ServingError as error:
             self.fail(error, TEXT_TYPE)
             return
+        self._release_regions()
         self.connection.answer(self, buffers)
 
     def _outputs(self, response: Response) -> list[OutputTensor]:
@@ -163,11 +192,15 @@ class GeneralCall(Call):
                         binary=wanted.binary,
                     )
                 )
+            elif wanted.region is not None and self._regions is not None:
+                self._regions.store(view.name, view.data, wanted.region)
+                outputs.append(OutputTensor(view.name, view.datatype, view.shape, None))
             else:
                 outputs.append(OutputTensor(view.name, view.datatype, view.shape, view.data, wanted.binary))
         return outputs
 
     def cancel(self) -> None:
+        self._release_regions()
         if self._inference is not None:
             self._inference.cancel()
 
@@ -178,20 +211,37 @@ class GeneralCall(Call):
 
 def take_places(request: ParsedInfer) -> list[InputTensor]:
     """Return the inputs as the engine places them."""
-    for tensor in request.inputs:
-        if isinstance(tensor.source, RegionData):
-            raise NotFound(f"Unable to find shared memory region: '{tensor.source.region}'")
-    for output in request.outputs:
-        if output.region is not None:
-            raise NotFound(f"Unable to find shared memory region: '{output.region.region}'")
     return [
         InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
     ]
 
 
-def fill(place: memoryview, tensor: ParsedInput, body: memoryview) -> int:
-    """Copy a tensor to its place; return the bytes copied."""
+def check_strings(entry: ModelEntry, request: ParsedInfer, places: Sequence[memoryview]) -> None:
+    """Check the framing of BYTES that could not be looked at before they were in their places.
+
+    Raises:
+        InvalidArgument: with Triton's texts (spec H-091).
+    """
+    if all(tensor.datatype != "BYTES" for tensor in request.inputs):
+        return
+    facts = [
+        InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place)
+        for tensor, place in zip(request.inputs, places, strict=True)
+    ]
+    validate_request(entry, request.id, facts, [output.name for output in request.outputs])
+
+
+def fill(place: memoryview, tensor: ParsedInput, body: memoryview, regions: RegionUse | None = None) -> int:
+    """Bring a tensor to its place; return the bytes copied in user space.
+
+    Raises:
+        InvalidArgument: it lies in a region that its client has truncated.
+    """
     source = tensor.source
+    if isinstance(source, RegionData):
+        assert regions is not None
+        regions.fill(place, source)
+        return 0
     if isinstance(source, JsonData):
         place[:] = source.data
     elif isinstance(source, BinaryData):
@@ -241,6 +291,7 @@ class DirectUpload:
         facts = [
             InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
         ]
+        regions = self._call.use_regions(request)
         validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
         inference = start_inference(
             self._frontend.engine, entry.route, take_places(request), validated.batch_size, direct=True
@@ -260,7 +311,7 @@ class DirectUpload:
                 if rest:
                     self._places.append(rest)
             else:
-                copied += fill(place, tensor, data)
+                copied += fill(place, tensor, data, regions)
         inference.route.copied_in_bytes += copied
 
     def next_place(self) -> memoryview:
@@ -284,8 +335,11 @@ class DirectUpload:
         """The body is complete: hand the request over, or answer what was wrong with it."""
         connection.add_call(self._call)
         if self._error is None:
+            assert self._entry is not None
+            assert self._request is not None
+            assert self._inference is not None
             try:
-                self._check_strings()
+                check_strings(self._entry, self._request, self._inference.places)
             except InvalidArgument as error:
                 self._error = (error, "application/json")
         if self._error is not None:
@@ -297,22 +351,9 @@ class DirectUpload:
         assert self._inference is not None
         self._call.submit(self._entry, self._request, self._inference)
 
-    def _check_strings(self) -> None:
-        # The framing of BYTES could not be looked at before it was here.
-        entry, request, inference = self._entry, self._request, self._inference
-        assert entry is not None
-        assert request is not None
-        assert inference is not None
-        if all(tensor.datatype != "BYTES" for tensor in request.inputs):
-            return
-        facts = [
-            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place)
-            for tensor, place in zip(request.inputs, inference.places, strict=True)
-        ]
-        validate_request(entry, request.id, facts, [output.name for output in request.outputs])
-
     def abandon(self) -> None:
         """The client has left, or the request is refused: give the room back."""
+        self._call.cancel()
         if self._inference is not None:
             self._inference.cancel()
             self._inference = None

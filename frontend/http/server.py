@@ -15,6 +15,7 @@ from forebay.frontend.http.generate import GenerateCall
 from forebay.frontend.http.head import Head, HeadError, HeadParser, Target
 from forebay.frontend.http.settings import HttpView
 from forebay.frontend.http.side_door import NotifyingConnection
+from forebay.frontend.regions import RegionTable
 from forebay.ipc.errors import ServingError, Unavailable
 
 #: How often deadlines of clients are looked at, s, while there are any.
@@ -29,9 +30,16 @@ class HttpFrontend:
     """The shared part. Used by one event loop."""
 
     def __init__(
-        self, engine: EngineClient, settings: HttpView, control: ControlServer, catalog: CatalogView, heads: HeadParser
+        self,
+        engine: EngineClient,
+        settings: HttpView,
+        control: ControlServer,
+        catalog: CatalogView,
+        heads: HeadParser,
+        regions: RegionTable,
     ) -> None:
         self.engine = engine
+        self.regions = regions
         self.settings = settings
         self.catalog = catalog
         self.heads = heads
