@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forebay_server import CONF_MODELS, ForebayServer
+from forebay_server import CONF_MODELS, ForebayServer, roles_below
 
 tritonclient = pytest.importorskip("tritonclient.http")
 
@@ -301,7 +301,8 @@ def test_two_repositories_with_the_same_model_under_namespacing(tmp_path: Path, 
     with ForebayServer(repository, f"--model-repository={other}", "--model-namespacing=true") as server:
         rows = json.loads(server.post("/v2/repository/index")[1])
         assert [(row["name"], row["state"]) for row in rows] == [("alpha_model", "READY")] * 2
-        assert len(workers(server)) == 4
+        roles = list(roles_below(server.pid).values())
+        assert roles.count("worker alpha_model:2 alpha_model_0_0") == 2
 
 
 def test_two_repositories_with_the_same_model_without_namespacing(tmp_path: Path, repository: Path) -> None:
