@@ -20,7 +20,18 @@ from forebay.ipc.catalog import Catalog
 from forebay.ipc.channel import HIGH_WATER_MARK, TypedCodec, control_address
 from forebay.ipc.errors import Unavailable, from_wire
 from forebay.ipc.log import log
-from forebay.ipc.messages import CatalogPush, CatalogSeen, Command, CommandReply, ControlToFrontend, Hello, Message
+from forebay.ipc.messages import (
+    CatalogPush,
+    CatalogSeen,
+    Command,
+    CommandReply,
+    ControlToFrontend,
+    Hello,
+    Message,
+    TraceReport,
+    TraceRulesPush,
+)
+from forebay.ipc.trace import TraceRecord, TraceRules
 
 #: Seconds that an ordinary command may take; loads and unloads take as long as they take.
 COMMAND_TIMEOUT_SECS = 30.0
@@ -70,6 +81,8 @@ class ControlClient:
         self._last_request = 0
         self._is_closed = False
         self._first_catalog = asyncio.Event()
+        #: Told what to trace; None: this frontend traces nothing.
+        self.on_trace_rules: Callable[[TraceRules], None] | None = None
         #: The newest catalog; empty and not ready until the first one arrives.
         self.catalog = CatalogView(Catalog(generation=0))
 
@@ -154,6 +167,13 @@ class ControlClient:
             if not waiting.done():
                 waiting.set_exception(Unavailable(text))
 
+    # --- traces
+
+    def report_traces(self, records: tuple[TraceRecord, ...]) -> None:
+        """Hand traces in, ahead of every later command; dropped if the supervisor does not keep up."""
+        if not self._is_closed:
+            self._send(TraceReport(records=records))
+
     # --- sockets
 
     def _send(self, message: Message) -> bool:
@@ -198,6 +218,9 @@ class ControlClient:
             return True
         if isinstance(message, CatalogPush):
             self._take_catalog(message.catalog)
+        elif isinstance(message, TraceRulesPush):
+            if self.on_trace_rules is not None:
+                self.on_trace_rules(message.rules)
         else:
             self._take_reply(message)
         return True

@@ -14,11 +14,13 @@ import asyncio
 import itertools
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from forebay.frontend.answer_order import AnswerOrder
+from forebay.frontend.tracing import Sampler
 from forebay.ipc.arena import Arena, BlockAllocator
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.channel import SubmitSender
@@ -52,6 +54,7 @@ from forebay.ipc.wire import (
     FLAG_FINAL,
     FLAG_GONE,
     FLAG_GRANTED,
+    FLAG_HUNG,
     GRANT,
     GRANTED_BATCH,
     GROW,
@@ -267,6 +270,8 @@ class RouteClient:
         self.entry = entry
         self.route = entry.route
         self.is_retired = False
+        #: Says which requests are traced; None: none of them.
+        self.sampler: Sampler | None = engine.sampler_of(entry.name)
         self.slabs: list[OwnedSlab] = []
         self.counters = engine.counters_block(entry.counter_offset)
         # A frontend that used the block before us may have died with requests in flight.
@@ -283,7 +288,7 @@ class RouteClient:
         self.turn_rows = 0
         self.is_holding = False
         self.is_flush_scheduled = False
-        self.instance_count = len(entry.instance_counter_offsets)
+        self.instance_count = entry.instance_count or len(entry.instance_counter_offsets)
         self.turn_parcels: list[ParcelSubmit] = []
         self.grants: list[Grant] = []
         #: Bytes of arena blocks that requests of this model have.
@@ -301,6 +306,11 @@ class RouteClient:
         self.output_specs = entry.outputs
         #: What every reply to a request in rows says.
         self.reply_parameters: dict[str, ParameterValue] = {}
+
+    def update(self, entry: ModelEntry) -> None:
+        """Take in what may change while a version is loaded: its instances and how it queues, not its tensors."""
+        self.entry = entry
+        self.instance_count = entry.instance_count or len(entry.instance_counter_offsets)
 
     # --- rows ---
 
@@ -523,6 +533,10 @@ class EngineClient:
         self.slabs: dict[int, tuple[RouteClient, OwnedSlab]] = {}
         self.parcels: dict[int, _Parcel] = {}
         self.routes: dict[int, RouteClient] = {}
+        #: By model name, what its routes' requests are traced by.
+        self.sampler_of: Callable[[str], Sampler | None] = _no_sampler
+        #: Whether any model's requests are traced.
+        self.is_tracing = False
         #: (namespace, name) to version to route.
         self._by_model: dict[tuple[str, str], dict[int, RouteClient]] = {}
         self._epoch = epoch
@@ -566,8 +580,11 @@ class EngineClient:
         for entry in catalog.models:
             if entry.route and entry.is_ready:
                 alive.add(entry.route)
-                if entry.route not in self.routes:
+                route = self.routes.get(entry.route)
+                if route is None:
                     self.routes[entry.route] = RouteClient(self, entry)
+                else:
+                    route.update(entry)
         for number in [number for number in self.routes if number not in alive]:
             self.routes.pop(number).retire()
         self._by_model = {}
@@ -575,6 +592,17 @@ class EngineClient:
             self._by_model.setdefault((route.entry.namespace, route.entry.name), {})[route.entry.version] = route
         if self.response_cache is not None:
             self.response_cache.forget_retired()
+
+    def trace_by(self, sampler_of: Callable[[str], Sampler | None], *, is_tracing: bool) -> None:
+        """Trace requests as these samplers say, from now on.
+
+        Args:
+            is_tracing: there is any sampler.
+        """
+        self.sampler_of = sampler_of
+        self.is_tracing = is_tracing
+        for route in self.routes.values():
+            route.sampler = sampler_of(route.entry.name)
 
     def find_route(self, namespace: str, model: str, version: int) -> RouteClient | None:
         """Return the route of a READY version, of the highest one for a version below 1; None: there is none."""
@@ -622,6 +650,10 @@ class EngineClient:
 
     def next_token(self) -> int:
         return next(self._tokens)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Have something done at the end of this event-loop turn."""
+        self._loop.call_soon(callback)
 
     def encode_head(self, head: ParcelHead) -> bytes:
         return self._encode_head(head)
@@ -736,11 +768,11 @@ class EngineClient:
             # A worker may die when it has answered us and not yet told the scheduler: the rows may be others' by now.
             if self._answered_batches.get(instance) != batch:
                 for run in unpack_runs(message, count, _TIMES_END):
-                    self._run_lost(run)
+                    self._run_lost(run, is_hung=bool(flags & FLAG_HUNG))
         elif kind == Kind.PARCEL_LOST:
             for index in range(count):
                 (token,) = TOKEN.unpack_from(message, _TIMES_END + index * TOKEN.size)
-                self._parcel_lost(token)
+                self._parcel_lost(token, is_hung=bool(flags & FLAG_HUNG))
         elif kind == Kind.RESYNC:
             self._resync(batch)
 
@@ -807,18 +839,15 @@ class EngineClient:
                 owner.rows_failed(slab, row, error, ran=ran)
         slab.release(first, rows)
 
-    def _run_lost(self, run: Run) -> None:
+    def _run_lost(self, run: Run, *, is_hung: bool) -> None:
         found = self.slabs.get(run.base)
         if found is None or run.first + run.rows > found[1].capacity:
             return
         route, slab = found
         if all(slab.owners[row] is None for row in range(run.first, run.first + run.rows)):
             return
-        if run.attempt >= ATTEMPTS_MAX or route.is_retired:
-            error = WorkerDied(
-                f"an instance of model '{route.entry.name}' ended unexpectedly while it ran the request, "
-                "and so did the one that tried it again"
-            )
+        if is_hung or run.attempt >= ATTEMPTS_MAX or route.is_retired:
+            error = _gave_up(route.entry.name, is_hung=is_hung)
             count_failure(route.counters, error, run.requests, 0, ran=True)
             self._fail_rows(slab, run.first, run.rows, error, ran=True)
             return
@@ -925,12 +954,12 @@ class EngineClient:
             reply = ReplyHead(code=int(error.code), text=error.text)
             self._answer_parcel(parcel, reply, final=True, ran=isinstance(error, BackendFailed | WorkerDied))
 
-    def _parcel_lost(self, token: int) -> None:
+    def _parcel_lost(self, token: int, *, is_hung: bool) -> None:
         parcel = self.parcels.get(token)
         if parcel is None:
             return
         submit = parcel.submit
-        if parcel.has_responses:
+        if parcel.has_responses and not is_hung:
             self._fail_parcel(
                 token,
                 WorkerDied(
@@ -938,14 +967,8 @@ class EngineClient:
                 ),
             )
             return
-        if submit.attempt >= ATTEMPTS_MAX or parcel.route.is_retired:
-            self._fail_parcel(
-                token,
-                WorkerDied(
-                    f"an instance of model '{parcel.route.entry.name}' ended unexpectedly while it ran the request, "
-                    "and so did the one that tried it again"
-                ),
-            )
+        if is_hung or submit.attempt >= ATTEMPTS_MAX or parcel.route.is_retired:
+            self._fail_parcel(token, _gave_up(parcel.route.entry.name, is_hung=is_hung))
             return
         parcel.route.counters[Count.RESUBMITTED] += 1
         again = msgspec.structs.replace(submit, attempt=submit.attempt + 1)
@@ -998,9 +1021,9 @@ class EngineClient:
             grant.outstanding, grant.tokens = [], []
             self._drop_grant(grant)
             for run in lost_runs:
-                self._run_lost(run)
+                self._run_lost(run, is_hung=bool(flags & FLAG_HUNG))
             for token in lost_tokens:
-                self._parcel_lost(token)
+                self._parcel_lost(token, is_hung=bool(flags & FLAG_HUNG))
         elif grant.is_idle:
             self._return_grant(grant)
 
@@ -1065,3 +1088,20 @@ class EngineClient:
     def close(self) -> None:
         self._loop.remove_reader(self._completions.fileno())
         self._submit.close()
+
+
+def _no_sampler(_model: str) -> None:
+    """Tracing is off."""
+
+
+def _gave_up(model: str, *, is_hung: bool) -> WorkerDied:
+    """Return why a request whose worker was lost is not tried again."""
+    if is_hung:
+        return WorkerDied(
+            f"the request ran longer than model '{model}' may (--worker-timeout-secs, or its parameter "
+            "worker_timeout_secs) and was ended"
+        )
+    return WorkerDied(
+        f"an instance of model '{model}' ended unexpectedly while it ran the request, and so did the one that tried it "
+        "again"
+    )

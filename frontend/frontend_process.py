@@ -22,6 +22,7 @@ from forebay.frontend.control_client import ControlClient
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.regions import RegionTable
 from forebay.frontend.response_cache import ResponseCache
+from forebay.frontend.tracing import Tracer
 from forebay.ipc.arena import Arena
 from forebay.ipc.channel import SubmitSender
 from forebay.ipc.counters import CACHE_WORDS, CountersFile
@@ -44,6 +45,7 @@ from forebay.ipc.messages import (
 )
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
 from forebay.ipc.regions import Region
+from forebay.ipc.trace import TraceRules
 
 #: Seconds between looks at whether the last request has been answered while stopping.
 _DRAIN_POLL_SECS = 0.02
@@ -98,6 +100,8 @@ class FrontendProcess:
             counters = self.counters.block(start.cache_counter_offset, CACHE_WORDS)
             self.engine.response_cache = ResponseCache(self.engine, start.cache_bytes, counters)
         self.control = ControlClient(self.loop, start.runtime_directory, start.producer, context=self._context)
+        self._tracer = Tracer(self.loop, self.control.report_traces)
+        self.control.on_trace_rules = self._take_trace_rules
         #: Shared memory that clients have registered.
         self.regions = RegionTable()
         #: Set when clients may be accepted.
@@ -136,6 +140,10 @@ class FrontendProcess:
                     self._confirm_regions(message.generation)
                 case FrontendStart():
                     pass
+
+    def _take_trace_rules(self, rules: TraceRules) -> None:
+        self._tracer.take_rules(rules)
+        self.engine.trace_by(self._tracer.sampler, is_tracing=self._tracer.is_tracing)
 
     def _confirm_regions(self, generation: int) -> None:
         # Without a supervisor, the end of file that follows ends us.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient
+from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import NotReady, ServingError, from_wire
@@ -50,6 +51,8 @@ class RequestMeta(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     timeout_us: int = 0
     deadline_ns: int = 0
+    trace: Trace | None = None
+    """Of a request that is traced."""
 
 
 class OutputView(msgspec.Struct, frozen=True):
@@ -144,6 +147,19 @@ def _shape_key(entry: ModelEntry, places: Sequence[TensorPlace]) -> int:
     skip = 1 if entry.max_batch_size > 0 else 0
     signature = sorted((place.name, place.shape[skip:]) for place in places)
     return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
+
+
+def trace_inputs(trace: Trace, inputs: Sequence[InputTensor], places: Sequence[memoryview]) -> None:
+    """Keep what goes into the queue; the backend gets the same."""
+    for tensor, place in zip(inputs, places, strict=True):
+        for activity in (QUEUE_INPUT, BACKEND_INPUT):
+            trace.tensor(activity, tensor.name, tensor.datatype, tensor.shape, place)
+
+
+def trace_outputs(trace: Trace, outputs: Sequence[OutputView]) -> None:
+    """Keep what a backend made."""
+    for view in outputs:
+        trace.tensor(BACKEND_OUTPUT, view.name, view.datatype, view.shape, view.data)
 
 
 class Inference:
@@ -244,6 +260,11 @@ class Inference:
         self._on_response = on_response
         self._meta = meta
         self._is_submitted = True
+        trace = meta.trace
+        if trace is not None:
+            if trace.shows_tensors:
+                trace_inputs(trace, self._inputs, self.places)
+            trace.note(QUEUE_START)
         if self._slab is not None:
             self.route.publish(self._slab, self._first, self.rows, self, meta.priority, meta.timeout_us)
             return
@@ -264,6 +285,9 @@ class Inference:
             return
         entry = self.route.entry
         wanted = self._meta.outputs
+        trace = self._meta.trace
+        if trace is not None:
+            trace.executed(self._engine.reply_times())
         outputs = tuple(
             OutputView(
                 spec.name,
@@ -274,6 +298,8 @@ class Inference:
             for index, spec in enumerate(entry.outputs)
             if not wanted or spec.name in wanted
         )
+        if trace is not None and trace.shows_tensors:
+            trace_outputs(trace, outputs)
         self._on_response(Response(outputs=outputs))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
@@ -295,6 +321,9 @@ class Inference:
                 self._free_block()
 
     def _deliver(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        trace = self._meta.trace
+        if trace is not None and ran:
+            trace.executed(self._engine.reply_times())
         if reply.text or reply.code:
             self._on_response(Response(error=from_wire(reply.code, reply.text), ran=ran, final=final))
             return
@@ -303,6 +332,8 @@ class Inference:
             OutputView(place.name, place.datatype, place.shape, view[place.offset : place.offset + place.byte_size])
             for place in reply.outputs
         ) + tuple(OutputView(tensor.name, tensor.datatype, tensor.shape, tensor.data) for tensor in reply.inline)
+        if trace is not None and trace.shows_tensors:
+            trace_outputs(trace, outputs)
         is_empty = not outputs and self.route.entry.decoupled
         self._on_response(Response(outputs=outputs, parameters=reply.parameters, final=final, is_empty=is_empty))
 

@@ -23,13 +23,20 @@ from forebay.ipc.messages import (
     FrontendToControl,
     Hello,
     Message,
+    TraceReport,
+    TraceRulesPush,
 )
+from forebay.ipc.trace import TraceRecord, TraceRules
 
 #: Carries out one verb: arguments as the frontend sent them, unchecked; returns what the reply carries.
 CommandHandler = Callable[[dict[str, Any]], Awaitable[Any]]
 
 #: Commands in progress at most; a command may wait long (a load), so their number is bounded.
 COMMANDS_MAX = 256
+
+
+def _ignore_traces(_records: tuple[TraceRecord, ...]) -> None:
+    """Nobody writes traces down."""
 
 
 class ControlServer:
@@ -43,7 +50,10 @@ class ControlServer:
         """
         self.handlers: dict[str, CommandHandler] = {}
         self._catalog_for = catalog_for
-        self._codec: TypedCodec[Hello | CatalogSeen | Command] = TypedCodec(FrontendToControl)
+        #: What frontends are to trace, and who takes what they have traced.
+        self.trace_rules: Callable[[], TraceRules] = TraceRules
+        self.on_traces: Callable[[tuple[TraceRecord, ...]], None] = _ignore_traces
+        self._codec: TypedCodec[Hello | CatalogSeen | Command | TraceReport] = TypedCodec(FrontendToControl)
         self._context = zmq.asyncio.Context(io_threads=1)
         # Annotated because pyzmq leaves the types of its multipart calls open.
         self._socket: Any = self._context.socket(zmq.ROUTER)
@@ -69,16 +79,25 @@ class ControlServer:
             match message:
                 case Hello():
                     self._peers[message.producer] = identity
+                    await self._send(identity, TraceRulesPush(rules=self.trace_rules()))
                     await self._push(message.producer)
                 case CatalogSeen():
                     await self._note_seen(message)
                 case Command():
                     await self._start(identity, message)
+                case TraceReport():
+                    self.on_traces(message.records)
 
     async def publish(self) -> None:
         """Push the current catalog to every frontend."""
         for producer in list(self._peers):
             await self._push(producer)
+
+    async def publish_trace_rules(self) -> None:
+        """Tell every frontend what to trace."""
+        rules = TraceRulesPush(rules=self.trace_rules())
+        for identity in list(self._peers.values()):
+            await self._send(identity, rules)
 
     async def wait_seen(self, generation: int, timeout_s: float) -> bool:
         """Wait until no frontend that has said Hello routes by an older catalog; False if that takes too long."""

@@ -38,6 +38,7 @@ from forebay.ipc.counters import CACHE_WORDS, COUNTERS_BYTES, CountersFile
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import ENVIRONMENT_VARIABLE, LogOptions, log
 from forebay.ipc.messages import Explain, LogChanged, SchedulerStart
+from forebay.ipc.trace import TraceRecord
 
 #: How long processes get to end after everything they had to do is done, s.
 _STOP_TIMEOUT_S = 5.0
@@ -127,8 +128,10 @@ class Supervisor:
             arena_bytes_max=self.settings.memory.arena_byte_size,
         )
         try:
+            self._create_traces()
             self._create_lifecycle(plant)
             self._tasks.append(asyncio.create_task(self._control.run()))
+            self._tasks.append(asyncio.create_task(plant.watchdog.run()))
             starting = asyncio.create_task(self._start())
             stopping = asyncio.create_task(self._stop_requested.wait())
             self._tasks += [starting, stopping]
@@ -145,6 +148,16 @@ class Supervisor:
             return 1
         finally:
             await self._end()
+
+    def _create_traces(self) -> None:
+        from forebay.engine.supervisor.traces import Traces
+
+        try:
+            self._traces = Traces(self.settings.trace, self._control.publish_trace_rules)
+        except ServingError as error:
+            raise StartFailed(error.text) from None
+        self._control.trace_rules = self._traces.rules
+        self._control.on_traces = self._take_traces
 
     def _create_lifecycle(self, plant: Plant) -> None:
         from forebay.engine.repository.repository import ModelRepository
@@ -172,6 +185,8 @@ class Supervisor:
             index=commands.index,
             load=commands.load,
             unload=commands.unload,
+            trace_get=self._traces.get,
+            trace_set=self._traces.set,
             log_get=self._log_get,
             log_set=self._log_set,
             explain=self._explain,
@@ -317,6 +332,13 @@ class Supervisor:
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
 
+    def _take_traces(self, records: tuple[TraceRecord, ...]) -> None:
+        if self._traces.take(records):
+            # Somebody has had all of its traces: no frontend shall make more.
+            task = asyncio.create_task(self._control.publish_trace_rules())
+            self._tasks.append(task)
+            task.add_done_callback(self._tasks.remove)
+
     async def _log_get(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         options = log.options
         return {
@@ -443,6 +465,8 @@ class Supervisor:
         await asyncio.gather(*(child.exited.wait() for child in children), *list(self._tasks), return_exceptions=True)
         await self._zygotes.wait_ended()
         await self._control.close()
+        if traces := getattr(self, "_traces", None):
+            traces.close()
         self._door.close()
         for listener in self._listeners.values():
             listener.close()

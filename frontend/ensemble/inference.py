@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import msgspec
 
 from forebay.frontend.engine_client import RouteClient
-from forebay.frontend.ensemble.one_step import SUCCESS, OneStep, OneStepRoute
-from forebay.frontend.ensemble.outcome import count_outcome
+from forebay.frontend.ensemble.one_step import OneStep, OneStepRoute
 from forebay.frontend.ensemble.run import EnsembleRun, ensemble_of, sequence_parameters
 from forebay.frontend.ensemble.step_call import StepReply, StepTimes
 from forebay.frontend.ensemble.tensors import Block, Tensor
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, OutputView, RequestMeta, Response
+from forebay.frontend.tracing import REQUEST_END, RESPONSE_COMPLETE, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.errors import Cancelled
 from forebay.ipc.messages import TensorPlace
@@ -106,6 +106,7 @@ class OneStepInference:
         self.rows = self._inner.rows
         self.places = self._inner.places
         self._began_ns = 0
+        self._trace: Trace | None = None
 
     @property
     def is_done(self) -> bool:
@@ -121,10 +122,15 @@ class OneStepInference:
         self._on_response = on_response
         self._began_ns = self.route.engine.turn_ns()
         wanted = tuple(name for name, tensor in self._one.outputs.items() if tensor in meta.outputs)
-        self._inner.submit(msgspec.structs.replace(meta, outputs=wanted), self._respond)
+        model = self._one.route.entry
+        self._trace = None if meta.trace is None else meta.trace.step(model.name, model.version)
+        self._inner.submit(msgspec.structs.replace(meta, outputs=wanted, trace=self._trace), self._respond)
 
     def _respond(self, response: Response) -> None:
         self._count(response)
+        if self._trace is not None:
+            self._trace.note(RESPONSE_COMPLETE)
+            self._trace.note(REQUEST_END)
         if response.error is not None:
             self._on_response(Response(error=self._one.prefixed(response.error)))
             return
@@ -142,19 +148,15 @@ class OneStepInference:
         )
 
     def _count(self, response: Response) -> None:
+        outcomes = self._one.ensemble.outcomes
         if response.error is not None:
-            reply = StepReply(error=response.error)
-            times = StepTimes()
+            outcomes.failed(self._began_ns, response.error)
         else:
-            reply = SUCCESS
             times = StepTimes.since(self._began_ns, self.route.engine.reply_times())
-        count_outcome(self.route, reply, self.rows, self._began_ns, times)
+            outcomes.succeeded(self.rows, self._began_ns, times)
 
     def cancel(self) -> None:
         """Nobody waits any more."""
         if not self._inner.is_done and self._began_ns:
-            count_outcome(self.route, _CANCELLED, self.rows, self._began_ns, StepTimes())
+            self._one.ensemble.outcomes.failed(self._began_ns, Cancelled("cancelled"))
         self._inner.cancel()
-
-
-_CANCELLED = StepReply(error=Cancelled("cancelled"))

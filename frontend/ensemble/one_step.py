@@ -8,15 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient, RowOwner
-from forebay.frontend.ensemble.outcome import count_outcome
 from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of, sequence_parameters
-from forebay.frontend.ensemble.step_call import StepReply, StepTimes
+from forebay.frontend.ensemble.step_call import StepTimes
+from forebay.frontend.tracing import Sampler
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import TensorSpec
-
-SUCCESS = StepReply()
 
 
 class OneStep(NamedTuple):
@@ -99,6 +97,11 @@ class OneStepRoute:
         return sequence_parameters((0, False, False))
 
     @property
+    def sampler(self) -> Sampler | None:
+        """Says which requests to the ensemble are traced."""
+        return self._one.ensemble.route.sampler
+
+    @property
     def copied_in_bytes(self) -> int:
         return self._one.ensemble.route.copied_in_bytes
 
@@ -146,13 +149,13 @@ class _CountedRows:
         return self._owner.rows
 
     def rows_done(self, slab: OwnedSlab, first: int) -> None:
-        owner, ensemble = self._owner, self._one.ensemble.route
+        owner, ensemble = self._owner, self._one.ensemble
         owner.rows_done(slab, first)
-        times = StepTimes.since(self._began_ns, ensemble.engine.reply_times())
-        count_outcome(ensemble, SUCCESS, owner.rows, self._began_ns, times)
+        times = StepTimes.since(self._began_ns, ensemble.route.engine.reply_times())
+        ensemble.outcomes.succeeded(owner.rows, self._began_ns, times)
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         owner = self._owner
         failed = self._one.prefixed(error)
         owner.rows_failed(slab, first, failed, ran=True)
-        count_outcome(self._one.ensemble.route, StepReply(error=failed), owner.rows, self._began_ns, StepTimes())
+        self._one.ensemble.outcomes.failed(self._began_ns, failed)

@@ -20,8 +20,8 @@ from forebay.frontend.codec.infer_request import id_prefix
 from forebay.frontend.engine_client import RouteClient
 from forebay.frontend.ensemble.cached_call import CachedCall, StepCall
 from forebay.frontend.ensemble.graph import EnsembleGraph, GraphPlan, NeededStep
-from forebay.frontend.ensemble.outcome import count_outcome
-from forebay.frontend.ensemble.step_call import ModelCall, OnStepReply, StepReply, StepTimes
+from forebay.frontend.ensemble.outcome import Outcomes
+from forebay.frontend.ensemble.step_call import ModelCall, OnStepReply, StepReply, StepTimes, traced_reply
 from forebay.frontend.ensemble.tensors import StepChecks, Tensor, fit_shape, hold_all, release_all, shaped_for
 from forebay.frontend.inference import RequestMeta
 from forebay.ipc.counters import ProducerCounter as Count
@@ -42,6 +42,7 @@ class EnsembleModel:
         self.route = route
         self.graph = EnsembleGraph(route.entry)
         self.checks = StepChecks()
+        self.outcomes = Outcomes(route)
 
 
 def ensemble_of(route: RouteClient) -> EnsembleModel:
@@ -244,8 +245,14 @@ class EnsembleRun:
         ]
         rows = self._model.checks.rows(route, self._meta.id, places)
         sequence_id, is_start, is_end = iteration.sequence
+        trace = self._meta.trace
+        if trace is not None:
+            trace = trace.step(entry.name, entry.version)
+            if trace is not None:
+                on_reply = traced_reply(trace, on_reply)
         meta = msgspec.structs.replace(
             self._meta,
+            trace=trace,
             outputs=() if len(needed.outputs) == len(entry.outputs) else needed.outputs,
             sequence_id=sequence_id,
             sequence_start=is_start,
@@ -408,7 +415,10 @@ class EnsembleRun:
             for route in self._routes.values():
                 route.counters[Count.ENSEMBLE_USES] -= 1
             self._routes.clear()
-            count_outcome(self._route, reply, self._rows, self._began_ns, self._times)
+            if reply.error is not None:
+                self._model.outcomes.failed(self._began_ns, reply.error)
+            else:
+                self._model.outcomes.succeeded(self._rows, self._began_ns, self._times)
 
 
 def sequence_parameters(sequence: tuple[int | str, bool, bool]) -> dict[str, ParameterValue]:

@@ -8,6 +8,15 @@ from typing import NamedTuple
 from forebay.frontend.engine_client import RouteClient
 from forebay.frontend.ensemble.tensors import Block, Tensor, hold_all, release_all
 from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
+from forebay.frontend.tracing import (
+    BACKEND_INPUT,
+    BACKEND_OUTPUT,
+    QUEUE_INPUT,
+    QUEUE_START,
+    REQUEST_END,
+    RESPONSE_COMPLETE,
+    Trace,
+)
 from forebay.ipc.errors import Internal, ServingError, from_wire
 from forebay.ipc.messages import ParameterValue, ReplyHead, TensorPlace
 from forebay.ipc.wire import Times
@@ -57,6 +66,19 @@ class StepReply(NamedTuple):
 
 
 OnStepReply = Callable[[StepReply], None]
+
+
+def traced_reply(trace: Trace, on_reply: OnStepReply) -> OnStepReply:
+    """Return what takes a step's replies and ends its trace with the last one."""
+
+    def take(reply: StepReply) -> None:
+        trace.note(RESPONSE_COMPLETE)
+        if reply.final:
+            trace.note(REQUEST_END)
+            trace.end()
+        on_reply(reply)
+
+    return take
 
 
 class ModelCall:
@@ -114,8 +136,17 @@ class ModelCall:
         hold_all(self._inputs.values())
         self._token = engine.next_token()
         self._enqueue_ns = engine.turn_ns()
+        if self._meta.trace is not None:
+            self._trace_start(self._meta.trace)
         reply = (first.offset, first.byte_size)
         route.submit_parcel(make_parcel(route, self._token, self._places, self._rows, reply, self._meta), self)
+
+    def _trace_start(self, trace: Trace) -> None:
+        if trace.shows_tensors:
+            for name, tensor in self._inputs.items():
+                for activity in (QUEUE_INPUT, BACKEND_INPUT):
+                    trace.tensor(activity, name, tensor.datatype, tensor.shape, tensor.view(self._route.engine))
+        trace.note(QUEUE_START)
 
     def cancel(self) -> None:
         """Nobody waits any more; the blocks are given back when the engine has let go of them."""
@@ -137,7 +168,10 @@ class ModelCall:
         blocks = [self._first, *self._lent]
         try:
             if not self._is_cancelled:
-                self._on_reply(self._read(reply, blocks, final=final))
+                found = self._read(reply, blocks, final=final)
+                if self._meta.trace is not None:
+                    self._trace_reply(self._meta.trace, found, ran=ran)
+                self._on_reply(found)
         finally:
             for block in self._lent:
                 block.release()
@@ -145,6 +179,14 @@ class ModelCall:
             if final:
                 self._first.release()
                 release_all(self._inputs.values())
+
+    def _trace_reply(self, trace: Trace, reply: StepReply, *, ran: bool) -> None:
+        engine = self._route.engine
+        if ran:
+            trace.executed(engine.reply_times())
+        if trace.shows_tensors:
+            for name, tensor in reply.outputs.items():
+                trace.tensor(BACKEND_OUTPUT, name, tensor.datatype, tensor.shape, tensor.view(engine))
 
     def _read(self, reply: ReplyHead, blocks: Sequence[Block], *, final: bool) -> StepReply:
         times = StepTimes.since(self._enqueue_ns, self._route.engine.reply_times()) if final else StepTimes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import msgspec
 
 from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.engine_client import OwnedSlab
@@ -11,8 +11,10 @@ from forebay.frontend.grpc.infer_message import walk_request
 from forebay.frontend.grpc.infer_path import PlacedRequest, place_request, render
 from forebay.frontend.grpc.infer_plan import InferPlan
 from forebay.frontend.grpc.status import RpcError, Status
+from forebay.frontend.grpc.upload import Upload
 from forebay.frontend.inference import Response
 from forebay.frontend.start_inference import PlacedInference
+from forebay.frontend.tracing import begin_sending, end_sending
 from forebay.ipc.errors import ServingError
 
 _NO_PLAN_TEXT = "the request holds more than one message"
@@ -48,8 +50,12 @@ class InferCall(Call):
             self._take_unknown(message)
             return
         plan, self._id_field, begin = found
-        self._plan = plan
         route = plan.route
+        sampler = route.sampler
+        if sampler is not None and (self.head.trace_context or not sampler.skips()):
+            self._take_unknown(message)
+            return
+        self._plan = plan
         rows = plan.rows
         slab, first = route.loan(rows)
         memory = frontend.engine.view
@@ -64,12 +70,26 @@ class InferCall(Call):
 
     def _take_unknown(self, message: memoryview) -> None:
         wire = walk_request(message)
-        timeout_ns = self.head.timeout_ns
-        deadline_ns = time.monotonic_ns() + timeout_ns if timeout_ns else 0
-        placed = place_request(self.frontend, self.head, wire, message, deadline_ns=deadline_ns, unary=True)
+        self._submit(place_request(self.frontend, self.head, wire, message, unary=True))
+
+    def open_upload(self, message_bytes: int) -> Upload | None:
+        return None if self._is_taken else Upload(self.frontend, self.head, message_bytes, unary=True)
+
+    def take_upload(self, upload: Upload) -> None:
+        if upload.error is not None:
+            raise upload.error
+        upload.check()
+        assert upload.placed is not None
+        self._is_taken = True
+        self._submit(upload.placed)
+
+    def _submit(self, placed: PlacedRequest) -> None:
         self._placed = placed
         self._inference = placed.inference
-        placed.inference.submit(placed.meta, self._on_response)
+        meta = placed.meta
+        if self.deadline_ns:
+            meta = msgspec.structs.replace(meta, deadline_ns=self.deadline_ns)
+        placed.inference.submit(meta, self._on_response)
 
     def take_end(self) -> None:
         if not self._is_taken:
@@ -79,6 +99,8 @@ class InferCall(Call):
         if self._inference is not None:
             self._inference.cancel()
             self._inference = None
+            if self._placed is not None and self._placed.meta.trace is not None:
+                self._placed.meta.trace.end()
 
     # --- answers, with a plan ---
 
@@ -115,6 +137,14 @@ class InferCall(Call):
         assert placed is not None
         if response.final:
             self._inference = None
+        if placed.meta.trace is None:
+            self._answer(placed, response)
+            return
+        begin_sending(placed.meta.trace, response)
+        self._answer(placed, response)
+        end_sending(placed.meta.trace, response)
+
+    def _answer(self, placed: PlacedRequest, response: Response) -> None:
         if self.is_local_closed:
             return
         if response.error is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +17,7 @@ from forebay.frontend.grpc.infer_plan import make_plan
 from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
 from forebay.frontend.inference import InputTensor, RequestMeta, Response
 from forebay.frontend.start_inference import PlacedInference, start_inference
+from forebay.frontend.tracing import REQUEST_START, Trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import InvalidArgument, NotFound, Unsupported
 
@@ -53,46 +55,56 @@ def find_model(frontend: GrpcFrontend, wire: WireRequest) -> ModelEntry:
     return frontend.catalog.find(wire.model_name, parse_version(version))
 
 
-def place_request(
-    frontend: GrpcFrontend, head: RequestHead, wire: WireRequest, message: memoryview, *, deadline_ns: int, unary: bool
-) -> PlacedRequest:
-    """Return the request of a message, placed and ready to be submitted.
+def read_parsed(
+    frontend: GrpcFrontend, head: RequestHead, wire: WireRequest, message: memoryview, *, unary: bool
+) -> tuple[ModelEntry, InferMessage]:
+    """Return the model that is asked, and the request as far as its own rules go.
 
     Args:
-        message: valid during the call only.
-        deadline_ns: monotonic; 0: none.
+        message: what was walked; of the tensors nothing is looked at.
         unary: it came by ModelInfer, which has one reply only.
 
     Raises:
-        ServingError: the request is wrong or cannot be taken; nothing is held then.
+        ServingError: the request is wrong or there is no such model.
     """
     entry = find_model(frontend, wire)
     if unary and entry.decoupled:
         raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
-    found: InferMessage = read_request(wire, message)
-    request = found.request
+    found = read_request(wire, message)
     if head.forwarded:
-        request = msgspec.structs.replace(request, parameters={**request.parameters, **head.forwarded})
-    _refuse_regions(request)
-    batch_size = validate_infer(entry, request, message).batch_size
+        request = msgspec.structs.replace(found.request, parameters={**found.request.parameters, **head.forwarded})
+        found = InferMessage(request, found.enable_empty_final)
+    _refuse_regions(found.request)
+    return entry, found
+
+
+def place_parsed(
+    frontend: GrpcFrontend,
+    head: RequestHead,
+    entry: ModelEntry,
+    found: InferMessage,
+    batch_size: int,
+    *,
+    direct: bool = False,
+) -> PlacedRequest:
+    """Take room for a validated request and fill in what did not come as raw contents.
+
+    Args:
+        batch_size: as validated.
+        direct: its raw contents are received into the places, which may take long.
+
+    Raises:
+        ServingError: there is no room, or the model is gone; nothing is held then.
+    """
+    request = found.request
     tensors = [
         InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
     ]
-    inference = start_inference(frontend.engine, entry.route, tensors, batch_size)
-    copied = 0
+    inference = start_inference(frontend.engine, entry.route, tensors, batch_size, direct=direct)
     for tensor, place in zip(request.inputs, inference.places, strict=True):
-        source = tensor.source
-        if isinstance(source, JsonData):
-            place[:] = source.data
-        elif isinstance(source, BinaryData):
-            place[:] = message[source.offset : source.offset + source.body_bytes]
-        copied += source.byte_size
-    inference.route.copied_in_bytes += copied
-    route = inference.rows_route
-    if route is not None and wire.is_plain and wire.raw and not head.forwarded:
-        plan = make_plan(route, entry, wire, message, request, inference.rows)
-        if plan is not None:
-            frontend.plans.remember(message, wire, plan)
+        if isinstance(tensor.source, JsonData):
+            place[:] = tensor.source.data
+            inference.route.copied_in_bytes += tensor.source.byte_size
     meta = RequestMeta(
         id=request.id,
         outputs=tuple(output.name for output in request.outputs),
@@ -102,9 +114,55 @@ def place_request(
         sequence_end=request.sequence_end,
         priority=request.priority,
         timeout_us=request.timeout_us,
-        deadline_ns=deadline_ns,
+        trace=_begin_trace(inference, head, request.id),
     )
     return PlacedRequest(entry, request, found.enable_empty_final, inference, meta)
+
+
+def _begin_trace(inference: PlacedInference, head: RequestHead, request_id: str) -> Trace | None:
+    """Count a request for its model's sampler; return its trace, if it is to be traced."""
+    route = inference.route
+    sampler = route.sampler
+    if sampler is None:
+        return None
+    entry = route.entry
+    trace = sampler.begin(entry.name, entry.version, request_id, head.trace_context)
+    if trace is not None:
+        now_ns = time.monotonic_ns()
+        trace.received("GRPC_WAITREAD_START", now_ns)
+        trace.received("GRPC_WAITREAD_END", now_ns)
+        trace.note(REQUEST_START, now_ns)
+    return trace
+
+
+def place_request(
+    frontend: GrpcFrontend, head: RequestHead, wire: WireRequest, message: memoryview, *, unary: bool
+) -> PlacedRequest:
+    """Return the request of a whole message, placed and ready to be submitted.
+
+    Args:
+        message: valid during the call only.
+        unary: it came by ModelInfer, which has one reply only.
+
+    Raises:
+        ServingError: the request is wrong or cannot be taken; nothing is held then.
+    """
+    entry, found = read_parsed(frontend, head, wire, message, unary=unary)
+    request = found.request
+    batch_size = validate_infer(entry, request, message).batch_size
+    placed = place_parsed(frontend, head, entry, found, batch_size)
+    inference = placed.inference
+    for tensor, place in zip(request.inputs, inference.places, strict=True):
+        source = tensor.source
+        if isinstance(source, BinaryData):
+            place[:] = message[source.offset : source.offset + source.body_bytes]
+            inference.route.copied_in_bytes += source.body_bytes
+    route = inference.rows_route
+    if route is not None and wire.is_plain and wire.raw and not head.forwarded:
+        plan = make_plan(route, entry, wire, message, request, inference.rows)
+        if plan is not None:
+            frontend.plans.remember(message, wire, plan)
+    return placed
 
 
 def _refuse_regions(request: ParsedInfer) -> None:

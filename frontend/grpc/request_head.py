@@ -50,6 +50,8 @@ class RequestHead(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Compressions that the client reads."""
     forwarded: Mapping[str, str] = {}
     """Metadata that become request parameters (spec G-056)."""
+    trace_context: str = ""
+    """W3C ``traceparent`` (spec O-024)."""
     wants_grpc_errors: bool = False
     """``triton_grpc_error: true`` (spec G-067)."""
     error: RpcError | InvalidArgument | None = None
@@ -139,6 +141,7 @@ class HeadReader:
             encoding=encoding,
             accepts=accepts,
             forwarded=forwarded,
+            trace_context=values.get(b"traceparent", b"").decode("latin-1"),
             wants_grpc_errors=values.get(b"triton_grpc_error") == b"true",
             error=error,
         )

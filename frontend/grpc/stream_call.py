@@ -23,8 +23,10 @@ from forebay.frontend.grpc.infer_reply import (
     stream_reply,
 )
 from forebay.frontend.grpc.status import RpcError, Status
+from forebay.frontend.grpc.upload import Upload
 from forebay.frontend.grpc.wire import Malformed, text_field
 from forebay.frontend.inference import Response
+from forebay.frontend.tracing import begin_sending, end_sending
 from forebay.ipc.errors import ServingError
 
 #: Reply bytes of one stream that wait for the client to read: beyond the first, it may send no more requests; beyond
@@ -62,6 +64,8 @@ class StreamSlot:
         placed, self._placed = self._placed, None
         if placed is not None:
             placed.inference.cancel()
+            if placed.meta.trace is not None:
+                placed.meta.trace.end()
 
     # --- rows of a known plan ---
 
@@ -109,13 +113,20 @@ class StreamSlot:
     def submit(self, placed: PlacedRequest) -> None:
         """Hand over a placed request."""
         self._placed = placed
-        self.is_ordered = not placed.entry.decoupled
         placed.inference.submit(placed.meta, self._on_response)
 
     def _on_response(self, response: Response) -> None:
         placed = self._placed
         if placed is None or self._is_ended:
             return
+        if placed.meta.trace is None:
+            self._answer(placed, response)
+            return
+        begin_sending(placed.meta.trace, response)
+        self._answer(placed, response)
+        end_sending(placed.meta.trace, response)
+
+    def _answer(self, placed: PlacedRequest, response: Response) -> None:
         entry = placed.entry
         if response.error is not None:
             self._fail(response.error, text_field(1, entry.name), str(entry.version), is_final=response.final)
@@ -175,7 +186,7 @@ class StreamInferCall(Call):
     def take_message(self, message: memoryview) -> None:
         frontend = self.frontend
         found = None if self.head.forwarded else frontend.plans.find(message)
-        if found is not None:
+        if found is not None and not self._is_due(found[0]):
             plan, id_field, begin = found
             slot = self._open(str(id_field[2:], "ascii"))
             try:
@@ -191,12 +202,39 @@ class StreamInferCall(Call):
             return
         slot = self._open(wire.id)
         try:
-            slot.submit(place_request(frontend, self.head, wire, message, deadline_ns=0, unary=False))
+            placed = place_request(frontend, self.head, wire, message, unary=False)
         except ServingError as error:
             self._refuse(slot, error)
             return
-        if not slot.is_ordered:
+        self._submit(slot, placed)
+
+    def open_upload(self, message_bytes: int) -> Upload | None:
+        return Upload(self.frontend, self.head, message_bytes, unary=False)
+
+    def take_upload(self, upload: Upload) -> None:
+        if isinstance(upload.error, Malformed):
+            raise upload.error
+        slot = self._open(upload.request_id)
+        try:
+            if upload.error is not None:
+                raise upload.error
+            upload.check()
+        except ServingError as error:
+            self._refuse(slot, error)
+            return
+        assert upload.placed is not None
+        self._submit(slot, upload.placed)
+
+    def _submit(self, slot: StreamSlot, placed: PlacedRequest) -> None:
+        if placed.entry.decoupled:
+            slot.is_ordered = False
             self._order.pop()
+        slot.submit(placed)
+
+    def _is_due(self, plan: InferPlan) -> bool:
+        """Whether the request is to be traced, which only the general path does."""
+        sampler = plan.route.sampler
+        return sampler is not None and (bool(self.head.trace_context) or not sampler.skips())
 
     def _open(self, request_id: str) -> StreamSlot:
         slot = StreamSlot(self, request_id)

@@ -408,6 +408,10 @@ class Connection(asyncio.BufferedProtocol):
             return
         assert isinstance(plan, InferPlan)
         route = plan.route
+        sampler = route.sampler
+        if sampler is not None and (head.trace_context or not sampler.skips()):
+            self._infer_general(head, view[start:end])
+            return
         rows = plan.rows
         call = PlannedCall(self, plan, keep_alive=head.keep_alive)
         try:

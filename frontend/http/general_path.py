@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from forebay.frontend.codec.infer_request import (
     raw_infer_request,
 )
 from forebay.frontend.codec.infer_response import OutputTensor, classify, render_infer_response
+from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.codec.validation import InputFacts, validate_infer, validate_request
 from forebay.frontend.http.connection import Call
 from forebay.frontend.http.fast_path import PLAN_JSON_BYTES_MAX, PLANS_PER_HEAD_MAX, make_plan
@@ -25,6 +27,7 @@ from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
 from forebay.frontend.inference import InputTensor, RequestMeta, Response
 from forebay.frontend.regions import RegionUse
 from forebay.frontend.start_inference import PlacedInference, start_inference
+from forebay.frontend.tracing import REQUEST_END, REQUEST_START, RESPONSE_COMPLETE, Trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
 
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from forebay.frontend.http.server import HttpFrontend
 
 
-def request_meta(request: ParsedInfer, head: Head) -> RequestMeta:
+def request_meta(request: ParsedInfer, head: Head, trace: Trace | None = None) -> RequestMeta:
     """Return what the engine must know of a request besides its tensors."""
     parameters = {**request.parameters, **head.forwarded} if head.forwarded else request.parameters
     return RequestMeta(
@@ -45,13 +48,48 @@ def request_meta(request: ParsedInfer, head: Head) -> RequestMeta:
         sequence_end=request.sequence_end,
         priority=request.priority,
         timeout_us=request.timeout_us,
+        trace=trace,
     )
+
+
+def begin_trace(
+    inference: PlacedInference, head: Head, request_id: str, received_ns: int, complete_ns: int
+) -> Trace | None:
+    """Count a request for its model's sampler; return its trace, if it is to be traced.
+
+    Args:
+        received_ns: when its head had been read, monotonic; 0: not known.
+        complete_ns: when its body was here; 0: just now.
+    """
+    route = inference.route
+    sampler = route.sampler
+    if sampler is None:
+        return None
+    entry = route.entry
+    trace = sampler.begin(entry.name, entry.version, request_id, head.trace_context)
+    if trace is not None:
+        now_ns = time.monotonic_ns()
+        complete_ns = complete_ns or now_ns
+        trace.received("HTTP_RECV_START", received_ns or complete_ns)
+        trace.received("HTTP_RECV_END", complete_ns)
+        trace.note(REQUEST_START, now_ns)
+    return trace
 
 
 class GeneralCall(Call):
     """One inference request on its way through the engine."""
 
-    __slots__ = ("_entry", "_frontend", "_head", "_inference", "_regions", "_request")
+    __slots__ = (
+        "_complete_ns",
+        "_entry",
+        "_frontend",
+        "_head",
+        "_inference",
+        "_received_ns",
+        "_regions",
+        "_request",
+        "_trace",
+    )
 
     def __init__(self, frontend: HttpFrontend, connection: Connection, head: Head) -> None:
         super().__init__(connection, keep_alive=head.keep_alive)
@@ -61,6 +99,10 @@ class GeneralCall(Call):
         self._request: ParsedInfer | None = None
         self._inference: PlacedInference | None = None
         self._regions: RegionUse | None = None
+        self._trace: Trace | None = None
+        #: When the head, and the whole body, had been read; taken only while requests are traced.
+        self._received_ns = time.monotonic_ns() if frontend.engine.is_tracing else 0
+        self._complete_ns = 0
 
     def find_model(self) -> ModelEntry:
         """Return the model that is asked.
@@ -75,12 +117,25 @@ class GeneralCall(Call):
 
     def fail(self, error: ServingError, content_type: str = "application/json") -> None:
         """Answer with an error."""
+        self._send([error_reply(error, content_type, self._head.connection_line)])
+
+    def _send(self, buffers: Sequence[Buffer]) -> None:
         self._release_regions()
-        self.connection.answer(self, [error_reply(error, content_type, self._head.connection_line)])
+        trace = self._trace
+        if trace is None:
+            self.connection.answer(self, buffers)
+            return
+        trace.note(RESPONSE_COMPLETE)
+        trace.note(REQUEST_END)
+        trace.note("HTTP_SEND_START")
+        self.connection.answer(self, buffers)
+        trace.note("HTTP_SEND_END")
+        trace.end()
 
     def start(self, body: memoryview) -> None:
         """Take a request whose whole body is here; the body may be reused when this returns."""
         frontend, head = self._frontend, self._head
+        self._complete_ns = self._received_ns
         try:
             # Checked before the body is looked at; Triton answers these as text (spec H-003, H-060).
             entry = self.find_model()
@@ -148,7 +203,8 @@ class GeneralCall(Call):
         self._entry = entry
         self._request = request
         self._inference = inference
-        inference.submit(request_meta(request, self._head), self._on_response)
+        self._trace = begin_trace(inference, self._head, request.id, self._received_ns, self._complete_ns)
+        inference.submit(request_meta(request, self._head, self._trace), self._on_response)
 
     def _on_response(self, response: Response) -> None:
         if response.error is not None:
@@ -164,8 +220,7 @@ class GeneralCall(Call):
         except ServingError as error:
             self.fail(error, TEXT_TYPE)
             return
-        self._release_regions()
-        self.connection.answer(self, buffers)
+        self._send(buffers)
 
     def _outputs(self, response: Response) -> list[OutputTensor]:
         entry, request = self._entry, self._request
@@ -203,6 +258,9 @@ class GeneralCall(Call):
         self._release_regions()
         if self._inference is not None:
             self._inference.cancel()
+        if self._trace is not None:
+            self._trace.note(REQUEST_END)
+            self._trace.end()
 
     def count_copy(self, count: int) -> None:
         if self._inference is not None:

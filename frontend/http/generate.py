@@ -17,11 +17,12 @@ from forebay.frontend.codec.infer_response import JSON_TYPE, OutputTensor
 from forebay.frontend.codec.validation import validate_infer
 from forebay.frontend.errors import error_body, http_status
 from forebay.frontend.http.connection import Call
-from forebay.frontend.http.general_path import fill, take_places
+from forebay.frontend.http.general_path import begin_trace, fill, take_places
 from forebay.frontend.http.head import Head, Target
 from forebay.frontend.http.replies import error_reply, head_bytes, stream_head
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.start_inference import PlacedInference, start_inference
+from forebay.frontend.tracing import REQUEST_END, RESPONSE_COMPLETE, Trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import ServingError
 
@@ -33,7 +34,17 @@ if TYPE_CHECKING:
 class GenerateCall(Call):
     """One request to ``generate`` or ``generate_stream``."""
 
-    __slots__ = ("_entry", "_frontend", "_has_begun", "_head", "_inference", "_is_stream", "_reply", "_request_id")
+    __slots__ = (
+        "_entry",
+        "_frontend",
+        "_has_begun",
+        "_head",
+        "_inference",
+        "_is_stream",
+        "_reply",
+        "_request_id",
+        "_trace",
+    )
 
     def __init__(self, frontend: HttpFrontend, connection: Connection, head: Head) -> None:
         super().__init__(connection, keep_alive=head.keep_alive)
@@ -45,6 +56,7 @@ class GenerateCall(Call):
         self._request_id = ""
         #: generate: the only response so far, or the error in its place.
         self._reply: bytes | None = None
+        self._trace: Trace | None = None
         #: generate_stream: status and headers are sent.
         self._has_begun = False
         if self._is_stream and head.is_http_1_0:
@@ -68,11 +80,23 @@ class GenerateCall(Call):
         self._entry = entry
         self._inference = inference
         self._request_id = request.id
-        inference.submit(RequestMeta(id=request.id, parameters=request.parameters), self._on_response)
+        self._trace = begin_trace(inference, head, request.id, 0, 0)
+        meta = RequestMeta(id=request.id, parameters=request.parameters, trace=self._trace)
+        inference.submit(meta, self._on_response)
 
     def cancel(self) -> None:
         if self._inference is not None:
             self._inference.cancel()
+        self._end_trace()
+
+    def _end_trace(self) -> None:
+        trace = self._trace
+        if trace is not None:
+            trace.note(REQUEST_END)
+            # Triton does not measure these here (spec O-006).
+            trace.note("HTTP_SEND_START", 0)
+            trace.note("HTTP_SEND_END", 0)
+            trace.end()
 
     def count_copy(self, count: int) -> None:
         if self._inference is not None:
@@ -83,6 +107,8 @@ class GenerateCall(Call):
 
     def _on_response(self, response: Response) -> None:
         error = response.error
+        if self._trace is not None:
+            self._trace.note(RESPONSE_COMPLETE)
         payload = b""
         if error is None and not response.is_empty:
             try:
@@ -93,6 +119,8 @@ class GenerateCall(Call):
             self._stream(payload, error, is_final=response.final)
         else:
             self._collect(payload, error, is_final=response.final)
+        if response.final:
+            self._end_trace()
 
     def _render(self, response: Response) -> bytes:
         entry = self._entry

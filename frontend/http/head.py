@@ -82,6 +82,7 @@ class Head:
         "plans",
         "raw",
         "target",
+        "trace_context",
         "version",
     )
 
@@ -115,6 +116,8 @@ class Head:
         self.is_plain = False
         #: Bytes of the JSON at the start of the body, for a plain request with a sane header length; else -1. 0: raw.
         self.json_bytes = -1
+        #: W3C ``traceparent``, for tracing (spec O-024).
+        self.trace_context = ""
         #: JSON of earlier requests with this head, to what is to be done for it (see ``fast_path``).
         self.plans: dict[bytes, object] = {}
 
@@ -225,6 +228,8 @@ class HeadParser:
             head.content_encoding = value
         elif lowered == "accept-encoding":
             head.accept_encoding = value
+        elif lowered == "traceparent":
+            head.trace_context = value
         elif lowered == "expect":
             if value.strip().lower() != "100-continue":
                 raise HeadError(417, "Expectation Failed")
