@@ -61,7 +61,7 @@ _DATATYPES = {
 }
 
 #: onnx.TensorProto.BFLOAT16, for which numpy has no type.
-_ONNX_BFLOAT16 = 16
+ONNX_BFLOAT16 = 16
 
 # Built once in the zygote, the configuration's descriptors are shared by its workers.
 message_class("ModelConfig")
@@ -106,7 +106,7 @@ def open_session(spec: InstanceSpec, *, share_weights: bool) -> ort.InferenceSes
             session = _open_copy(spec, copy)
             if session is not None:
                 return session
-    return _open(spec, path, options, chosen)
+    return open_plain_session(spec, path, options, chosen)
 
 
 def _open_copy(spec: InstanceSpec, copy: str) -> ort.InferenceSession | None:
@@ -115,14 +115,20 @@ def _open_copy(spec: InstanceSpec, copy: str) -> ort.InferenceSession | None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return ort.InferenceSession(copy, options, providers=[CPU_PROVIDER])
-    except Exception as error:  # see _open
+    except Exception as error:  # see open_plain_session
         log.warning(f"model '{spec.model}': the copy with shared weights cannot be used, loading plainly: {error}")
         return None
 
 
-def _open(
+def open_plain_session(
     spec: InstanceSpec, path: str, options: ort.SessionOptions, chosen: Sequence[Provider]
 ) -> ort.InferenceSession:
+    """Open a model file with these providers and no others.
+
+    Raises:
+        InvalidArgument: ONNX Runtime does not take the file.
+        Internal: a provider could not be started.
+    """
     try:
         session = ort.InferenceSession(
             path, options, providers=[(provider.name, provider.options) for provider in chosen]
@@ -216,7 +222,7 @@ class OnnxInstance(TensorInstance):
             feed[name] = feed[name].reshape(())
         try:
             results = self._session.run(list(outputs), feed, self._run_options)
-        except Exception as error:  # see _open
+        except Exception as error:  # see open_plain_session
             raise runtime_error(error) from None
         return {
             name: np.ascontiguousarray(result).reshape(1 if name in self._scalars else result.shape)
@@ -244,7 +250,7 @@ class OnnxInstance(TensorInstance):
         binding.bind_input(name, "cpu", 0, self._element(name, array), self._shape(name, array), array.ctypes.data)
 
     def _element(self, name: str, array: Array) -> object:
-        return _ONNX_BFLOAT16 if self._datatypes[name] == "BF16" else array.dtype
+        return ONNX_BFLOAT16 if self._datatypes[name] == "BF16" else array.dtype
 
     def _shape(self, name: str, array: Array) -> tuple[int, ...]:
         return () if name in self._scalars else array.shape
@@ -261,7 +267,7 @@ class OnnxInstance(TensorInstance):
     def _run_binding(self, binding: ort.IOBinding, inputs: Mapping[str, Array], outputs: object) -> None:
         try:
             self._session.run_with_iobinding(binding, self._run_options)
-        except Exception as error:  # see _open
+        except Exception as error:  # see open_plain_session
             raise self._explain(error, inputs) from None
 
     def _explain(self, error: Exception, inputs: Mapping[str, Array]) -> ServingError:

@@ -1,0 +1,35 @@
+"""What becomes of a worker whose device is broken: it ends, and another takes its place."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+from forebay.engine.devices.base import DeviceBroken, DeviceError
+from forebay.ipc.errors import BackendFailed
+from forebay.ipc.log import log
+
+#: Exit code of a worker whose CUDA context is poisoned; its batch is tried once elsewhere.
+POISONED_EXIT_CODE = 70
+
+
+def end_poisoned_process(error: Exception) -> NoReturn:
+    """End this worker: its CUDA context is lost, and with it every tensor on the device.
+
+    The supervisor starts another one; the scheduler reports the batch as lost, so that it is tried once elsewhere.
+    """
+    log.error(f"the CUDA context is poisoned, the worker ends: {error}")
+    os._exit(POISONED_EXIT_CODE)
+
+
+class DeviceGuard:
+    """Around the work of one batch: a broken device ends the worker, other errors of the device fail the batch."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, DeviceBroken):
+            end_poisoned_process(error)
+        if isinstance(error, DeviceError):
+            raise BackendFailed(error.text) from None

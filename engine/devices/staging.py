@@ -1,0 +1,97 @@
+"""Device buffers for the inputs and outputs of a model, and the copies between them and host arrays.
+
+A buffer belongs to one tensor and only grows. For models of fixed shapes the addresses therefore never change once the
+largest batch has been seen, which is what CUDA graphs and fixed bindings need: ``reserve`` sees it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from forebay.engine.backends.base import Array
+from forebay.engine.devices.base import Device, DeviceBroken, DeviceError, Memory, Pin, Stream
+
+
+class Staging:
+    """The buffers of one instance. Copies are asynchronous, in the order of the stream."""
+
+    def __init__(self, device: Device, stream: Stream) -> None:
+        self.device = device
+        self.stream = stream
+        self._buffers: dict[str, Memory] = {}
+        #: Counts the buffers that had to move: what was captured or bound before is stale afterwards.
+        self.generation = 0
+
+    def reserve(self, name: str, byte_size: int) -> int:
+        """Return the address of the tensor's buffer, which has room for at least ``byte_size`` bytes.
+
+        Raises:
+            DeviceMemoryFull: there is no room; the old buffer is still there.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is not None and buffer.byte_size >= byte_size:
+            return buffer.address
+        larger = self.device.allocate(byte_size)
+        if buffer is not None:
+            # Work that is under way may still use it.
+            self.stream.synchronize()
+            buffer.close()
+        self._buffers[name] = larger
+        self.generation += 1
+        return larger.address
+
+    def copy_in(self, arrays: Mapping[str, Array]) -> dict[str, int]:
+        """Copy host arrays to their buffers, one copy each; return the buffers' addresses by name.
+
+        Args:
+            arrays: C-contiguous; they must stay as they are until the stream has passed this point.
+        """
+        addresses: dict[str, int] = {}
+        for name, array in arrays.items():
+            addresses[name] = address = self.reserve(name, array.nbytes)
+            if array.nbytes:
+                self.stream.copy_in(address, array.ctypes.data, array.nbytes)
+        return addresses
+
+    def copy_out(self, arrays: Mapping[str, Array]) -> None:
+        """Copy the buffers to host arrays, one copy each; they hold it once the stream has passed this point."""
+        for name, array in arrays.items():
+            if array.nbytes:
+                self.stream.copy_out(array.ctypes.data, self._buffers[name].address, array.nbytes)
+
+    def close(self) -> None:
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._buffers.clear()
+
+
+class PinnedArenas:
+    """The arenas that this worker has mapped, page-locked while they are: then copies from them are asynchronous.
+
+    Locking is an optimisation: where it fails (a limit of the container, say), copies go through the driver's own
+    staging memory and are slower.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pins: dict[int, Pin] = {}
+
+    def attach(self, address: int, byte_size: int) -> bool:
+        """Lock a mapping; whether that was possible."""
+        try:
+            self._pins[address] = self._device.pin(address, byte_size)
+        except DeviceBroken:
+            raise
+        except DeviceError:
+            return False
+        return True
+
+    def detach(self, address: int) -> None:
+        """Unlock a mapping that is about to go; nothing if it was not locked."""
+        pin = self._pins.pop(address, None)
+        if pin is not None:
+            pin.close()
+
+    def close(self) -> None:
+        for address in list(self._pins):
+            self.detach(address)

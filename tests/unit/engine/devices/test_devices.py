@@ -1,0 +1,174 @@
+"""The device interface: one suite, run on every implementation that this machine has."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from device_child import double_and_refuse
+
+from forebay.engine.devices.base import (
+    ALIGNMENT_BYTES,
+    HANDLE_BYTES,
+    Device,
+    DeviceError,
+    DeviceMemoryFull,
+    Memory,
+    Stream,
+)
+from forebay.engine.devices.opening import open_device
+from forebay.ipc.errors import Unsupported
+
+KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
+#: Wait for another process, s; a watchdog.
+PATIENCE_S = 30
+
+
+@pytest.fixture(params=KINDS)
+def device(request: pytest.FixtureRequest) -> Device:
+    return open_device(request.param)
+
+
+@pytest.fixture
+def stream(device: Device) -> Iterator[Stream]:
+    with device.make_stream() as made:
+        yield made
+
+
+def put(stream: Stream, memory: Memory, array: np.ndarray) -> None:
+    stream.copy_in(memory.address, array.ctypes.data, array.nbytes)
+    stream.synchronize()
+
+
+def get(stream: Stream, memory: Memory, count: int) -> np.ndarray:
+    array = np.empty(count, np.float32)
+    stream.copy_out(array.ctypes.data, memory.address, array.nbytes)
+    stream.synchronize()
+    return array
+
+
+def test_copies_there_and_back(device: Device, stream: Stream) -> None:
+    numbers = np.arange(1000, dtype=np.float32)
+    with device.allocate(numbers.nbytes) as first, device.allocate(numbers.nbytes) as second:
+        assert first.address % ALIGNMENT_BYTES == 0
+        put(stream, first, numbers)
+        stream.copy_within(second.address, first.address, numbers.nbytes)
+        stream.clear(first.address, 4 * 10)
+        assert (get(stream, second, 1000) == numbers).all()
+        assert get(stream, first, 20).tolist() == [0] * 10 + list(range(10, 20))
+    assert stream.is_idle
+    assert (device.traffic.copies_in, device.traffic.bytes_in) == (1, 4000)
+    assert (device.traffic.copies_out, device.traffic.bytes_out) == (2, 4080)
+
+
+def test_pinned_memory_is_copied_from(device: Device, stream: Stream) -> None:
+    numbers = np.arange(4096, dtype=np.float32)
+    with device.pin(numbers.ctypes.data, numbers.nbytes), device.allocate(numbers.nbytes) as memory:
+        put(stream, memory, numbers)
+        assert (get(stream, memory, 4096) == numbers).all()
+        with pytest.raises(DeviceError):
+            device.pin(numbers.ctypes.data, numbers.nbytes)
+    with device.pin(numbers.ctypes.data, numbers.nbytes):
+        pass
+    with pytest.raises(DeviceError, match="0 bytes"):
+        device.pin(numbers.ctypes.data, 0)
+
+
+def test_streams_wait_for_events(device: Device, stream: Stream) -> None:
+    numbers = np.ones(1 << 20, np.float32)
+    with device.make_event() as event, device.make_stream(-1) as other, device.allocate(numbers.nbytes) as memory:
+        assert event.is_done
+        stream.copy_in(memory.address, numbers.ctypes.data, numbers.nbytes)
+        stream.record(event)
+        other.wait(event)
+        assert (get(other, memory, 1 << 20) == 1).all()
+        event.synchronize()
+        assert event.is_done
+
+
+def test_graph_repeats_what_was_captured(device: Device, stream: Stream) -> None:
+    source, target = np.zeros(256, np.float32), np.zeros(256, np.float32)
+    with (
+        device.pin(source.ctypes.data, source.nbytes),
+        device.pin(target.ctypes.data, target.nbytes),
+        device.allocate(source.nbytes) as memory,
+    ):
+        stream.begin_capture()
+        stream.copy_in(memory.address, source.ctypes.data, source.nbytes)
+        stream.copy_out(target.ctypes.data, memory.address, target.nbytes)
+        with stream.end_capture() as graph:
+            assert (target == 0).all()
+            for value in (3, 4):
+                source[:] = value
+                stream.launch(graph)
+                stream.synchronize()
+                assert (target == value).all()
+    assert device.traffic.graph_launches == 2
+
+
+def test_waiting_cannot_be_captured(device: Device, stream: Stream) -> None:
+    stream.begin_capture()
+    with pytest.raises(DeviceError):
+        stream.synchronize()
+    with pytest.raises(DeviceError):
+        stream.end_capture()
+    stream.synchronize()
+
+
+def test_no_room_is_said_so(device: Device) -> None:
+    with pytest.raises(DeviceMemoryFull, match=str(1 << 60)):
+        device.allocate(1 << 60)
+    free, total = device.memory_info()
+    assert 0 < free <= total
+
+
+def test_closing_twice_does_nothing(device: Device) -> None:
+    memory = device.allocate(0)
+    memory.close()
+    memory.close()
+
+
+def test_another_process_opens_exported_memory(device: Device, stream: Stream) -> None:
+    numbers = np.arange(1024, dtype=np.float32)
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    with device.allocate(numbers.nbytes) as memory:
+        put(stream, memory, numbers)
+        handle = device.export_memory(memory)
+        assert len(handle) == HANDLE_BYTES
+        arguments = (device.kind, handle, numbers.nbytes, 1 << 40, answers)
+        process = context.Process(target=double_and_refuse, args=arguments)
+        process.start()
+        refusals = [answers.get(timeout=PATIENCE_S) for _ in range(3)]
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
+        assert (get(stream, memory, 1024) == 2 * numbers).all()
+    assert "opened" not in refusals
+    assert "64 bytes, not 5" in refusals[2]
+    answers.close()
+    answers.join_thread()
+
+
+def test_own_memory_cannot_be_opened(device: Device) -> None:
+    """FACTS 1: CUDA refuses it, so nobody may count on it."""
+    with device.allocate(64) as memory, pytest.raises(DeviceError):
+        device.open_memory(device.export_memory(memory), 64)
+
+
+def test_unknown_devices_are_refused() -> None:
+    with pytest.raises(Unsupported, match="no kind of device called 'tpu'"):
+        open_device("tpu")
+
+
+def test_a_machine_without_cuda_says_so() -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        with pytest.raises(Unsupported, match="CUDA"):
+            open_device("cuda")
+    else:
+        with pytest.raises(Unsupported, match="no CUDA device 999"):
+            open_device("cuda", 999)
