@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,9 +24,12 @@ from forebay.frontend.grpc.status import (
 
 if TYPE_CHECKING:
     from forebay.frontend.grpc.server import GrpcFrontend
+    from forebay.frontend.grpc.upload import Upload
 
 #: Compressed flag and length in front of every message.
 PREFIX_BYTES = 5
+#: Messages from this size on are received into shared memory, if they are inferences.
+UPLOAD_BYTES_MIN = 64 * 1024
 #: A message cannot be larger: Triton's limit, INT32_MAX (spec G-055).
 MESSAGE_BYTES_MAX = 2**31 - 1
 
@@ -41,7 +45,17 @@ def message_prefix(length: int, *, is_compressed: bool = False) -> bytes:
 class Call(Stream):
     """Base of all calls. Life: header -> messages -> (replies) -> status; ``on_reset`` ends it at any time."""
 
-    __slots__ = ("_deadline", "_expected", "_is_headed", "_partial", "frontend", "head", "reply_encoding")
+    __slots__ = (
+        "_deadline",
+        "_expected",
+        "_is_headed",
+        "_partial",
+        "_upload",
+        "deadline_ns",
+        "frontend",
+        "head",
+        "reply_encoding",
+    )
 
     def __init__(
         self, frontend: GrpcFrontend, connection: Connection[RequestHead], number: int, head: RequestHead
@@ -52,11 +66,16 @@ class Call(Stream):
         #: The message that has begun to arrive, its prefix included.
         self._partial: bytearray | None = None
         self._expected = PREFIX_BYTES
+        #: A large message on its way into shared memory.
+        self._upload: Upload | None = None
         self._is_headed = False
         self._deadline: asyncio.TimerHandle | None = None
         #: How replies are compressed.
         self.reply_encoding = "identity"
+        #: Monotonic time at which the client gives up; 0: never.
+        self.deadline_ns = 0
         if head.timeout_ns:
+            self.deadline_ns = time.monotonic_ns() + head.timeout_ns
             self._deadline = frontend.loop.call_later(head.timeout_ns / 1e9, self._deadline_passed)
         self.opened()
 
@@ -67,6 +86,13 @@ class Call(Stream):
 
     def take_message(self, message: memoryview) -> None:
         """A whole message, decompressed; valid during the call only."""
+
+    def open_upload(self, message_bytes: int) -> Upload | None:
+        """A large message has begun; return what receives it, or None to have it collected."""
+        return None
+
+    def take_upload(self, upload: Upload) -> None:
+        """A large message is complete, and placed or refused."""
 
     def take_end(self) -> None:
         """The client will send no more."""
@@ -82,7 +108,7 @@ class Call(Stream):
         except Exception as error:
             self.fail(error)
         if is_end and not self.is_local_closed:
-            if self._partial is not None:
+            if self._partial is not None or self._upload is not None:
                 self.fail(RpcError(Status.INTERNAL, "the request ends within a message"))
             else:
                 self.take_end()
@@ -90,6 +116,13 @@ class Call(Stream):
     def _split(self, chunk: memoryview) -> None:
         position, end = 0, len(chunk)
         while position < end and not self.is_local_closed:
+            upload = self._upload
+            if upload is not None:
+                part = chunk[position : position + upload.left]
+                upload.take(part)
+                position += len(part)
+                self._end_upload(upload)
+                continue
             partial = self._partial
             if partial is None:
                 if end - position >= PREFIX_BYTES:
@@ -120,6 +153,12 @@ class Call(Stream):
                         f"Received message larger than max ({length} vs. {MESSAGE_BYTES_MAX})",
                     )
                 self._expected = PREFIX_BYTES + length
+                if length >= UPLOAD_BYTES_MIN and not partial[0]:
+                    self._upload = self.open_upload(length)
+                    if self._upload is not None:
+                        self._partial = None
+                        self.frontend.release(PREFIX_BYTES)
+                        return position
                 if length:
                     continue
             self._partial = None
@@ -128,6 +167,32 @@ class Call(Stream):
             finally:
                 self.frontend.release(len(partial))
             return position
+
+    def _end_upload(self, upload: Upload) -> None:
+        """Hand a large message on if all of it is here, or if nothing more needs to come."""
+        if upload.left and not upload.is_refused:
+            return
+        self._upload = None
+        if upload.whole is None:
+            self.take_upload(upload)
+            return
+        try:
+            self.take_message(memoryview(upload.whole))
+        finally:
+            upload.release()
+
+    def direct_place(self, limit: int) -> memoryview | None:
+        upload = self._upload
+        return None if upload is None else upload.place(limit)
+
+    def direct_received(self, count: int) -> None:
+        upload = self._upload
+        assert upload is not None
+        upload.received(count)
+        try:
+            self._end_upload(upload)
+        except Exception as error:
+            self.fail(error)
 
     def _take(self, flag: int, message: memoryview) -> None:
         if flag == 0:
@@ -220,6 +285,9 @@ class Call(Stream):
         partial, self._partial = self._partial, None
         if partial is not None:
             self.frontend.release(len(partial))
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.abandon()
         self.cancelled()
 
     def _deadline_passed(self) -> None:

@@ -43,6 +43,8 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._http2: Connection[RequestHead] = cast("Connection[RequestHead]", None)
         self._is_ending = False
+        #: The bytes being received go straight into shared memory.
+        self._is_direct = False
         # Pings of the client
         self._last_ping_s = 0.0
         self._strikes = 0
@@ -87,12 +89,17 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._frontend.closed(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._frontend.scratch_view
+        place = self._http2.direct_place()
+        self._is_direct = place is not None
+        return self._frontend.scratch_view if place is None else place
 
     def buffer_updated(self, nbytes: int) -> None:
         # Whatever it is, the client is there.
         self._is_pinged = False
-        self._http2.receive(self._frontend.scratch_view[:nbytes])
+        if self._is_direct:
+            self._http2.received_direct(nbytes)
+        else:
+            self._http2.receive(self._frontend.scratch_view[:nbytes])
 
     def eof_received(self) -> bool:
         # A client that has closed its side takes no answers either, as gRPC clients do it.

@@ -269,15 +269,15 @@ async def trace_setting(frontend: GrpcFrontend, message: memoryview) -> bytes:
         # As the JSON that HTTP would carry: lists for levels, single texts for the others, null for nothing.
         document: dict[str, Any] = {}
         for name, setting in request.settings.items():
-            values = list(setting.value)
-            if not values:
+            given = list(setting.value)
+            if not given:
                 document[name] = None
             elif name == "trace_level":
-                document[name] = values
-            elif len(values) > 1:
+                document[name] = given
+            elif len(given) > 1:
                 raise InvalidArgument(f"expect only 1 value for '{name}'")
             else:
-                document[name] = values[0]
+                document[name] = given[0]
         settings = parse_trace_settings(document)
         found = await frontend.control.command("trace_set", {"model": model, "settings": settings})
     else:

@@ -437,16 +437,18 @@ def test_restricted_protocols(alpha: Path) -> None:
 
 def test_compressed_replies(alpha: Path, expected: Any) -> None:
     """Spec G-084."""
-    with ForebayServer(alpha, "--grpc-infer-response-compression-level=high", protocols=("grpc",)) as server:
-        with grpcclient.InferenceServerClient(url_of(server)) as client:
-            given = features(64)
-            for _ in range(2):
-                result = client.infer("alpha_model", [tensor("features", given)])
-                np.testing.assert_allclose(result.as_numpy("prediction"), expected(given), rtol=1e-5)
-            stream = Stream(client)
-            stream.ask("alpha_model", [tensor("features", given)])
-            assert is_final(stream.take())
-            client.stop_stream()
+    with (
+        ForebayServer(alpha, "--grpc-infer-response-compression-level=high", protocols=("grpc",)) as server,
+        grpcclient.InferenceServerClient(url_of(server)) as client,
+    ):
+        given = features(64)
+        for _ in range(2):
+            result = client.infer("alpha_model", [tensor("features", given)])
+            np.testing.assert_allclose(result.as_numpy("prediction"), expected(given), rtol=1e-5)
+        stream = Stream(client)
+        stream.ask("alpha_model", [tensor("features", given)])
+        assert is_final(stream.take())
+        client.stop_stream()
 
 
 def test_a_stopping_server_finishes_what_it_was_asked(tmp_path: Path) -> None:
@@ -527,11 +529,13 @@ def test_too_many_pings(alpha: Path) -> None:
 
 def test_connections_grow_old(alpha: Path) -> None:
     """Spec G-083: connections end, calls do not fail."""
-    with ForebayServer(alpha, "--grpc-max-connection-age=300", protocols=("grpc",)) as server:
-        with grpcclient.InferenceServerClient(url_of(server)) as client:
-            end_s = time.monotonic() + 1.5
-            while time.monotonic() < end_s:
-                client.infer("alpha_model", [tensor("features", features(1))])
+    with (
+        ForebayServer(alpha, "--grpc-max-connection-age=300", protocols=("grpc",)) as server,
+        grpcclient.InferenceServerClient(url_of(server)) as client,
+    ):
+        end_s = time.monotonic() + 1.5
+        while time.monotonic() < end_s:
+            client.infer("alpha_model", [tensor("features", features(1))])
 
 
 # --- clients that misbehave ---

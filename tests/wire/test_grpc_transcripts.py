@@ -60,7 +60,10 @@ def one_line(message: Any) -> str:
     return text_format.MessageToString(message, as_one_line=True)
 
 
-GOOD = 'model_name: "f32" model_version: "1" {}outputs {{ name: "OUTPUT0" datatype: "FP32" shape: 2 }} raw_output_contents: "\\000\\000\\200?\\000\\000\\000@"'
+GOOD = (
+    'model_name: "f32" model_version: "1" {}outputs {{ name: "OUTPUT0" datatype: "FP32" shape: 2 }} '
+    'raw_output_contents: "\\000\\000\\200?\\000\\000\\000@"'
+)
 
 
 def with_contents(made: Any, **contents: Any) -> Any:
@@ -239,7 +242,8 @@ def decoupled(count: float, **fields: Any) -> Any:
 def data(value: str) -> str:
     return (
         'infer_response { model_name: "dec" model_version: "1" id: "s" parameters { key: "triton_final_response" value '
-        f'{{ bool_param: false }} }} outputs {{ name: "OUT" datatype: "FP32" shape: 1 }} raw_output_contents: "{value}" }}'
+        '{ bool_param: false } } outputs { name: "OUT" datatype: "FP32" shape: 1 } '
+        f'raw_output_contents: "{value}" }}'
     )
 
 

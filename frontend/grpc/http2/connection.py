@@ -112,6 +112,13 @@ class Stream:
     def on_data(self, chunk: memoryview, *, is_end: bool) -> None:
         """Some bytes of the request; the view is valid during the call only."""
 
+    def direct_place(self, limit: int) -> memoryview | None:
+        """Return where the next bytes of data, at most ``limit``, shall be received to; None: anywhere."""
+        return None
+
+    def direct_received(self, count: int) -> None:
+        """``count`` bytes of data lie where :meth:`direct_place` said."""
+
     def on_reset(self) -> None:
         """The client, or the end of the connection, has ended the call."""
 
@@ -377,6 +384,25 @@ class Connection(Generic[Head]):
         else:
             self._end_data(chunk)
         return left
+
+    def direct_place(self) -> memoryview | None:
+        """Return where the transport shall put what it receives next; None: anywhere.
+
+        Answer with :meth:`received_direct` if it is used.
+        """
+        stream = self._data_stream
+        if stream is None or not self._data_left or stream.is_local_closed:
+            return None
+        return stream.direct_place(self._data_left)
+
+    def received_direct(self, count: int) -> None:
+        """``count`` bytes lie where :meth:`direct_place` said."""
+        stream = self._data_stream
+        assert stream is not None
+        self._data_left -= count
+        stream.direct_received(count)
+        if not self._data_left and not self._padding_left:
+            self._end_data(memoryview(b""))
 
     def _deliver(self, chunk: memoryview) -> None:
         stream = self._data_stream

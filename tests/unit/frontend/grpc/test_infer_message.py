@@ -177,35 +177,58 @@ def test_request_parameters() -> None:
 
 REGION = "shared_memory_region"
 SIZE = "shared_memory_byte_size"
+OFFSET = "shared_memory_offset"
+EMPTY_FINAL = "triton_enable_empty_final_response"
+
+
+def wrong(key: str, expected: str) -> str:
+    return f"invalid value type for '{key}' parameter, expected {expected}."
 
 
 @pytest.mark.parametrize(
     ("parameters", "text"),
     [
-        ({"sequence_start": parameter(int64_param=1)}, "invalid value type for 'sequence_start' parameter, expected bool_param."),
+        ({"sequence_start": parameter(int64_param=1)}, wrong("sequence_start", "bool_param")),
         ({"priority": parameter(int64_param=-1)}, "invalid value for 'priority', expected value >= 0."),
-        ({"priority": parameter(string_param="")}, "invalid value type for 'priority' parameter, expected int64_param or uint64_param."),
-        ({"timeout": parameter(uint64_param=1)}, "invalid value type for 'timeout' parameter, expected int64_param."),
-        ({"mine": parameter(uint64_param=1)}, "invalid value type for 'mine' parameter, expected int64_param, bool_param, string_param, or double_param."),
-        ({"triton_enable_empty_final_response": parameter(int64_param=1)}, "invalid value type for 'triton_enable_empty_final_response' parameter, expected bool_param."),
+        ({"priority": parameter(string_param="")}, wrong("priority", "int64_param or uint64_param")),
+        ({"timeout": parameter(uint64_param=1)}, wrong("timeout", "int64_param")),
+        (
+            {"mine": parameter(uint64_param=1)},
+            wrong("mine", "int64_param, bool_param, string_param, or double_param"),
+        ),
+        ({EMPTY_FINAL: parameter(int64_param=1)}, wrong(EMPTY_FINAL, "bool_param")),
     ],
-)  # fmt: skip
+)
 def test_wrong_request_parameters(parameters: Any, text: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         read(message(raw_input_contents=[bytes(8)], parameters=parameters))
     assert caught.value.text == text
 
 
+def wrong_region(key: str, expected: str) -> str:
+    return f"invalid value type for '{key}' parameter for tensor 'X', expected {expected}."
+
+
+def without_region(key: str) -> str:
+    return f"'{key}' can not be specified without 'shared_memory_region' parameter for tensor 'X'"
+
+
 @pytest.mark.parametrize(
     ("parameters", "text"),
     [
-        ({REGION: parameter(int64_param=1)}, "invalid value type for 'shared_memory_region' parameter for tensor 'X', expected string_param."),
-        ({REGION: parameter(string_param="r")}, "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for tensor 'X'"),
-        ({SIZE: parameter(int64_param=1)}, "'shared_memory_byte_size' can not be specified without 'shared_memory_region' parameter for tensor 'X'"),
-        ({"shared_memory_offset": parameter(int64_param=1)}, "'shared_memory_offset' can not be specified without 'shared_memory_region' parameter for tensor 'X'"),
-        ({REGION: parameter(string_param="r"), SIZE: parameter(bool_param=True)}, "invalid value type for 'shared_memory_byte_size' parameter for tensor 'X', expected int64_param."),
+        ({REGION: parameter(int64_param=1)}, wrong_region(REGION, "string_param")),
+        (
+            {REGION: parameter(string_param="r")},
+            "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for tensor 'X'",
+        ),
+        ({SIZE: parameter(int64_param=1)}, without_region(SIZE)),
+        ({OFFSET: parameter(int64_param=1)}, without_region(OFFSET)),
+        (
+            {REGION: parameter(string_param="r"), SIZE: parameter(bool_param=True)},
+            wrong_region(SIZE, "int64_param"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_regions(parameters: Any, text: str) -> None:
     """Spec G-046."""
     made = message()
