@@ -150,7 +150,7 @@ class OneStepInference:
     def _count(self, response: Response) -> None:
         outcomes = self._one.ensemble.outcomes
         if response.error is not None:
-            outcomes.failed(self._began_ns, response.error)
+            outcomes.failed(self._began_ns, response.error, ran=response.ran)
         else:
             times = StepTimes.since(self._began_ns, self.route.engine.reply_times())
             outcomes.succeeded(self.rows, self._began_ns, times)
@@ -158,5 +158,5 @@ class OneStepInference:
     def cancel(self) -> None:
         """Nobody waits any more."""
         if not self._inner.is_done and self._began_ns:
-            self._one.ensemble.outcomes.failed(self._began_ns, Cancelled("cancelled"))
+            self._one.ensemble.outcomes.failed(self._began_ns, Cancelled("cancelled"), ran=False)
         self._inner.cancel()

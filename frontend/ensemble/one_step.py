@@ -158,4 +158,4 @@ class _CountedRows:
         owner = self._owner
         failed = self._one.prefixed(error)
         owner.rows_failed(slab, first, failed, ran=True)
-        self._one.ensemble.outcomes.failed(self._began_ns, failed)
+        self._one.ensemble.outcomes.failed(self._began_ns, failed, ran=ran)

@@ -4,51 +4,93 @@ from __future__ import annotations
 
 import time
 
-from forebay.frontend.engine_client import RouteClient
-from forebay.frontend.ensemble.step_call import StepReply, StepTimes
+from forebay.frontend.engine_client import RouteClient, count_failure
+from forebay.frontend.ensemble.step_call import StepTimes
 from forebay.ipc.counters import InstanceCounter, ProducerCounter
-from forebay.ipc.errors import BackendFailed, Cancelled, QueueFull, WorkerDied
+from forebay.ipc.errors import ServingError
 
 
-def count_outcome(route: RouteClient, reply: StepReply, rows: int, began_ns: int, times: StepTimes) -> None:
-    """Count one ended request once (better than L-029).
+class Outcomes:
+    """What the requests of one ensemble came to in this event-loop turn; in the counters at its end.
 
-    Args:
-        reply: the last one.
-        rows: batch items, at least 1.
-        began_ns: monotonic time of the request.
-        times: sums over the steps (spec S-112).
+    A turn may end a whole batch of requests, and a word in shared memory costs more than an attribute.
     """
-    route.write_counters()
-    counters = route.counters
-    elapsed_ns = max(time.monotonic_ns() - began_ns, 0)
-    error = reply.error
-    if error is not None:
-        counters[ProducerCounter.FAILED] += 1
-        counters[ProducerCounter.FAILED_NS] += elapsed_ns
-        if isinstance(error, Cancelled):
-            counters[ProducerCounter.CANCELED] += 1
-        elif isinstance(error, QueueFull):
-            counters[ProducerCounter.REJECTED] += 1
-        elif isinstance(error, BackendFailed) and not isinstance(error, WorkerDied):
-            counters[ProducerCounter.FAILED_BACKEND] += 1
+
+    __slots__ = (
+        "_by_rows",
+        "_infer_ns",
+        "_input_ns",
+        "_is_due",
+        "_output_ns",
+        "_queue_ns",
+        "_route",
+        "_rows",
+        "_succeeded",
+        "_succeeded_ns",
+    )
+
+    def __init__(self, route: RouteClient) -> None:
+        self._route = route
+        self._is_due = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._succeeded = self._succeeded_ns = self._rows = 0
+        self._queue_ns = self._input_ns = self._infer_ns = self._output_ns = 0
+        #: Rows of a request to how many there were, and what they took: input, infer, output ns.
+        self._by_rows: dict[int, list[int]] = {}
+
+    def succeeded(self, rows: int, began_ns: int, times: StepTimes) -> None:
+        """Count a request that was answered.
+
+        Args:
+            rows: batch items, at least 1.
+            began_ns: monotonic time of the request.
+            times: sums over the steps (spec S-112).
+        """
+        queue_ns, input_ns, infer_ns, output_ns = times
+        self._succeeded += 1
+        self._succeeded_ns += time.monotonic_ns() - began_ns
+        self._rows += rows
+        self._queue_ns += queue_ns
+        self._input_ns += input_ns
+        self._infer_ns += infer_ns
+        self._output_ns += output_ns
+        found = self._by_rows.get(rows)
+        if found is None:
+            self._by_rows[rows] = [1, input_ns, infer_ns, output_ns]
         else:
-            counters[ProducerCounter.FAILED_OTHER] += 1
-        return
-    counters[ProducerCounter.SUCCESS] += 1
-    counters[ProducerCounter.SUCCESS_NS] += elapsed_ns
-    steps = route.step_counters
-    steps[InstanceCounter.SUCCESS] += 1
-    steps[InstanceCounter.INFERENCES] += rows
-    steps[InstanceCounter.EXECUTIONS] += 1
-    steps[InstanceCounter.QUEUE_NS] += times.queue_ns
-    steps[InstanceCounter.INPUT_NS] += times.input_ns
-    steps[InstanceCounter.INFER_NS] += times.infer_ns
-    steps[InstanceCounter.OUTPUT_NS] += times.output_ns
-    steps[InstanceCounter.LAST_INFERENCE_MS] = time.time_ns() // 1_000_000
-    if rows <= max(route.entry.max_batch_size, 1):
-        word = InstanceCounter.BATCH_SIZES + 4 * (rows - 1)
-        steps[word] += 1
-        steps[word + 1] += times.input_ns
-        steps[word + 2] += times.infer_ns
-        steps[word + 3] += times.output_ns
+            found[0] += 1
+            found[1] += input_ns
+            found[2] += infer_ns
+            found[3] += output_ns
+        if not self._is_due:
+            self._is_due = True
+            self._route.engine.call_soon(self._write)
+
+    def failed(self, began_ns: int, error: ServingError, *, ran: bool) -> None:
+        """Count a request that was not, once and by the reason of the step that failed (better than L-029)."""
+        elapsed_ns = max(time.monotonic_ns() - began_ns, 0)
+        count_failure(self._route.counters, error, 1, elapsed_ns, ran=ran)
+
+    def _write(self) -> None:
+        self._is_due = False
+        route = self._route
+        counters, steps = route.counters, route.step_counters
+        counters[ProducerCounter.SUCCESS] += self._succeeded
+        counters[ProducerCounter.SUCCESS_NS] += max(self._succeeded_ns, 0)
+        route.write_counters()
+        steps[InstanceCounter.SUCCESS] += self._succeeded
+        steps[InstanceCounter.INFERENCES] += self._rows
+        steps[InstanceCounter.EXECUTIONS] += self._succeeded
+        steps[InstanceCounter.QUEUE_NS] += self._queue_ns
+        steps[InstanceCounter.INPUT_NS] += self._input_ns
+        steps[InstanceCounter.INFER_NS] += self._infer_ns
+        steps[InstanceCounter.OUTPUT_NS] += self._output_ns
+        steps[InstanceCounter.LAST_INFERENCE_MS] = time.time_ns() // 1_000_000
+        for rows, found in self._by_rows.items():
+            if rows <= max(route.entry.max_batch_size, 1):
+                word = InstanceCounter.BATCH_SIZES + 4 * (rows - 1)
+                for index, amount in enumerate(found):
+                    steps[word + index] += amount
+        self._reset()

@@ -279,7 +279,7 @@ class EnsembleRun:
             iteration.calls -= 1
             self._times = self._times.plus(reply.times)
         if reply.error is not None:
-            self._fail(reply.error)
+            self._fail(reply.error, ran=reply.ran)
             return
         if reply.has_response:
             outputs = needed.step.outputs
@@ -393,11 +393,11 @@ class EnsembleRun:
 
     # --- the end ---
 
-    def _fail(self, error: ServingError) -> None:
+    def _fail(self, error: ServingError, *, ran: bool = False) -> None:
         """The first failing step ends the request (spec S-107)."""
         name = self._route.entry.name
         failed = type(error)(f"in ensemble '{name}', {error.text}")
-        self._end(StepReply(error=failed, times=self._times))
+        self._end(StepReply(error=failed, ran=ran, times=self._times))
 
     def _end(self, reply: StepReply, *, is_cancelled: bool = False) -> None:
         self.is_done = True
@@ -416,7 +416,7 @@ class EnsembleRun:
                 route.counters[Count.ENSEMBLE_USES] -= 1
             self._routes.clear()
             if reply.error is not None:
-                self._model.outcomes.failed(self._began_ns, reply.error)
+                self._model.outcomes.failed(self._began_ns, reply.error, ran=reply.ran)
             else:
                 self._model.outcomes.succeeded(self._rows, self._began_ns, self._times)
 

@@ -58,6 +58,8 @@ class StepReply(NamedTuple):
     outputs: Mapping[str, Tensor] = {}
     parameters: Mapping[str, ParameterValue] = {}
     error: ServingError | None = None
+    ran: bool = True
+    """Of an error: a worker had the request; else the queue refused it."""
     final: bool = True
     has_response: bool = True
     """False: only says that no further response follows."""
@@ -168,7 +170,7 @@ class ModelCall:
         blocks = [self._first, *self._lent]
         try:
             if not self._is_cancelled:
-                found = self._read(reply, blocks, final=final)
+                found = self._read(reply, blocks, final=final, ran=ran)
                 if self._meta.trace is not None:
                     self._trace_reply(self._meta.trace, found, ran=ran)
                 self._on_reply(found)
@@ -188,10 +190,10 @@ class ModelCall:
             for name, tensor in reply.outputs.items():
                 trace.tensor(BACKEND_OUTPUT, name, tensor.datatype, tensor.shape, tensor.view(engine))
 
-    def _read(self, reply: ReplyHead, blocks: Sequence[Block], *, final: bool) -> StepReply:
+    def _read(self, reply: ReplyHead, blocks: Sequence[Block], *, final: bool, ran: bool) -> StepReply:
         times = StepTimes.since(self._enqueue_ns, self._route.engine.reply_times()) if final else StepTimes()
         if reply.text or reply.code:
-            return StepReply(error=from_wire(reply.code, reply.text), final=final, times=times)
+            return StepReply(error=from_wire(reply.code, reply.text), ran=ran, final=final, times=times)
         outputs: dict[str, Tensor] = {}
         for place in reply.outputs:
             block = next((block for block in blocks if block.contains(place.offset)), None)
