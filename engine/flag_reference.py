@@ -23,7 +23,7 @@ Usage: forebay COMMAND [options]
 
   serve     serve model repositories; `serve` may be left out before --model-repository
   validate  check model repositories without serving them
-  explain   show what the server makes of a model's configuration
+  explain   show why a running server batched a model's requests as it did
   demo      serve the example repository, send requests and show the answers
   version   print the version
 
@@ -33,7 +33,7 @@ Each has its own --help. Every flag can also be given as an environment variable
 USAGES = {
     "serve": "forebay serve --model-repository DIRECTORY [options] [MODULE:FUNCTION ...]",
     "validate": "forebay validate [options] DIRECTORY ...",
-    "explain": "forebay explain --model-repository DIRECTORY [options] [MODEL ...]",
+    "explain": "forebay explain [--http-port PORT] [options] MODEL[:VERSION] ...",
 }
 
 

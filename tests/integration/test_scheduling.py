@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -402,6 +404,10 @@ def test_explain_tells_of_the_last_batches(server: ForebayServer, client: httpcl
     assert (last["rows"], last["segments"], last["reason"]) == (1, 1, "instance idle")
     assert last["run_ns"] > 0
     assert server.get("/forebay/explain/nobody")[0] == 404
+    command = [sys.executable, "-P", "-m", "forebay.engine.main", "explain", f"--http-port={server.http_port}"]
+    printed = subprocess.run([*command, "dynamic:1"], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "dynamic version 1" in printed
+    assert "instance idle: 1.0 rows" in printed
 
 
 def test_rate_limiter_keeps_models_with_one_resource_apart(tmp_path: Path) -> None:

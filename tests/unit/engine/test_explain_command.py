@@ -1,0 +1,88 @@
+"""``forebay explain``: what it asks, what it prints."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from forebay.engine.command_line import Command
+from forebay.engine.explain_command import Explanation, render, run
+from forebay.engine.settings import HttpSettings, Settings
+
+
+def batch(number: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "batch": number, "rows": 4, "requests": 4, "segments": 1, "oldest_wait_ns": 2_500_000, "reason": "delay",
+        "instance": "m_0_0", "started_ns": number * 1_000_000, "run_ns": 750_000, **fields,
+    }  # fmt: skip
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        known = self.path in ("/forebay/explain/m%20x", "/forebay/explain/m%20x/versions/3")
+        body = json.dumps({"model": "m x", "version": "3", "batches": [batch(1)]} if known else {"error": "unknown"})
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, format: str, *_arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A server that knows model ``m x``."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def command(port: int, *models: str, **fields: Any) -> Command:
+    settings = Settings(http=HttpSettings(port=port, address="0.0.0.0"))
+    return Command(name="explain", settings=settings, arguments=models, sources={}, **fields)
+
+
+def test_prints_a_table(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(port, "m x", "m x:3")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("m x version 3: one batch") == 2
+    assert "4.0 rows per batch, oldest request waited 2.50 ms, batch ran 0.75 ms (means)" in printed
+    assert "100 %  delay: 4.0 rows" in printed
+
+
+def test_prints_json(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(port, "m x", output_format="json")) == 0
+    assert json.loads(capsys.readouterr().out)["batches"][0]["reason"] == "delay"
+
+
+def test_says_what_is_wrong(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(port)) == 1
+    assert "name a model" in capsys.readouterr().err
+    assert run(command(port, "other")) == 1
+    assert "unknown" in capsys.readouterr().err
+    assert run(command(1, "m x")) == 1
+    assert "no server answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_shows_the_last_batches_and_counts_all() -> None:
+    batches = [batch(number, reason="full" if number % 4 else "delay", run_ns=number % 40) for number in range(100)]
+    explanation = {"model": "m", "version": "1", "batches": batches}
+    lines = render(msgspec.convert(explanation, Explanation))
+    assert lines[0] == "m version 1: the last 100 batches"
+    assert [line.split()[0] for line in lines[-20:]] == [str(number) for number in range(80, 100)]
+    assert any("75 %  full" in line for line in lines)
+    assert "running" in lines[-20]
+
+
+def test_says_so_when_there_is_nothing() -> None:
+    assert "nothing has been asked" in render(Explanation("m", "1", ()))[1]
