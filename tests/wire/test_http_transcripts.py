@@ -97,7 +97,10 @@ ON_PURPOSE: dict[str, Ours] = {
         _CHECKED, 500, "text/plain", r'{"error":"model \'multi\' produced output \'OUT\' as INT8 \[2, 2\], but .*"}'
     ),
     "E-182": Ours(
-        "responses have parameters in later versions", 200, body=r'.*"parameters":{"a":1,"b":"s","c":true}.*'
+        "responses have parameters in later versions",
+        200,
+        "application/json",
+        r'.*"parameters":{"a":1,"b":"s","c":true}.*',
     ),
     "E-186": Ours(
         "some of the counted requests are not in the recording", body=r'{"model_stats":\[{"name":"ens",.*}\]}'
