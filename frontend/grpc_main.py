@@ -50,6 +50,7 @@ async def open_servers(process: FrontendProcess) -> Served:
         settings,
         process.counters.words,
         build_methods(),
+        process.regions,
         server_id=control_settings.server_id,
         allow_client_shm=control_settings.allow_client_shm,
     )

@@ -13,7 +13,6 @@ from forebay.frontend.grpc.infer_plan import InferPlan
 from forebay.frontend.grpc.status import RpcError, Status
 from forebay.frontend.grpc.upload import Upload
 from forebay.frontend.inference import Response
-from forebay.frontend.start_inference import PlacedInference
 from forebay.frontend.tracing import begin_sending, end_sending
 from forebay.ipc.errors import ServingError
 
@@ -23,17 +22,15 @@ _NO_PLAN_TEXT = "the request holds more than one message"
 class InferCall(Call):
     """One unary inference. With a plan it waits in slab rows itself, without one through an :class:`Inference`."""
 
-    __slots__ = ("_id_field", "_inference", "_is_taken", "_placed", "_plan")
+    __slots__ = ("_id_field", "_is_taken", "_placed", "_plan")
 
     _id_field: bytes
-    _inference: PlacedInference | None
     _is_taken: bool
     _placed: PlacedRequest | None
     _plan: InferPlan
 
     def opened(self) -> None:
         """Finish construction; called once, before any message."""
-        self._inference = None
         self._is_taken = False
         self._placed = None
         self.reply_encoding = self.frontend.reply_encoding(self.head)
@@ -85,7 +82,6 @@ class InferCall(Call):
 
     def _submit(self, placed: PlacedRequest) -> None:
         self._placed = placed
-        self._inference = placed.inference
         meta = placed.meta
         if self.deadline_ns:
             meta = msgspec.structs.replace(meta, deadline_ns=self.deadline_ns)
@@ -96,11 +92,9 @@ class InferCall(Call):
             self.fail(RpcError(Status.INTERNAL, "the request holds no message"))
 
     def cancelled(self) -> None:
-        if self._inference is not None:
-            self._inference.cancel()
-            self._inference = None
-            if self._placed is not None and self._placed.meta.trace is not None:
-                self._placed.meta.trace.end()
+        placed, self._placed = self._placed, None
+        if placed is not None:
+            placed.cancel()
 
     # --- answers, with a plan ---
 
@@ -134,15 +128,18 @@ class InferCall(Call):
 
     def _on_response(self, response: Response) -> None:
         placed = self._placed
-        assert placed is not None
+        if placed is None:
+            return
         if response.final:
-            self._inference = None
+            self._placed = None
         if placed.meta.trace is None:
             self._answer(placed, response)
-            return
-        begin_sending(placed.meta.trace, response)
-        self._answer(placed, response)
-        end_sending(placed.meta.trace, response)
+        else:
+            begin_sending(placed.meta.trace, response)
+            self._answer(placed, response)
+            end_sending(placed.meta.trace, response)
+        if response.final:
+            placed.release()
 
     def _answer(self, placed: PlacedRequest, response: Response) -> None:
         if self.is_local_closed:

@@ -463,7 +463,6 @@ class _ContentsReader:
             return value
         numbers: npt.NDArray[np.uint64] = unpack_varints(value)
         if number == 1:
-            return (numbers != 0).astype(np.uint8).tobytes()
-        unsigned = f"uint{DATATYPES[datatype].item_bytes * 8}"
-        narrowed: bytes = numbers.astype(unsigned).tobytes()
+            numbers = np.minimum(numbers, np.uint64(1))
+        narrowed: bytes = numbers.astype(f"uint{DATATYPES[datatype].item_bytes * 8}").tobytes()
         return narrowed

@@ -11,15 +11,16 @@ from forebay.frontend.catalog_view import parse_version
 from forebay.frontend.codec.infer_request import BinaryData, JsonData, ParsedInfer, RegionData
 from forebay.frontend.codec.infer_response import classify
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.codec.validation import validate_infer
+from forebay.frontend.codec.validation import InputFacts, validate_infer, validate_request
 from forebay.frontend.grpc.infer_message import InferMessage, WireRequest, read_request
 from forebay.frontend.grpc.infer_plan import make_plan
 from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
 from forebay.frontend.inference import InputTensor, RequestMeta, Response
+from forebay.frontend.regions import RegionUse
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.frontend.tracing import REQUEST_START, Trace
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.errors import InvalidArgument, NotFound, Unsupported
+from forebay.ipc.errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
     from forebay.frontend.grpc.request_head import RequestHead
@@ -34,6 +35,35 @@ class PlacedRequest(msgspec.Struct, frozen=True):
     enable_empty_final: bool
     inference: PlacedInference
     meta: RequestMeta
+    regions: RegionUse | None
+    """Memory of the client's that the request names."""
+
+    def release(self) -> None:
+        """The request has been answered for the last time."""
+        if self.regions is not None:
+            self.regions.release()
+
+    def cancel(self) -> None:
+        """Nobody waits any more; at any time."""
+        self.inference.cancel()
+        self.release()
+        if self.meta.trace is not None:
+            self.meta.trace.end()
+
+    def check_strings(self) -> None:
+        """Check the framing of BYTES that could not be looked at before they were in their places.
+
+        Raises:
+            InvalidArgument: with Triton's texts (spec H-091).
+        """
+        request = self.request
+        if all(tensor.datatype != "BYTES" for tensor in request.inputs):
+            return
+        facts = [
+            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place)
+            for tensor, place in zip(request.inputs, self.inference.places, strict=True)
+        ]
+        validate_request(self.entry, request.id, facts, [output.name for output in request.outputs])
 
 
 def find_model(frontend: GrpcFrontend, wire: WireRequest) -> ModelEntry:
@@ -74,7 +104,6 @@ def read_parsed(
     if head.forwarded:
         request = msgspec.structs.replace(found.request, parameters={**found.request.parameters, **head.forwarded})
         found = InferMessage(request, found.enable_empty_final)
-    _refuse_regions(found.request)
     return entry, found
 
 
@@ -94,17 +123,45 @@ def place_parsed(
         direct: its raw contents are received into the places, which may take long.
 
     Raises:
-        ServingError: there is no room, or the model is gone; nothing is held then.
+        ServingError: there is no room, the model is gone, or a region is; nothing is held then.
     """
+    request = found.request
+    sources = [tensor.source for tensor in request.inputs] + [output.region for output in request.outputs]
+    named = [source for source in sources if isinstance(source, RegionData)]
+    regions = RegionUse(frontend.regions, named) if named else None
+    try:
+        return _place(frontend, head, entry, found, batch_size, regions, direct=direct)
+    except BaseException:
+        if regions is not None:
+            regions.release()
+        raise
+
+
+def _place(
+    frontend: GrpcFrontend,
+    head: RequestHead,
+    entry: ModelEntry,
+    found: InferMessage,
+    batch_size: int,
+    regions: RegionUse | None,
+    *,
+    direct: bool,
+) -> PlacedRequest:
     request = found.request
     tensors = [
         InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
     ]
     inference = start_inference(frontend.engine, entry.route, tensors, batch_size, direct=direct)
-    for tensor, place in zip(request.inputs, inference.places, strict=True):
-        if isinstance(tensor.source, JsonData):
-            place[:] = tensor.source.data
-            inference.route.copied_in_bytes += tensor.source.byte_size
+    try:
+        for tensor, place in zip(request.inputs, inference.places, strict=True):
+            if isinstance(tensor.source, JsonData):
+                place[:] = tensor.source.data
+                inference.route.copied_in_bytes += tensor.source.byte_size
+            elif isinstance(tensor.source, RegionData) and regions is not None:
+                regions.fill(place, tensor.source)
+    except BaseException:
+        inference.cancel()
+        raise
     meta = RequestMeta(
         id=request.id,
         outputs=tuple(output.name for output in request.outputs),
@@ -116,7 +173,7 @@ def place_parsed(
         timeout_us=request.timeout_us,
         trace=_begin_trace(inference, head, request.id),
     )
-    return PlacedRequest(entry, request, found.enable_empty_final, inference, meta)
+    return PlacedRequest(entry, request, found.enable_empty_final, inference, meta, regions)
 
 
 def _begin_trace(inference: PlacedInference, head: RequestHead, request_id: str) -> Trace | None:
@@ -157,21 +214,18 @@ def place_request(
         if isinstance(source, BinaryData):
             place[:] = message[source.offset : source.offset + source.body_bytes]
             inference.route.copied_in_bytes += source.body_bytes
+    if placed.regions is not None:
+        try:
+            placed.check_strings()
+        except BaseException:
+            placed.cancel()
+            raise
     route = inference.rows_route
     if route is not None and wire.is_plain and wire.raw and not head.forwarded:
         plan = make_plan(route, entry, wire, message, request, inference.rows)
         if plan is not None:
             frontend.plans.remember(message, wire, plan)
     return placed
-
-
-def _refuse_regions(request: ParsedInfer) -> None:
-    for tensor in request.inputs:
-        if isinstance(tensor.source, RegionData):
-            raise NotFound(f"Unable to find shared memory region: '{tensor.source.region}'")
-    for output in request.outputs:
-        if output.region is not None:
-            raise NotFound(f"Unable to find shared memory region: '{output.region.region}'")
 
 
 def render(placed: PlacedRequest, response: Response, extra: dict[str, bool]) -> list[Buffer]:
@@ -185,8 +239,9 @@ def render(placed: PlacedRequest, response: Response, extra: dict[str, bool]) ->
     """
     entry = placed.entry
     identity = identity_fields(entry.name, str(entry.version), placed.request.id)
-    placed.inference.route.copied_out_bytes += sum(len(view.data) for view in response.outputs)
-    return render_reply(identity, {**response.parameters, **extra}, _reply_tensors(placed, response))
+    tensors = _reply_tensors(placed, response)
+    placed.inference.route.copied_out_bytes += sum(len(tensor.data) for tensor in tensors)
+    return render_reply(identity, {**response.parameters, **extra}, tensors)
 
 
 def _reply_tensors(placed: PlacedRequest, response: Response) -> list[ReplyTensor]:
@@ -211,6 +266,10 @@ def _reply_tensors(placed: PlacedRequest, response: Response) -> list[ReplyTenso
                 binary=True,
             )
             tensors.append(ReplyTensor(best.name, best.datatype, best.shape, best.data or b""))
+        elif wanted.region is not None and placed.regions is not None:
+            # Its entry stays empty (spec G-043).
+            placed.regions.store(view.name, view.data, wanted.region)
+            tensors.append(ReplyTensor(view.name, view.datatype, view.shape, b""))
         else:
             tensors.append(ReplyTensor(view.name, view.datatype, view.shape, view.data))
     return tensors

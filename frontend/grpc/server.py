@@ -17,6 +17,7 @@ from forebay.frontend.grpc.infer_plan import PlanBook
 from forebay.frontend.grpc.request_head import HeadReader, RequestHead
 from forebay.frontend.grpc.settings import GrpcView
 from forebay.frontend.grpc.status import RpcError, Status
+from forebay.frontend.regions import RegionTable
 from forebay.frontend.statistics import Words
 from forebay.ipc.log import log
 
@@ -48,6 +49,7 @@ class GrpcFrontend:
         settings: GrpcView,
         words: Words,
         methods: dict[str, CallFactory],
+        regions: RegionTable,
         *,
         server_id: str = "triton",
         allow_client_shm: bool = False,
@@ -64,6 +66,8 @@ class GrpcFrontend:
         self.settings = settings
         self.words = words
         self.methods = methods
+        #: Shared memory that clients have registered.
+        self.regions = regions
         self.server_id = server_id
         self.allow_client_shm = allow_client_shm
         self.catalog: CatalogView = control.catalog

@@ -63,9 +63,7 @@ class StreamSlot:
         self._is_ended = True
         placed, self._placed = self._placed, None
         if placed is not None:
-            placed.inference.cancel()
-            if placed.meta.trace is not None:
-                placed.meta.trace.end()
+            placed.cancel()
 
     # --- rows of a known plan ---
 
@@ -121,10 +119,12 @@ class StreamSlot:
             return
         if placed.meta.trace is None:
             self._answer(placed, response)
-            return
-        begin_sending(placed.meta.trace, response)
-        self._answer(placed, response)
-        end_sending(placed.meta.trace, response)
+        else:
+            begin_sending(placed.meta.trace, response)
+            self._answer(placed, response)
+            end_sending(placed.meta.trace, response)
+        if response.final:
+            placed.release()
 
     def _answer(self, placed: PlacedRequest, response: Response) -> None:
         entry = placed.entry
@@ -164,10 +164,9 @@ class StreamSlot:
 class StreamInferCall(Call):
     """One stream."""
 
-    __slots__ = ("_has_ended", "_in_flight", "_order", "_slots")
+    __slots__ = ("_has_ended", "_order", "_slots")
 
     _has_ended: bool
-    _in_flight: int
     _order: deque[StreamSlot]
     _slots: set[StreamSlot]
 

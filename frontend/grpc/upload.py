@@ -228,7 +228,7 @@ class Upload:
         self._parts.clear()
         self._done.clear()
         if placed is not None:
-            placed.inference.cancel()
+            placed.cancel()
 
     # --- the end ---
 
@@ -238,17 +238,9 @@ class Upload:
         Raises:
             InvalidArgument: it is wrong; nothing is held then.
         """
-        placed = self.placed
-        assert placed is not None
-        request = placed.request
-        if all(tensor.datatype != "BYTES" for tensor in request.inputs):
-            return
-        facts = [
-            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place)
-            for tensor, place in zip(request.inputs, placed.inference.places, strict=True)
-        ]
+        assert self.placed is not None
         try:
-            validate_request(placed.entry, request.id, facts, [output.name for output in request.outputs])
+            self.placed.check_strings()
         except ServingError:
             self._drop()
             raise
