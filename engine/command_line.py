@@ -36,9 +36,19 @@ from forebay.engine.settings_file import load_settings_file
 CommandName = Literal["serve", "validate", "explain", "demo", "version"]
 
 #: Flags of single commands, besides those of the server.
+_FORMAT = Flag("format", group="server", metavar="text|json", help="Print for people (the default) or programs.")
 EXTRA_FLAGS: dict[str, tuple[Flag, ...]] = {
-    name: (Flag("format", group="server", metavar="text|json", help="Print for people (the default) or programs."),)
-    for name in ("validate", "explain")
+    "validate": (
+        _FORMAT,
+        Flag("json", takes_value=False, group="server", help="The same as --format=json."),
+        Flag(
+            "load",
+            takes_value=False,
+            group="server",
+            help="Also load each model, in processes of its own, and compare its tensors with the configuration.",
+        ),
+    ),
+    "explain": (_FORMAT,),
 }
 
 #: Kubernetes describes a service called forebay-http as FOREBAY_HTTP_PORT=tcp://10.0.0.1:8000: not meant for us.
@@ -56,6 +66,7 @@ class Command:
         settings: all settings, checked against each other.
         arguments: words that are no flags: models for `explain`, everything after the command for `demo`.
         output_format: for `validate` and `explain`.
+        is_loading: for `validate`: load the models too.
         warnings: lines to print to standard error before anything else.
         sources: for each setting that is not left at its default, by path, who set it.
     """
@@ -64,6 +75,7 @@ class Command:
     settings: Settings
     arguments: tuple[str, ...] = ()
     output_format: Literal["text", "json"] = "text"
+    is_loading: bool = False
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, str]
 
@@ -158,6 +170,7 @@ class _Parser:
             settings=settings,
             arguments=tuple(arguments),
             output_format=self._output_format(given),
+            is_loading=any(item.flag.name == "load" for item in given),
             warnings=tuple(self.warnings),
             sources=sources,
         )
@@ -291,7 +304,8 @@ class _Parser:
         if self.command == "validate" and arguments:
             repository = msgspec.structs.replace(repository, paths=(*repository.paths, *arguments))
             arguments = []
-        if not repository.paths and not repository.functions:
+        # `explain` asks a server that runs already.
+        if self.command != "explain" and not repository.paths and not repository.functions:
             text = "--model-repository must be specified"
             if self.command == "serve":
                 text += "\n(for a first look: forebay demo)"
@@ -422,6 +436,8 @@ class _Parser:
                     chosen = "text"
                 else:
                     raise self._bad_option("format", f"invalid argument for --format: {item.text}")
+            elif item.flag.name == "json":
+                chosen = "json"
         return chosen
 
     def _bad_option(self, name: str, reason: str, dashes: str = "--") -> CommandLineExit:

@@ -106,8 +106,9 @@ def test_validate_takes_directories_and_a_format():
 
 
 def test_explain_takes_models():
-    command = parse_command_line(["explain", "--model-repository=m", "alpha_model"], {})
+    command = parse_command_line(["explain", "--http-port=9000", "alpha_model"], {})
     assert (command.name, command.arguments) == ("explain", ("alpha_model",))
+    assert command.settings.http.port == 9000
 
 
 # --- getopt_long's grammar
