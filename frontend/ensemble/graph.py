@@ -58,7 +58,8 @@ class EnsembleGraph:
             return frozenset()
         if writer in decoupled:
             return frozenset((writer,))
-        return frozenset().union(*(self.origins(name, decoupled) for name in self.steps[writer].inputs.values()))
+        none: frozenset[int] = frozenset()
+        return none.union(*(self.origins(name, decoupled) for name in self.steps[writer].inputs.values()))
 
     def _prune(self, requested: tuple[str, ...]) -> GraphPlan:
         outputs = tuple(name for name in self._outputs if not requested or name in requested)
