@@ -324,8 +324,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "host-policy",
         "process.host_policies",
-        NOT_YET,
-        "start the server under taskset or numactl",
         metavar="POLICY,SETTING=VALUE",
         parse=values.parse_host_policy,
     ),

@@ -68,6 +68,8 @@ class Instance:
         self._counters = plant.counters.block(self.counter_offset, self._words)
         self.timeout_s = timeout_s
         self.cores: tuple[int, ...] = ()
+        #: Its cores are those of a host policy, and not of the pool.
+        self.is_bound_by_policy = False
         self.spec = msgspec.structs.replace(spec, counter_offset=self.counter_offset)
         self.title = f"{spec.model}:{spec.version} #{index}"
         #: Why there is no worker; empty while there is one.
@@ -174,7 +176,8 @@ class Instance:
         self._plant.watchdog.discard(self)
         if not keep_counters:
             self._plant.counters.free(self.counter_offset, self._words)
-        self._plant.cores.give_back(self.cores)
+        if not self.is_bound_by_policy:
+            self._plant.cores.give_back(self.cores)
         self.cores = ()
 
     def end_if_hung(self, now_ns: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from forebay.engine.repository.normalise import Gpu
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool
+from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.watchdog import Watchdog
 from forebay.engine.supervisor.worker_handle import WorkerHandle
@@ -25,6 +26,7 @@ class Plant:
     counters: CountersFile
     cores: CorePool
     gpus: tuple[Gpu, ...] = ()
+    host_policies: HostPolicies = field(default_factory=lambda: HostPolicies(()))
     watchdog: Watchdog = field(default_factory=Watchdog)
     #: Of each frontend that keeps a part of the response cache; empty: there is none.
     cache_counter_offsets: tuple[int, ...] = ()

@@ -27,6 +27,7 @@ from forebay.engine.repository.auto_complete import (
     merge_completed,
     require_config,
 )
+from forebay.engine.repository.check_repository import FILE_BACKENDS
 from forebay.engine.repository.config import config_json, parse_config_json
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.model_spec import (
@@ -39,7 +40,7 @@ from forebay.engine.repository.model_spec import (
 )
 from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups
 from forebay.engine.repository.packaged_files import missing_packages, packaged_model_file
-from forebay.engine.repository.repository import FoundModel, read_labels
+from forebay.engine.repository.repository import FoundModel, read_labels, resolve_model_file
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
 from forebay.engine.supervisor.gpus import gpus_of_backend
@@ -130,6 +131,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
     if not is_ensemble and not await asyncio.to_thread(os.path.isdir, found.version_path(version)):
         raise NotFound(f"failed to find version {version} of model '{found.name}'")
+    await asyncio.to_thread(_check_model_file, found, version, config)
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
         config = await _auto_complete(plant, found, version, config)
     settings = plant.settings.gpu
@@ -164,6 +166,18 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         outputs=outputs,
         worker_timeout_s=_worker_timeout_s(spec, plant.settings.process.worker_timeout_secs),
     )
+
+
+def _check_model_file(found: FoundModel, version: int, config: ModelConfig) -> None:
+    """Refuse a model file that lies outside its repository; backends' libraries open it by name (spec C-039).
+
+    Raises:
+        Refused: its name or a link leads out.
+    """
+    name = config.message.default_model_filename
+    if name and config.backend in FILE_BACKENDS:
+        # One that is not there is the backend's to complain about: it knows other names for it.
+        resolve_model_file(found.path, found.temporary_directory or found.repository, f"{version}/{name}")
 
 
 def _worker_timeout_s(spec: ModelSpec, default_s: float) -> float:

@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from forebay.engine.backend_families import family_of
 from forebay.engine.repository.model_spec import EnsembleSpec
 from forebay.engine.supervisor.instance import Instance, InstanceEvents
+from forebay.engine.supervisor.latency_settings import (
+    first_response_buckets_ms,
+    measures_latencies,
+)
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import (
     PreparedVersion,
@@ -19,7 +23,7 @@ from forebay.engine.supervisor.preparation import (
     scheduling_extra,
 )
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS, ProducerCounter, instance_words
+from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS, ProducerCounter, detail_words, instance_words
 from forebay.ipc.errors import Code
 from forebay.ipc.messages import InstanceSpec, RouteUp
 
@@ -57,6 +61,8 @@ class ServedVersion:
         self._producer_offsets: dict[str, int] = {}
         #: The same for what the steps of an ensemble took.
         self._step_offsets: dict[str, int] = {}
+        #: Offset and words of the same for details.
+        self._details: dict[str, tuple[int, int]] = {}
         self._events = InstanceEvents(changed=on_change, phase=on_phase)
         #: Instances that an adjustment removed, and that still run something.
         self._leaving: list[Instance] = []
@@ -139,8 +145,13 @@ class ServedVersion:
         return tuple(tensor.row_bytes for tensor in tensors)
 
     def assign_cores(self, instances: Sequence[Instance]) -> None:
-        """Pin those that run on the CPU to cores of their own, if there are enough."""
-        on_cpu = [instance for instance in instances if instance.spec.kind == "CPU"]
+        """Pin instances to the cores of their host policy; others that run on the CPU to cores of their own, if there
+        are enough.
+        """
+        for instance in instances:
+            instance.cores = self.plant.host_policies.cores(str(instance.spec.extra.get("host_policy", "")))
+            instance.is_bound_by_policy = bool(instance.cores)
+        on_cpu = [instance for instance in instances if instance.spec.kind == "CPU" and not instance.is_bound_by_policy]
         for instance, cores in zip(on_cpu, self.plant.cores.take(len(on_cpu)), strict=True):
             instance.cores = cores
 
@@ -223,11 +234,26 @@ class ServedVersion:
         for offset in self._step_offsets.values():
             counters.free(offset, instance_words(self.prepared.spec.max_batch_size))
         self._step_offsets.clear()
+        for offset, words in self._details.values():
+            counters.free(offset, words)
+        self._details.clear()
 
     def kill(self) -> None:
         """End the workers at once; the server is going down."""
         for instance in (*self.instances, *self._leaving):
             instance.kill()
+
+    def _allocate_details(self, slots: tuple[str, ...], words: int) -> None:
+        counters = self.plant.counters
+        for name in slots:
+            offset, former_words = self._details.get(name, (0, 0))
+            if words != former_words:
+                # An ensemble may find out later that it is decoupled.
+                if offset:
+                    counters.free(offset, former_words)
+                    del self._details[name]
+                if words:
+                    self._details[name] = (counters.allocate(words), words)
 
     def entry(self, slot: str, slots: tuple[str, ...], *, state: str, reason: str, decoupled: bool) -> ModelEntry:
         """Return what the frontend of ``slot`` is told; ``slots`` are all frontends that count requests."""
@@ -240,7 +266,14 @@ class ServedVersion:
         for name in slots if ensemble is not None else ():
             if name not in self._step_offsets:
                 self._step_offsets[name] = self.plant.counters.allocate(instance_words(spec.max_batch_size))
+        has_latencies = measures_latencies(self.plant.settings.metrics)
+        self._allocate_details(slots, detail_words(has_latencies=has_latencies, is_decoupled=decoupled))
+        details = {name: offset for name, (offset, _words) in self._details.items()}
         return ModelEntry(
+            detail_offset=details.get(slot, 0),
+            detail_offsets=tuple(details[name] for name in slots if name in details),
+            has_latencies=has_latencies,
+            first_response_buckets_ms=first_response_buckets_ms(spec),
             name=prepared.found.name,
             version=self.version,
             state=state,

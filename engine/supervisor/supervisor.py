@@ -17,6 +17,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from forebay.engine.backend_families import FAMILIES, FILE_HINTS
 from forebay.engine.console import Console, Endpoint, ExampleTensor, ModelProgress, ModelRow, Phase, client_snippet
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
+from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
@@ -34,6 +36,7 @@ from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.zygotes import Zygotes
 from forebay.ipc.catalog import Catalog
+from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.counters import CACHE_WORDS, COUNTERS_BYTES, CountersFile
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import ENVIRONMENT_VARIABLE, LogOptions, log
@@ -45,6 +48,9 @@ _STOP_TIMEOUT_S = 5.0
 
 #: How long a frontend may take to be ready to serve once the models are loaded, s.
 _START_TIMEOUT_S = 60.0
+
+#: Threads that read files.
+_FILE_THREADS = 2
 
 #: Connections that may wait to be accepted.
 _BACKLOG = 4096
@@ -81,8 +87,17 @@ class Supervisor:
 
     async def run(self) -> int:
         """Serve until a signal; return the exit code."""
+        try:
+            policies = HostPolicies(self.settings.process.host_policies)
+        except ServingError as error:
+            log.error(f"error: creating server: {error.code.label} - {error.text}")
+            return 1
         self._watch_signals()
+        # Files are read in threads; each costs memory that does not come back.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_FILE_THREADS, "files"))
         os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(log.options).decode()
+        # Models that call other models, or that use the shared-memory client, find their own server.
+        os.environ[RUNTIME_DIRECTORY_VARIABLE] = self._runtime.path
         counters = CountersFile()
         scheduling = SchedulerStart(
             epoch=0,
@@ -117,6 +132,7 @@ class Supervisor:
             counters=counters,
             cores=CorePool(usable_cores()),
             gpus=find_gpus(cpu_only=self.settings.gpu.cpu_only),
+            host_policies=policies,
             cache_counter_offsets=self._cache_counter_offsets,
         )
         self._control = ControlServer(self._runtime.path, self._catalog_for)

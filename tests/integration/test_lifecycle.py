@@ -333,3 +333,39 @@ def test_failed_load_is_tried_again(repository: Path) -> None:
     with ForebayServer(repository, "--model-load-retry-count=2", "--exit-on-error=false") as server:
         assert server.stderr.count("failed to load 'alpha_model' version 2: ") == 3
         assert "retrying to load 'alpha_model', attempt 3" in server.stderr
+
+
+# --- host policies
+
+
+def test_instances_run_on_the_cores_of_their_host_policy(repository: Path) -> None:
+    """Spec C-099, F-155."""
+    core = min(os.sched_getaffinity(0))
+    with ForebayServer(repository, f"--host-policy=cpu,cpu-cores={core}-{core}") as server:
+        for pid in workers(server).values():
+            assert os.sched_getaffinity(pid) == {core}
+        assert infer(server) == 200
+
+
+def test_host_policy_without_a_usable_core_is_one_line_and_exit_code_1(repository: Path) -> None:
+    server = ForebayServer(repository, "--host-policy=cpu,cpu-cores=4000-4001")
+    server.launch()
+    assert server.process.wait(30) == 1
+    (line,) = server.stderr.splitlines()
+    assert "error: creating server: Invalid argument - --host-policy 'cpu' has no CPU core that this server may" in line
+
+
+# --- files
+
+
+def test_model_file_outside_the_repository_is_refused(tmp_path: Path, repository: Path) -> None:
+    """Spec C-039: whoever may write into a repository may not have other files opened."""
+    outside = tmp_path / "outside.onnx"
+    model = repository / "alpha_model" / "2" / "model.onnx"
+    model.rename(outside)
+    model.symlink_to(outside)
+    with ForebayServer(repository, "--exit-on-error=false") as server:
+        assert server.get("/v2/models/alpha_model/ready")[0] == 400
+        (row,) = json.loads(server.post("/v2/repository/index")[1])
+        assert row["state"] == "UNAVAILABLE"
+        assert str(tmp_path) not in row["reason"]
