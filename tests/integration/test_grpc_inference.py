@@ -544,7 +544,7 @@ def test_tensors_in_shared_memory(tmp_path: Path) -> None:
             assert list(stream.take().raw_output_contents) == [b""]
             client.stop_stream()
             source.set_shared_memory("both", size, offset=2 * size)
-            with pytest.raises(InferenceServerException, match="[Ii]nvalid offset"):
+            with pytest.raises(InferenceServerException, match=r"[Ii]nvalid offset"):
                 client.infer("echo", [source])
             client.unregister_system_shared_memory("both")
             assert not client.get_system_shared_memory_status().regions
