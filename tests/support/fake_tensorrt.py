@@ -1,0 +1,170 @@
+"""A library with TensorRT's interface that computes with numpy, over the host as a device.
+
+For the backend's own decisions: which profile, which address, what is copied when. It says nothing about TensorRT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__version__ = "0"
+
+Array = np.ndarray[Any, Any]
+Shape = tuple[int, ...]
+
+
+class TensorIOMode(enum.Enum):
+    INPUT = 1
+    OUTPUT = 2
+
+
+class TensorLocation(enum.Enum):
+    DEVICE = 0
+    HOST = 1
+
+
+class ExecutionContextAllocationStrategy(enum.Enum):
+    USER_MANAGED = 2
+
+
+class DataType(enum.Enum):
+    FLOAT = 0
+    INT32 = 3
+    INT64 = 8
+    FP8 = 6
+
+
+class IOutputAllocator:
+    pass
+
+
+_NUMPY = {DataType.FLOAT: np.float32, DataType.INT32: np.int32, DataType.INT64: np.int64}
+
+
+class Tensor:
+    """One input or output of a fake engine."""
+
+    def __init__(
+        self, mode: TensorIOMode, shape: Shape, kind: DataType = DataType.FLOAT, location: Any = TensorLocation.DEVICE
+    ) -> None:
+        self.mode, self.shape, self.kind, self.location = mode, shape, kind, location
+
+
+class Engine:
+    """Runs ``function(inputs by name) -> outputs by name``; ``profiles``: input to (least, usual, most)."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        function: Callable[[dict[str, Array]], dict[str, Array]],
+        profiles: Sequence[Mapping[str, tuple[Shape, Shape, Shape]]],
+        shapes: Callable[[dict[str, Shape]], dict[str, Shape]],
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.function = function
+        self.profiles = profiles
+        self.shapes = shapes
+        self.contexts: list[Context] = []
+        self.fails = False
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self.profiles)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return self.tensors[name].mode
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return self.tensors[name].kind
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        return self.tensors[name].shape
+
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        return self.tensors[name].location
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        return 1024 * len(self.profiles)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[Shape, Shape, Shape]:
+        return self.profiles[profile][name]
+
+    def create_execution_context(self, strategy: object) -> Context:
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
+        self.contexts.append(Context(self))
+        return self.contexts[-1]
+
+
+class Context:
+    """Does at once what it is asked to enqueue."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.profile = 0
+        self.scratch = (0, 0)
+        self.runs_count = 0
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+        self._allocators: dict[str, Any] = {}
+
+    def set_device_memory(self, address: int, byte_size: int) -> None:
+        self.scratch = (address, byte_size)
+
+    def set_optimization_profile_async(self, profile: int, _stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: Shape) -> bool:
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return True
+
+    def set_output_allocator(self, name: str, allocator: Any) -> bool:
+        self._allocators[name] = allocator
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return []
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        return self.engine.shapes(self._shapes)[name]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self.engine.fails:
+            return False
+        self.runs_count += 1
+        inputs = {name: self._view(name, shape, self._addresses[name]).copy() for name, shape in self._shapes.items()}
+        for name, value in self.engine.function(inputs).items():
+            array = np.ascontiguousarray(value, dtype=_NUMPY[self.engine.tensors[name].kind])
+            if name in self._allocators:
+                allocator = self._allocators[name]
+                address = allocator.reallocate_output_async(name, 0, array.nbytes, 256, stream)
+                allocator.notify_shape(name, array.shape)
+                if not address:
+                    return False
+            else:
+                address = self._addresses[name]
+            if array.nbytes:
+                ctypes.memmove(address, array.ctypes.data, array.nbytes)
+        return True
+
+    def _view(self, name: str, shape: Shape, address: int) -> Array:
+        dtype = np.dtype(_NUMPY[self.engine.tensors[name].kind])
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)

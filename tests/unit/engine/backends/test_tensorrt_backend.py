@@ -1,0 +1,243 @@
+"""The TensorRT backend's own decisions over a fake library; plans that run, where there is a GPU (spec B-070)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import fake_tensorrt as trt
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from fake_tensorrt import DataType, Engine, Tensor, TensorIOMode, TensorLocation
+from onnx import TensorProto, helper
+from worker_harness import WorkerHarness, spec_from_config
+
+from forebay.engine.backends.tensorrt_backend import (
+    TensorRtInstance,
+    check_config,
+    find_model_file,
+    parse_profiles,
+)
+from forebay.engine.devices.host_device import HostDevice
+from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
+from forebay.ipc.messages import InstanceSpec
+
+INPUT, OUTPUT = TensorIOMode.INPUT, TensorIOMode.OUTPUT
+
+
+class Owner:
+    """What the backend keeps of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.logger = self
+
+    def take(self) -> str:
+        return "because"
+
+
+def make_spec(inputs: list[Any], outputs: list[Any], max_batch_size: int = 8, **overrides: Any) -> InstanceSpec:
+    config = {"backend": "tensorrt", "max_batch_size": max_batch_size, "input": inputs, "output": outputs}
+    return spec_from_config(config, model="m", model_path="/nowhere", **overrides)
+
+
+def tensor(name: str, *dims: int, data_type: str = "TYPE_FP32") -> dict[str, Any]:
+    return {"name": name, "data_type": data_type, "dims": list(dims)}
+
+
+def doubling(*profiles: tuple[int, int], width: int = 3) -> Engine:
+    """An engine that doubles [rows, 3]; a profile for each range of rows."""
+    return Engine(
+        {"x": Tensor(INPUT, (-1, width)), "y": Tensor(OUTPUT, (-1, width))},
+        lambda inputs: {"y": inputs["x"] * 2},
+        [{"x": ((low, 3), (high, 3), (high, 3))} for low, high in profiles],
+        lambda shapes: {**shapes, "y": shapes.get("x", (-1, width))},
+    )
+
+
+SPEC = make_spec([tensor("x", 3)], [tensor("y", 3)])
+
+
+def open_instance(engine: Engine, spec: InstanceSpec = SPEC) -> TensorRtInstance:
+    device = HostDevice()
+    return TensorRtInstance(spec, trt, Owner(engine), device, device.make_stream())
+
+
+def rows(count: int, width: int = 3) -> np.ndarray[Any, Any]:
+    return np.arange(count * width, dtype=np.float32).reshape(count, width)
+
+
+def test_run_and_bound_run() -> None:
+    instance = open_instance(doubling((1, 8)))
+    assert (instance.run({"x": rows(2)}, ("y",))["y"] == rows(2) * 2).all()
+    outputs = {"y": np.zeros((5, 3), np.float32)}
+    instance.bind({"x": rows(5)}, outputs)()
+    assert (outputs["y"] == rows(5) * 2).all()
+    instance.close()
+
+
+def test_profile_that_takes_the_shape_runs() -> None:
+    engine = doubling((1, 2), (3, 8))
+    instance = open_instance(engine, msgspec.structs.replace(SPEC, extra={"profiles": ["0", "1"]}))
+    for count in (1, 2, 3, 8):
+        instance.run({"x": rows(count)}, ("y",))
+    assert [context.runs_count for context in engine.contexts] == [2, 2]
+    assert [context.profile for context in engine.contexts] == [0, 1]
+    # Both use the same scratch memory, with room for the larger.
+    assert len({context.scratch for context in engine.contexts}) == 1
+    assert engine.contexts[0].scratch[1] == 2048
+    instance.close()
+
+
+def test_shape_outside_the_profile_is_the_clients_error() -> None:
+    instance = open_instance(doubling((1, 2)))
+    with pytest.raises(InvalidArgument) as caught:
+        instance.run({"x": rows(3)}, ("y",))
+    assert caught.value.text == (
+        "request specifies invalid shape for input 'x' for model 'm': [3, 3], the plan takes [1, 3] to [2, 3]"
+    )
+    instance.close()
+
+
+def test_failed_run_tells_the_librarys_reason() -> None:
+    engine = doubling((1, 8))
+    instance = open_instance(engine)
+    engine.fails = True
+    with pytest.raises(BackendFailed, match="model 'm': TensorRT: because"):
+        instance.run({"x": rows(1)}, ("y",))
+    engine.fails = False
+    assert (instance.run({"x": rows(1)}, ("y",))["y"] == rows(1) * 2).all()
+    instance.close()
+
+
+def test_output_whose_shape_depends_on_data() -> None:
+    engine = Engine(
+        {"x": Tensor(INPUT, (-1,)), "y": Tensor(OUTPUT, (-1,), DataType.INT64)},
+        lambda inputs: {"y": np.flatnonzero(inputs["x"])},
+        [{"x": ((0,), (8,), (64,))}],
+        lambda shapes: {**shapes, "y": (-1,)},
+    )
+    spec = make_spec([tensor("x", -1)], [tensor("y", -1, data_type="TYPE_INT64")], max_batch_size=0)
+    instance = open_instance(engine, spec)
+    for given in ([0, 1, 0, 1], [1] * 50, [0, 0], [1]):
+        result = instance.run({"x": np.array(given, np.float32)}, ("y",))["y"]
+        assert result.tolist() == np.flatnonzero(given).tolist()
+    instance.close()
+
+
+def test_shape_tensor_stays_on_the_host_and_is_not_batched() -> None:
+    """D-018: the first row of the batch counts."""
+    engine = Engine(
+        {
+            "x": Tensor(INPUT, (-1, 6)),
+            "size": Tensor(INPUT, (2,), DataType.INT32, TensorLocation.HOST),
+            "y": Tensor(OUTPUT, (-1, -1, -1)),
+        },
+        lambda inputs: {"y": inputs["x"].reshape(-1, *inputs["size"])},
+        [{"x": ((1, 6), (8, 6), (8, 6))}],
+        lambda shapes: {**shapes, "y": (-1, -1, -1)},
+    )
+    spec = make_spec([tensor("x", 6), tensor("size", 2, data_type="TYPE_INT32")], [tensor("y", -1, -1)])
+    shaped = tuple(
+        msgspec.structs.replace(one, is_shape_tensor=True) if one.name == "size" else one for one in spec.inputs
+    )
+    instance = open_instance(engine, msgspec.structs.replace(spec, inputs=shaped))
+    size = np.array([[2, 3], [2, 3]], np.int32)
+    assert instance.run({"x": rows(2, 6), "size": size}, ("y",))["y"].shape == (2, 2, 3)
+    instance.close()
+
+
+def test_second_batch_of_a_size_is_captured_and_then_launched() -> None:
+    engine = doubling((1, 8))
+    spec = msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True})
+    instance = open_instance(engine, spec)
+    device = instance._device
+    bound = instance.bind({"x": rows(4)}, {"y": np.zeros((4, 3), np.float32)})
+    bound()  # Runs, and is captured.
+    bound()
+    bound()
+    assert device.traffic.graph_launches == 2
+    assert engine.contexts[0].runs_count == 2
+    instance.close()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "text"),
+    [
+        ([tensor("z", 3)], [tensor("y", 3)], "unexpected inference input 'z', allowed inputs are: x"),
+        ([tensor("x", 3)], [tensor("z", 3)], "unexpected inference output 'z', allowed outputs are: y"),
+        ([tensor("x", 4)], [tensor("y", 3)], "the model expects shape [-1, 3] but the model configuration specifies"),
+        ([tensor("x", 3, data_type="TYPE_FP16")], [tensor("y", 3)], "expects datatype TYPE_FP16 for input 'x'"),
+        ([tensor("x", 3), tensor("b", 3)], [tensor("y", 3)], "configuration expects 2 inputs, model provides 1"),
+    ],
+    ids=["input", "output", "shape", "type", "count"],
+)
+def test_contradiction_is_refused(inputs: list[Any], outputs: list[Any], text: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        check_config(make_spec(inputs, outputs), trt, doubling((1, 8)))
+    assert text in caught.value.text
+
+
+@pytest.mark.parametrize("profile", ["2", "-1", "first"])
+def test_invalid_profile_is_refused(profile: str) -> None:
+    """C-097."""
+    spec = msgspec.structs.replace(SPEC, extra={"profiles": [profile]})
+    with pytest.raises(InvalidArgument, match=f"specifies invalid profile '{profile}'"):
+        parse_profiles(spec, 2)
+    assert parse_profiles(SPEC, 2) == [0]
+
+
+def test_model_file_by_compute_capability(tmp_path: Path) -> None:
+    """R-042; an ONNX file stands in for a plan."""
+    (tmp_path / "1").mkdir()
+    spec = msgspec.structs.replace(
+        SPEC, version_path=str(tmp_path / "1"), extra={"cc_model_filenames": {"9.0": "hopper.plan"}}
+    )
+    with pytest.raises(ServingError, match=r"unable to find '.*/1/model\.plan' for model instance 'm_0_0'"):
+        find_model_file(spec, "8.0")
+    for name, capability in (("model.onnx", "8.0"), ("model.plan", "8.0"), ("hopper.plan", "9.0")):
+        (tmp_path / "1" / name).write_bytes(b"")
+        assert find_model_file(spec, capability) == str(tmp_path / "1" / name)
+
+
+def test_without_a_gpu_the_model_says_so(tmp_path: Path) -> None:
+    from forebay.engine.devices.opening import open_device
+
+    try:
+        open_device("cuda")
+    except ServingError:
+        with pytest.raises(ServingError, match=r"model 'm': TensorRT runs on GPUs only: .*CUDA"):
+            WorkerHarness(msgspec.structs.replace(SPEC, version_path=str(tmp_path))).__enter__()
+    else:
+        pytest.skip("there is a GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_onnx_file_is_built_and_runs_on_the_gpu(tmp_path: Path, graphs: bool) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+    )
+    (tmp_path / "1").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "1" / "model.onnx")
+    settings = {"library": "tensorrt_rtx", "plan-cache-directory": str(tmp_path / "cache")}
+    spec = msgspec.structs.replace(
+        SPEC,
+        version_path=str(tmp_path / "1"),
+        kind="GPU",
+        backend_config=settings,
+        optimization={"cuda_graphs": graphs},
+    )
+    with WorkerHarness(spec) as worker:
+        for count in (1, 8, 8, 8):
+            [response] = worker.infer({"x": rows(count)})
+            assert response.error is None
+            assert (response.outputs["y"] == rows(count) * 2).all()

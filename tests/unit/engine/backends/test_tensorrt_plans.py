@@ -1,0 +1,146 @@
+"""Plans from ONNX files; TensorRT-RTX builds them on machines without a GPU too (FACTS 5)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from worker_harness import spec_from_config
+
+from forebay.engine.backends.tensorrt_plans import (
+    ProfileShapes,
+    _read_or_make,
+    build_plan,
+    cached_plan,
+    choose_profile,
+    parse_shapes,
+    plan_key,
+)
+from forebay.ipc.errors import InvalidArgument
+from forebay.ipc.messages import InstanceSpec
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="TensorRT-RTX is not installed: pip install tensorrt-rtx-cu12",
+)
+
+
+def make_spec(*dims: int, max_batch_size: int = 8, cache: str = "", **parameters: str) -> InstanceSpec:
+    config = {
+        "backend": "tensorrt",
+        "max_batch_size": max_batch_size,
+        "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": list(dims)}],
+        "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": list(dims)}],
+        "parameters": {key: {"string_value": text} for key, text in parameters.items()},
+    }
+    return spec_from_config(
+        config, model="m", model_path="/nowhere", backend_config={"plan-cache-directory": cache} if cache else {}
+    )
+
+
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Path:
+    return write_onnx(tmp_path / "model.onnx", "Relu")
+
+
+def write_onnx(path: Path, operator: str, domain: str = "") -> Path:
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x"], ["y"], domain=domain)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def rtx() -> Any:
+    return importlib.import_module("tensorrt_rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("compute_capability", ["", "8.9", "9.9"])
+def test_plan_is_built(onnx_file: Path, compute_capability: str) -> None:
+    """Also for a GPU that the library has no name for: then the plan is portable."""
+    assert len(build_plan(rtx(), make_spec(3), str(onnx_file), compute_capability=compute_capability)) > 1000
+
+
+@needs_rtx
+def test_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "model.onnx", "NoSuchOperator", "nowhere")
+    with pytest.raises(InvalidArgument, match=r"TensorRT cannot read 'model\.onnx' of model 'm': .*NoSuchOperator"):
+        build_plan(rtx(), make_spec(3), str(path))
+
+
+@needs_rtx
+def test_plan_is_built_once(onnx_file: Path, tmp_path: Path) -> None:
+    spec = make_spec(3, cache=str(tmp_path / "cache"))
+    plans = [cached_plan(rtx(), spec, str(onnx_file), device="a GPU", compute_capability="8.9") for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert len(list((tmp_path / "cache").glob("*.plan"))) == 1
+
+
+class Library:
+    __name__ = "library"
+    __version__ = "1"
+
+
+def test_key_depends_on_all_that_the_plan_does(onnx_file: Path) -> None:
+    facts = {"device": "a GPU", "compute_capability": "8.9"}
+    base = plan_key(Library, make_spec(3), str(onnx_file), **facts)
+    assert base == plan_key(Library, make_spec(3), str(onnx_file), **facts)
+    others = [
+        plan_key(Library, make_spec(3), str(onnx_file), device="another", compute_capability="8.9"),
+        plan_key(Library, make_spec(3), str(onnx_file), device="a GPU", compute_capability="9.0"),
+        plan_key(Library, make_spec(3, max_batch_size=9), str(onnx_file), **facts),
+        plan_key(Library, make_spec(4), str(onnx_file), **facts),
+        plan_key(Library, make_spec(3, trt_max_shapes="x:9x3"), str(onnx_file), **facts),
+    ]
+    (onnx_file.parent / "weights.bin").write_bytes(b"changed")
+    others.append(plan_key(Library, make_spec(3), str(onnx_file), **facts))
+    assert len({base, *others}) == 7
+
+
+def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert _read_or_make(str(tmp_path / "file" / "cache"), "key", lambda: b"plan") == b"plan"
+
+
+def test_shapes_are_read_as_trtexec_does() -> None:
+    assert parse_shapes("x:1x3x224, a:b:0:7", "trt_min_shapes") == {"x": (1, 3, 224), "a:b:0": (7,)}
+    for text in ("x", "x:", "x:1xa", ":3", "x:-1"):
+        with pytest.raises(InvalidArgument, match="model parameter 'trt_min_shapes' must look like"):
+            parse_shapes(text, "trt_min_shapes")
+
+
+def test_profile_follows_the_configuration() -> None:
+    shapes = {"x": (-1, 3), "fixed": (2, 2)}
+    assert choose_profile(make_spec(3), shapes) == {"x": ProfileShapes((1, 3), (8, 3), (8, 3))}
+    assert choose_profile(make_spec(5, 3, max_batch_size=0), {"x": (-1, 3)}) == {
+        "x": ProfileShapes((5, 3), (5, 3), (5, 3))
+    }
+
+
+def test_profile_follows_the_parameters() -> None:
+    spec = make_spec(-1, trt_min_shapes="x:1x1", trt_opt_shapes="x:4x16", trt_max_shapes="x:8x99")
+    assert choose_profile(spec, {"x": (-1, -1)}) == {"x": ProfileShapes((1, 1), (4, 16), (8, 99))}
+    only_most = make_spec(-1, trt_max_shapes="x:8x99")
+    assert choose_profile(only_most, {"x": (-1, -1)}) == {"x": ProfileShapes((8, 99), (8, 99), (8, 99))}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ({}, "its shape \\[-1, -1\\] varies; say how far with the parameters trt_min_shapes"),
+        ({"trt_max_shapes": "x:8"}, "it has 2 dimensions"),
+        ({"trt_min_shapes": "x:9x9", "trt_max_shapes": "x:8x8"}, "the shapes must rise"),
+    ],
+)
+def test_impossible_profile_is_refused(parameters: dict[str, str], text: str) -> None:
+    with pytest.raises(InvalidArgument, match=text):
+        choose_profile(make_spec(-1, **parameters), {"x": (-1, -1)})
