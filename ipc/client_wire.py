@@ -42,6 +42,8 @@ PROTOCOL_VERSION = 1
 
 #: Name of the door in the runtime directory.
 DOOR_NAME = "clients.sock"
+#: Names the server's runtime directory to processes that it starts, and to clients that are told where it is.
+RUNTIME_DIRECTORY_VARIABLE = "FOREBAY_RUNTIME_DIRECTORY"
 
 #: Bytes of a message to the door at most.
 DOOR_REQUEST_BYTES_MAX = 4096

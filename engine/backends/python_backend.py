@@ -19,12 +19,15 @@ import msgspec
 
 from forebay.engine.backends.base import Backend, DescribedModel, RequestInstance, parse_bool, parse_int
 from forebay.engine.backends.python_model import environment, triton_python_backend_utils
+from forebay.engine.backends.python_model.engine_access import install
 from forebay.engine.backends.python_model.errors import exception_text, shown_path
 from forebay.engine.backends.python_model.model_config import ModelConfig
 from forebay.engine.backends.python_model.request import InferenceRequest, Phase
 from forebay.engine.backends.python_model.response import Answering, InferenceResponse, start_answering_dropped
+from forebay.engine.backends.python_model.shm_access import ShmEngineAccess
 from forebay.engine.worker.parcels import ParcelRequest, RawTensor, byte_view
 from forebay.engine.worker.places import client_shape
+from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
@@ -97,6 +100,7 @@ class PythonInstance(RequestInstance):
         self._model = model
         self._outputs = {tensor.name: tensor for tensor in spec.outputs}
         self._checks_outputs = parse_bool(spec.parameters, "FOREBAY_CHECK_OUTPUTS", True)
+        self._is_iterative = bool(spec.extra.get("sequence", {}).get("iterative_sequence", False))
         self._event_loop: asyncio.AbstractEventLoop | None = None
         start_answering_dropped()
         slots = parse_int(spec.parameters, "FOREBAY_ASYNC_EXECUTIONS_MAX", ASYNC_EXECUTIONS_MAX)
@@ -152,7 +156,7 @@ class PythonInstance(RequestInstance):
                     f"Python model '{self._spec.instance_name}' is using the decoupled mode and the execute function "
                     "must return None."
                 )
-            return [request for request in requests if self._comes_again(request)]
+            return self._hand_back([request for request in requests if self._comes_again(request)])
         if not isinstance(result, list):
             raise self._failure(f"Expected a list in the execute return, found type '{type(result)}'.")
         responses: list[Any] = [*result]
@@ -169,7 +173,15 @@ class PythonInstance(RequestInstance):
                 again.append(request)
             elif response is not None and not request.answering.is_closed:
                 self._deliver(request.answering.parcel, response, True)
-        return again
+        return self._hand_back(again)
+
+    def _hand_back(self, again: list[InferenceRequest]) -> list[InferenceRequest]:
+        """Let the scheduler bring these again, together with others (spec S-060); returns those that it cannot."""
+        if not self._is_iterative:
+            return again
+        for request in again:
+            request.answering.hand_back()
+        return []
 
     def _check_type(self, request: InferenceRequest, response: Any) -> None:
         if isinstance(response, InferenceResponse):
@@ -321,6 +333,7 @@ class PythonBackend(Backend):
         if forced not in ("yes", "no", "true", "false", "1", "0", "on", "off"):
             raise InvalidArgument(f"Incorrect value for FORCE_CPU_ONLY_INPUT_TENSORS: {forced}'")
         model_class = import_model(spec)
+        install(ShmEngineAccess(os.environ.get(RUNTIME_DIRECTORY_VARIABLE, "")))
         try:
             model = model_class()
             if hasattr(model, "initialize"):

@@ -7,10 +7,7 @@ import stat
 from collections.abc import Iterator
 
 from forebay.client.errors import NoServer
-from forebay.ipc.client_wire import DOOR_NAME
-
-#: Names a server's ``--runtime-directory`` for clients that are not told.
-ENVIRONMENT_VARIABLE = "FOREBAY_RUNTIME_DIRECTORY"
+from forebay.ipc.client_wire import DOOR_NAME, RUNTIME_DIRECTORY_VARIABLE
 
 
 def door_paths(path: str | os.PathLike[str] | None = None) -> list[str]:
@@ -37,7 +34,7 @@ def door_paths(path: str | os.PathLike[str] | None = None) -> list[str]:
 
 
 def _places() -> list[str]:
-    named = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    named = os.environ.get(RUNTIME_DIRECTORY_VARIABLE, "")
     if named:
         return [named]
     session = os.environ.get("XDG_RUNTIME_DIR", "")

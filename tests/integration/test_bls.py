@@ -1,0 +1,176 @@
+"""Python models that call other models (BLS), over real processes (spec 7.6, P-090..P-100)."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as httpclient
+from forebay_server import ForebayServer
+
+DOUBLE = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        tensors = [pb_utils.get_input_tensor_by_name(request, "X").as_numpy() for request in requests]
+        if any((array < 0).any() for array in tensors):
+            raise ValueError("negative")
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("Y", array * 2)]) for array in tensors]
+"""
+
+COUNTING = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            for number in range(int(pb_utils.get_input_tensor_by_name(request, "X").as_numpy()[0])):
+                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("Y", np.array([number], np.float32))]))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+CALLER = """
+import asyncio
+import json
+import threading
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+def call(model, array, output="Y"):
+    return pb_utils.InferenceRequest(
+        model_name=model, requested_output_names=[output], inputs=[pb_utils.Tensor("X", array)]
+    )
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([self.answer(request)]) for request in requests]
+
+    def answer(self, request):
+        what = pb_utils.get_input_tensor_by_name(request, "WHAT").as_numpy()[0].decode()
+        result = getattr(self, what)()
+        return pb_utils.Tensor("RESULT", np.array([json.dumps(result).encode()], dtype=object))
+
+    def chain(self):
+        array = np.array([1.5], np.float32)
+        for _ in range(3):
+            response = call("double", array).exec()
+            array = pb_utils.get_output_tensor_by_name(response, "Y").as_numpy()
+        return float(array[0])
+
+    def gather(self):
+        async def all_of_them():
+            calls = [call("double", np.array([n], np.float32)).async_exec() for n in range(8)]
+            return await asyncio.gather(*calls)
+        responses = asyncio.run(all_of_them())
+        return [float(pb_utils.get_output_tensor_by_name(r, "Y").as_numpy()[0]) for r in responses]
+
+    def stream(self):
+        responses = call("counting", np.array([4], np.float32)).exec(decoupled=True)
+        return [float(pb_utils.get_output_tensor_by_name(r, "Y").as_numpy()[0]) for r in responses if r.output_tensors()]
+
+    def thread(self):
+        found = []
+        worker = threading.Thread(target=lambda: found.append(self.chain()))
+        worker.start()
+        worker.join()
+        return found[0]
+
+    def unknown(self):
+        return call("nope", np.array([1], np.float32)).exec().error().message()
+
+    def decoupled_target(self):
+        return call("counting", np.array([1], np.float32)).exec().error().message()
+
+    def failing(self):
+        return call("double", np.array([-1], np.float32)).exec().error().message()
+
+    def wrong_input(self):
+        request = pb_utils.InferenceRequest(
+            model_name="double", requested_output_names=["Y"], inputs=[pb_utils.Tensor("BAD", np.zeros(1, np.float32))]
+        )
+        return request.exec().error().message()
+
+    def ready(self):
+        return [pb_utils.is_model_ready("double"), pb_utils.is_model_ready("nope")]
+"""
+
+
+def write_model(repository: Path, name: str, source: str, tensors: str, extra: str = "") -> None:
+    folder = repository / name / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.py").write_text(textwrap.dedent(source))
+    (repository / name / "config.pbtxt").write_text(f'backend: "python"\n{tensors}\n{extra}\n')
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    repository = tmp_path_factory.mktemp("bls")
+    floats = 'input [ { name: "X" data_type: TYPE_FP32 dims: [ -1 ] } ] output [ { name: "Y" data_type: TYPE_FP32 dims: [ -1 ] } ]'
+    write_model(repository, "double", DOUBLE, floats)
+    write_model(repository, "counting", COUNTING, floats, "model_transaction_policy { decoupled: true }")
+    strings = (
+        'input [ { name: "WHAT" data_type: TYPE_STRING dims: [ 1 ] } ] '
+        'output [ { name: "RESULT" data_type: TYPE_STRING dims: [ 1 ] } ]'
+    )
+    write_model(repository, "caller", CALLER, strings)
+    with ForebayServer(repository) as server:
+        yield httpclient.InferenceServerClient(url=f"127.0.0.1:{server.http_port}")
+
+
+def ask(client: Any, what: str) -> Any:
+    tensor = httpclient.InferInput("WHAT", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([what.encode()], dtype=object))
+    return json.loads(client.infer("caller", [tensor]).as_numpy("RESULT")[0])
+
+
+def test_chain_of_three_calls_equals_direct_calls(client: Any) -> None:
+    assert ask(client, "chain") == 12.0
+
+
+def test_async_calls_run_side_by_side(client: Any) -> None:
+    assert ask(client, "gather") == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
+
+
+def test_decoupled_target_gives_every_response(client: Any) -> None:
+    assert ask(client, "stream") == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_calls_from_a_background_thread(client: Any) -> None:
+    assert ask(client, "thread") == 12.0
+
+
+def test_unknown_model_is_an_error_in_the_response(client: Any) -> None:
+    """P-093"""
+    assert ask(client, "unknown") == (
+        "Model nope - Error when running inference: Failed for execute the inference request. "
+        "Model 'nope' is not ready."
+    )
+
+
+def test_unknown_input_is_named(client: Any) -> None:
+    """P-093"""
+    assert ask(client, "wrong_input") == (
+        "Model double - Error when running inference: unexpected inference input 'BAD' for model 'double'"
+    )
+
+
+def test_decoupled_target_without_decoupled_is_refused(client: Any) -> None:
+    """P-093"""
+    assert "is using the decoupled" in ask(client, "decoupled_target")
+
+
+def test_error_of_the_other_model_comes_back(client: Any) -> None:
+    assert "negative" in ask(client, "failing")
+
+
+def test_readiness_of_other_models(client: Any) -> None:
+    """P-098"""
+    assert ask(client, "ready") == [True, False]
