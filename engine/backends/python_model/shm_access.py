@@ -171,7 +171,8 @@ class ShmEngineAccess:
                 if reply.text or reply.code:
                     found.append(NestedResponse((), {}, from_wire(reply.code, reply.text), True, False))
                     continue
-                datatypes = {tensor.name: tensor.datatype for tensor in (*reply.outputs, *reply.inline)}
+                datatypes = {place.name: place.datatype for place in reply.outputs}
+                datatypes.update((tensor.name, tensor.datatype) for tensor in reply.inline)
                 outputs = placement.outputs_of(reply, held)
                 tensors = tuple(Tensor.of_datatype(name, datatypes[name], array) for name, array in outputs.items())
                 found.append(NestedResponse(tensors, reply.parameters, None, True, False))
