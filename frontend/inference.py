@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from forebay.frontend.codec.infer_request import id_prefix
 from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient
 from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.errors import NotReady, ServingError, from_wire
+from forebay.ipc.errors import QUEUE_FULL_TEXT, NotReady, ServingError, from_wire
 from forebay.ipc.messages import ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import byte_size
 
@@ -325,7 +326,11 @@ class Inference:
         if trace is not None and ran:
             trace.executed(self._engine.reply_times())
         if reply.text or reply.code:
-            self._on_response(Response(error=from_wire(reply.code, reply.text), ran=ran, final=final))
+            text = reply.text
+            if text == QUEUE_FULL_TEXT and not ran:
+                # The one refusal of the queue that names the request (spec S-025).
+                text = f"{id_prefix(self._meta.id)}{text}"
+            self._on_response(Response(error=from_wire(reply.code, text), ran=ran, final=final))
             return
         view = self._engine.view
         outputs = tuple(

@@ -94,6 +94,10 @@ class Unavailable(ServingError):
     code = Code.UNAVAILABLE
 
 
+#: Text of a request that its model's queue has no room for (spec S-025).
+QUEUE_FULL_TEXT = "Exceeds maximum queue size"
+
+
 class QueueFull(Unavailable):
     """The model's queue is at its configured limit (spec S-025)."""
 

@@ -7,6 +7,7 @@ Each turn takes a bounded number of messages of a client, so that a flood of the
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -164,6 +165,9 @@ class ClientSubmissions:
         if client is not None:
             self._epoll.unregister(client.sock.fileno())
             del self._by_fd[client.sock.fileno()]
+            with contextlib.suppress(OSError):
+                # The supervisor holds a duplicate for the next scheduler; the client is to notice all the same.
+                client.sock.shutdown(socket.SHUT_RDWR)
             client.sock.close()
 
     def is_client(self, number: int) -> bool:

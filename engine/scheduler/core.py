@@ -67,6 +67,7 @@ class SchedulerCore:
         self.is_stopping = False
         self.producers = Producers()
         self.clients = ClientSubmissions(self, epoll)
+        self.producers.on_deaf = self.clients.remove
         self._tell = tell
         self._grants = Grants(self.producers, self.clients, on_end=self._set_idle, count=self._bump)
         self._routes: dict[int, Route] = {}
@@ -346,6 +347,7 @@ class SchedulerCore:
         for item in items:
             self._bump(route.id, SchedulerCounter.CANCELED, item.requests)
             self.producers.refuse(item, Cancelled(CANCELLED_TEXT))
+            self._tell_sequence_worker(route, item)
         if items:
             self._dirty.add(route.id)
 
@@ -414,21 +416,26 @@ class SchedulerCore:
             if flags is None or not isinstance(item, WaitingParcel):
                 answered.append(item)
             elif flags & FLAG_RESCHEDULE:
-                if route.sequences is None or not route.sequences.reschedule(item, now_ns):
+                if not self._reschedule(route, item, now_ns):
                     answered.append(item)
             else:
                 instance.open[item.key] = item
         return answered
 
+    @staticmethod
+    def _reschedule(route: Route, item: WaitingParcel, now_ns: int) -> bool:
+        return route.sequences is not None and route.sequences.reschedule(item, now_ns)
+
     def _closed(self, instance: Instance, message: bytes, now_ns: int) -> None:
         try:
-            producer, _flags, token = OPEN.unpack_from(message, HEADER.size)
+            producer, flags, token = OPEN.unpack_from(message, HEADER.size)
         except struct.error:
             return
         item = instance.open.pop((producer, token), None)
         route = self._routes.get(instance.route)
         if item is not None and route is not None:
-            route.line.answered((item,), now_ns)
+            if not flags & FLAG_RESCHEDULE or not self._reschedule(route, item, now_ns):
+                route.line.answered((item,), now_ns)
             self._tell_if_drained(instance)
             self._dirty.add(route.id)
 
@@ -469,6 +476,13 @@ class SchedulerCore:
             counter = SchedulerCounter.CANCELED if error.code is Code.CANCELLED else SchedulerCounter.TIMED_OUT
             self._bump(route.id, counter, item.requests)
             self.producers.refuse(item, error)
+            self._tell_sequence_worker(route, item)
+
+    def _tell_sequence_worker(self, route: Route, item: Waiting) -> None:
+        """A worker keeps what a model wants again: let it forget a request that will not come."""
+        if route.sequences is not None and isinstance(item, WaitingParcel):
+            for instance in route.instances.values():
+                instance.bell.ring(HEADER.pack(Kind.CANCEL, 0, 1, item.producer, 0) + TOKEN.pack(item.token))
 
     def _decide_route(self, route: Route, now_ns: int) -> None:
         wait_until_ns = 0 if route.is_held_back else self._start_ready(route, now_ns)

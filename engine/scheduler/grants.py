@@ -73,7 +73,8 @@ class Grants:
     def revoke(self, instance: Instance) -> None:
         """Ask for a granted instance."""
         self._count(instance.route, SchedulerCounter.REVOKES)
-        if self._clients.is_client(instance.grantee):
+        holder = self._producers.get(instance.grantee)
+        if holder is not None and not holder.trusted:
             # What is sent to the worker from now on comes after it: the instance is ours at once.
             ticket = ticket_of(self._epoch, instance)
             instance.bell.ring(HEADER.pack(Kind.RING_CLOSE, 0, 0, instance.grantee, ticket))

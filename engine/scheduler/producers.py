@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from forebay.engine.scheduler.batch_messages import pack_losses, pack_refusal
 from forebay.engine.scheduler.waiting import Waiting
@@ -31,6 +31,8 @@ class Producers:
         self._by_id: dict[int, Producer] = {}
         #: Those with doorbell messages that the kernel did not take.
         self._lagging: set[int] = set()
+        #: Told of a shared-memory client that left, or does not read its answers: nothing more of it is to be taken.
+        self.on_deaf: Callable[[int], None] = _ignore
 
     def __contains__(self, producer: int) -> bool:
         return producer in self._by_id
@@ -62,7 +64,8 @@ class Producers:
         """Send one message, in order with all others."""
         producer = self._by_id.get(producer_id)
         if producer is not None:
-            producer.bell.ring(message)
+            if not producer.bell.ring(message) and not producer.trusted:
+                self.on_deaf(producer_id)
             if producer.bell.backlog_count:
                 self._lagging.add(producer_id)
 
@@ -89,3 +92,7 @@ class Producers:
             producer = self._by_id.get(producer_id)
             if producer is None or (producer.bell.flush() and not producer.bell.backlog_count):
                 self._lagging.discard(producer_id)
+
+
+def _ignore(_producer: int) -> None:
+    """Nobody is told."""

@@ -15,11 +15,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
-from forebay.ipc.errors import QueueFull
+from forebay.ipc.errors import QUEUE_FULL_TEXT, QueueFull
 from forebay.ipc.messages import BatchingPolicy, QueuePolicy
 
-#: Text of a refused request (spec S-025).
-QUEUE_FULL_TEXT = "Exceeds maximum queue size"
 #: Text of an expired request (spec S-026).
 TIMEOUT_TEXT = "Request timeout expired"
 

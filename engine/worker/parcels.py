@@ -21,11 +21,23 @@ from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorI
 from forebay.engine.worker.head_check import check_head
 from forebay.engine.worker.places import Producer, Producers, backend_shape, client_shape
 from forebay.ipc.arena import align
+from forebay.ipc.counters import LAST_BUCKET
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, InvalidArgument, ServingError
 from forebay.ipc.messages import InlineTensor, InstanceSpec, ParameterValue, ParcelHead, ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes, encode_bytes
-from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, MESSAGE_BYTES_MAX, OPEN, PARCEL, TIMES, TOKEN, Kind
+from forebay.ipc.wire import (
+    FLAG_FINAL,
+    FLAG_RESCHEDULE,
+    GROW,
+    HEADER,
+    MESSAGE_BYTES_MAX,
+    OPEN,
+    PARCEL,
+    TIMES,
+    TOKEN,
+    Kind,
+)
 
 #: Bytes of outputs that travel in the message itself when no reply block is at hand (responses of decoupled models).
 INLINE_BYTES_MAX = 16 * 1024
@@ -104,6 +116,10 @@ class ParcelRequest:
         self._block_used_bytes = 0
         #: Control tensors of a sequence model, by name: (datatype, array in the model's shape).
         self.control_inputs: dict[str, tuple[str, Array]] = {}
+
+    def reschedule(self) -> None:
+        """Have the request come again in a later batch; only for models with iterative sequences."""
+        self._runner.reschedule(self)
 
     def copy_as(self, kind: type[ParcelRequest]) -> ParcelRequest:
         """Return another request with the same inputs, which nobody has sent."""
@@ -482,6 +498,8 @@ class ParcelsRunner:
         #: Keys of the last batch, and of requests that the scheduler was told are still open.
         self._batch_keys: list[tuple[int, int]] = []
         self._reported: set[tuple[int, int]] = set()
+        #: Requests that the model wants again (iterative sequences); with the scheduler until then.
+        self._again: dict[tuple[int, int], ParcelRequest] = {}
 
     @property
     def open_count(self) -> int:
@@ -490,6 +508,8 @@ class ParcelsRunner:
     def forget_producer(self, producer: int) -> None:
         """Its requests have no reader any more."""
         self._bound.clear()
+        for key in [key for key in self._again if key[0] == producer]:
+            del self._again[key]
         for key in [key for key in self._open if key[0] == producer]:
             self._open.pop(key).orphan()
             with self.producers.lock:
@@ -500,6 +520,8 @@ class ParcelsRunner:
         available = (len(message) - HEADER.size) // TOKEN.size
         for index in range(min(count, available)):
             (token,) = TOKEN.unpack_from(message, HEADER.size + index * TOKEN.size)
+            # The scheduler has taken it back from its queue, and has answered.
+            self._again.pop((producer, token), None)
             request = self._open.get((producer, token))
             if request is not None:
                 request.cancel()
@@ -550,10 +572,18 @@ class ParcelsRunner:
         with self.producers.lock:
             self._close(request.key)
 
-    def _close(self, key: tuple[int, int]) -> None:
+    def reschedule(self, request: ParcelRequest) -> None:
+        """The model wants the request again in a later batch (spec S-060); what was answered stays answered."""
+        key = request.key
+        self._open.pop(key, None)
+        with self.producers.lock:
+            self._again[key] = request
+            self._close(key, FLAG_RESCHEDULE)
+
+    def _close(self, key: tuple[int, int], flags: int = 0) -> None:
         if key in self._reported:
             self._reported.discard(key)
-            self.tell_closed(OPEN.pack(key[0], 0, key[1]))
+            self.tell_closed(OPEN.pack(key[0], flags, key[1]))
 
     def report_open(self) -> list[bytes]:
         """Return the requests of the last batch that are not answered for good, packed; the doorbells' lock is held.
@@ -561,8 +591,12 @@ class ParcelsRunner:
         Each is reported with ``tell_closed`` when it is.
         """
         still_open = [key for key in self._batch_keys if key in self._open]
+        again = [key for key in self._batch_keys if key in self._again]
         self._reported.update(still_open)
-        return [OPEN.pack(producer, 0, token) for producer, token in still_open]
+        return [
+            *(OPEN.pack(producer, 0, token) for producer, token in still_open),
+            *(OPEN.pack(producer, FLAG_RESCHEDULE, token) for producer, token in again),
+        ]
 
     def execute(self, message: memoryview, start_ns: int) -> bytes:
         """Run one PARCELS message.
@@ -579,9 +613,7 @@ class ParcelsRunner:
         else:
             self._run_tensors(self._instance, requests, stamps)
 
-    def run_batch(
-        self, requests: Sequence[ParcelRequest], start_ns: int, run: Callable[[list[int]], None]
-    ) -> bytes:
+    def run_batch(self, requests: Sequence[ParcelRequest], start_ns: int, run: Callable[[list[int]], None]) -> bytes:
         """Run unpacked requests, answer what fails, and count.
 
         Args:
@@ -644,7 +676,9 @@ class ParcelsRunner:
                 unusable = ParcelRequest(self, producer, token, rows, enqueue_ns, _EMPTY_HEAD)
                 unusable.fail(Internal(f"the worker cannot read the request: {error}"))
                 continue
-            request = ParcelRequest(self, producer, token, rows, enqueue_ns, head)
+            request = self._again.pop((producer_id, token), None) or ParcelRequest(
+                self, producer, token, rows, enqueue_ns, head
+            )
             request.times = (start_ns, start_ns, 0, 0)
             self._open[request.key] = request
             requests.append(request)
@@ -677,7 +711,12 @@ class ParcelsRunner:
         count = len(requests)
         counters[Count.EXECUTIONS] += 1
         counters[Count.INFERENCES] += rows
-        counters[Count.QUEUE_NS] += max(sum(start_ns - request.enqueue_ns for request in requests), 0)
+        queue_ns = max(sum(start_ns - request.enqueue_ns for request in requests), 0)
+        counters[Count.QUEUE_NS] += queue_ns
+        if count:
+            # By the mean of the batch's requests.
+            counters[Count.QUEUE_BUCKETS + min((queue_ns // count >> 10).bit_length(), LAST_BUCKET)] += count
+            counters[Count.COMPUTE_BUCKETS + min((end_ns - start_ns >> 10).bit_length(), LAST_BUCKET)] += count
         counters[Count.INPUT_NS] += count * (input_end_ns - start_ns)
         counters[Count.INFER_NS] += count * (output_start_ns - input_end_ns)
         counters[Count.OUTPUT_NS] += count * (end_ns - output_start_ns)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tritonclient.http as httpclient
 from forebay_server import ForebayServer, wait_until
-from scheduling_models import add_accumulator, add_fault_model, add_sequence_model
+from scheduling_models import add_accumulator, add_fault_model, add_iterative_model, add_sequence_model
 from tritonclient.utils import InferenceServerException
 
 DYNAMIC = "dynamic_batching {{ {} }}"
@@ -52,6 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
     add_sequence_model(root, "oldest", "oldest { max_candidate_sequences: 4 }", corrid="TYPE_STRING")
     add_sequence_model(root, "lost", "direct { }", max_batch=1)
     add_sequence_model(root, "reaped", "direct { }", max_batch=1, idle_us=300_000)
+    add_iterative_model(root, "iterative")
     add_accumulator(root, "state_direct", "direct { }")
     add_accumulator(root, "state_oldest", "oldest { max_candidate_sequences: 4 }", initial=5.0)
     add_accumulator(root, "state_single", "direct { }", max_batch=0)
@@ -115,7 +116,7 @@ def test_full_queue_is_503_with_the_request_id(server: ForebayServer, client: ht
         for request in waiting:
             request.get_result()
     assert "503" in str(refused.value.status())
-    assert "Exceeds maximum queue size" in refused.value.message()
+    assert refused.value.message() == "[request id: mine] Exceeds maximum queue size"
     wait_until(
         lambda: metric(server, "nv_inference_request_failure", "limited", reason="REJECTED") == 1, "the refusal counted"
     )
@@ -337,6 +338,19 @@ def test_killed_worker_ends_its_sequences_with_a_clear_error(
     with pytest.raises(InferenceServerException, match="start the sequence again"):
         sequence.ask(1.0)
     assert sequence.ask(2.0, "S")["sum"] == 2.0
+
+
+def test_iterative_requests_come_again_until_they_are_done(
+    server: ForebayServer, client: httpclient.InferenceServerClient
+) -> None:
+    """Spec S-060: no id of their own, and several at a time in one batch."""
+    waiting = {times: client.async_infer("iterative", tensor(times)) for times in (1.0, 5.0, 3.0, 40.0, 4.0, 2.0)}
+    assert {times: float(request.get_result().as_numpy("Y")[0, 0]) for times, request in waiting.items()} == {
+        times: times for times in waiting
+    }
+    batches = json.loads(server.get("/forebay/explain/iterative")[1])["batches"]
+    assert sum(batch["requests"] for batch in batches) == sum(waiting)
+    assert len(batches) < sum(waiting)
 
 
 # --- implicit state

@@ -68,6 +68,46 @@ sequence_batching {{
 }}
 """
 
+#: Answers with how often the request came, when it has come X times.
+ITERATIVE_MODEL = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.counts = {}
+
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            seen = {t.name(): t.as_numpy() for t in request.inputs()}
+            key = int(seen["CORRID"].reshape(-1)[0])
+            if seen["START"].reshape(-1)[0]:
+                self.counts[key] = 0
+            self.counts[key] += 1
+            if self.counts[key] < seen["X"].reshape(-1)[0]:
+                request.set_release_flags(pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE)
+                answers.append(None)
+            else:
+                count = np.array([[self.counts.pop(key)]], np.float32)
+                answers.append(pb_utils.InferenceResponse([pb_utils.Tensor("Y", count)]))
+        return answers
+"""
+
+ITERATIVE = """
+backend: "python"
+max_batch_size: 4
+input { name: "X" data_type: TYPE_FP32 dims: [ 1 ] }
+output { name: "Y" data_type: TYPE_FP32 dims: [ 1 ] }
+instance_group { count: 1 kind: KIND_CPU }
+sequence_batching {
+  iterative_sequence: true
+  oldest { max_candidate_sequences: 4 }
+  control_input { name: "START" control { kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] } }
+  control_input { name: "CORRID" control { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 } }
+}
+"""
+
 ACCUMULATE = """
 backend: "onnxruntime"
 max_batch_size: {max_batch}
@@ -139,6 +179,12 @@ def add_sequence_model(
         SEQUENCE.format(max_batch=max_batch, count=count, idle_us=idle_us, strategy=strategy, corrid=corrid),
     )
     (version / "model.py").write_text(SEQUENCE_MODEL)
+
+
+def add_iterative_model(root: Path, name: str) -> None:
+    """Add a Python model that wants each request X times before it answers."""
+    version = _write(root / name, ITERATIVE)
+    (version / "model.py").write_text(ITERATIVE_MODEL)
 
 
 def add_accumulator(root: Path, name: str, strategy: str, *, max_batch: int = 4, initial: float | None = None) -> None:

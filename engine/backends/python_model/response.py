@@ -89,10 +89,16 @@ class Answering:
         self._lock = threading.Lock()
         self._sent_count = 0
         self._is_closed = False
+        self._is_handed_back = False
 
     @property
     def is_closed(self) -> bool:
         return self._is_closed or self.parcel.is_final
+
+    def hand_back(self) -> None:
+        """Leave the rest of the answer to a later execution, in which the request comes again (spec S-060)."""
+        self._is_handed_back = True
+        self.parcel.reschedule()
 
     def send(self, response: InferenceResponse | None, flags: int) -> None:
         """Send one response, or only the flag; see :meth:`InferenceResponseSender.send`."""
@@ -125,7 +131,7 @@ class Answering:
 
     def __del__(self) -> None:
         # The collector may come by at any moment, also while this thread holds the doorbells' lock: only hand over.
-        if not self.parcel.is_final:
+        if not self.parcel.is_final and not self._is_handed_back:
             _dropped.put(self.parcel)
 
 
