@@ -34,6 +34,7 @@ from forebay.ipc.wire import (
     FLAG_FINAL,
     FLAG_GONE,
     FLAG_GRANTED,
+    FLAG_HUNG,
     FLAG_MOVED,
     GRANT,
     GROW,
@@ -549,12 +550,12 @@ class Connection:
         elif kind == Kind.RUNS_LOST:
             for run in unpack_runs(message, count, _TIMES_END):
                 for pending in self._owners(run.base, run.first, run.rows):
-                    self._retry(pending)
+                    self._retry(pending, flags)
         elif kind == Kind.PARCEL_LOST:
             for index in range(count):
                 (token,) = TOKEN.unpack_from(message, _TIMES_END + index * TOKEN.size)
                 if (parcel := self._parcels.get(token)) is not None:
-                    self._retry(parcel)
+                    self._retry(parcel, flags)
         elif kind == Kind.RESYNC:
             self._resync(batch)
 
@@ -626,6 +627,7 @@ class Connection:
             # An answer lies in the block that was lent for it; the first one, else, in that of the request.
             held = (pending.lent.popleft(),) if pending.lent else tuple(pending.blocks)
             pending.responses.append((reply, held))
+            pending.response_count += 1
         if is_final:
             del self._parcels[pending.token]
             self.in_flight -= 1
@@ -648,12 +650,21 @@ class Connection:
 
     # --- workers that died, models that moved, schedulers that were restarted ---
 
-    def _retry(self, pending: Pending) -> None:
+    def _retry(self, pending: Pending, flags: int) -> None:
+        """The worker is gone: hand the request in once more, unless that would do harm."""
+        name = pending.model.name
+        if flags & FLAG_HUNG:
+            self._finish(pending, WorkerDied(f"an instance of model '{name}' took too long and was ended"))
+            return
+        if isinstance(pending, PendingParcel) and pending.response_count:
+            # Its first responses are with the caller already.
+            self._finish(pending, WorkerDied(f"an instance of model '{name}' ended unexpectedly between responses"))
+            return
         if pending.attempt >= ATTEMPTS_MAX:
             self._finish(
                 pending,
                 WorkerDied(
-                    f"an instance of model '{pending.model.name}' ended unexpectedly while it ran the request, "
+                    f"an instance of model '{name}' ended unexpectedly while it ran the request, "
                     "and so did the one that tried it again"
                 ),
             )
@@ -732,7 +743,7 @@ class Connection:
         if pending is None or pending.is_done:
             return
         if flags & FLAG_GONE:
-            self._retry(pending)
+            self._retry(pending, flags)
         else:
             # Everything that the worker ran was answered before this message: it has not run.
             self._send_again(pending)

@@ -134,7 +134,7 @@ class Pending:
 class PendingParcel(Pending):
     """A request outside slabs, with its blocks."""
 
-    __slots__ = ("blocks", "head", "inputs", "lent", "responses", "sequence", "shape_key", "token")
+    __slots__ = ("blocks", "head", "inputs", "lent", "response_count", "responses", "sequence", "shape_key", "token")
 
     def __init__(self, model: Opened, rows: int, token: int) -> None:
         super().__init__(model, None, rows)
@@ -152,6 +152,8 @@ class PendingParcel(Pending):
         self.lent: deque[BlockLease] = deque()
         #: Responses that nobody has taken yet, each with what its outputs lie in.
         self.responses: deque[tuple[ReplyHead, tuple[BlockLease, ...]]] = deque()
+        #: Responses that have come so far.
+        self.response_count = 0
 
     @property
     def has_news(self) -> bool:
