@@ -35,7 +35,7 @@ class Waiting:
         deadline_ns: int = 0,
     ) -> None:
         self.producer = producer
-        self.requests = requests
+        self.requests: int = requests
         #: Batch items of each request, at least 1.
         self.rows_each = rows_each
         self.enqueue_ns = enqueue_ns

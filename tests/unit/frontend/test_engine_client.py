@@ -1,0 +1,465 @@
+"""A frontend's end of the engine, with this test as scheduler and worker: turns, cancellation, losses, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+import pytest
+
+from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient
+from forebay.ipc.arena import Arena, create_memory_file
+from forebay.ipc.catalog import Catalog, ModelEntry
+from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, ProducerCounter
+from forebay.ipc.doorbell import create_doorbell
+from forebay.ipc.errors import Code, ServingError
+from forebay.ipc.messages import Cancel, GrantReturned, Message, ParcelSubmit, ReplyHead, Submit
+from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.wire import (
+    FLAG_FINAL,
+    FLAG_GONE,
+    GRANT,
+    GRANTED_BATCH,
+    HEADER,
+    MESSAGE_BYTES_MAX,
+    NO_TIMES,
+    TOKEN,
+    Kind,
+    Run,
+    pack_runs,
+    unpack_runs,
+)
+
+PRODUCER, ROUTE, INSTANCE = 7, 3, 11
+ARENA_BYTES = 1 << 22
+
+
+class Rows:
+    """A request in slab rows; remembers how it ended."""
+
+    def __init__(self, rows: int = 1) -> None:
+        self.rows = rows
+        self.end = ""
+
+    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+        assert not self.end
+        self.end = "done"
+
+    def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
+        assert not self.end
+        self.end = f"{error.code.name} {'ran' if ran else 'never ran'}"
+
+
+class Parcel:
+    """A parcel; remembers its answers."""
+
+    def __init__(self) -> None:
+        self.answers: list[str] = []
+
+    def parcel_reply(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        self.answers.append((reply.text or "ok") + ("." if final else ""))
+
+    def lend(self, byte_size: int) -> int:
+        raise AssertionError("nobody asked for room")
+
+
+class Sent:
+    """Stands for the submit socket."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+        self.is_full = False
+
+    def send_nowait(self, message: Message) -> bool:
+        if not self.is_full:
+            self.messages.append(message)
+        return not self.is_full
+
+    def close(self) -> None:
+        pass
+
+
+class Surroundings:
+    """An engine client with one route; ``ordered`` keeps its answers in order."""
+
+    def __init__(self, *, ordered: bool = False) -> None:
+        fd = create_memory_file("test", ARENA_BYTES)
+        self.counters = CountersFile()
+        offset = self.counters.allocate(PRODUCER_WORDS)
+        self._words = self.counters.block(offset, PRODUCER_WORDS)
+        self.bell, completions = create_doorbell()
+        self.sent = Sent()
+        self.engine = EngineClient(
+            asyncio.get_running_loop(),
+            producer=PRODUCER,
+            epoch=1,
+            arena=Arena(fd, ARENA_BYTES),
+            completions=completions,
+            counters=self.counters,
+            submit=self.sent,  # type: ignore[arg-type]
+        )
+        os.close(fd)
+        entry = ModelEntry(
+            name="m",
+            version=1,
+            state="READY",
+            route=ROUTE,
+            max_batch_size=8,
+            inputs=(TensorSpec("X", "FP32", (4,)),),
+            outputs=(TensorSpec("Y", "FP32", (1,)),),
+            counter_offset=offset,
+            instance_counter_offsets=(64,),
+            wants_parcels=ordered,
+            preserve_ordering=ordered,
+        )
+        self.engine.update_catalog(Catalog(generation=1, models=(entry,)))
+        self.route: RouteClient = self.engine.routes[ROUTE]
+        self._completions = completions
+        self.worker: socket.socket | None = None
+
+    def close(self) -> None:
+        self.engine.close()
+        self._completions.close()
+        self.bell.close()
+        if self.worker is not None:
+            self.worker.close()
+        self.engine.remove_doorbell(INSTANCE)
+
+    def count(self, counter: ProducerCounter) -> int:
+        return int(self._words[counter])
+
+    # --- what clients do
+
+    def publish(self, rows: int = 1) -> tuple[Rows, OwnedSlab, int]:
+        slab, first = self.route.loan(rows)
+        owner = Rows(rows)
+        self.route.publish(slab, first, rows, owner)
+        return owner, slab, first
+
+    def submit(self, token: int) -> Parcel:
+        owner = Parcel()
+        self.route.submit_parcel(ParcelSubmit(ROUTE, token, 1, 5, b"head"), owner)
+        return owner
+
+    # --- what the engine says
+
+    async def tell(self, message: bytes) -> None:
+        self.bell.send(message)
+        await turn()
+
+    async def tell_runs(self, kind: Kind, *runs: tuple[int, int], batch: int = 1, **f: Any) -> None:
+        """Tell of (first, rows) in the newest slab."""
+        slab = self.route.slabs[-1]
+        instance, error = f.pop("instance", INSTANCE), f.pop("error", b"")
+        packed = [
+            Run(PRODUCER, rows, slab.base, slab.capacity, first, rows, f.get("attempt", 0), rows * 5)
+            for first, rows in runs
+        ]
+        await self.tell(pack_runs(kind, 0, instance, batch, packed, NO_TIMES) + error)
+
+    async def reply(self, token: int, *, text: str = "", final: bool = True, instance: int = INSTANCE) -> None:
+        reply = msgspec.msgpack.encode(ReplyHead(code=4 if text else 0, text=text))
+        header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL if final else 0, 1, instance, 0)
+        await self.tell(header + NO_TIMES + TOKEN.pack(token) + reply)
+
+    async def lose_parcel(self, token: int) -> None:
+        header = HEADER.pack(Kind.PARCEL_LOST, 0, 1, INSTANCE, 1)
+        await self.tell(header + NO_TIMES + TOKEN.pack(token))
+
+    async def grant(self, generation: int = 1) -> socket.socket:
+        sender, self.worker = create_doorbell()
+        self.worker.setblocking(False)
+        self.engine.add_doorbell(INSTANCE, sender)
+        await self.tell(HEADER.pack(Kind.GRANT, 0, 0, INSTANCE, 0) + GRANT.pack(ROUTE, INSTANCE, generation, 8))
+        return self.worker
+
+    async def revoke(self, generation: int = 1, flags: int = 0) -> None:
+        message = HEADER.pack(Kind.REVOKE, flags, 0, INSTANCE, 0) + GRANT.pack(ROUTE, INSTANCE, generation, 0)
+        await self.tell(message)
+
+    async def resync(self, epoch: int = 2) -> None:
+        await self.tell(HEADER.pack(Kind.RESYNC, 0, 0, 0, epoch))
+
+    def take_sent(self) -> list[Any]:
+        messages, self.sent.messages = self.sent.messages, []
+        return messages
+
+
+async def turn() -> None:
+    """Let the event loop handle everything that is due."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+Scenario = Callable[[Surroundings], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, **options: Any) -> None:
+    async def run() -> None:
+        surroundings = Surroundings(**options)
+        try:
+            await scenario(surroundings)
+        finally:
+            surroundings.close()
+
+    asyncio.run(run())
+
+
+# --- turns
+
+
+def test_requests_of_one_turn_are_one_run_in_one_message() -> None:
+    """I-3."""
+
+    async def scenario(s: Surroundings) -> None:
+        for _ in range(3):
+            s.publish()
+        s.publish(2)
+        await turn()
+        (message,) = s.take_sent()
+        assert isinstance(message, Submit)
+        assert [(run.first, run.requests, run.rows_each) for run in message.runs] == [(0, 3, 1), (3, 1, 2)]
+
+    play(scenario)
+
+
+def test_scheduler_that_does_not_read_is_a_prompt_refusal() -> None:
+    """I-6."""
+
+    async def scenario(s: Surroundings) -> None:
+        s.sent.is_full = True
+        owner, slab, _first = s.publish()
+        parcel = s.submit(1)
+        await turn()
+        assert owner.end == "UNAVAILABLE never ran"
+        assert parcel.answers == ["the scheduler does not keep up; try again later."]
+        assert slab.live == 0
+        assert s.count(ProducerCounter.REJECTED) == 2
+
+    play(scenario)
+
+
+def test_ends_are_counted_by_reason() -> None:
+    """Spec M-021."""
+
+    async def scenario(s: Surroundings) -> None:
+        owners = [s.publish()[0] for _ in range(4)]
+        await turn()
+        await s.tell_runs(Kind.RUNS_DONE, (0, 1))
+        await s.tell_runs(Kind.RUNS_FAILED, (1, 1), error=bytes((Code.INTERNAL,)) + b"x")
+        await s.tell_runs(Kind.RUNS_FAILED, (2, 1), instance=0, error=bytes((Code.UNAVAILABLE,)) + b"x")
+        await s.tell_runs(Kind.RUNS_FAILED, (3, 1), instance=0, error=bytes((Code.CANCELLED,)) + b"x")
+        assert [owner.end for owner in owners] == [
+            "done", "INTERNAL ran", "UNAVAILABLE never ran", "CANCELLED never ran",
+        ]  # fmt: skip
+        names = ("SUCCESS", "FAILED", "FAILED_BACKEND", "REJECTED", "CANCELED", "FAILED_OTHER")
+        assert [s.count(ProducerCounter[name]) for name in names] == [1, 3, 1, 1, 1, 0]
+        assert s.engine.in_flight_count == 0
+
+    play(scenario)
+
+
+# --- clients that leave
+
+
+def test_cancelled_rows_that_were_not_sent_yet_never_are() -> None:
+    async def scenario(s: Surroundings) -> None:
+        owners = [s.publish() for _ in range(3)]
+        _owner, slab, first = owners[1]
+        s.route.cancel_rows(slab, first)
+        await turn()
+        (message,) = s.take_sent()
+        assert [(run.first, run.requests) for run in message.runs] == [(0, 1), (2, 1)]
+        assert [owner.end for owner, _slab, _first in owners] == ["", "CANCELLED never ran", ""]
+        assert slab.live == 2
+
+    play(scenario)
+
+
+def test_cancelled_rows_are_told_to_the_scheduler_after_their_submission() -> None:
+    async def scenario(s: Surroundings) -> None:
+        _owner, slab, first = s.publish()
+        parcel_owner = s.submit(9)
+        await turn()
+        s.route.cancel_rows(slab, first)
+        s.engine.cancel(9)
+        s.publish()
+        await turn()
+        submitted, later, cancel = s.take_sent()
+        assert isinstance(submitted, Submit)
+        assert isinstance(later, Submit)
+        assert isinstance(cancel, Cancel)
+        assert cancel.tokens == (9,)
+        assert [(rows.route, rows.base, rows.firsts) for rows in cancel.rows] == [(ROUTE, slab.base, (first,))]
+        assert slab.live == 2
+        assert parcel_owner.answers == []
+
+    play(scenario)
+
+
+def test_cancelling_what_is_done_does_nothing() -> None:
+    async def scenario(s: Surroundings) -> None:
+        _owner, slab, first = s.publish()
+        await turn()
+        await s.tell_runs(Kind.RUNS_DONE, (0, 1))
+        s.take_sent()
+        s.route.cancel_rows(slab, first)
+        await turn()
+        assert s.take_sent() == []
+
+    play(scenario)
+
+
+# --- losses
+
+
+def test_lost_rows_are_tried_again_each_by_itself_and_then_fail() -> None:
+    async def scenario(s: Surroundings) -> None:
+        owners = [s.publish()[0] for _ in range(2)]
+        await turn()
+        s.take_sent()
+        await s.tell_runs(Kind.RUNS_LOST, (0, 2))
+        (message,) = s.take_sent()
+        assert [(run.first, run.requests, run.attempt) for run in message.runs] == [(0, 1, 1), (1, 1, 1)]
+        await s.tell_runs(Kind.RUNS_LOST, (0, 1), attempt=1, batch=2)
+        await s.tell_runs(Kind.RUNS_DONE, (1, 1), batch=3)
+        assert [owner.end for owner in owners] == ["INTERNAL ran", "done"]
+
+    play(scenario)
+
+
+def test_loss_of_a_batch_that_was_answered_does_not_touch_who_has_its_rows_now() -> None:
+    """A worker may die when it has told us and not yet the scheduler."""
+
+    async def scenario(s: Surroundings) -> None:
+        s.publish()
+        await turn()
+        await s.tell_runs(Kind.RUNS_DONE, (0, 1), batch=5)
+        owner, _slab, first = s.publish()
+        assert first == 0
+        await turn()
+        s.take_sent()
+        await s.tell_runs(Kind.RUNS_LOST, (0, 1), batch=5)
+        assert s.take_sent() == []
+        assert owner.end == ""
+
+    play(scenario)
+
+
+def test_lost_parcel_is_tried_again_unless_its_client_has_part_of_the_answer() -> None:
+    async def scenario(s: Surroundings) -> None:
+        fresh, answered = s.submit(1), s.submit(2)
+        await turn()
+        s.take_sent()
+        await s.reply(2, final=False)
+        await s.lose_parcel(1)
+        await s.lose_parcel(2)
+        (message,) = s.take_sent()
+        assert [(parcel.token, parcel.attempt) for parcel in message.parcels] == [(1, 1)]
+        assert fresh.answers == []
+        assert answered.answers == ["ok", "an instance of model 'm' ended unexpectedly before its last response."]
+
+    play(scenario)
+
+
+# --- grants
+
+
+def test_granted_worker_is_rung_at_once_with_a_number_of_its_own_kind() -> None:
+    async def scenario(s: Surroundings) -> None:
+        worker = await s.grant()
+        owner, _slab, _first = s.publish()
+        message = worker.recv(MESSAGE_BYTES_MAX)
+        assert HEADER.unpack_from(message)[4] & GRANTED_BATCH
+        assert [run.rows for run in unpack_runs(memoryview(message), 1, HEADER.size)] == [1]
+        await s.revoke()
+        assert s.take_sent() == []
+        await s.tell_runs(Kind.RUNS_DONE, (0, 1), batch=GRANTED_BATCH | 1)
+        assert owner.end == "done"
+        assert [type(message) for message in s.take_sent()] == [GrantReturned]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("generation", [1, 77])
+def test_dead_granted_worker_loses_what_was_rung(generation: int) -> None:
+    """Whatever generation the scheduler names: it may be a new one, which knows of no grants."""
+
+    async def scenario(s: Surroundings) -> None:
+        await s.grant()
+        s.publish()
+        await s.revoke(generation, FLAG_GONE)
+        (message,) = s.take_sent()
+        assert [(run.first, run.attempt) for run in message.runs] == [(0, 1)]
+
+    play(scenario)
+
+
+def test_late_revoke_of_an_earlier_grant_is_ignored() -> None:
+    async def scenario(s: Surroundings) -> None:
+        await s.grant(generation=2)
+        await s.revoke(generation=1)
+        assert s.take_sent() == []
+        assert len(s.route.grants) == 1
+
+    play(scenario)
+
+
+# --- a restarted scheduler
+
+
+def test_what_is_not_answered_is_handed_in_again_to_a_new_scheduler() -> None:
+    async def scenario(s: Surroundings) -> None:
+        s.publish()
+        s.publish(2)
+        s.submit(5)
+        await turn()
+        await s.tell_runs(Kind.RUNS_DONE, (0, 1))
+        s.take_sent()
+        await s.resync()
+        (message,) = s.take_sent()
+        assert message.epoch == 2
+        assert [(run.first, run.requests, run.rows_each) for run in message.runs] == [(1, 1, 2)]
+        assert [parcel.token for parcel in message.parcels] == [5]
+        await s.resync()
+        assert s.take_sent() == [], "the second call of the same scheduler would run everything twice"
+
+    play(scenario)
+
+
+def test_what_was_rung_under_a_grant_is_not_handed_in_again_but_lost_with_its_worker() -> None:
+    async def scenario(s: Surroundings) -> None:
+        await s.grant()
+        owner, _slab, _first = s.publish()
+        await s.resync()
+        assert s.take_sent() == []
+        assert s.route.grants == []
+        await s.revoke(99, FLAG_GONE)
+        (message,) = s.take_sent()
+        assert [(run.first, run.attempt) for run in message.runs] == [(0, 1)]
+        assert owner.end == ""
+
+    play(scenario)
+
+
+# --- order
+
+
+def test_answers_keep_the_order_of_their_requests() -> None:
+    """Spec S-024."""
+
+    async def scenario(s: Surroundings) -> None:
+        owners = [s.submit(token) for token in (1, 2, 3)]
+        await turn()
+        await s.reply(2)
+        await s.reply(3, text="no")
+        assert [owner.answers for owner in owners] == [[], [], []]
+        await s.lose_parcel(1)
+        await s.reply(1)
+        assert [owner.answers for owner in owners] == [["ok."], ["ok."], ["no."]]
+
+    play(scenario, ordered=True)
