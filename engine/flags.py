@@ -162,7 +162,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("allow-http", "http.allow"),
     Flag("http-address", "http.address", metavar="ADDRESS"),
     Flag("http-port", "http.port", metavar="PORT", minimum=0, maximum=MAX_PORT),
-    Flag("reuse-http-port", "http.reuse_port", NOT_YET, "give each server its own port"),
+    Flag("reuse-http-port", "http.reuse_port"),
     Flag(
         "http-header-forward-pattern",
         "http.header_forward_pattern",

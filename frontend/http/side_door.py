@@ -30,6 +30,9 @@ class NotifyingConnection(ControlConnection):
         finally:
             self._on_finished()
 
+    def _process_keepalive(self) -> None:
+        """Do not close the connection an hour after aiohttp's last request on it: inference is none of those."""
+
 
 MakeControlConnection = Callable[[Callable[[], None]], NotifyingConnection]
 

@@ -307,6 +307,23 @@ def server_models(server: ForebayServer) -> str:
     return str(command[command.index("--model-repository") + 1])
 
 
+def test_two_servers_share_a_port(server: ForebayServer) -> None:
+    """H-020: the kernel shares out the connections; when one server ends, the other has them all."""
+    models = server_models(server)
+    with (
+        ForebayServer(models, "--reuse-http-port=true", "--id=one") as one,
+        ForebayServer(models, "--reuse-http-port=true", "--id=two", http_port=one.http_port) as two,
+    ):
+        assert two.http_port == one.http_port
+
+        def names(count: int) -> set[str]:
+            return {json.loads(two.get("/v2")[1])["name"] for _ in range(count)}
+
+        two.wait_for(lambda: names(20) == {"one", "two"}, "both to be asked")
+        assert one.stop() == 0
+        assert names(20) == {"two"}
+
+
 def test_stop_answers_what_was_asked(server: ForebayServer) -> None:
     """H-009."""
     with (
