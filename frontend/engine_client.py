@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from forebay.frontend.answer_order import AnswerOrder
+from forebay.frontend.route_details import RouteDetails
 from forebay.frontend.tracing import Sampler
 from forebay.ipc.arena import Arena, BlockAllocator
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.channel import SubmitSender
-from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, instance_words
+from forebay.ipc.counters import LAST_BUCKET, PRODUCER_WORDS, CountersFile, detail_words, instance_words
 from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import (
@@ -123,6 +124,24 @@ class ParcelOwner(Protocol):
             ArenaFull: there is no room.
         """
         ...
+
+
+# Plain integers: looking up a member of an enum costs as much as the addition.
+_SUCCESS, _SUCCESS_NS, _REQUEST_BUCKETS = int(Count.SUCCESS), int(Count.SUCCESS_NS), int(Count.REQUEST_BUCKETS)
+
+
+def count_answered(counters: memoryview, requests: int, elapsed_ns: int) -> None:
+    """Count requests that have their answer.
+
+    Args:
+        elapsed_ns: summed over the requests; their mean decides on the bucket.
+    """
+    if elapsed_ns < 0:
+        elapsed_ns = 0
+    counters[_SUCCESS] += requests
+    counters[_SUCCESS_NS] += elapsed_ns
+    bucket = (elapsed_ns // requests >> 10).bit_length()
+    counters[_REQUEST_BUCKETS + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += requests
 
 
 def count_failure(counters: memoryview, error: ServingError, requests: int, elapsed_ns: int, *, ran: bool) -> None:
@@ -252,7 +271,7 @@ class _TurnRun:
 class _Parcel:
     """A parcel in flight."""
 
-    __slots__ = ("has_responses", "owner", "route", "submit")
+    __slots__ = ("has_responses", "last_response_ns", "owner", "route", "submit")
 
     def __init__(self, route: RouteClient, submit: ParcelSubmit, owner: ParcelOwner) -> None:
         self.route = route
@@ -260,6 +279,8 @@ class _Parcel:
         self.owner = owner
         #: The client has part of the answer: the request cannot be tried again.
         self.has_responses = False
+        #: When the worker sent the last of them; kept for statistics of responses only.
+        self.last_response_ns = 0
 
 
 class RouteClient:
@@ -274,6 +295,8 @@ class RouteClient:
         self.sampler: Sampler | None = engine.sampler_of(entry.name)
         self.slabs: list[OwnedSlab] = []
         self.counters = engine.counters_block(entry.counter_offset)
+        #: Latencies and responses one by one; None: nobody wants them.
+        self.details: RouteDetails | None = engine.route_details(entry)
         # A frontend that used the block before us may have died with requests in flight.
         self.counters[Count.ENSEMBLE_USES] = 0
         #: Of an ensemble: what its steps took, laid out as an instance's block.
@@ -615,6 +638,13 @@ class EngineClient:
         """Return the words of one of this frontend's blocks; a private one for offset 0."""
         return self._counters_file.block(offset, PRODUCER_WORDS) if offset else self._no_counters
 
+    def route_details(self, entry: ModelEntry) -> RouteDetails | None:
+        """Return the writer of this frontend's block of details; None: there is none."""
+        if not entry.detail_offset:
+            return None
+        words = detail_words(has_latencies=entry.has_latencies, is_decoupled=entry.decoupled)
+        return RouteDetails(entry, self._counters_file.block(entry.detail_offset, words))
+
     def step_counters_block(self, entry: ModelEntry) -> memoryview:
         """Return the words for an ensemble's steps; private ones if the entry has none."""
         words = instance_words(entry.max_batch_size)
@@ -800,9 +830,10 @@ class EngineClient:
                         owners[row] = None
                         owner.rows_done(slab, row)
             slab.release(first, rows)
-            counters = route.counters
-            counters[Count.SUCCESS] += requests
-            counters[Count.SUCCESS_NS] += max(requests * now_ns - enqueue_sum_ns, 0)
+            count_answered(route.counters, requests, requests * now_ns - enqueue_sum_ns)
+            if route.details is not None:
+                enqueue_ns = enqueue_sum_ns // requests
+                route.details.answered(requests, now_ns - enqueue_ns, enqueue_ns, self.reply_times())
             route.write_counters()
             if route.is_retired or len(route.slabs) > 1:
                 route.free_idle_slabs()
@@ -896,6 +927,11 @@ class EngineClient:
             if reply.needs_bytes:
                 self._lend(parcel, token, reply.needs_bytes, instance)
             else:
+                if parcel.route.details is not None and instance:
+                    times = self.reply_times()
+                    submit = parcel.submit
+                    parcel.route.details.responded(reply, times, parcel.last_response_ns, submit.enqueue_ns)
+                    parcel.last_response_ns = times.end_ns
                 parcel.has_responses = True
                 if final:
                     del self.parcels[token]
@@ -932,9 +968,11 @@ class EngineClient:
         elapsed_ns = time.monotonic_ns() - parcel.submit.enqueue_ns
         if reply.text:
             count_failure(counters, from_wire(reply.code, reply.text), 1, elapsed_ns, ran=ran)
-        else:
-            counters[Count.SUCCESS] += 1
-            counters[Count.SUCCESS_NS] += elapsed_ns
+            return
+        count_answered(counters, 1, elapsed_ns)
+        details = parcel.route.details
+        if details is not None:
+            details.answered(1, elapsed_ns, parcel.submit.enqueue_ns, self.reply_times() if ran else None)
 
     def _lend(self, parcel: _Parcel, token: int, byte_size: int, instance: int) -> None:
         bell = self._bells.get(instance)
@@ -1086,6 +1124,8 @@ class EngineClient:
                 parcel.route.submit_parcel(parcel.submit, parcel.owner)
 
     def close(self) -> None:
+        for bell in (*self._bells.values(), *(grant.bell for grant in self._grants.values())):
+            bell.close()
         self._loop.remove_reader(self._completions.fileno())
         self._submit.close()
 

@@ -16,10 +16,33 @@ from typing import Any
 import msgspec
 
 from forebay.frontend.catalog_view import CatalogView
+from forebay.frontend.custom_metrics import CustomMetrics
+from forebay.frontend.gpu_metrics import Gpus, find_gpus
+from forebay.frontend.histograms import (
+    DEFAULT_QUANTILES,
+    DURATION_BOUNDS,
+    FIRST_RESPONSE_BOUNDS_MS,
+    SlidingWindow,
+    histogram_lines,
+    parse_quantiles,
+    quantile_us,
+    read_stage,
+    rebucket_ms,
+    with_label,
+)
 from forebay.frontend.statistics import ModelTotals, Words, sum_blocks
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.clock import Clock, MonotonicClock
-from forebay.ipc.counters import CACHE_WORDS, CacheCounter, InstanceCounter, ProducerCounter, SchedulerCounter
+from forebay.ipc.counters import (
+    CACHE_WORDS,
+    DURATION_BUCKETS,
+    LATENCY_WORDS,
+    CacheCounter,
+    InstanceCounter,
+    ProducerCounter,
+    SchedulerCounter,
+    Stage,
+)
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
 
@@ -38,7 +61,13 @@ class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     allow_cpu: bool = True
     interval_ms: int = 2000
+    allow_gpu: bool = True
+    cpu_only: bool = False
+    """Use no GPU, and so show none."""
     counter_latencies: bool = True
+    summary_latencies: bool = False
+    summary_quantiles: tuple[float, ...] = DEFAULT_QUANTILES
+    histogram_latencies: bool = False
     pinned_pool_byte_size: int = 268_435_456
 
     @classmethod
@@ -46,14 +75,20 @@ class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Pick them from the settings groups of `FrontendStart.settings`; what is missing keeps its default."""
         metrics: Mapping[str, Any] = groups.get("metrics", {})
         memory: Mapping[str, Any] = groups.get("memory", {})
+        gpu: Mapping[str, Any] = groups.get("gpu", {})
         options = {str(entry["setting"]): str(entry["value"]) for entry in metrics.get("config", ())}
         found: dict[str, Any] = {
             "allow_cpu": metrics.get("allow_cpu"),
+            "allow_gpu": metrics.get("allow_gpu"),
+            "cpu_only": gpu.get("cpu_only"),
             "interval_ms": metrics.get("interval_ms"),
             "pinned_pool_byte_size": memory.get("pinned_pool_byte_size"),
         }
-        if "counter_latencies" in options:
-            found["counter_latencies"] = options["counter_latencies"].lower() in ("true", "on", "1")
+        for name in ("counter_latencies", "summary_latencies", "histogram_latencies"):
+            if name in options:
+                found[name] = options[name].lower() in ("true", "on", "1")
+        if "summary_quantiles" in options:
+            found["summary_quantiles"] = parse_quantiles(options["summary_quantiles"])
         return msgspec.convert({name: value for name, value in found.items() if value is not None}, cls)
 
 
@@ -96,6 +131,8 @@ def _counter(
 def _gauge(name: str, text: str, reader: Reader) -> ModelFamily:
     return ModelFamily(name, text, "gauge", (("", reader),))
 
+
+_PENDING = "nv_inference_pending_request_count"
 
 #: Triton's families of models, in Triton's order; `_us` families cumulate nanoseconds and print microseconds.
 _TRITON_FAMILIES = (
@@ -181,7 +218,7 @@ _TRITON_FAMILIES = (
         needs_cache=True,
     ),
     _gauge(
-        "nv_inference_pending_request_count",
+        _PENDING,
         "Instantaneous number of pending requests awaiting execution per-model.",
         _scheduler(SchedulerCounter.PENDING),
     ),
@@ -277,6 +314,69 @@ def cache_gauges(words: Words, offsets: Iterable[int]) -> list[tuple[str, str, V
             totals[CacheCounter.INSERTION_NS] // _NS_PER_US,
         ),
     ]
+
+
+#: Triton's summaries (spec M-031, M-032), in Triton's order.
+_SUMMARIES: tuple[tuple[str, str, Stage], ...] = (
+    (
+        "nv_inference_request_summary_us",
+        "Summary of inference request duration in microseconds (includes cached requests)",
+        Stage.REQUEST,
+    ),
+    (
+        "nv_inference_queue_summary_us",
+        "Summary of inference queuing duration in microseconds (includes cached requests)",
+        Stage.QUEUE,
+    ),
+    (
+        "nv_inference_compute_input_summary_us",
+        "Summary of compute input duration in microseconds (does not include cached requests)",
+        Stage.INPUT,
+    ),
+    (
+        "nv_inference_compute_infer_summary_us",
+        "Summary of compute inference duration in microseconds (does not include cached requests)",
+        Stage.INFER,
+    ),
+    (
+        "nv_inference_compute_output_summary_us",
+        "Summary of inference compute output duration in microseconds (does not include cached requests)",
+        Stage.OUTPUT,
+    ),
+)
+
+_FIRST_RESPONSE = "nv_inference_first_response_histogram_ms"
+
+#: Our histograms of durations, in seconds: name, help, what is counted, where the sum of the nanoseconds is.
+_DURATIONS: tuple[tuple[str, str, Callable[[ModelTotals], list[int]], Callable[[ModelTotals], int]], ...] = (
+    (
+        "forebay_request_duration_seconds",
+        "Durations of answered requests, from their hand-over to the engine to the answer",
+        lambda totals: _buckets(totals.producers, ProducerCounter.REQUEST_BUCKETS),
+        lambda totals: totals.producers[ProducerCounter.SUCCESS_NS],
+    ),
+    (
+        "forebay_queue_duration_seconds",
+        "Time that executed requests waited for an instance; requests of one batch count with their mean",
+        lambda totals: _buckets(totals.instances, InstanceCounter.QUEUE_BUCKETS),
+        lambda totals: totals.instances[InstanceCounter.QUEUE_NS],
+    ),
+    (
+        "forebay_compute_duration_seconds",
+        "Durations of the executions that requests were part of",
+        lambda totals: _buckets(totals.instances, InstanceCounter.COMPUTE_BUCKETS),
+        lambda totals: sum(
+            totals.instances[word]
+            for word in (InstanceCounter.INPUT_NS, InstanceCounter.INFER_NS, InstanceCounter.OUTPUT_NS)
+        ),
+    ),
+)
+
+_BATCH_SIZE = "forebay_batch_size"
+
+
+def _buckets(words: list[int], first: int) -> list[int]:
+    return words[first : first + DURATION_BUCKETS]
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -386,27 +486,66 @@ class _ShownFamily(msgspec.Struct, frozen=True):
 class MetricsPage:
     """Renders ``/metrics``. Give it each new catalog; only READY versions have series (spec M-006, M-007)."""
 
-    def __init__(self, words: Words, settings: MetricsSettings, *, machine: Machine | None = None) -> None:
+    def __init__(
+        self,
+        words: Words,
+        settings: MetricsSettings,
+        *,
+        machine: Machine | None = None,
+        gpus: Gpus | None = None,
+    ) -> None:
         """Start with no models.
 
         Args:
             words: uint64, the whole counters file.
             machine: for tests; by default /proc, if the settings allow it.
+            gpus: for tests; by default what NVML finds, if the settings allow it.
         """
         self._words = words
         self._settings = settings
         self._machine = machine or (Machine(settings.interval_ms) if settings.allow_cpu else None)
-        self._entries: tuple[ModelEntry, ...] = ()
-        self._cache_offsets: tuple[int, ...] = ()
-        self._triton = self._show(_TRITON_FAMILIES)
-        self._ours = self._show(_OUR_FAMILIES)
+        wants_gpus = settings.allow_gpu and not settings.cpu_only
+        self._gpus = gpus or (find_gpus(settings.interval_ms) if wants_gpus else None)
+        #: What models define themselves.
+        self.custom = CustomMetrics()
+        self._windows: dict[tuple[int, Stage], SlidingWindow] = {}
+        self._take(())
+
+    @property
+    def has_summaries(self) -> bool:
+        """Whether :meth:`step_windows` wants to be called every ``WINDOW_SECS / WINDOW_STEPS``."""
+        return self._settings.summary_latencies
 
     def take_catalog(self, view: CatalogView) -> None:
         """Use the READY models of a catalog from now on."""
-        self._entries = view.ready_models
+        self._take(view.ready_models)
+        #: Of the frontends' parts of the response cache; empty: there is none.
         self._cache_offsets = view.catalog.cache_counter_offsets
-        self._triton = self._show(_TRITON_FAMILIES)
+
+    def _take(self, entries: tuple[ModelEntry, ...]) -> None:
+        self._entries = entries
+        self._labels = [render_labels(model_labels(entry)) for entry in entries]
+        self._cache_offsets: tuple[int, ...] = ()
+        place = next(index for index, family in enumerate(_TRITON_FAMILIES) if family.name == _PENDING)
+        # Custom metrics stand between Triton's counters and its gauges (appendix G).
+        self._counters = self._show(_TRITON_FAMILIES[:place])
+        self._gauges = self._show(_TRITON_FAMILIES[place:])
         self._ours = self._show(_OUR_FAMILIES)
+        alive = {entry.route for entry in entries}
+        self._windows = {key: window for key, window in self._windows.items() if key[0] in alive}
+
+    def step_windows(self) -> None:
+        """Move the windows of the summaries on."""
+        for entry in self._entries:
+            words = self._latencies(entry)
+            for _name, _text, stage in _SUMMARIES:
+                self._window(entry, stage).step(read_stage(words, stage).buckets)
+
+    def _window(self, entry: ModelEntry, stage: Stage) -> SlidingWindow:
+        return self._windows.setdefault((entry.route, stage), SlidingWindow())
+
+    def _latencies(self, entry: ModelEntry) -> list[int]:
+        return sum_blocks(self._words, entry.detail_offsets if entry.has_latencies else (), LATENCY_WORDS)
 
     def _show(self, families: Iterable[ModelFamily]) -> list[_ShownFamily]:
         """Return what does not change until the next catalog; a family without series is not shown at all."""
@@ -434,12 +573,84 @@ class MetricsPage:
         """Return the page, with every counter as it is now."""
         totals = [ModelTotals(self._words, entry) for entry in self._entries]
         lines: list[str] = []
-        _render_models(lines, self._triton, totals)
+        _render_models(lines, self._counters, totals)
+        lines += self.custom.lines()
+        _render_models(lines, self._gauges, totals)
         # Triton's gauges of the server stand behind its models' (appendix G).
         self._render_server(lines)
+        self._render_gpus(lines)
+        if self._settings.summary_latencies:
+            self._render_summaries(lines)
+        if self._settings.histogram_latencies:
+            self._render_first_responses(lines)
         _render_models(lines, self._ours, totals)
+        self._render_durations(lines, totals)
         lines.append("")
         return "\n".join(lines).encode("utf-8", "replace")
+
+    def _render_gpus(self, lines: list[str]) -> None:
+        name = ""
+        for sample in self._gpus.samples() if self._gpus is not None else ():
+            if sample.name != name:
+                name = sample.name
+                lines += (f"# HELP {name} {sample.help}", f"# TYPE {name} {sample.kind}")
+            lines.append(f"{name}{render_labels({'gpu_uuid': sample.uuid})} {format_value(sample.value)}")
+
+    def _render_summaries(self, lines: list[str]) -> None:
+        latencies = [self._latencies(entry) for entry in self._entries]
+        for name, text, stage in _SUMMARIES:
+            # Times in a queue and in all mean little where most requests are answered from a cache (spec M-031).
+            is_mixed = stage in (Stage.REQUEST, Stage.QUEUE)
+            shown = [
+                (entry, labels, words)
+                for entry, labels, words in zip(self._entries, self._labels, latencies, strict=True)
+                if not (is_mixed and entry.response_cache)
+            ]
+            if shown:
+                lines += (f"# HELP {name} {text}", f"# TYPE {name} summary")
+            for entry, labels, words in shown:
+                totals = read_stage(words, stage)
+                lines += (f"{name}_count{labels} {totals.count}", f"{name}_sum{labels} {totals.sum_us}")
+                recent = self._window(entry, stage).since_begin(totals.buckets)
+                for quantile in self._settings.summary_quantiles:
+                    value = quantile_us(recent, quantile)
+                    series = with_label(labels, "quantile", format_value(quantile))
+                    lines.append(f"{name}{series} {'Nan' if value is None else value}")
+
+    def _render_first_responses(self, lines: list[str]) -> None:
+        has_header = False
+        for entry, labels in zip(self._entries, self._labels, strict=True):
+            if not entry.decoupled or entry.is_ensemble:
+                continue
+            if not has_header:
+                has_header = True
+                text = "Duration from request to first response in milliseconds"
+                lines += (f"# HELP {_FIRST_RESPONSE} {text}", f"# TYPE {_FIRST_RESPONSE} histogram")
+            bounds = entry.first_response_buckets_ms or FIRST_RESPONSE_BOUNDS_MS
+            totals = read_stage(self._latencies(entry), Stage.FIRST_RESPONSE)
+            counts = rebucket_ms(totals, bounds)
+            texts = [format_value(float(bound)) for bound in bounds]
+            lines += histogram_lines(_FIRST_RESPONSE, labels, texts, counts, totals.sum_us / 1000)
+
+    def _render_durations(self, lines: list[str], totals: list[ModelTotals]) -> None:
+        if not totals:
+            return
+        for name, text, buckets, sum_ns in _DURATIONS:
+            lines += (f"# HELP {name} {text}", f"# TYPE {name} histogram")
+            for model, labels in zip(totals, self._labels, strict=True):
+                lines += histogram_lines(name, labels, DURATION_BOUNDS, buckets(model), sum_ns(model) / 1e9)
+        lines += (
+            f"# HELP {_BATCH_SIZE} Batch items of executed batches",
+            f"# TYPE {_BATCH_SIZE} histogram",
+        )
+        for model, labels in zip(totals, self._labels, strict=True):
+            bounds = _powers_of_two(max(model.entry.max_batch_size, 1))
+            counts = [0] * (len(bounds) + 1)
+            items = 0
+            for batch in model.batch_sizes():
+                items += batch.batch_size * batch.executions
+                counts[next(n for n, bound in enumerate(bounds) if batch.batch_size <= bound)] += batch.executions
+            lines += histogram_lines(_BATCH_SIZE, labels, [str(bound) for bound in bounds], counts, items)
 
     def _render_server(self, lines: list[str]) -> None:
         gauges: Iterable[tuple[str, str, Value]] = (
@@ -455,6 +666,11 @@ class MetricsPage:
         )
         for name, text, value in gauges:
             lines += (f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {format_value(value)}")
+
+
+def _powers_of_two(last: int) -> list[int]:
+    """Return 1, 2, 4, ... and ``last``."""
+    return [*(1 << power for power in range(last.bit_length()) if 1 << power < last), last]
 
 
 def _render_models(lines: list[str], families: Iterable[_ShownFamily], totals: list[ModelTotals]) -> None:

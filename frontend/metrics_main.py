@@ -21,6 +21,7 @@ from aiohttp import hdrs, web
 from forebay.frontend.app import request_path
 from forebay.frontend.control_client import ControlClient
 from forebay.frontend.errors import error_body
+from forebay.frontend.histograms import WINDOW_SECS, WINDOW_STEPS
 from forebay.frontend.metrics import CONTENT_TYPE, MetricsPage, MetricsSettings
 from forebay.frontend.plain_server import PlainServer
 from forebay.ipc.counters import CountersFile
@@ -31,6 +32,7 @@ from forebay.ipc.messages import (
     Failed,
     FrontendStart,
     LogChanged,
+    ModelMetrics,
     Serve,
     Started,
     Stop,
@@ -98,6 +100,8 @@ class MetricsProcess:
             if not self._stop.is_set():
                 await self._control.wait_catalog()
                 servers = [await loop.create_server(factory, sock=sock, backlog=_BACKLOG) for sock in self._sockets]
+                if self._page.has_summaries:
+                    self._step_windows()
             await self._stop.wait()
         finally:
             loop.remove_reader(self._lifeline.fileno())
@@ -106,6 +110,12 @@ class MetricsProcess:
             await factory.shutdown(_SHUTDOWN_SECS)
             self._control.close()
         return self._exit_code
+
+    def _step_windows(self) -> None:
+        # The only thing that wakes this process up by itself, and only for summaries.
+        if not self._stop.is_set():
+            self._page.step_windows()
+            asyncio.get_running_loop().call_later(WINDOW_SECS / WINDOW_STEPS, self._step_windows)
 
     async def _first(self, event: asyncio.Event) -> None:
         """Wait for ``event`` or for the end."""
@@ -127,6 +137,8 @@ class MetricsProcess:
                 os.close(fd)
             if isinstance(message, Serve):
                 self._serve.set()
+            elif isinstance(message, ModelMetrics):
+                self._page.custom.take(message)
             elif isinstance(message, LogChanged):
                 with contextlib.suppress(OSError):
                     log.configure(msgspec.convert(message.options, LogOptions))

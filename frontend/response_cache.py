@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from forebay.frontend.engine_client import EngineClient, RouteClient
+from forebay.frontend.engine_client import EngineClient, RouteClient, count_answered
 from forebay.frontend.inference import OutputView, RequestMeta
 from forebay.ipc.arena import align
 from forebay.ipc.counters import CacheCounter
@@ -187,8 +187,9 @@ class ResponseCache:
         counters = route.counters
         counters[Count.CACHE_HITS] += 1
         counters[Count.CACHE_HIT_NS] += elapsed_ns
-        counters[Count.SUCCESS] += 1
-        counters[Count.SUCCESS_NS] += elapsed_ns
+        count_answered(counters, 1, elapsed_ns)
+        if route.details is not None:
+            route.details.answered(1, elapsed_ns)
         route.write_counters()
 
     def insert(

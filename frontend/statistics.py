@@ -13,7 +13,11 @@ import msgspec
 
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import (
+    LATENCY_WORDS,
     PRODUCER_WORDS,
+    RESPONSE_FIELDS,
+    RESPONSE_WORDS,
+    RESPONSES_MAX,
     SCHEDULER_WORDS,
     InstanceCounter,
     ProducerCounter,
@@ -60,7 +64,7 @@ class ModelTotals:
         self.instances = sum_blocks(words, entry.instance_counter_offsets, InstanceCounter.BATCH_SIZES)
         #: Sums by :class:`ProducerCounter`.
         self.producers = sum_blocks(words, entry.producer_counter_offsets, PRODUCER_WORDS)
-        #: The route's :class:`SchedulerCounter` words.
+        #: The route's ``SchedulerCounter`` words.
         self.scheduler = sum_blocks(words, (entry.scheduler_counter_offset,), SCHEDULER_WORDS)
         #: Wall clock milliseconds of the last execution; 0: none.
         self.last_inference_ms = max(
@@ -88,6 +92,23 @@ class ModelTotals:
             for index in range(sizes)
             if totals[index * _BATCH_SIZE_WORDS]
         ]
+
+
+def response_statistics(words: Words, entry: ModelEntry) -> dict[str, dict[str, dict[str, int]]]:
+    """Return what became of the responses of a decoupled model, by their index; empty for others (spec H-236)."""
+    if not entry.decoupled or not entry.detail_offsets:
+        return {}
+    skipped = LATENCY_WORDS * _WORD_BYTES if entry.has_latencies else 0
+    totals = sum_blocks(words, [offset + skipped for offset in entry.detail_offsets], RESPONSES_MAX * RESPONSE_WORDS)
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for index in range(RESPONSES_MAX):
+        own = totals[index * RESPONSE_WORDS : (index + 1) * RESPONSE_WORDS]
+        if any(own):
+            found[str(index)] = {
+                field: {"count": own[2 * place], "ns": own[2 * place + 1]}
+                for place, field in enumerate(RESPONSE_FIELDS)
+            }
+    return found
 
 
 def model_statistics(words: Words, entry: ModelEntry) -> dict[str, object]:
@@ -118,7 +139,7 @@ def model_statistics(words: Words, entry: ModelEntry) -> dict[str, object]:
             "cache_hit": duration(producers[ProducerCounter.CACHE_HITS], producers[ProducerCounter.CACHE_HIT_NS]),
             "cache_miss": duration(producers[ProducerCounter.CACHE_MISSES], producers[ProducerCounter.CACHE_MISS_NS]),
         },
-        "response_stats": {},
+        "response_stats": response_statistics(words, entry),
         "batch_stats": [
             {
                 "batch_size": batch.batch_size,

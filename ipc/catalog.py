@@ -74,6 +74,15 @@ class ModelEntry(msgspec.Struct, frozen=True):
     instance_count: int = 0
     """How many instances there are; blocks of counters may be more, of instances that an update removed."""
 
+    detail_offset: int = 0
+    """Byte offset of this frontend's block of details (:func:`forebay.ipc.counters.detail_words`); 0: none."""
+    detail_offsets: tuple[int, ...] = ()
+    """Byte offsets of all frontends' blocks of details, for statistics and metrics."""
+    has_latencies: bool = False
+    """The details hold latencies."""
+    first_response_buckets_ms: tuple[float, ...] = ()
+    """Upper bounds of the histogram of first responses, if the model sets its own (spec M-030)."""
+
     @property
     def is_ready(self) -> bool:
         return self.state == "READY"

@@ -17,6 +17,12 @@ from forebay.ipc.arena import BlockAllocator, create_memory_file
 COUNTERS_BYTES = 16 * 1024 * 1024
 
 
+#: Buckets of a histogram of durations. Bucket i counts those below 1.024 us * 2**i; the last, those of 17 s and more.
+#: A duration's bucket is ``(ns >> 10).bit_length()``, at most ``LAST_BUCKET``.
+DURATION_BUCKETS = 26
+LAST_BUCKET = DURATION_BUCKETS - 1
+
+
 class InstanceCounter(enum.IntEnum):
     """Words of an instance's block, written by its worker. Durations are summed over requests (spec H-234)."""
 
@@ -40,8 +46,11 @@ class InstanceCounter(enum.IntEnum):
     MEMORY_BYTES = 17
     #: Since when the worker is executing a batch, monotonic ns; 0: it is not. Whoever forks it clears the word.
     RUNNING_SINCE_NS = 18
+    #: From here, one word per bucket: requests by how long they waited, and by how long their batch was executed.
+    QUEUE_BUCKETS = 24
+    COMPUTE_BUCKETS = 50
     #: From here, four words per batch size (1 first): executions, input ns, infer ns, output ns.
-    BATCH_SIZES = 24
+    BATCH_SIZES = 76
 
 
 class ProducerCounter(enum.IntEnum):
@@ -68,10 +77,59 @@ class ProducerCounter(enum.IntEnum):
     CACHE_MISSES = 17
     CACHE_HIT_NS = 18
     CACHE_MISS_NS = 19
+    #: From here, one word per bucket: answered requests by how long they took.
+    REQUEST_BUCKETS = 24
 
 
 #: Words of a producer block.
-PRODUCER_WORDS = 24
+PRODUCER_WORDS = 56
+
+
+class Stage(enum.IntEnum):
+    """What summaries are made of (spec M-030, M-031)."""
+
+    REQUEST = 0
+    QUEUE = 1
+    INPUT = 2
+    INFER = 3
+    OUTPUT = 4
+    FIRST_RESPONSE = 5
+
+
+#: Buckets of a stage: single microseconds up to 16, then eight per doubling; the last ends after 71 minutes.
+FINE_BUCKETS = 240
+#: Words per stage: the sum in microseconds, then the buckets.
+STAGE_WORDS = 1 + FINE_BUCKETS
+#: Words that a (frontend, route) block has if latencies are summarised.
+LATENCY_WORDS = len(Stage) * STAGE_WORDS
+
+#: Responses of one request that are counted one by one (spec H-236).
+RESPONSES_MAX = 256
+#: Words per response index: count and ns of what :data:`RESPONSE_FIELDS` names.
+RESPONSE_FIELDS = ("compute_infer", "compute_output", "success", "fail", "empty_response", "cancel")
+RESPONSE_WORDS = 2 * len(RESPONSE_FIELDS)
+
+
+def fine_bucket(us: int) -> int:
+    """Return the bucket of a duration in microseconds."""
+    bits = us.bit_length()
+    if bits <= 4:
+        return us
+    index = 16 + (bits - 5) * 8 + ((us >> (bits - 4)) & 7)
+    return index if index < FINE_BUCKETS else FINE_BUCKETS - 1
+
+
+def fine_bucket_range(index: int) -> tuple[int, int]:
+    """Return the microseconds from which, and below which, durations are counted in a bucket."""
+    if index < 16:
+        return index, index + 1
+    octave, part = divmod(index - 16, 8)
+    return (8 + part) << (octave + 1), (9 + part) << (octave + 1)
+
+
+def detail_words(*, has_latencies: bool, is_decoupled: bool) -> int:
+    """Words of a (frontend, route) block for details: latencies first, then responses; 0: there is none."""
+    return (LATENCY_WORDS if has_latencies else 0) + (RESPONSES_MAX * RESPONSE_WORDS if is_decoupled else 0)
 
 
 class CacheCounter(enum.IntEnum):

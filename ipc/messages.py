@@ -419,7 +419,37 @@ class RegionsSeen(Message, frozen=True, tag=27):
     generation: int
 
 
-SupervisorToFrontend = FrontendStart | DoorbellUp | DoorbellDown | Serve | LogChanged | RegionUp | RegionDown | Stop
+class MetricSample(msgspec.Struct, frozen=True, array_like=True):
+    """One metric of a model's own at one moment (spec P-119)."""
+
+    labels: dict[str, str]
+    value: float
+    """Of a histogram: the sum of what was observed."""
+    buckets: tuple[tuple[float, int], ...] = ()
+    """Upper bound and cumulative count; the last bound is infinity."""
+
+
+class FamilySample(msgspec.Struct, frozen=True, array_like=True):
+    """One family of a model's own metrics at one moment."""
+
+    name: str
+    description: str
+    kind: str
+    """``counter``, ``gauge`` or ``histogram``."""
+    metrics: tuple[MetricSample, ...]
+
+
+class ModelMetrics(Message, frozen=True, tag=28):
+    """Worker -> supervisor -> metrics frontend: the metrics that a worker's model defines, as they are now."""
+
+    instance: int
+    families: tuple[FamilySample, ...]
+    """Empty: the worker is gone."""
+
+
+SupervisorToFrontend = (
+    FrontendStart | DoorbellUp | DoorbellDown | Serve | LogChanged | RegionUp | RegionDown | ModelMetrics | Stop
+)
 FrontendToSupervisor = Started | Failed | RegionsSeen
 
 
@@ -546,7 +576,7 @@ class RingUp(Message, frozen=True, tag=40):
 SupervisorToZygote = Fork | Stop
 ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
 SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | RingUp | Stop
-WorkerToSupervisor = Described | Loaded | Failed | Phase
+WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics
 
 
 # --- control socket (ZeroMQ): frontend <-> supervisor ----------------------------------------------------------------

@@ -21,7 +21,7 @@ from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.counters import InstanceCounter, instance_words
 from forebay.ipc.errors import ServingError
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec, Loaded, Resource
+from forebay.ipc.messages import InstanceSpec, Loaded, ModelMetrics, Resource
 
 #: A crash loop is tried again so often, s: what it crashed on may have gone away.
 LOOP_RETRY_S = 60.0
@@ -121,6 +121,7 @@ class Instance:
         self._counters[InstanceCounter.RUNNING_SINCE_NS] = 0
         worker = WorkerHandle(next(plant.next_instance), self.title, self._ended)
         worker.on_phase = self._events.phase
+        worker.on_metrics = plant.on_model_metrics
         self._worker = worker
         spec = msgspec.structs.replace(self.spec, instance=worker.number, cores=self.cores)
         try:
@@ -195,6 +196,7 @@ class Instance:
 
     def _ended(self, worker: WorkerHandle) -> None:
         """The worker's process is gone."""
+        self._plant.on_model_metrics(ModelMetrics(instance=worker.number, families=()))
         self._plant.switchboard.remove_worker(worker)
         if worker is not self._worker:
             return

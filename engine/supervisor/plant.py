@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from forebay.engine.repository.normalise import Gpu
@@ -14,6 +15,11 @@ from forebay.engine.supervisor.watchdog import Watchdog
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.engine.supervisor.zygotes import Zygotes
 from forebay.ipc.counters import CountersFile
+from forebay.ipc.messages import ModelMetrics
+
+
+def _ignore(_message: ModelMetrics) -> None:
+    """There is no metrics endpoint."""
 
 
 @dataclass(slots=True)
@@ -28,6 +34,8 @@ class Plant:
     gpus: tuple[Gpu, ...] = ()
     host_policies: HostPolicies = field(default_factory=lambda: HostPolicies(()))
     watchdog: Watchdog = field(default_factory=Watchdog)
+    #: Passes on the metrics that models define themselves.
+    on_model_metrics: Callable[[ModelMetrics], None] = field(default=_ignore)
     #: Of each frontend that keeps a part of the response cache; empty: there is none.
     cache_counter_offsets: tuple[int, ...] = ()
     next_instance: itertools.count[int] = field(default_factory=lambda: itertools.count(1))

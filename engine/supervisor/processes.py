@@ -6,7 +6,7 @@ import abc
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from forebay.engine.supervisor.backoff import Backoff
@@ -24,6 +24,7 @@ from forebay.ipc.messages import (
     Failed,
     FrontendStart,
     FrontendToSupervisor,
+    Message,
     RegionsSeen,
     SchedulerToSupervisor,
     Serve,
@@ -219,6 +220,8 @@ class FrontendRole(Role[Started | Failed | RegionsSeen]):
         self._on_gone = on_gone
         self._regions = regions
         self._is_serving = False
+        #: What a new run is told before anything else.
+        self.greetings: Callable[[], Iterable[Message]] = tuple
 
     def serve(self) -> None:
         """Have it accept connections, now and after every restart."""
@@ -229,7 +232,11 @@ class FrontendRole(Role[Started | Failed | RegionsSeen]):
             self.child.send(Serve())
 
     def _went_up(self) -> None:
-        if self._is_serving and self.child is not None:
+        if self.child is None:
+            return
+        for message in self.greetings():
+            self.child.send(message)
+        if self._is_serving:
             self.child.send(Serve())
 
     def _introduce(self, child: Child[Started | Failed | RegionsSeen]) -> None:

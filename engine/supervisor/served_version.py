@@ -12,6 +12,7 @@ from forebay.engine.supervisor.instance import Instance, InstanceEvents
 from forebay.engine.supervisor.latency_settings import (
     first_response_buckets_ms,
     measures_latencies,
+    warn_of_unknown_families,
 )
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import (
@@ -110,6 +111,7 @@ class ServedVersion:
             ServingError: an instance could not be loaded; all are gone again.
         """
         began_ns = time.monotonic_ns()
+        warn_of_unknown_families(self.prepared.spec)
         self.assign_cores(self.instances)
         self.plant.switchboard.add_route(self._route_up())
         if self.instances:

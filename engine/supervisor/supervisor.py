@@ -40,7 +40,7 @@ from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.counters import CACHE_WORDS, COUNTERS_BYTES, CountersFile
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import ENVIRONMENT_VARIABLE, LogOptions, log
-from forebay.ipc.messages import Explain, LogChanged, SchedulerStart
+from forebay.ipc.messages import Explain, LogChanged, ModelMetrics, SchedulerStart
 from forebay.ipc.trace import TraceRecord
 
 #: How long processes get to end after everything they had to do is done, s.
@@ -84,6 +84,8 @@ class Supervisor:
         self._stop_requested = asyncio.Event()
         self._tasks: list[asyncio.Task[Any]] = []
         self._client_catalog: Catalog | None = None
+        #: By worker, what its model's own metrics were last.
+        self._model_metrics: dict[int, ModelMetrics] = {}
 
     async def run(self) -> int:
         """Serve until a signal; return the exit code."""
@@ -134,6 +136,7 @@ class Supervisor:
             gpus=find_gpus(cpu_only=self.settings.gpu.cpu_only),
             host_policies=policies,
             cache_counter_offsets=self._cache_counter_offsets,
+            on_model_metrics=self._pass_on_metrics,
         )
         self._control = ControlServer(self._runtime.path, self._catalog_for)
         self._door = ClientDoor(
@@ -256,6 +259,7 @@ class Supervisor:
             frontends.append(create("grpc", "forebay.frontend.grpc_main", "grpc"))
         if "metrics" in self._listeners:
             frontends.append(create("metrics", "forebay.frontend.metrics_main", "metrics", submits=False))
+            frontends[-1].greetings = self._model_metrics.values
         return frontends
 
     def _share_cache(self, counters: CountersFile, frontend_count: int) -> int:
@@ -347,6 +351,16 @@ class Supervisor:
         task = asyncio.create_task(self._control.forget(number))
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
+
+    def _pass_on_metrics(self, message: ModelMetrics) -> None:
+        """Models' own metrics: to the metrics process, and to the next one if it is replaced."""
+        if message.families:
+            self._model_metrics[message.instance] = message
+        elif self._model_metrics.pop(message.instance, None) is None:
+            return
+        for role in self._frontends:
+            if not role.submits and role.child is not None:
+                role.child.send(message)
 
     def _take_traces(self, records: tuple[TraceRecord, ...]) -> None:
         if self._traces.take(records):

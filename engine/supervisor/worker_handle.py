@@ -24,6 +24,7 @@ from forebay.ipc.messages import (
     Load,
     Loaded,
     Message,
+    ModelMetrics,
     Phase,
     Stop,
     WorkerToSupervisor,
@@ -60,6 +61,8 @@ class WorkerHandle:
         #: It was ended because an execution took too long.
         self.is_hung = False
         self.on_phase: Callable[[str], None] | None = None
+        #: Takes the metrics that the model defines itself.
+        self.on_metrics: Callable[[ModelMetrics], None] | None = None
 
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
@@ -197,6 +200,9 @@ class WorkerHandle:
         if isinstance(message, Phase):
             if self.on_phase is not None:
                 self.on_phase(message.text)
+        elif isinstance(message, ModelMetrics):
+            if self.on_metrics is not None:
+                self.on_metrics(message)
         elif self._reply is not None and not self._reply.done():
             if isinstance(message, Failed):
                 self._reply.set_exception(from_wire(message.code, message.text))

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
+from forebay.engine.backends.python_model.metrics import registry
+from forebay.engine.worker.custom_metrics import MetricsSender
 from forebay.engine.worker.inbox import Inbox
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
@@ -175,6 +177,7 @@ class Worker:
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
         self._instance = instance
         self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
+        MetricsSender(self._lifeline, spec.instance, registry).start()
 
     # --- doorbell ---
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from forebay.engine.backends.base import Array, TensorInstance
 from forebay.engine.worker.places import Producers, row_shape
+from forebay.ipc.counters import LAST_BUCKET
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import BackendFailed, Internal, ServingError
 from forebay.ipc.messages import InstanceSpec
@@ -34,6 +35,7 @@ _SUCCESS, _INFERENCES, _EXECUTIONS = int(Count.SUCCESS), int(Count.INFERENCES), 
 _QUEUE_NS, _INPUT_NS, _INFER_NS = int(Count.QUEUE_NS), int(Count.INPUT_NS), int(Count.INFER_NS)
 _OUTPUT_NS, _BUSY_NS, _SEGMENTS = int(Count.OUTPUT_NS), int(Count.BUSY_NS), int(Count.SEGMENTS)
 _LAST_INFERENCE_MS, _BATCH_SIZES = int(Count.LAST_INFERENCE_MS), int(Count.BATCH_SIZES)
+_QUEUE_BUCKETS, _COMPUTE_BUCKETS = int(Count.QUEUE_BUCKETS), int(Count.COMPUTE_BUCKETS)
 _COUNTED_WORDS = _BUSY_NS + 1
 
 #: Layouts kept; slabs grow by doubling, so an honest producer has a handful.
@@ -233,7 +235,8 @@ class RowsRunner:
         words[_SUCCESS] += requests
         words[_INFERENCES] += rows
         words[_EXECUTIONS] += 1
-        words[_QUEUE_NS] += max(requests * start_ns - enqueue_sum_ns, 0)
+        queue_ns = max(requests * start_ns - enqueue_sum_ns, 0)
+        words[_QUEUE_NS] += queue_ns
         words[_INPUT_NS] += requests * input_ns
         words[_INFER_NS] += requests * infer_ns
         words[_OUTPUT_NS] += requests * output_ns
@@ -241,6 +244,11 @@ class RowsRunner:
         words[_SEGMENTS] += segments
         words[_BUSY_NS] += end_ns - start_ns
         counters[:_COUNTED_WORDS] = array("Q", words)
+        # By the mean of the batch's requests.
+        bucket = (queue_ns // requests >> 10).bit_length()
+        counters[_QUEUE_BUCKETS + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += requests
+        bucket = (end_ns - start_ns >> 10).bit_length()
+        counters[_COMPUTE_BUCKETS + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += requests
         word = _BATCH_SIZES + 4 * (rows - 1)
         counters[word] += 1
         counters[word + 1] += input_ns

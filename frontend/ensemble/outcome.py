@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from forebay.frontend.engine_client import RouteClient, count_failure
+from forebay.frontend.engine_client import RouteClient, count_answered, count_failure
 from forebay.frontend.ensemble.step_call import StepTimes
-from forebay.ipc.counters import InstanceCounter, ProducerCounter
+from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import ServingError
 
 
@@ -77,8 +77,9 @@ class Outcomes:
         self._is_due = False
         route = self._route
         counters, steps = route.counters, route.step_counters
-        counters[ProducerCounter.SUCCESS] += self._succeeded
-        counters[ProducerCounter.SUCCESS_NS] += max(self._succeeded_ns, 0)
+        count_answered(counters, self._succeeded, self._succeeded_ns)
+        if route.details is not None:
+            route.details.answered(self._succeeded, self._succeeded_ns // self._succeeded)
         route.write_counters()
         steps[InstanceCounter.SUCCESS] += self._succeeded
         steps[InstanceCounter.INFERENCES] += self._rows

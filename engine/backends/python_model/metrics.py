@@ -11,37 +11,22 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
-
 from forebay.ipc.errors import InvalidArgument
+from forebay.ipc.messages import FamilySample, MetricSample
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
-
-
-class MetricSample(msgspec.Struct, frozen=True, array_like=True):
-    """One metric at one moment."""
-
-    labels: dict[str, str]
-    value: float
-    """Of a histogram: the sum of what was observed."""
-    buckets: tuple[tuple[float, int], ...] = ()
-    """Upper bound and cumulative count; the last bound is infinity."""
-
-
-class FamilySample(msgspec.Struct, frozen=True, array_like=True):
-    """One family at one moment."""
-
-    name: str
-    description: str
-    kind: str
-    metrics: tuple[MetricSample, ...]
 
 
 class StoredMetric:
     """One time series. Thread-safe."""
 
-    def __init__(self, kind: str, labels: dict[str, str], buckets: Sequence[float]) -> None:
+    def __init__(self, kind: str, labels: dict[str, str], buckets: Sequence[float], news: threading.Event) -> None:
+        """
+        Args:
+            news: set when the value changes.
+        """
         self.kind = kind
+        self._news = news
         self.labels = labels
         self._bounds = tuple(buckets)
         self._counts = [0] * (len(self._bounds) + 1)
@@ -62,6 +47,7 @@ class StoredMetric:
             )
         with self._lock:
             self._value += value
+        self._news.set()
 
     def set(self, value: float) -> None:
         """Replace the value of a gauge.
@@ -73,6 +59,7 @@ class StoredMetric:
             raise InvalidArgument(f"TRITONSERVER_METRIC_KIND_{self.kind.upper()} does not support Set")
         with self._lock:
             self._value = value
+        self._news.set()
 
     def observe(self, value: float) -> None:
         """Count ``value`` in its bucket.
@@ -85,6 +72,7 @@ class StoredMetric:
         with self._lock:
             self._value += value
             self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._news.set()
 
     def value(self) -> float:
         """Return the value of a counter or gauge.
@@ -129,6 +117,8 @@ class MetricsRegistry:
         self._lock = threading.RLock()
         #: Called after a change of the set of metrics, not of their values.
         self.on_change: Callable[[], None] | None = None
+        #: Set when anything changes; whoever publishes clears it.
+        self.news = threading.Event()
 
     def family(self, name: str, description: str, kind: str) -> StoredFamily:
         """Return the family called ``name``, new or shared.
@@ -160,11 +150,12 @@ class MetricsRegistry:
         with self._lock:
             metric = family.metrics.get(key)
             if metric is None:
-                metric = family.metrics[key] = StoredMetric(family.kind, dict(labels), buckets)
+                metric = family.metrics[key] = StoredMetric(family.kind, dict(labels), buckets, self.news)
         self._changed()
         return metric
 
     def _changed(self) -> None:
+        self.news.set()
         if self.on_change is not None:
             self.on_change()
 

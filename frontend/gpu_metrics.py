@@ -1,0 +1,122 @@
+"""GPUs for the metrics page, by NVML (spec M-053). Metrics process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from forebay.ipc.clock import Clock, MonotonicClock
+
+_NS_PER_MS = 1_000_000
+
+
+class GpuSample(NamedTuple):
+    """One value of one GPU."""
+
+    name: str
+    help: str
+    kind: str
+    uuid: str
+    value: int | float
+
+
+class Gpus:
+    """The GPUs of this machine, read when scraped but not more often than every interval."""
+
+    def __init__(self, nvml: Any, interval_ms: int, *, clock: Clock | None = None) -> None:
+        """Find the devices.
+
+        Args:
+            nvml: the module ``pynvml``, initialised.
+        """
+        self._nvml = nvml
+        self._interval_ns = interval_ms * _NS_PER_MS
+        self._clock = clock or MonotonicClock()
+        self._devices: list[tuple[str, Any]] = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = nvml.nvmlDeviceGetUUID(handle)
+            self._devices.append((uuid.decode() if isinstance(uuid, bytes) else str(uuid), handle))
+        #: Energy counts from the start of the server.
+        self._energy_at_start_mj = {uuid: self._ask(self._energy_mj, handle) for uuid, handle in self._devices}
+        self._samples: list[GpuSample] = []
+        self._last_ns = 0
+
+    def samples(self) -> list[GpuSample]:
+        """Return every value that the devices tell, family by family."""
+        now_ns = self._clock.now_ns()
+        if not self._samples or now_ns - self._last_ns >= self._interval_ns:
+            self._last_ns = now_ns
+            self._samples = self._read()
+        return self._samples
+
+    def _read(self) -> list[GpuSample]:
+        nvml = self._nvml
+        families: tuple[tuple[str, str, str, Callable[[str, Any], int | float]], ...] = (
+            (
+                "nv_gpu_utilization",
+                "GPU utilization rate [0.0 - 1.0)",
+                "gauge",
+                lambda _uuid, handle: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            ),
+            (
+                "nv_gpu_memory_total_bytes",
+                "GPU total memory, in bytes",
+                "gauge",
+                lambda _uuid, handle: int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            ),
+            (
+                "nv_gpu_memory_used_bytes",
+                "GPU used memory, in bytes",
+                "gauge",
+                lambda _uuid, handle: int(nvml.nvmlDeviceGetMemoryInfo(handle).used),
+            ),
+            (
+                "nv_gpu_power_usage",
+                "GPU power usage in watts",
+                "gauge",
+                lambda _uuid, handle: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            ),
+            (
+                "nv_gpu_power_limit",
+                "GPU power management limit in watts",
+                "gauge",
+                lambda _uuid, handle: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+            ),
+            (
+                "nv_energy_consumption",
+                "GPU energy consumption in joules since the Triton Server started",
+                "counter",
+                lambda uuid, handle: (self._energy_mj(handle) - (self._energy_at_start_mj[uuid] or 0)) / 1000,
+            ),
+        )
+        found: list[GpuSample] = []
+        for name, text, kind, read in families:
+            for uuid, handle in self._devices:
+                # A device that cannot tell something (a slice of one cannot tell its power) has no such series.
+                value = self._ask(lambda device, read=read, uuid=uuid: read(uuid, device), handle)
+                if value is not None:
+                    found.append(GpuSample(name, text, kind, uuid, value))
+        return found
+
+    def _energy_mj(self, handle: Any) -> int:
+        return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+
+    def _ask(self, read: Callable[[Any], int | float], handle: Any) -> int | float | None:
+        with contextlib.suppress(self._nvml.NVMLError):
+            return read(handle)
+        return None
+
+
+def find_gpus(interval_ms: int) -> Gpus | None:
+    """Return the GPUs of this machine; None: there is none, or no library that knows of them."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return Gpus(pynvml, interval_ms)
+    except pynvml.NVMLError:
+        return None
