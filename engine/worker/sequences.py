@@ -53,7 +53,7 @@ def with_sequence_tensors(spec: InstanceSpec) -> InstanceSpec:
     return msgspec.structs.replace(spec, inputs=(*spec.inputs, *controls, *inputs), outputs=(*spec.outputs, *outputs))
 
 
-class _Controls(NamedTuple):
+class SequenceControls(NamedTuple):
     """What the control tensors say of one row."""
 
     is_start: bool
@@ -62,7 +62,7 @@ class _Controls(NamedTuple):
     correlation_id: int | str
 
 
-_NOT_READY = _Controls(False, False, False, 0)
+_NOT_READY = SequenceControls(is_start=False, is_end=False, is_ready=False, correlation_id=0)
 
 
 class NullRequest(ParcelRequest):
@@ -174,7 +174,7 @@ class SequencesRunner:
             requests.append(request)
         return requests
 
-    def _control_inputs(self, controls: _Controls) -> dict[str, tuple[str, Array]]:
+    def _control_inputs(self, controls: SequenceControls) -> dict[str, tuple[str, Array]]:
         return {
             control.name: (control.datatype, self._as_row(control_value(control, controls)))
             for control in self._policy.controls
@@ -286,11 +286,13 @@ class SequencesRunner:
             )
 
 
-def _controls_of(slot: Slot, request: ParcelRequest) -> _Controls:
-    return _Controls(bool(slot.flags & SLOT_START), bool(slot.flags & SLOT_END), True, request.head.correlation_id)
+def _controls_of(slot: Slot, request: ParcelRequest) -> SequenceControls:
+    return SequenceControls(
+        bool(slot.flags & SLOT_START), bool(slot.flags & SLOT_END), True, request.head.correlation_id
+    )
 
 
-def control_value(control: ControlSpec, controls: _Controls) -> Array:
+def control_value(control: ControlSpec, controls: SequenceControls) -> Array:
     """Return one control tensor's value, shape ``[1]`` (spec S-061, S-062).
 
     Raises:
