@@ -654,11 +654,13 @@ class Connection:
         """The worker is gone: hand the request in once more, unless that would do harm."""
         name = pending.model.name
         if flags & FLAG_HUNG:
-            self._finish(pending, WorkerDied(f"an instance of model '{name}' took too long and was ended"))
+            text = f"the request ran longer than model '{name}' may (--worker-timeout-secs, or its parameter "
+            self._finish(pending, WorkerDied(text + "worker_timeout_secs) and was ended"))
             return
         if isinstance(pending, PendingParcel) and pending.response_count:
             # Its first responses are with the caller already.
-            self._finish(pending, WorkerDied(f"an instance of model '{name}' ended unexpectedly between responses"))
+            text = f"an instance of model '{name}' ended unexpectedly before its last response"
+            self._finish(pending, WorkerDied(text))
             return
         if pending.attempt >= ATTEMPTS_MAX:
             self._finish(
