@@ -185,7 +185,10 @@ def shape_text(shape: Iterable[int]) -> str:
 
 
 def _fill(target: Any, tensor: DescribedTensor, max_batch_size: int) -> None:
-    """Write one tensor; a scalar per item becomes dims [1] with an empty reshape (spec D-016)."""
+    """Write one tensor; a scalar per item becomes dims [1] with an empty reshape (spec D-016).
+
+    Without batching a scalar is dims [1] alone: an empty reshape is refused there (spec D-013).
+    """
     target.name = tensor.name
     target.data_type = enum_number("DataType", tensor.datatype)
     dims = tensor.shape[1:] if max_batch_size > 0 else tensor.shape
@@ -193,7 +196,8 @@ def _fill(target: Any, tensor: DescribedTensor, max_batch_size: int) -> None:
         target.dims.extend(dims)
     else:
         target.dims.append(1)
-        target.reshape.SetInParent()
+        if max_batch_size > 0:
+            target.reshape.SetInParent()
 
 
 def _internal_tensors(message: Any) -> set[str]:
@@ -289,6 +293,8 @@ def _shape_problems(
         )
         return
     full = (-1, *dims) if batching else dims
+    if not batching and not found.shape and full == (1,):
+        return  # A scalar; backends take the one dimension off and put it on (spec D-013).
     if len(full) == len(found.shape) and all(
         model in (-1, given) for model, given in zip(found.shape, full, strict=True)
     ):

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,6 +24,7 @@ from forebay.engine.repository.beneath import (
     check_name,
     check_relative,
 )
+from forebay.engine.repository.cloud_location import is_cloud
 from forebay.engine.repository.config import MAX_CONFIG_BYTES, parse_config_bytes, parse_config_json
 from forebay.engine.repository.config_problem import ConfigError, Problem
 from forebay.engine.repository.model_config_schema import ModelConfig
@@ -30,6 +32,9 @@ from forebay.engine.repository.normalise import detect_backend, normalise_defaul
 from forebay.engine.repository.validate import directory_name_problem, poll_problems
 from forebay.engine.repository.versions import ChosenVersions, FoundVersions, choose_versions, find_versions
 from forebay.ipc.errors import Code, InvalidArgument, NotFound, ServingError
+
+if TYPE_CHECKING:
+    from forebay.engine.repository.cloud_mirror import CloudMirror
 
 CONFIG_FILE = "config.pbtxt"
 
@@ -69,7 +74,7 @@ class FoundModel(msgspec.Struct, frozen=True):
 
     name: str
     repository: str
-    """The repository as it was given; also the namespace if namespacing is on."""
+    """The repository's directory: as it was given, or the copy of one in a cloud."""
     path: str
     """Absolute path of the model directory without links; empty if it cannot be used."""
     namespace: str = ""
@@ -125,7 +130,7 @@ class FoundModel(msgspec.Struct, frozen=True):
 class ModelRepository:
     """All repositories that the server was started with.
 
-    Holds no descriptors and no cache between calls; calls may come from any thread.
+    Holds nothing between calls but the copies of cloud repositories; calls may come from any thread.
     """
 
     def __init__(
@@ -139,33 +144,49 @@ class ModelRepository:
         """Remember the paths and check that they can be read (spec R-011, R-012).
 
         Args:
-            paths: directories, in the order of the flags.
+            paths: directories, or addresses of cloud repositories (spec R-121..R-123), in the order of the flags.
             namespacing: the same model name may be in several repositories.
             model_config_name: use ``configs/<this>.pbtxt`` where a model has it (spec R-016).
             auto_complete: configurations may be missing or partial.
 
         Raises:
             InvalidArgument: no path, a path that is no readable directory, or an impossible config name.
+            Unavailable: the package for a cloud is not installed.
         """
         if not paths:
             raise InvalidArgument("--model-repository must be specified")
         if model_config_name:
             check_name(model_config_name, "model config name")
-        for path in paths:
+        cloud = [path for path in dict.fromkeys(paths) if is_cloud(path)]
+        #: Copies of cloud repositories, by the path of the copy.
+        self._mirrors = {mirror.path: mirror for mirror in (_open_mirrors(cloud) if cloud else {}).values()}
+        local = {mirror.location.url: mirror.path for mirror in self._mirrors.values()}
+        self.paths = tuple(dict.fromkeys(local.get(path, path) for path in paths))
+        for path in self.paths:
             _check_root(path)
-        self.paths = tuple(dict.fromkeys(paths))
+        self._is_partial = False
         self.namespacing = namespacing
         self.model_config_name = model_config_name
         self.auto_complete = auto_complete
 
-    def scan(self) -> list[FoundModel]:
+    def scan(self, *, is_selective: bool = False) -> list[FoundModel]:
         """Return every model directory, sorted by name and then by repository.
 
         A model that cannot be used is in the list with its problems; a plain file in a repository is not (spec R-013).
 
+        Args:
+            is_selective: only some models will be loaded: of models in a cloud, fetch the configurations only. Those
+                that :meth:`is_partial` says are such must be polled before they are loaded.
+
         Raises:
-            InvalidArgument: a repository has become unreadable.
+            ServingError: a repository has become unreadable.
         """
+        self._is_partial = is_selective
+        for mirror in self._mirrors.values():
+            if is_selective:
+                mirror.sync_configs()
+            else:
+                mirror.sync()
         found: list[FoundModel] = []
         for repository in self.paths:
             with _open_root(repository) as root:
@@ -176,6 +197,17 @@ class ModelRepository:
         if not self.namespacing:
             found = _mark_duplicates(found)
         return sorted(found, key=lambda model: (model.name, self.paths.index(model.repository)))
+
+    def is_partial(self, found: FoundModel) -> bool:
+        """Whether only the configuration of a model of the last scan has been fetched."""
+        return self._is_partial and found.repository in self._mirrors
+
+    def _namespace(self, repository: str) -> str:
+        """Return what models of a repository are told apart by; empty without namespacing."""
+        if not self.namespacing:
+            return ""
+        mirror = self._mirrors.get(repository)
+        return repository if mirror is None else mirror.location.url
 
     def names(self) -> list[str]:
         """Return the names of all model directories, sorted, without reading any of them."""
@@ -199,8 +231,10 @@ class ModelRepository:
         check_model_name(name)
         found: list[FoundModel] = []
         for repository in self.paths:
-            if namespace and repository != namespace:
+            if namespace and self._namespace(repository) != namespace:
                 continue
+            if repository in self._mirrors:
+                self._mirrors[repository].sync_model(name)
             with _open_root(repository) as root:
                 item = root.entry((name,))
                 if item is not None and item.is_directory:
@@ -287,11 +321,13 @@ class ModelRepository:
                 config = parse_config_bytes(data, f"{name}/{config_file}")
             return self._assemble(root, repository, (name,), name, config, text, config_file=config_file)
         except ConfigError as error:
-            return _unusable(name, repository, *error.problems, config_file=config_file, namespacing=self.namespacing)
+            return _unusable(
+                name, repository, *error.problems, config_file=config_file, namespace=self._namespace(repository)
+            )
         except (ServingError, OSError) as error:
             code = error.code if isinstance(error, ServingError) else Code.INTERNAL
             problem = Problem(_reason(error), code=code)
-            return _unusable(name, repository, problem, config_file=config_file, namespacing=self.namespacing)
+            return _unusable(name, repository, problem, config_file=config_file, namespace=self._namespace(repository))
 
     def _assemble(
         self,
@@ -326,7 +362,7 @@ class ModelRepository:
             name=name,
             repository=repository,
             path=root.real_path(path),
-            namespace=repository if self.namespacing else "",
+            namespace=self._namespace(repository),
             config=usable,
             config_text=text,
             config_file=config_file,
@@ -426,6 +462,13 @@ def _reason(error: ServingError | OSError) -> str:
     return os.strerror(error.errno) if error.errno else "unknown error"
 
 
+def _open_mirrors(urls: Sequence[str]) -> dict[str, CloudMirror]:
+    # Only who has such a repository pays for the import.
+    from forebay.engine.repository.cloud_mirror import open_mirrors
+
+    return open_mirrors(urls)
+
+
 def _open_root(repository: str) -> Beneath:
     _check_root(repository)
     return Beneath(repository)
@@ -443,14 +486,12 @@ def _below(root: Beneath, model_path: str) -> tuple[str, ...]:
     return check_relative(relative, "model directory")
 
 
-def _unusable(
-    name: str, repository: str, *problems: Problem, config_file: str = "", namespacing: bool = False
-) -> FoundModel:
+def _unusable(name: str, repository: str, *problems: Problem, config_file: str = "", namespace: str = "") -> FoundModel:
     return FoundModel(
         name=name.encode(errors="backslashreplace").decode(),  # a name on disk need not be UTF-8
         repository=repository,
         path="",
-        namespace=repository if namespacing else "",
+        namespace=namespace,
         config_file=config_file,
         problems=problems,
     )

@@ -232,7 +232,8 @@ class ModelLifecycle:
 
         A model that lacks an optional library is UNAVAILABLE, and not among them.
         """
-        found = {model.identity: model for model in await asyncio.to_thread(self.repository.scan)}
+        scanned = await asyncio.to_thread(self.repository.scan, is_selective=wanted is not None)
+        found = {model.identity: model for model in scanned}
         for identity, model in found.items():
             self.models.setdefault(identity, Model(model.name))
             self.models[identity].found = None
@@ -263,6 +264,8 @@ class ModelLifecycle:
             try:
                 if found is None:
                     raise NotFound(f"failed to poll model '{name}': not found in any model repository")
+                if self.repository.is_partial(found):
+                    found = await asyncio.to_thread(self.repository.poll_model, found.name, namespace=found.namespace)
                 await self.load(name, found)
             except ServingError as error:
                 model = self.models.setdefault(name, Model(name))
