@@ -46,6 +46,7 @@ class Call(Stream):
     """Base of all calls. Life: header -> messages -> (replies) -> status; ``on_reset`` ends it at any time."""
 
     __slots__ = (
+        "_body_bytes",
         "_deadline",
         "_expected",
         "_is_headed",
@@ -66,6 +67,7 @@ class Call(Stream):
         #: The message that has begun to arrive, its prefix included.
         self._partial: bytearray | None = None
         self._expected = PREFIX_BYTES
+        self._body_bytes = 0
         #: A large message on its way into shared memory.
         self._upload: Upload | None = None
         self._is_headed = False
@@ -97,12 +99,17 @@ class Call(Stream):
     def take_end(self) -> None:
         """The client will send no more."""
 
+    def wind_up(self) -> None:
+        """The server is stopping: a call that has no end of its own is to end now."""
+
     def cancelled(self) -> None:
         """Nobody waits any more: let go of everything."""
 
     # --- messages in ---
 
     def on_data(self, chunk: memoryview, *, is_end: bool) -> None:
+        if self.head.content_length >= 0 and not self._counts(len(chunk), is_end=is_end):
+            return
         try:
             self._split(chunk)
         except Exception as error:
@@ -112,6 +119,16 @@ class Call(Stream):
                 self.fail(RpcError(Status.INTERNAL, "the request ends within a message"))
             else:
                 self.take_end()
+
+    def _counts(self, byte_size: int, *, is_end: bool) -> bool:
+        """Hold the client to the length that it gave (RFC 9113, 8.1.1); False: it lied and the call is over."""
+        self._body_bytes += byte_size
+        expected = self.head.content_length
+        if self._body_bytes > expected or (is_end and self._body_bytes != expected):
+            self.connection.abort(self, Http2Code.PROTOCOL_ERROR)
+            self.on_reset()
+            return False
+        return True
 
     def _split(self, chunk: memoryview) -> None:
         position, end = 0, len(chunk)

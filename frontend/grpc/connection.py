@@ -11,12 +11,12 @@ import random
 import time
 from typing import TYPE_CHECKING, cast
 
-from forebay.frontend.grpc.call import FailedCall
+from forebay.frontend.grpc.call import Call, FailedCall
 from forebay.frontend.grpc.http2.connection import Connection, Stream
 from forebay.frontend.grpc.http2.frames import Http2Code
 from forebay.frontend.grpc.http2.hpack_decoder import HpackDecoder
 from forebay.frontend.grpc.http2.hpack_encoder import ReplyEncoder, encode_plain
-from forebay.frontend.grpc.status import ACCEPT_ENCODING, CONTENT_TYPE, STATUS_OK, RpcError, Status
+from forebay.frontend.grpc.status import ACCEPT_ENCODING, CONTENT_TYPE, STATUS_OK, STOPPING_TEXT, RpcError, Status
 
 if TYPE_CHECKING:
     from forebay.frontend.grpc.request_head import RequestHead
@@ -141,9 +141,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
         elif head.error is not None:
             call.fail(head.error)
         elif self._frontend.is_draining:
-            call.fail(
-                RpcError(Status.UNAVAILABLE, "GRPC server is shutting down and has stopped accepting new requests.")
-            )
+            call.fail(RpcError(Status.UNAVAILABLE, STOPPING_TEXT))
         else:
             # Without a text, as grpc-core (spec G-021).
             call.fail(RpcError(Status.UNIMPLEMENTED))
@@ -238,6 +236,13 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._http2.drain(refuse=True)
         if not self._http2.streams:
             self._end()
+
+    def wind_up(self) -> None:
+        """The server stops: end calls that would never end by themselves, and take no more."""
+        for stream in list(self._http2.streams.values()):
+            if isinstance(stream, Call):
+                stream.wind_up()
+        self.drain()
 
     def abort(self) -> None:
         """Close at once."""

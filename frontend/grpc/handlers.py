@@ -5,7 +5,7 @@ Commands to the supervisor and the checks in front of them are those of HTTP's h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from forebay.frontend.catalog_view import parse_version
 from forebay.frontend.grpc import descriptors
@@ -284,7 +284,7 @@ async def trace_setting(frontend: GrpcFrontend, message: memoryview) -> bytes:
         found = await frontend.control.command("trace_get", {"model": model})
     reply = descriptors.build("TraceSettingResponse")
     for name, value in found.items():
-        values: list[object] = value if isinstance(value, list) else [value]
+        values = cast("list[object]", value) if isinstance(value, list) else [value]
         reply.settings[name].value.extend(str(item) for item in values)
     return _encode(reply)
 

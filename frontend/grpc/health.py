@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forebay.frontend.grpc.call import Call
-from forebay.frontend.grpc.status import RpcError, Status
+from forebay.frontend.grpc.status import STOPPING_TEXT, RpcError, Status
 from forebay.frontend.grpc.wire import fields, integer_field
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class WatchCall(Call):
     def take_end(self) -> None:
         if not self._last:
             self.fail(RpcError(Status.INTERNAL, "the request holds no message"))
+
+    def wind_up(self) -> None:
+        self._look()
+        self.fail(RpcError(Status.UNAVAILABLE, STOPPING_TEXT))
 
     def cancelled(self) -> None:
         self.frontend.unwatch(self._look)

@@ -56,6 +56,8 @@ class RequestHead(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """``triton_grpc_error: true`` (spec G-067)."""
     error: RpcError | InvalidArgument | None = None
     """Why the call is refused, whatever it carries."""
+    content_length: int = -1
+    """Bytes that the client says it will send; -1: it does not say."""
     http_status: int = 200
     """Not 200: this is no gRPC request."""
     is_malformed: bool = False
@@ -114,6 +116,7 @@ class HeadReader:
                 error = RpcError(Status.INTERNAL, "invalid grpc-timeout value")
             else:
                 timeout_ns = max(int(match.group(1)) * _UNIT_NS[match.group(2)], 1)
+        length = values.get(b"content-length", b"")
         encoding = values.get(b"grpc-encoding", b"identity").decode("latin-1")
         if encoding not in ENCODINGS:
             error = RpcError(Status.UNIMPLEMENTED, f'Compression algorithm "{encoding[:64]}" is unknown')
@@ -138,6 +141,7 @@ class HeadReader:
         return RequestHead(
             path=path,
             timeout_ns=timeout_ns,
+            content_length=int(length) if length.isdigit() and len(length) < 19 else -1,
             encoding=encoding,
             accepts=accepts,
             forwarded=forwarded,

@@ -158,7 +158,7 @@ class GrpcFrontend:
         """Tell clients to go elsewhere; connections close when their calls are answered (spec G-087)."""
         self.is_draining = True
         for connection in list(self._connections):
-            connection.drain()
+            connection.wind_up()
 
     def abort(self) -> None:
         """Close everything now."""

@@ -65,6 +65,9 @@ def status_of(error: BaseException) -> tuple[Status, str]:
     return Status.INTERNAL, "internal error"
 
 
+#: What new calls are told while the server stops (spec G-087).
+STOPPING_TEXT = "GRPC server is shutting down and has stopped accepting new requests."
+
 #: Everything that a status message may not hold as it is (gRPC over HTTP/2, "Percent-Encoded").
 _NOT_PLAIN = re.compile(rb"[^ -$&-~]")
 

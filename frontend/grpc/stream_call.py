@@ -251,6 +251,10 @@ class StreamInferCall(Call):
         self._has_ended = True
         self._finish_if_done()
 
+    def wind_up(self) -> None:
+        # After what has been asked (spec G-087).
+        self.take_end()
+
     @property
     def holds_back(self) -> bool:
         return (

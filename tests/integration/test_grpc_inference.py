@@ -23,7 +23,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from forebay_server import CONF_MODELS, PATIENCE_S, ForebayServer, wait_until
-from http_models import copied_bytes, wait_nothing_in_use, write_models
+from http_models import copied_bytes, wait_nothing_in_use, write_identity, write_models
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, shared_memory
 
@@ -42,6 +42,7 @@ def url_of(server: ForebayServer) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
     models = write_models(tmp_path_factory.mktemp("grpc") / "models")
     shutil.copytree(TRANSCRIPT_MODELS / "dec", models / "dec")
+    write_identity(models, "mixed", [("TYPE_FP32", "-1"), ("TYPE_INT64", "-1")])
     with ForebayServer(models, protocols=("grpc", "http", "metrics")) as running:
         yield running
         wait_nothing_in_use(running)
@@ -111,6 +112,101 @@ def test_a_tensor_is_copied_once_each_way(server: ForebayServer, client: grpccli
         return [now - then for now, then in zip(after, before, strict=True)] == [5 * 2 * 50 * 4, 5 * 2 * 4]
 
     wait_until(counted, "the copied bytes to be counted", timeout_s=10)
+
+
+def raw_call(server: ForebayServer, request: Any) -> Any:
+    """Return the reply to a request that no client would make, or (code, details)."""
+    unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(url_of(server), options=unlimited) as channel:
+        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        try:
+            return stub.ModelInfer(request, timeout=PATIENCE_S)
+        except grpc.RpcError as error:
+            failed: Any = error
+            return failed.code().name, failed.details()
+
+
+def large_request(model: str, *inputs: tuple[str, int], raw: list[bytes]) -> Any:
+    made = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=raw)
+    for index, (datatype, count) in enumerate(inputs):
+        made.inputs.add(name=f"INPUT{index}", datatype=datatype, shape=[count])
+    return made
+
+
+def test_large_messages_are_received_into_shared_memory(server: ForebayServer) -> None:
+    """Two tensors of odd sizes, and what is left to copy is less than a tenth of them where frames are large."""
+    first = np.random.default_rng(1).standard_normal(1_000_003).astype(np.float32)
+    second = np.arange(100_001, dtype=np.int64)
+    before = copied_bytes(server, "mixed", "ingress")
+    message = large_request(
+        "mixed", ("FP32", first.size), ("INT64", second.size), raw=[first.tobytes(), second.tobytes()]
+    )
+    reply = raw_call(server, message)
+    assert list(reply.raw_output_contents) == [first.tobytes(), second.tobytes()]
+    assert copied_bytes(server, "mixed", "ingress") - before <= first.nbytes + second.nbytes
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        pytest.param(
+            large_request("mixed", ("FP32", 50_000), ("INT64", 10), raw=[bytes(200_000), bytes(79)]),
+            "[request id: <id_unknown>] input byte size mismatch for input 'INPUT1' for model 'mixed'. "
+            "Expected 80, got 79",
+            id="second tensor too short",
+        ),
+        pytest.param(
+            large_request("mixed", ("FP32", 50_000), ("INT64", 10), raw=[bytes(200_000)]),
+            "unable to find data for input tensor 'INPUT1' for model 'mixed' in request.",
+            id="second tensor missing",
+        ),
+        pytest.param(
+            large_request("echo", ("FP32", 49_999), raw=[bytes(200_000)]),
+            "[request id: <id_unknown>] input byte size mismatch for input 'INPUT0' for model 'echo'. "
+            "Expected 199996, got 200000",
+            id="too long",
+        ),
+        pytest.param(
+            large_request("strings", ("BYTES", 2), raw=[bytes(200_000)]),
+            "[request id: <id_unknown>] unexpected number of string elements 3 for inference input 'INPUT0' for model "
+            "'strings', expecting 2",
+            id="broken strings",
+        ),
+    ],
+)
+def test_large_messages_that_are_wrong(server: ForebayServer, request_: Any, expected: str) -> None:
+    """The same texts as for small ones."""
+    assert raw_call(server, request_) == ("INVALID_ARGUMENT", expected)
+
+
+def test_a_message_beyond_shared_memory_is_refused(server: ForebayServer) -> None:
+    """The arena has 256 MiB."""
+    code, details = raw_call(server, large_request("echo", ("FP32", 100_000_000), raw=[bytes(400_000_000)]))
+    assert code == "UNAVAILABLE"
+    assert "memory" in details
+
+
+def test_more_tensors_than_inputs_in_a_large_message(server: ForebayServer) -> None:
+    """Spec G-038."""
+    reply = raw_call(server, large_request("echo", ("FP32", 50_000), raw=[bytes(200_000), b"extra"]))
+    assert list(reply.raw_output_contents) == [bytes(200_000)]
+
+
+def test_large_messages_of_a_stream_keep_their_order(stream: Stream) -> None:
+    for number in range(5):
+        stream.ask("echo", [tensor("INPUT0", np.full(200_000, number, np.float32))], request_id=str(number))
+    stream.ask("echo", [tensor("INPUT0", np.ones(1, np.float32))], request_id="small")
+    assert [stream.take().id for _ in range(6)] == ["0", "1", "2", "3", "4", "small"]
+
+
+def test_a_length_that_the_body_does_not_have(server: ForebayServer) -> None:
+    """RFC 9113, 8.1.1."""
+    length = b"\0\x0econtent-length\x0299"
+    with connect(server) as wire:
+        wire.sendall(frame(1, 4, 1, INFER + length) + frame(0, 1, 1, b"\0\0\0\0\0"))
+        received = b""
+        while frame(3, 0, 1, b"\0\0\0\1") not in received:
+            received += wire.recv(4096)
 
 
 def test_strings_and_numbers_in_one_request(client: grpcclient.InferenceServerClient) -> None:
