@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from forebay.ipc.clock import Clock, MonotonicClock
@@ -95,7 +96,7 @@ class Gpus:
         for name, text, kind, read in families:
             for uuid, handle in self._devices:
                 # A device that cannot tell something (a slice of one cannot tell its power) has no such series.
-                value = self._ask(lambda device, read=read, uuid=uuid: read(uuid, device), handle)
+                value = self._ask(partial(read, uuid), handle)
                 if value is not None:
                     found.append(GpuSample(name, text, kind, uuid, value))
         return found

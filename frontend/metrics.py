@@ -506,6 +506,7 @@ class MetricsPage:
         self._machine = machine or (Machine(settings.interval_ms) if settings.allow_cpu else None)
         wants_gpus = settings.allow_gpu and not settings.cpu_only
         self._gpus = gpus or (find_gpus(settings.interval_ms) if wants_gpus else None)
+        self._cache_offsets: tuple[int, ...] = ()
         #: What models define themselves.
         self.custom = CustomMetrics()
         self._windows: dict[tuple[int, Stage], SlidingWindow] = {}
@@ -519,13 +520,11 @@ class MetricsPage:
     def take_catalog(self, view: CatalogView) -> None:
         """Use the READY models of a catalog from now on."""
         self._take(view.ready_models)
-        #: Of the frontends' parts of the response cache; empty: there is none.
         self._cache_offsets = view.catalog.cache_counter_offsets
 
     def _take(self, entries: tuple[ModelEntry, ...]) -> None:
         self._entries = entries
         self._labels = [render_labels(model_labels(entry)) for entry in entries]
-        self._cache_offsets: tuple[int, ...] = ()
         place = next(index for index, family in enumerate(_TRITON_FAMILIES) if family.name == _PENDING)
         # Custom metrics stand between Triton's counters and its gauges (appendix G).
         self._counters = self._show(_TRITON_FAMILIES[:place])
