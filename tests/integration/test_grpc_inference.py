@@ -563,6 +563,28 @@ def test_a_stopping_server_finishes_what_it_was_asked(tmp_path: Path) -> None:
         assert server.process.wait(PATIENCE_S) == 0
 
 
+def test_streams_end_with_the_server(alpha: Path) -> None:
+    """Spec G-087: an idle stream ends well; who watches the health is told."""
+    with ForebayServer(alpha, protocols=("grpc",)) as server, grpc.insecure_channel(url_of(server)) as channel:
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+        assert next(watch) == b"\x08\x01"
+        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        stop = threading.Event()
+        stream = stub.ModelStreamInfer(iter(lambda: stop.wait(PATIENCE_S), True))
+        # The header is out as soon as the stream is taken.
+        stream.initial_metadata()
+        server.process.send_signal(signal.SIGTERM)
+        assert list(stream) == []
+        assert stream.code() is grpc.StatusCode.OK
+        stop.set()
+        assert next(watch) == b"\x08\x02"
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watch)
+        failed: Any = caught.value
+        assert failed.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.process.wait(PATIENCE_S) == 0
+
+
 def make_certificates(folder: Path) -> dict[str, Path]:
     """Make an authority and certificates for server and client with the openssl program."""
     openssl = shutil.which("openssl")
