@@ -33,8 +33,9 @@ from forebay.ipc.errors import ServingError
 #: the second, the stream ends.
 _QUEUE_BYTES_HIGH = 4 * 1024 * 1024
 _QUEUE_BYTES_MAX = 64 * 1024 * 1024
-#: Requests of one stream in flight; beyond, the client may send no more.
+#: Requests of one stream in flight: beyond the first, the client may send no more; beyond the second, they are refused.
 _IN_FLIGHT_HIGH = 4096
+_IN_FLIGHT_MAX = 65_536
 
 
 class StreamSlot:
@@ -164,9 +165,10 @@ class StreamSlot:
 class StreamInferCall(Call):
     """One stream."""
 
-    __slots__ = ("_has_ended", "_order", "_slots")
+    __slots__ = ("_has_ended", "_order", "_ready_bytes", "_slots")
 
     _has_ended: bool
+    _ready_bytes: int
     _order: deque[StreamSlot]
     _slots: set[StreamSlot]
 
@@ -177,6 +179,8 @@ class StreamInferCall(Call):
         #: All requests that have not been answered.
         self._slots = set()
         self._has_ended = False
+        #: Bytes of replies that wait for those of earlier requests.
+        self._ready_bytes = 0
         self.reply_encoding = self.frontend.reply_encoding(self.head)
         self.send_head()
 
@@ -184,6 +188,8 @@ class StreamInferCall(Call):
 
     def take_message(self, message: memoryview) -> None:
         frontend = self.frontend
+        if len(self._slots) >= _IN_FLIGHT_MAX:
+            raise RpcError(Status.RESOURCE_EXHAUSTED, "too many requests of one stream are in flight")
         found = None if self.head.forwarded else frontend.plans.find(message)
         if found is not None and not self._is_due(found[0]):
             plan, id_field, begin = found
@@ -258,7 +264,7 @@ class StreamInferCall(Call):
     @property
     def holds_back(self) -> bool:
         return (
-            self.queued_bytes > _QUEUE_BYTES_HIGH
+            self.queued_bytes + self._ready_bytes > _QUEUE_BYTES_HIGH
             or len(self._slots) > _IN_FLIGHT_HIGH
             or len(self.queue) > self.frontend.settings.max_response_pool_size
         )
@@ -269,6 +275,9 @@ class StreamInferCall(Call):
         """Send a reply of a request, or keep it until it is its turn; the pieces are copied."""
         if slot.is_ordered and self._order and self._order[0] is not slot:
             slot.ready.append(b"".join(pieces))
+            self._ready_bytes += message_bytes
+            if self._ready_bytes > _QUEUE_BYTES_MAX:
+                self.fail(RpcError(Status.RESOURCE_EXHAUSTED, "too many replies wait for an earlier one"))
             return
         self.send(pieces, message_bytes)
         if slot.is_ended:
@@ -294,6 +303,7 @@ class StreamInferCall(Call):
                 head = order[0]
                 ready, head.ready = head.ready, []
                 for message in ready:
+                    self._ready_bytes -= len(message)
                     self.send([message], len(message))
                 if not head.is_ended:
                     break

@@ -72,6 +72,8 @@ _CONTINUATIONS_MAX = 16
 _SETTINGS_MAX = 64
 #: Reply bytes of one connection that wait for the client to read; beyond, new calls are refused.
 QUEUED_BYTES_MAX = 64 * 1024 * 1024
+#: The same, beyond which replies to calls that were taken before are given up.
+QUEUED_BYTES_LIMIT = 512 * 1024 * 1024
 #: Bytes of acknowledgements that wait for the client to read, at most.
 _UNREAD_CONTROL_BYTES_MAX = 256 * 1024
 #: Streams that we reset are remembered, because frames for them may be on their way.
@@ -782,6 +784,10 @@ class Connection(Generic[Head]):
     def send_data(self, stream: Stream, data: bytes) -> None:
         """Send payload, now or as the client's windows allow; ``data`` is kept until then."""
         if stream.is_local_closed or not data:
+            return
+        if self.queued_bytes and self.queued_bytes + len(data) > QUEUED_BYTES_LIMIT:
+            self.abort(stream, Http2Code.ENHANCE_YOUR_CALM)
+            stream.on_reset()
             return
         self.replies_written += 1
         stream.queue.append(memoryview(data))

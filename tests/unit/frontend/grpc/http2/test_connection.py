@@ -278,6 +278,19 @@ def test_calls_are_refused_while_too_many_reply_bytes_wait() -> None:
     assert server.frames() == [(RST_STREAM, 0, 1, struct.pack(">I", Http2Code.ENHANCE_YOUR_CALM))]
 
 
+def test_replies_beyond_all_bounds_are_given_up() -> None:
+    """A client that opens many calls at once and takes no reply: what waits stays bounded."""
+    server = Server()
+    server.greet(struct.pack(">HI", 4, 0))
+    server.receive(request(1, b"hello") + request(3, b"hello", end=False))
+    server.http2.queued_bytes += module.QUEUED_BYTES_LIMIT
+    server.take()
+    server.receive(frame(DATA, END_STREAM, 3, b"more"))
+    assert server.frames()[-1] == (RST_STREAM, 0, 3, struct.pack(">I", Http2Code.ENHANCE_YOUR_CALM))
+    assert server.opened[1].was_reset
+    assert list(server.http2.streams) == [1]
+
+
 def test_an_early_answer_tells_the_client_to_send_no_more() -> None:
     server = Server()
     client = Client(server)
