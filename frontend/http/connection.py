@@ -114,6 +114,7 @@ class Connection(asyncio.BufferedProtocol):
     """The protocol object of one connection."""
 
     __slots__ = (
+        "_buffered_bytes",
         "_calls",
         "_chunks",
         "_fd",
@@ -133,6 +134,7 @@ class Connection(asyncio.BufferedProtocol):
         "_transport",
         "_upload",
         "deadline_s",
+        "owed_bytes",
     )
 
     def __init__(self, frontend: HttpFrontend) -> None:
@@ -154,6 +156,10 @@ class Connection(asyncio.BufferedProtocol):
         # Writing
         self._calls: deque[Call] = deque()
         self._is_writable = True
+        #: Bytes of replies whose turn has not come.
+        self._buffered_bytes = 0
+        #: Bytes of replies in private memory, as the frontend has counted them.
+        self.owed_bytes = 0
         # The end
         self._is_closing = False
         self._is_half_closed = False
@@ -174,6 +180,7 @@ class Connection(asyncio.BufferedProtocol):
         self._fd = -1
         self._is_closing = True
         self._drop_request()
+        self._count_owed(0)
         if self._side_door is not None:
             self._side_door.connection_lost(exc)
         for call in self._calls:
@@ -224,6 +231,7 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         self._is_writable = True
         self._frontend.no_longer_stalled(self)
+        self._count_owed(self._buffered_bytes + self.unsent_bytes)
         if self._side_door is not None:
             self._side_door.resume_writing()
         self._go_on()
@@ -450,7 +458,10 @@ class Connection(asyncio.BufferedProtocol):
             return  # The client has left.
         if calls[0] is not call:
             call.buffers = [bytes(buffer) for buffer in buffers]
-            call.count_copy(sum(map(len, buffers)))
+            size = sum(map(len, buffers))
+            call.count_copy(size)
+            self._buffered_bytes += size
+            self._count_owed(self._buffered_bytes + self.unsent_bytes)
             return
         calls.popleft()
         self._write(buffers, call)
@@ -459,7 +470,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         while calls and calls[0].buffers is not None:
             ready = calls.popleft()
-            self._write(cast(list[bytes], ready.buffers), ready)
+            kept = cast(list[bytes], ready.buffers)
+            self._buffered_bytes -= sum(map(len, kept))
+            self._write(kept, ready)
             if not ready.keep_alive:
                 self._close_after_writing()
                 return
@@ -513,6 +526,15 @@ class Connection(asyncio.BufferedProtocol):
         if call is not None:
             call.count_copy(len(rest))
         transport.write(rest)
+        if not self._is_writable:
+            self._count_owed(self._buffered_bytes + self.unsent_bytes)
+
+    def _count_owed(self, owed: int) -> None:
+        """Tell the frontend how much private memory the replies to this client use."""
+        change = owed - self.owed_bytes
+        if change:
+            self.owed_bytes = owed
+            self._frontend.owe(change)
 
     # --- the end ---
 
@@ -565,6 +587,7 @@ class Connection(asyncio.BufferedProtocol):
         """Close at once; what is not written yet is lost."""
         self._is_closing = True
         self._fd = -1
+        self._count_owed(0)
         self._transport.abort()
 
     def time_out(self) -> None:

@@ -17,6 +17,7 @@ from forebay.frontend.http.settings import HttpView
 from forebay.frontend.http.side_door import NotifyingConnection
 from forebay.frontend.regions import RegionTable
 from forebay.ipc.errors import ServingError, Unavailable
+from forebay.ipc.log import log
 
 #: How often deadlines of clients are looked at, s, while there are any.
 _SWEEP_SECS = 1.0
@@ -55,6 +56,9 @@ class HttpFrontend:
         self._stalled: dict[Connection, tuple[int, float]] = {}
         self._is_sweeping = False
         self._held_bytes = 0
+        self._owed_bytes = 0
+        #: Bytes of replies in private memory at most; the largest possible reply fits.
+        self._owed_bytes_max = 2 * engine.arena.byte_size
         #: Called with True when there are as many connections as there may be, with False when there are fewer again.
         self.on_full: Callable[[bool], None] | None = None
         self._is_full = False
@@ -98,6 +102,14 @@ class HttpFrontend:
         """Count private memory of incomplete requests, bytes; False: it is more than may be."""
         self._held_bytes += change
         return self._held_bytes <= _HELD_INPUTS_MAX * self.settings.max_input_size
+
+    def owe(self, change: int) -> None:
+        """Count private memory of replies that clients have not taken, bytes; at the limit the largest is cut off."""
+        self._owed_bytes += change
+        if change > 0 and self._owed_bytes > self._owed_bytes_max:
+            slowest = max(self._connections, key=lambda connection: connection.owed_bytes)
+            log.warning(f"cut off a client that has not taken {slowest.owed_bytes} bytes of replies")
+            slowest.abort()
 
     def no_memory(self) -> ServingError:
         """Return what a client is told whose request did not fit any more."""

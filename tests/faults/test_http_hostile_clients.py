@@ -5,6 +5,7 @@ The server has a short time limit for requests and small limits for sizes, so th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -298,6 +299,26 @@ def test_client_that_never_reads_its_answer_is_cut_off(server: ForebayServer) ->
         time.sleep(4.5)
         with pytest.raises(Exception):  # noqa: B017, PT011 - the end may show as a reset or as half an answer
             assert len(wire.answer().body) > 3_600_000
+
+
+def test_replies_that_nobody_takes_are_bounded(server: ForebayServer) -> None:
+    """The clients that owe us most reading are cut off, so that the others can be served."""
+
+    def anonymous_kb() -> int:
+        status = Path(f"/proc/{server.pid_of('http')}/status").read_text()
+        return int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
+
+    before_kb = anonymous_kb()
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            wire = stack.enter_context(WireClient(server.http_port, receive_buffer_bytes=4096))
+            # Few answers at a time fit into the arena, but they pile up behind the slow model's.
+            with contextlib.suppress(ConnectionError):
+                wire.send(echo(1, model="slow"), *(echo(200_000) for _ in range(12)))
+            serves(server)
+        server.wait_logged("cut off a client that has not taken")
+        serves(server)
+        assert anonymous_kb() - before_kb < 4 * ARENA_BYTES // 1024
 
 
 # --- leaving ------------------------------------------------------------------------------------------------------
