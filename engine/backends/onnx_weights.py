@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import onnxruntime as ort
 
 from forebay.engine.backends.base import parse_bool, parse_int
+from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.process import die_with_parent
@@ -78,18 +79,10 @@ def sharing_settings(spec: InstanceSpec) -> SharingSettings:
     enabled = parse_bool(spec.parameters, "share_weights", enabled)
     return SharingSettings(
         enabled=enabled,
-        directory=config.get("weights-cache-directory") or default_cache_directory(),
+        directory=config.get("weights-cache-directory") or default_cache_directory("onnx"),
         min_bytes=max(parse_int(config, "share-weights-min-bytes", MIN_BYTES_DEFAULT), 0),
         cache_bytes=max(parse_int(config, "weights-cache-bytes", CACHE_BYTES_DEFAULT), 0),
     )
-
-
-def default_cache_directory() -> str:
-    """Return ``$XDG_CACHE_HOME/forebay/onnx``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "forebay", "onnx")
 
 
 def instance_count(spec: InstanceSpec) -> int:
@@ -133,7 +126,7 @@ def _find_or_make(
     model_bytes: int,
     make_options: Callable[[], ort.SessionOptions],
 ) -> str | None:
-    os.makedirs(settings.directory, mode=0o700, exist_ok=True)
+    make_private_directory(settings.directory)
     target = os.path.join(settings.directory, key)
     if (found := _use(target)) is not None:
         return found

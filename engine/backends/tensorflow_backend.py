@@ -246,7 +246,7 @@ def check_config(spec: InstanceSpec, signature: Signature) -> None:
                     f"'{tensor.name}', model provides {match.data_type}"
                 )
             dims = (-1, *tensor.backend_dims) if spec.max_batch_size > 0 else tensor.backend_dims
-            if match.shape is not None and not _fits(match.shape, dims):
+            if match.shape is not None and not _fits(match.shape, dims) and (match.shape or dims != (1,)):
                 raise InvalidArgument(
                     f"unable to load model '{spec.model}', tensor '{tensor.name}': the model expects "
                     f"{len(match.shape)} dimensions (shape {_shape_text(match.shape)}) but the model configuration "
@@ -271,6 +271,12 @@ class TensorflowInstance(TensorInstance):
         self._tf: Any = tf
         self._signature = signature
         self._bf16 = frozenset(tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.datatype == "BF16")
+        #: Scalars of models that do not batch, which are configured as ``dims: [1]`` (spec D-013).
+        self._scalars = frozenset(
+            tensor.name
+            for tensor in (*signature.inputs, *signature.outputs)
+            if tensor.shape == () and spec.max_batch_size == 0
+        )
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
         tf = self._tf
@@ -279,13 +285,14 @@ class TensorflowInstance(TensorInstance):
             arrays: Arrays = {}
             for name in outputs:
                 value = results[name]
-                arrays[name] = _as_array((tf.bitcast(value, tf.uint16) if name in self._bf16 else value).numpy())
+                array = _as_array((tf.bitcast(value, tf.uint16) if name in self._bf16 else value).numpy())
+                arrays[name] = array.reshape(1) if name in self._scalars else array
         except Exception as error:  # see load_signature
             raise BackendFailed(f"TensorFlow execute failure: {_first_lines(error)}") from None
         return arrays
 
     def _tensor(self, name: str, array: Array) -> Any:
-        tensor = self._tf.constant(array)
+        tensor = self._tf.constant(array.reshape(()) if name in self._scalars else array)
         return self._tf.bitcast(tensor, self._tf.bfloat16) if name in self._bf16 else tensor
 
 

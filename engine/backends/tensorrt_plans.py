@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
@@ -205,7 +206,7 @@ def cached_plan(trt: Any, spec: InstanceSpec, onnx_file: str, *, device: str, co
         InvalidArgument: as :func:`build_plan`.
     """
     key = plan_key(trt, spec, onnx_file, device=device, compute_capability=compute_capability)
-    directory = spec.backend_config.get("plan-cache-directory") or _default_directory()
+    directory = spec.backend_config.get("plan-cache-directory") or default_cache_directory("tensorrt")
 
     def build() -> bytes:
         start_ns = time.monotonic_ns()
@@ -234,17 +235,10 @@ def plan_key(trt: Any, spec: InstanceSpec, onnx_file: str, *, device: str, compu
     return digest.hexdigest()[:32]
 
 
-def _default_directory() -> str:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "forebay", "tensorrt")
-
-
 def _read_or_make(directory: str, key: str, make: Callable[[], bytes]) -> bytes:
     path = os.path.join(directory, f"{key}.plan")
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        make_private_directory(directory)
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         log.warning(f"TensorRT plans are not kept: {error}")

@@ -39,6 +39,10 @@ class Linear(tf.Module):  # type: ignore[misc]
     def negative(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"y": -x}
 
+    @tf.function(input_signature=[tf.TensorSpec([], tf.float32, name="x")])  # type: ignore[untyped-decorator]
+    def half(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": x / 2}
+
 
 def main(folder: Path) -> None:
     """Write ``linear/1/model.savedmodel`` and ``graph/1/model.graphdef``."""
@@ -46,7 +50,12 @@ def main(folder: Path) -> None:
     tf.saved_model.save(
         model,
         str(folder / "linear" / "1" / "model.savedmodel"),
-        signatures={"serving_default": model.product, "join": model.join, "negative": model.negative},
+        signatures={
+            "serving_default": model.product,
+            "join": model.join,
+            "negative": model.negative,
+            "half": model.half,
+        },
     )
     graph = tf.Graph()
     with graph.as_default():

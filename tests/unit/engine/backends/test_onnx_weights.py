@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from worker_harness import WorkerHarness, spec_from_config
 
-from forebay.engine.backends.onnx_weights import default_cache_directory, instance_count
+from forebay.engine.backends.onnx_weights import instance_count
 from forebay.ipc.messages import InstanceSpec
 
 #: One square matrix of float32: 4 MiB.
@@ -179,14 +179,6 @@ def test_a_copy_is_made_on_request_for_a_single_instance(model: Path, tmp_path: 
     with WorkerHarness(make_spec(model, tmp_path / "cache", count=1, share_weights="true")) as worker:
         infer(worker)
     assert len(copies(tmp_path / "cache")) == 1
-
-
-def test_default_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_cache_directory() == "/somewhere/forebay/onnx"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert default_cache_directory() == "/home/someone/.cache/forebay/onnx"
 
 
 def test_instances_on_gpus_do_not_count() -> None:

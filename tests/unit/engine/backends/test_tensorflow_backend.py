@@ -89,6 +89,12 @@ def test_bfloat16(worker: ReloadingWorker, models: Path) -> None:
     assert (response.outputs["y"].view(np.uint16) == (bits | 0x8000)).all()
 
 
+def test_scalar_is_configured_as_one_element(worker: ReloadingWorker, models: Path) -> None:
+    """D-013."""
+    worker.load(make_spec(models, [tensor("x", 1)], [tensor("y", 1)], parameters={"TF_SIGNATURE_DEF": "half"}))
+    assert worker.infer({"x": np.array([5], np.float32)}).outputs["y"].tolist() == [2.5]
+
+
 def test_frozen_graph_by_tensor_names(worker: ReloadingWorker, models: Path) -> None:
     worker.load(make_spec(models, [tensor("x", 2)], [tensor("y", 2)], model="graph", max_batch_size=8))
     assert (worker.infer({"x": ROWS}).outputs["y"] == ROWS * 3).all()
@@ -132,7 +138,7 @@ def test_contradiction_is_refused(inputs: list[Any], outputs: list[Any], text: s
 
 def test_missing_signature_lists_those_there_are(worker: ReloadingWorker, models: Path) -> None:
     spec = make_spec(models, [tensor("x", 2)], [tensor("y", 2)], parameters={"TF_SIGNATURE_DEF": "zzz"})
-    with pytest.raises(ServingError, match="it has: join, negative, serving_default"):
+    with pytest.raises(ServingError, match="it has: half, join, negative, serving_default"):
         worker.load(spec)
 
 

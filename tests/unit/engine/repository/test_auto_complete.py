@@ -260,3 +260,12 @@ def test_datatypes_are_those_of_the_schema() -> None:
     assert "TYPE_BF16" in known_datatypes()
     assert "TYPE_INVALID" not in known_datatypes()
     assert config_json(parse_config_text(""))
+
+
+def test_scalar_without_batching_is_one_element(normalised: Normalised) -> None:
+    """D-013: an empty reshape would be refused; what was completed passes the comparison."""
+    described = DescribedModel((tensor("x"),), (tensor("y", 2),))
+    completed = complete_config(normalised(ONNX), described).config
+    assert list(completed.message.input[0].dims) == [1]
+    assert not completed.message.input[0].HasField("reshape")
+    check_described(completed, described)
