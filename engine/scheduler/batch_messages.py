@@ -32,10 +32,13 @@ _ITEMS_BYTES_MAX = MESSAGE_BYTES_MAX - HEADER.size - len(NO_TIMES) - 1024
 
 
 def count_fitting(items: Sequence[Waiting]) -> int:
-    """Return how many of the first items go into one message to a worker."""
+    """Return how many of the first items, all of one kind, go into one message to a worker."""
+    if isinstance(items[0], WaitingRun):
+        return min(len(items), _ITEMS_BYTES_MAX // RUN.size)
     room = _ITEMS_BYTES_MAX
     for count, item in enumerate(items):
-        room -= PARCEL.size + SLOT.size + len(item.head) if isinstance(item, WaitingParcel) else RUN.size
+        assert isinstance(item, WaitingParcel)
+        room -= PARCEL.size + SLOT.size + len(item.head)
         if room < 0:
             return count
     return len(items)

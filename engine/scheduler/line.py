@@ -107,6 +107,12 @@ class Line(Protocol):
         ...
 
 
+def _why_expired(item: Waiting, now_ns: int) -> ServingError:
+    if item.deadline_ns and item.deadline_ns <= now_ns:
+        return Cancelled(DEADLINE_TEXT)
+    return Unavailable(TIMEOUT_TEXT)
+
+
 class SharedLine:
     """One queue for all instances."""
 
@@ -143,15 +149,8 @@ class SharedLine:
         return Choice(decision, items)
 
     def expire(self, now_ns: int) -> list[Refusal]:
-        return [
-            Refusal(
-                item,
-                Cancelled(DEADLINE_TEXT)
-                if item.deadline_ns and item.deadline_ns <= now_ns
-                else Unavailable(TIMEOUT_TEXT),
-            )
-            for item in self.queue.expire(now_ns)
-        ]
+        expired = self.queue.expire(now_ns)
+        return [Refusal(item, _why_expired(item, now_ns)) for item in expired] if expired else []
 
     def next_expiry_ns(self) -> int:
         return self.queue.next_expiry_ns()

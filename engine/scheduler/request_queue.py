@@ -77,6 +77,8 @@ class RequestQueue:
         self._levels: dict[int, _Level] = {}
         #: Requests waiting.
         self.request_count = 0
+        #: An item that may expire has come; most models never have one.
+        self._has_ends = False
 
     def _level(self, priority: int) -> _Level:
         batching = self._batching
@@ -115,13 +117,17 @@ class RequestQueue:
 
     def _push(self, level: _Level, item: Waiting) -> None:
         level.live.append(item)
-        level.note_end(item.next_end_ns)
+        if item.expiry_ns or item.deadline_ns:
+            self._has_ends = True
+            level.note_end(item.next_end_ns)
         level.count += item.requests
         self.request_count += item.requests
 
     def expire(self, now_ns: int) -> list[Waiting]:
         """Apply timeouts and deadlines: return what is rejected, move what is only delayed behind the live ones."""
         rejected: list[Waiting] = []
+        if not self._has_ends:
+            return rejected
         for level in self._levels.values():
             if level.next_end_ns and level.next_end_ns <= now_ns:
                 rejected += level.expire(now_ns)
@@ -131,8 +137,13 @@ class RequestQueue:
 
     def next_expiry_ns(self) -> int:
         """Return when :meth:`expire` may next have something to do; 0: never. May be early, never late."""
-        ends = [level.next_end_ns for level in self._levels.values() if level.next_end_ns and level.count]
-        return min(ends, default=0)
+        next_ns = 0
+        if not self._has_ends:
+            return next_ns
+        for level in self._levels.values():
+            if level.next_end_ns and level.count and (not next_ns or level.next_end_ns < next_ns):
+                next_ns = level.next_end_ns
+        return next_ns
 
     def __iter__(self) -> Iterator[Waiting]:
         for level in self._levels.values():

@@ -156,17 +156,15 @@ class Route:
         """Remember a batch, and keep count of how quiet it is: quiet means that one batch at a time is enough."""
         busy = sum(other.state is InstanceState.BUSY for other in self.instances.values())
         self._quiet = self._quiet + 1 if self.line.request_count == 0 and busy <= 1 else 0
+        rows = requests = 0
+        oldest_ns = now_ns
+        for item in items:
+            requests += item.requests
+            rows += item.requests * item.rows_each
+            oldest_ns = min(oldest_ns, item.enqueue_ns)
+        wait_ns = now_ns - oldest_ns
         self.recent.append(
-            BatchRecord(
-                batch_id,
-                sum(item.requests * item.rows_each for item in items),
-                sum(item.requests for item in items),
-                segments,
-                now_ns - min(item.enqueue_ns for item in items),
-                decision.reason,
-                instance.name,
-                now_ns,
-            )
+            BatchRecord(batch_id, rows, requests, segments, wait_ns, decision.reason, instance.name, now_ns)
         )
 
     def note_run_time(self, batch_id: int, run_ns: int) -> None:
@@ -205,5 +203,7 @@ class Route:
 
     def next_alarm_ns(self, wait_until_ns: int) -> int:
         """Return when to look at this route again; 0: only when something happens."""
-        alarms = [alarm for alarm in (wait_until_ns, self.line.next_expiry_ns()) if alarm]
-        return min(alarms, default=0)
+        expiry_ns = self.line.next_expiry_ns()
+        if not wait_until_ns or not expiry_ns:
+            return wait_until_ns or expiry_ns
+        return min(wait_until_ns, expiry_ns)
