@@ -89,6 +89,9 @@ ATTEMPTS_MAX = 1
 
 _TIMES_END = HEADER.size + TIMES.size
 
+#: Answers to parcels that one event-loop turn takes at most.
+_REPLIES_PER_TURN = 32
+
 
 class RowOwner(Protocol):
     """Who waits for a request in slab rows."""
@@ -425,6 +428,7 @@ class RouteClient:
             if run.slab is slab and run.first <= first < end:
                 self.turn[place : place + 1] = run.without(first)
                 self.turn_rows -= run.rows_each
+                self.is_holding = self.is_holding and bool(self.turn)
                 self.engine.fail_run(self, slab, first, run.rows_each, Cancelled("request was cancelled"))
                 return
         self.engine.cancel_rows(self, slab, first)
@@ -773,13 +777,20 @@ class EngineClient:
     # --- completions ---
 
     def _on_completion(self) -> None:
-        try:
-            size = self._completions.recv_into(self._buffer)
-        except BlockingIOError:
-            return
-        if size < HEADER.size:
-            return
-        message = self._buffer_view[:size]
+        # Every parcel has a message of its own: several are read in one turn, so that what follows from them (the next
+        # steps of ensembles) goes out together.
+        for _ in range(_REPLIES_PER_TURN):
+            try:
+                size = self._completions.recv_into(self._buffer)
+            except BlockingIOError:
+                return
+            if size < HEADER.size:
+                return
+            if self._completed(self._buffer_view[:size]) != Kind.PARCEL_REPLY:
+                return
+
+    def _completed(self, message: memoryview) -> int:
+        """Handle one message; return its kind."""
         kind, flags, count, instance, batch = HEADER.unpack_from(message)
         if kind == Kind.RUNS_DONE:
             self._answered_batches[instance] = batch
@@ -804,7 +815,9 @@ class EngineClient:
                 (token,) = TOKEN.unpack_from(message, _TIMES_END + index * TOKEN.size)
                 self._parcel_lost(token, is_hung=bool(flags & FLAG_HUNG))
         elif kind == Kind.RESYNC:
-            self._resync(batch)
+            end = HEADER.size + count * TOKEN.size
+            self._resync(batch, {token for (token,) in TOKEN.iter_unpack(message[HEADER.size : end])})
+        return kind
 
     def _runs_done(self, message: memoryview, count: int, instance: int) -> None:
         now_ns = time.monotonic_ns()
@@ -1092,14 +1105,18 @@ class EngineClient:
 
     # --- restart of the scheduler ---
 
-    def _resync(self, epoch: int) -> None:
-        """A new scheduler is up and every worker has finished what the old one sent: hand in again what is left."""
+    def _resync(self, epoch: int, running: set[int]) -> None:
+        """A new scheduler is up and every worker has finished what the old one sent: hand in again what is left.
+
+        Args:
+            running: parcels that workers have run and not answered for good, which is no loss.
+        """
         if epoch == self._epoch:
             return  # Started, or told, in the meantime: nothing of ours went to an earlier one.
         self._epoch = epoch
         # What was rung under a grant runs or has run; what was not yet sent goes out with this turn.
         exempt_rows: set[tuple[int, int]] = set()
-        exempt_tokens: set[int] = set()
+        exempt_tokens = running
         for grant in self._grants.values():
             for granted in grant.outstanding:
                 exempt_rows.update((granted.base, row) for row in range(granted.first, granted.first + granted.rows))
@@ -1120,7 +1137,11 @@ class EngineClient:
             skip = frozenset(row for exempt_base, row in exempt_rows if exempt_base == base)
             self._resubmit_rows(route, slab, range(slab.capacity), now_ns, 0, skip)
         for token, parcel in list(self.parcels.items()):
-            if token not in exempt_tokens:
+            if token in exempt_tokens:
+                continue
+            if parcel.has_responses:
+                self._parcel_lost(token, is_hung=False)
+            else:
                 parcel.route.submit_parcel(parcel.submit, parcel.owner)
 
     def close(self) -> None:

@@ -36,11 +36,11 @@ class StepTimes(NamedTuple):
         start_ns, input_end_ns, output_start_ns, end_ns = times
         if not start_ns:
             return cls()
+        # Times of one monotonic clock, in this order; a worker that says otherwise must not make a counter negative.
+        if not enqueue_ns <= start_ns <= input_end_ns <= output_start_ns <= end_ns:
+            return cls()
         return cls(
-            max(start_ns - enqueue_ns, 0),
-            max(input_end_ns - start_ns, 0),
-            max(output_start_ns - input_end_ns, 0),
-            max(end_ns - output_start_ns, 0),
+            start_ns - enqueue_ns, input_end_ns - start_ns, output_start_ns - input_end_ns, end_ns - output_start_ns
         )
 
     def plus(self, other: StepTimes) -> StepTimes:

@@ -26,7 +26,7 @@ def copy_models(target: Path) -> Path:
 def zipped() -> bytes:
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.txt", "hello " * 100)
+        archive.writestr(zipfile.ZipInfo("a.txt"), "hello " * 100)
     return buffer.getvalue()
 
 
@@ -57,13 +57,14 @@ def test_answers_as_the_package_itself_does(server: ForebayServer) -> None:
     """One batch of files of all kinds through Python, ONNX and Python, against magika's own client."""
     from magika import Magika
 
-    contents = np.array([[content] for content in samples()], object)
+    files = samples()
+    contents = np.array([[content] for content in files], object)
     with httpclient.InferenceServerClient(server.http_url) as client:
         given = httpclient.InferInput("content", list(contents.shape), "BYTES")
         given.set_data_from_numpy(contents)
         result = client.infer("file_type", [given])
     magika = Magika()
-    expected = [magika.identify_bytes(content) for content in samples()]
+    expected = [magika.identify_bytes(content) for content in files]
     assert result.as_numpy("label").ravel().tolist() == [str(found.output.label).encode() for found in expected]
     assert result.as_numpy("mime_type").ravel().tolist() == [found.output.mime_type.encode() for found in expected]
     np.testing.assert_allclose(result.as_numpy("score").ravel(), [found.score for found in expected], rtol=1e-3)

@@ -47,6 +47,7 @@ class FakeRoute:
         self.block_bytes = self.copied_in_bytes = self.copied_out_bytes = 0
         self.reply_guess_bytes = 1024
         self.ensemble: object = None
+        self.details = None
         self.heads: list[ParcelHead] = []
 
     def write_counters(self) -> None:
