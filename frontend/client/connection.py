@@ -274,7 +274,7 @@ class Connection:
         """Hand over a request whose rows are filled."""
         lease = pending.lease
         assert lease is not None
-        self._make_way()
+        self._make_way(pending.model)
         with self._lock:
             self.check_usable()
             pending.enqueue_ns = time.monotonic_ns()
@@ -284,7 +284,7 @@ class Connection:
 
     def submit_parcel(self, pending: PendingParcel) -> None:
         """Hand over a request whose blocks are filled."""
-        self._make_way()
+        self._make_way(pending.model)
         with self._lock:
             self.check_usable()
             pending.enqueue_ns = time.monotonic_ns()
@@ -292,7 +292,11 @@ class Connection:
             self.in_flight += 1
             self._send_parcel(pending)
 
-    def _make_way(self) -> None:
+    def _make_way(self, model: Opened) -> None:
+        """Wait until one more request may be in flight, and see what has come in the meantime."""
+        if not model.grants and model.rings:
+            # A grant follows the answer that earned it. Going to the scheduler without having seen it would end it.
+            self.read_nowait()
         while self.in_flight >= self._outstanding_max:
             self.wait_any()
         self._submit_count += 1

@@ -665,9 +665,19 @@ static void look_at_door(forebay_client *client) {
 
 static int dispatch(forebay_client *client, int flags);
 
+static int is_granted(const forebay_model *model) {
+    for (int i = 0; i < model->ring_count; i++)
+        if (model->rings[i].ticket)
+            return 1;
+    return 0;
+}
+
 int forebay_submit(forebay_request *request) {
     forebay_client *client = request->model->client;
     int code;
+    /* A grant follows the answer that earned it. Going to the scheduler without having seen it would end it. */
+    if (!is_granted(request->model) && (code = forebay_dispatch(client)))
+        return code;
     if (client->is_gone)
         return fail(FOREBAY_GONE, "the engine is gone");
     if (request->state == IN_FLIGHT)
