@@ -817,7 +817,7 @@ class EngineClient:
         elif kind == Kind.RESYNC:
             end = HEADER.size + count * TOKEN.size
             self._resync(batch, {token for (token,) in TOKEN.iter_unpack(message[HEADER.size : end])})
-        return kind
+        return int(kind)
 
     def _runs_done(self, message: memoryview, count: int, instance: int) -> None:
         now_ns = time.monotonic_ns()
