@@ -23,7 +23,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 import onnxruntime as ort
@@ -142,7 +142,7 @@ def _find_or_make(
                 f"no room for {needed} bytes"
             )
             return None
-        _make_room(settings, needed)
+        _make_room(settings, key, needed)
         start_ns = time.monotonic_ns()
         if not _make(target, model_file, make_options):
             log.warning(f"model '{spec.model}': weights are not shared between instances: ONNX Runtime made no copy")
@@ -214,22 +214,34 @@ def _save_optimised(directory: str, model_file: str, options: ort.SessionOptions
             os.close(fd)
 
 
-def _make_room(settings: SharingSettings, needed: int) -> None:
-    """Remove the copies that were not used for longest. A model that runs from one keeps it: it is mapped."""
+def _make_room(settings: SharingSettings, key: str, needed: int) -> None:
+    """Remove the copies of the model's former states, and then those that were not used for longest.
+
+    A model that runs from a copy keeps it: the files are mapped.
+    """
+    model = key.partition("-")[0]
     copies: list[tuple[float, int, str]] = []
-    for entry in os.scandir(settings.directory):
-        if entry.is_dir(follow_symlinks=False) and ".tmp-" not in entry.name:
-            with contextlib.suppress(OSError):
-                size = sum(item.stat().st_size for item in os.scandir(entry.path))
-                copies.append((entry.stat().st_mtime, size, entry.path))
+    for entry in list(os.scandir(settings.directory)):
+        if not entry.is_dir(follow_symlinks=False) or ".tmp-" in entry.name:
+            continue
+        if entry.name.startswith(f"{model}-"):
+            _remove(entry.path)
+            continue
+        with contextlib.suppress(OSError):
+            size = sum(item.stat().st_size for item in os.scandir(entry.path))
+            copies.append((entry.stat().st_mtime, size, entry.path))
     total = needed + sum(size for _used, size, _path in copies)
     for _used, size, path in sorted(copies):
         if total <= settings.cache_bytes:
             return
-        shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}.lock")
+        _remove(path)
         total -= size
+
+
+def _remove(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.unlink(f"{path}.lock")
 
 
 @contextlib.contextmanager
@@ -257,15 +269,20 @@ def _list_files(directory: str) -> list[tuple[str, int, int]]:
 
 
 def _cache_key(spec: InstanceSpec, model_file: str, files: list[tuple[str, int, int]]) -> str:
-    parts = [
+    """Return ``<which model, for which machine>-<which state of its files>``."""
+    model = (
         ort.__version__,
         platform.machine(),
         _cpu_flags(),
         str(spec.optimization.get("graph_level")),
         os.path.realpath(model_file),
-        *(f"{os.path.realpath(path)} {size} {mtime_ns}" for path, size, mtime_ns in files),
-    ]
-    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
+    )
+    state = (f"{os.path.realpath(path)} {size} {mtime_ns}" for path, size, mtime_ns in files)
+    return f"{_digest(model)}-{_digest(state)}"
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def _cpu_flags() -> str:

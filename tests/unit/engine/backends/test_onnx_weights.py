@@ -116,16 +116,19 @@ def test_a_small_model_is_loaded_plainly(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("external", [False, True])
-def test_a_changed_model_gets_a_new_copy(model: Path, tmp_path: Path, external: bool) -> None:
-    """Also one whose weights lie beside it."""
+def test_a_changed_model_gets_a_new_copy_in_place_of_the_old(model: Path, tmp_path: Path, external: bool) -> None:
+    """Also one whose weights lie beside it. A worker of the old state keeps what it has mapped."""
     cache = tmp_path / "cache"
-    answers = []
-    for seed in (1, 2):
-        write_model(model, seed=seed, external=external)
-        with WorkerHarness(make_spec(model, cache)) as worker:
-            answers.append(infer(worker))
-    assert len(copies(cache)) == 2
-    assert not np.allclose(*answers)
+    write_model(model, seed=1, external=external)
+    with WorkerHarness(make_spec(model, cache)) as old:
+        answer = infer(old)
+        [first] = copies(cache)
+        write_model(model, seed=2, external=external)
+        with WorkerHarness(make_spec(model, cache)) as new:
+            assert not np.allclose(infer(new), answer)
+        assert (infer(old) == answer).all()
+    [second] = copies(cache)
+    assert second != first
 
 
 def test_a_damaged_copy_is_passed_over(model: Path, tmp_path: Path) -> None:
