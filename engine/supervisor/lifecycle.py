@@ -26,6 +26,7 @@ from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.repository import FoundModel, ModelRepository, changed_fields
 from forebay.engine.supervisor.adjustment import ADJUSTABLE_FIELDS, Adjustment
 from forebay.engine.supervisor.ensembles import Ensembles
+from forebay.engine.supervisor.memory import return_memory
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version
 from forebay.engine.supervisor.served_version import ServedVersion
@@ -38,6 +39,9 @@ _CATALOG_TIMEOUT_S = 10.0
 
 #: How long a request may be under way from a frontend to the scheduler, s.
 _SUBMISSIONS_GRACE_S = 0.05
+
+#: How long after an unload the memory that it freed is returned, s; several unloads share one time.
+_MEMORY_DELAY_S = 1.0
 
 #: Reason of a version that somebody unloaded (spec H-213).
 UNLOADED = "unloaded"
@@ -122,6 +126,7 @@ class ModelLifecycle:
         self._load_slots = asyncio.Semaphore(max(1, plant.settings.repository.load_thread_count))
         self._retiring: set[asyncio.Task[None]] = set()
         self._announcing: asyncio.Task[None] | None = None
+        self._memory_is_returned_soon = False
 
     # --- what others are told ---
 
@@ -583,6 +588,13 @@ class ModelLifecycle:
         if found is not None:
             await asyncio.to_thread(found.discard)
         self.touch()
+        if not self._memory_is_returned_soon:
+            self._memory_is_returned_soon = True
+            asyncio.get_running_loop().call_later(_MEMORY_DELAY_S, self._return_memory)
+
+    def _return_memory(self) -> None:
+        self._memory_is_returned_soon = False
+        return_memory()
 
     # --- the server's end ---
 

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -369,3 +371,31 @@ def test_model_file_outside_the_repository_is_refused(tmp_path: Path, repository
         (row,) = json.loads(server.post("/v2/repository/index")[1])
         assert row["state"] == "UNAVAILABLE"
         assert str(tmp_path) not in row["reason"]
+
+
+# --- forebay validate --load
+
+
+def validate(repository: Path) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-P", "-m", "forebay.engine.main", "validate", str(repository), "--load", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd="/")
+    assert done.stderr == ""
+    models: dict[str, Any] = {model["name"]: model for model in json.loads(done.stdout)["models"]}
+    return done.returncode, models
+
+
+def test_validate_loads_models_and_ends_its_workers(repository: Path) -> None:
+    code, models = validate(repository)
+    assert code == 0
+    (loaded,) = models["alpha_model"]["loaded"]
+    assert loaded["is_loaded"]
+    assert loaded["version"] == 2
+
+
+def test_validate_compares_tensors_with_the_model_file(repository: Path) -> None:
+    """Spec B-022: only the file says that it is wrong."""
+    edit_config(repository, "dims: [ 50 ]", "dims: [ 49 ]")
+    code, models = validate(repository)
+    assert code == 1
+    (problem,) = models["alpha_model"]["problems"]
+    assert "version 2 cannot be loaded: Invalid argument: model 'alpha_model', tensor 'features'" in problem["text"]
