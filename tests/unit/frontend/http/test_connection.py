@@ -1,0 +1,352 @@
+"""The states of one connection, with a transport that records what is asked of it and calls answered by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from forebay.frontend.http.connection import PIPELINE_MAX, Call, Connection
+from forebay.frontend.http.head import HeadParser
+from forebay.frontend.http.server import HttpFrontend
+from forebay.frontend.http.settings import HttpView
+from forebay.frontend.regions import RegionTable
+
+INFER = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n"
+STREAM = INFER.replace(b"infer", b"generate_stream")
+
+
+class HandCall(Call):
+    """Remembers its body; the test answers it."""
+
+    __slots__ = ("body", "is_cancelled")
+
+    def __init__(self, connection: Connection, *, keep_alive: bool) -> None:
+        super().__init__(connection, keep_alive=keep_alive)
+        self.body = b""
+        self.is_cancelled = False
+
+    def start(self, body: memoryview) -> None:
+        self.body = bytes(body)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Bench:
+    """A frontend with one connection whose other end the test holds."""
+
+    def __init__(self, **settings: Any) -> None:
+        engine: Any = SimpleNamespace(arena=SimpleNamespace(byte_size=1 << 20))
+        control: Any = mock.Mock()
+        catalog: Any = mock.Mock()
+        self.frontend = HttpFrontend(engine, HttpView(**settings), control, catalog, HeadParser(), RegionTable())
+        self.calls: list[HandCall] = []
+        self.frontend.new_call = self._new_call  # type: ignore[assignment, method-assign]
+        self.client, server = socket.socketpair()
+        self.client.setblocking(False)
+        server.setblocking(False)
+        self._server = server
+        self.transport = mock.create_autospec(asyncio.Transport, instance=True)
+        self.transport.get_extra_info.return_value = server
+        self.transport.get_write_buffer_size.return_value = 0
+        self.transport.is_closing.return_value = False
+        self.connection = self.frontend.connection()
+        self.connection.connection_made(self.transport)
+
+    def _new_call(self, connection: Connection, head: Any) -> HandCall:
+        self.calls.append(HandCall(connection, keep_alive=head.keep_alive))
+        return self.calls[-1]
+
+    def receive(self, *parts: bytes) -> None:
+        """Let bytes arrive, in one read."""
+        data = b"".join(parts)
+        buffer = memoryview(self.connection.get_buffer(-1))
+        buffer[: len(data)] = data
+        self.connection.buffer_updated(len(data))
+
+    def answer(self, index: int, data: bytes) -> None:
+        self.connection.answer(self.calls[index], [data])
+
+    @property
+    def sent(self) -> bytes:
+        """What the client has got since it was last asked."""
+        try:
+            return self.client.recv(1 << 20)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        self.connection.connection_lost(None)
+        self.client.close()
+        self._server.close()
+
+
+def run(scenario: Callable[[Bench], Coroutine[Any, Any, None]], **settings: Any) -> None:
+    async def main() -> None:
+        bench = Bench(**settings)
+        try:
+            await scenario(bench)
+        finally:
+            bench.close()
+
+    asyncio.run(main())
+
+
+def test_answers_wait_for_their_turn() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a", INFER, b"b", INFER, b"c")
+        assert [call.body for call in bench.calls] == [b"a", b"b", b"c"]
+        bench.answer(2, b"3")
+        bench.answer(1, b"2")
+        assert bench.sent == b""
+        bench.answer(0, b"1")
+        assert bench.sent == b"123"
+
+    run(scenario)
+
+
+def test_a_request_that_must_be_alone_waits_and_holds_up_what_follows() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a", STREAM, b"s", INFER, b"b")
+        assert len(bench.calls) == 1
+        bench.transport.pause_reading.assert_called_once()
+        bench.answer(0, b"1")
+        bench.transport.resume_reading.assert_called_once()
+        assert [call.body for call in bench.calls] == [b"a", b"s", b"b"]
+        bench.connection.stream(bench.calls[1], [b"x"])
+        bench.answer(2, b"3")
+        bench.connection.stream(bench.calls[1], [b"y"])
+        assert bench.sent == b"1xy"
+        bench.answer(1, b"z")
+        assert bench.sent == b"z3"
+
+    run(scenario)
+
+
+def test_no_more_is_read_than_may_be_in_flight() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(*[INFER + b"a"] * (PIPELINE_MAX + 5))
+        assert len(bench.calls) == PIPELINE_MAX
+        bench.transport.pause_reading.assert_called_once()
+        bench.answer(0, b"1")
+        assert len(bench.calls) == PIPELINE_MAX + 1
+
+    run(scenario)
+
+
+def test_nothing_is_taken_from_a_client_that_does_not_take_its_answers() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.connection.pause_writing()
+        bench.transport.pause_reading.assert_called_once()
+        bench.receive(INFER, b"a")
+        assert bench.calls == []
+        bench.connection.resume_writing()
+        assert [call.body for call in bench.calls] == [b"a"]
+
+    run(scenario)
+
+
+def test_half_closed_client_is_answered_then_closed() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a", INFER, b"b")
+        assert bench.connection.eof_received() is True
+        bench.answer(0, b"1")
+        bench.transport.close.assert_not_called()
+        bench.answer(1, b"2")
+        assert bench.sent == b"12"
+        bench.transport.close.assert_called_once()
+
+    run(scenario)
+
+
+def test_half_closed_client_is_not_waited_for_long() -> None:
+    """H-016."""
+
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a")
+        assert bench.connection.eof_received() is True
+        assert bench.connection.deadline_s > 0
+        bench.connection.time_out()
+        assert bench.calls[0].is_cancelled
+        bench.transport.close.assert_called_once()
+        bench.answer(0, b"1")
+        assert bench.sent == b""
+
+    run(scenario)
+
+
+def test_end_without_a_question_closes() -> None:
+    async def scenario(bench: Bench) -> None:
+        assert bench.connection.eof_received() is False
+        bench.receive(INFER[:20])
+        assert bench.connection.eof_received() is False
+
+    run(scenario)
+
+
+def test_client_that_leaves_cancels_everything() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a", INFER, b"b")
+        bench.connection.connection_lost(ConnectionResetError())
+        assert [call.is_cancelled for call in bench.calls] == [True, True]
+        bench.answer(0, b"1")
+        assert bench.frontend.connection_count == 0
+
+    run(scenario)
+
+
+def test_refusal_comes_after_what_was_asked_before_and_nothing_after_it_is_read() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a", b"\x16garbage")
+        bench.receive(INFER, b"b")
+        assert len(bench.calls) == 1
+        bench.answer(0, b"1")
+        sent = bench.sent
+        assert sent.startswith(b"1HTTP/1.1 400 ")
+        assert b"Connection: close" in sent
+        # Our last word can be read although there are unread bytes; then the connection goes.
+        bench.transport.write_eof.assert_called_once()
+        bench.transport.close.assert_not_called()
+        bench.receive(b"more")
+        assert bench.connection.eof_received() is False
+        bench.connection.time_out()
+        bench.transport.abort.assert_called_once()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("beginning", [b"POST /v2/mod", INFER, INFER.replace(b"Length: 1", b"Length: 100") + b"a"])
+def test_clock_runs_while_the_client_has_something_to_send(beginning: bytes) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert bench.connection.deadline_s == 0
+        bench.receive(beginning)
+        assert bench.connection.deadline_s > 0
+        bench.connection.time_out()
+        assert bench.sent.startswith(b"HTTP/1.1 408 ")
+
+    run(scenario)
+
+
+def test_clock_stands_while_the_client_waits_for_us() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER)
+        bench.receive(b"a")
+        assert bench.connection.deadline_s == 0
+        bench.receive(STREAM, b"s", INFER[:9])
+        assert bench.connection.deadline_s == 0
+        bench.answer(0, b"1")
+        bench.answer(1, b"2")
+        assert bench.connection.deadline_s > 0
+
+    run(scenario)
+
+
+def test_close_when_asked_to() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER.replace(b"Host: a", b"Connection: close"), b"a", INFER, b"b")
+        bench.answer(0, b"1")
+        bench.transport.close.assert_called_once()
+        assert bench.calls[1].is_cancelled
+        bench.answer(1, b"2")
+        assert bench.sent == b"1"
+
+    run(scenario)
+
+
+def test_drain_answers_first() -> None:
+    """H-009."""
+
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a")
+        bench.frontend.drain()
+        bench.receive(INFER, b"b")
+        assert len(bench.calls) == 1
+        bench.answer(0, b"1")
+        assert bench.sent == b"1"
+        bench.transport.close.assert_called_once()
+
+    run(scenario)
+
+
+def test_drain_closes_what_is_idle() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.frontend.drain()
+        bench.transport.close.assert_called_once()
+
+    run(scenario)
+
+
+def test_what_the_socket_does_not_take_is_kept() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a")
+        large = bytes(range(256)) * 40_000
+        copied: list[int] = []
+        with mock.patch.object(HandCall, "count_copy", lambda _self, count: copied.append(count)):
+            bench.connection.answer(bench.calls[0], [b"head", memoryview(large)])
+        rest = bytes(bench.transport.write.call_args.args[0])
+        received = b""
+        while part := bench.sent:
+            received += part
+        assert received + rest == b"head" + large
+        assert copied == [len(rest)]
+
+    run(scenario)
+
+
+def test_stream_that_is_not_read_is_cut_off() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(STREAM, b"s")
+        bench.transport.get_write_buffer_size.return_value = 17 << 20
+        bench.connection.stream(bench.calls[0], [b"x"])
+        bench.transport.abort.assert_called_once()
+
+    run(scenario)
+
+
+def test_private_memory_is_counted_and_given_back() -> None:
+    async def scenario(bench: Bench) -> None:
+        long = INFER.replace(b"Length: 1", b"Length: 900")
+        bench.receive(long, bytes(800))
+        assert bench.frontend._held_bytes == 800
+        bench.receive(bytes(100))
+        assert bench.frontend._held_bytes == 0
+        bench.receive(long, bytes(10))
+        assert bench.frontend._held_bytes == 10
+        bench.connection.connection_lost(None)
+        assert bench.frontend._held_bytes == 0
+
+    run(scenario)
+
+
+def test_no_more_private_memory_than_allowed() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER.replace(b"Length: 1", b"Length: 1000"), bytes(900))
+        bench.frontend.hold(3_101)
+        bench.receive(b"a")
+        assert bench.sent.startswith(b"HTTP/1.1 503 ")
+        assert bench.frontend._held_bytes == 3_101
+
+    run(scenario, max_input_size=1_000)
+
+
+def test_full_frontend_says_so_once_and_again_when_there_is_room() -> None:
+    """``--max-connections``."""
+
+    async def scenario(bench: Bench) -> None:
+        told: list[bool] = []
+        bench.frontend.on_full = told.append
+        more = [Connection(bench.frontend) for _ in range(3)]
+        for connection in more:
+            bench.frontend.opened(connection)
+        assert told == [True]
+        for connection in more:
+            bench.frontend.closed(connection)
+        assert told == [True, False]
+
+    run(scenario, max_connections=2)
