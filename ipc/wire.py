@@ -25,14 +25,14 @@ To a producer, its completion doorbell (senders: workers, scheduler)::
     PARCEL_REPLY  header + TIMES + TOKEN + ReplyHead       one per response
     PARCEL_LOST   header + TIMES (zero) + count * TOKEN
     GRANT, REVOKE header + GRANT                           batch: the ticket, for clients
-    RESYNC        header                                   batch: the new scheduler's epoch
+    RESYNC        header + count * TOKEN                   batch: the new scheduler's epoch; parcels that still run
 
 To the scheduler, its done doorbell (senders: workers)::
 
     DONE     header + TIMES + count * OPEN                 one per batch that was not sent under a grant; OPEN: its
                                                            requests that have no final answer yet
     CLOSED   header + OPEN                                 such a request now has its final answer
-    SYNCED   header                                        batch: the epoch of the SYNC
+    SYNCED   header + count * OPEN                         batch: the epoch of the SYNC; OPEN: as of DONE, all of them
 
 Layouts of RUN, PARCEL and so on stand beside their ``struct.Struct`` below.
 """

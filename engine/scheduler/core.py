@@ -7,6 +7,7 @@ together and the cost is per batch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -275,10 +276,18 @@ class SchedulerCore:
         if any(instance.state is InstanceState.SYNCING for instance in self._instances.values()):
             return
         self._is_synced = True
-        self.producers.ring_all(self._resync_message())
+        for producer in self.producers:
+            self._resync(producer.id)
 
-    def _resync_message(self) -> bytes:
-        return HEADER.pack(Kind.RESYNC, 0, 0, 0, self._epoch)
+    def _resync(self, producer: int) -> None:
+        """Have a producer hand in again whatever is not answered, and does not run either."""
+        tokens = [
+            TOKEN.pack(token)
+            for instance in self._instances.values()
+            for owner, token in instance.open
+            if owner == producer
+        ]
+        self.producers.ring(producer, HEADER.pack(Kind.RESYNC, 0, len(tokens), 0, self._epoch) + b"".join(tokens))
 
     # --- from producers ---
 
@@ -290,7 +299,7 @@ class SchedulerCore:
             if message.epoch != self._epoch:
                 # Meant for an earlier scheduler. Who submits so late may have missed the call to hand in again.
                 if self._is_synced:
-                    self.producers.ring(message.producer, self._resync_message())
+                    self._resync(message.producer)
                 return
             for run in message.runs:
                 self._enqueue(run.route, WaitingRun.of(message.producer, run))
@@ -384,8 +393,7 @@ class SchedulerCore:
         elif kind == Kind.CLOSED:
             self._closed(instance, message, now_ns)
         elif kind == Kind.SYNCED and batch_id == self._epoch and instance.state is InstanceState.SYNCING:
-            self._set_idle(instance)
-            self._resync_if_ready()
+            self._synced(instance, message, count, now_ns)
 
     def _batch_done(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
         route = self._routes.get(instance.route)
@@ -404,6 +412,15 @@ class SchedulerCore:
         self._set_idle(instance)
         if route.wants_grant() and not instance.draining:
             self._grants.give(route, instance)
+
+    def _synced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
+        """A worker has run what the last scheduler sent, and says what it has still to answer."""
+        with contextlib.suppress(struct.error):
+            for index in range(count):
+                producer, _flags, token = OPEN.unpack_from(message, HEADER.size + index * OPEN.size)
+                instance.open[producer, token] = WaitingParcel(producer, token, 1, now_ns, b"")
+        self._set_idle(instance)
+        self._resync_if_ready()
 
     def _note_open(
         self, route: Route, instance: Instance, left: list[tuple[int, ...]], now_ns: int

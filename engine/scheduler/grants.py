@@ -101,10 +101,13 @@ class Grants:
     def tell_gone(self, instance: Instance, *, is_hung: bool = False) -> None:
         """An instance's process is gone: what was rung under a grant and is not answered is lost.
 
-        Everybody is told, not the holder alone: a grant of an earlier scheduler may still have something under way.
+        All frontends are told, not the holder alone: a grant of an earlier scheduler may still have something under
+        way. Of clients only the holder: other models' instances are no concern of theirs.
         """
         flags = FLAG_GONE | FLAG_HUNG if is_hung else FLAG_GONE
-        self._producers.ring_all(
-            HEADER.pack(Kind.REVOKE, flags, 0, instance.id, 0)
-            + GRANT.pack(instance.route, instance.id, instance.generation & 0xFFFFFFFF, 0)
+        message = HEADER.pack(Kind.REVOKE, flags, 0, instance.id, 0) + GRANT.pack(
+            instance.route, instance.id, instance.generation & 0xFFFFFFFF, 0
         )
+        for producer in self._producers:
+            if producer.trusted or producer.id == instance.grantee:
+                self._producers.ring(producer.id, message)

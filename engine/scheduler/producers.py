@@ -69,10 +69,6 @@ class Producers:
             if producer.bell.backlog_count:
                 self._lagging.add(producer_id)
 
-    def ring_all(self, message: bytes) -> None:
-        for producer in self._by_id:
-            self.ring(producer, message)
-
     def refuse(self, item: Waiting, error: ServingError) -> None:
         """Answer what never ran."""
         self.ring(item.producer, pack_refusal(item, error))

@@ -244,6 +244,15 @@ class Worker:
         header = HEADER.pack(Kind.DONE, 0, len(still_open), self._spec.instance, batch)
         self._done.ring(b"".join((header, times, *still_open)))
 
+    def _tell_synced(self, epoch: int) -> None:
+        """Tell a new scheduler that everything its predecessor sent has run, and what is still to be answered."""
+        assert self._spec is not None
+        assert self._parcels is not None
+        with self._producers.lock:
+            still_open = self._parcels.report_all_open()
+            header = HEADER.pack(Kind.SYNCED, 0, len(still_open), self._spec.instance, epoch)
+            self._done.ring(b"".join((header, *still_open)))
+
     def _tell_closed(self, packed: bytes) -> None:
         """Tell the scheduler that a request has its answer now; the doorbells' lock is held."""
         assert self._spec is not None
@@ -307,7 +316,7 @@ class Worker:
             if self._rings is not None:
                 self._rings.close_all(buffer)
             self._deliver_backlog()
-            self._done.ring(HEADER.pack(Kind.SYNCED, 0, 0, self._spec.instance, batch))
+            self._tell_synced(batch)
         elif kind == Kind.COLLECT and self._parcels is not None:
             self._parcels.collect(sender, message)
         elif kind == Kind.CANCEL and self._parcels is not None:

@@ -572,6 +572,11 @@ class ParcelsRunner:
         with self.producers.lock:
             self._close(request.key)
 
+    def report_all_open(self) -> list[bytes]:
+        """As :meth:`report_open`, of all requests: for a scheduler that knows of none."""
+        self._reported.update(self._open)
+        return [OPEN.pack(producer, 0, token) for producer, token in self._open]
+
     def reschedule(self, request: ParcelRequest) -> None:
         """The model wants the request again in a later batch (spec S-060); what was answered stays answered."""
         key = request.key

@@ -561,7 +561,8 @@ class Connection:
                 if (parcel := self._parcels.get(token)) is not None:
                     self._retry(parcel, flags)
         elif kind == Kind.RESYNC:
-            self._resync(batch)
+            end = HEADER.size + count * TOKEN.size
+            self._resync(batch, {token for (token,) in TOKEN.iter_unpack(message[HEADER.size : end])})
 
     def _owners(self, base: int, first: int, rows: int) -> list[Pending]:
         """Return the requests in flight that begin in these rows."""
@@ -714,14 +715,18 @@ class Connection:
                 self._free_slab(slab)
         self._announce_rings(list(found.rings))
 
-    def _resync(self, epoch: int) -> None:
-        """A new scheduler is up and every worker has finished what the old one had sent: hand in again what is left."""
+    def _resync(self, epoch: int, running: set[int]) -> None:
+        """A new scheduler is up and every worker has finished what the old one had sent: hand in again what is left.
+
+        Args:
+            running: parcels that workers have run and not answered for good, which is no loss.
+        """
         self._epoch = epoch
         for model in self._models.values():
             for grant in model.grants[:]:
                 self._drop_grant(grant)
             self._announce_rings(list(model.rings))
-        left: list[Pending] = list(self._parcels.values())
+        left: list[Pending] = [parcel for token, parcel in self._parcels.items() if token not in running]
         for _model, slab in self._slabs.values():
             left += [pending for pending in slab.owners if pending is not None]
         for pending in left:

@@ -275,6 +275,8 @@ def _answer(message: bytes) -> Answer:
             answer.tokens = [TOKEN.unpack_from(message, after_times)[0]]
             reply = msgspec.msgpack.decode(message[after_times + TOKEN.size :], type=ReplyHead)
             answer.code, answer.text = reply.code, reply.text
+        case Kind.RESYNC:
+            answer.tokens = [token for (token,) in TOKEN.iter_unpack(message[HEADER.size :])]
         case Kind.GRANT | Kind.REVOKE:
             _route, answer.instance, answer.generation, _rows = GRANT.unpack_from(message, HEADER.size)
         case _:

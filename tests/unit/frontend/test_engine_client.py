@@ -181,8 +181,9 @@ class Surroundings:
         message = HEADER.pack(Kind.REVOKE, flags, 0, INSTANCE, 0) + GRANT.pack(ROUTE, INSTANCE, generation, 0)
         await self.tell(message)
 
-    async def resync(self, epoch: int = 2) -> None:
-        await self.tell(HEADER.pack(Kind.RESYNC, 0, 0, 0, epoch))
+    async def resync(self, epoch: int = 2, *running: int) -> None:
+        tokens = b"".join(TOKEN.pack(token) for token in running)
+        await self.tell(HEADER.pack(Kind.RESYNC, 0, len(running), 0, epoch) + tokens)
 
     def take_sent(self) -> list[Any]:
         messages, self.sent.messages = self.sent.messages, []
@@ -442,6 +443,40 @@ def test_what_was_rung_under_a_grant_is_not_handed_in_again_but_lost_with_its_wo
         (message,) = s.take_sent()
         assert [(run.first, run.attempt) for run in message.runs] == [(0, 1)]
         assert owner.end == ""
+
+    play(scenario)
+
+
+def test_parcel_that_a_model_still_answers_is_not_handed_in_again() -> None:
+    async def scenario(s: Surroundings) -> None:
+        owners = [s.submit(token) for token in (1, 2, 3)]
+        await turn()
+        await s.reply(1, final=False)
+        await s.reply(3, final=False)
+        s.take_sent()
+        await s.resync(2, 1)
+        (message,) = s.take_sent()
+        assert [parcel.token for parcel in message.parcels] == [2]
+        assert [len(owner.answers) for owner in owners] == [1, 0, 2], "part of an answer cannot be given twice"
+
+    play(scenario)
+
+
+def test_last_held_request_may_be_cancelled() -> None:
+    """With all instances granted and busy, what comes waits here."""
+
+    async def scenario(s: Surroundings) -> None:
+        worker = await s.grant()
+        s.publish()
+        owner, slab, first = s.publish()
+        await turn()
+        assert s.route.is_holding
+        s.route.cancel_rows(slab, first)
+        assert owner.end == "CANCELLED never ran"
+        worker.recv(MESSAGE_BYTES_MAX)
+        await s.tell_runs(Kind.RUNS_DONE, (0, 1), batch=GRANTED_BATCH | 1)
+        with pytest.raises(BlockingIOError):
+            worker.recv(MESSAGE_BYTES_MAX)
 
     play(scenario)
 

@@ -26,7 +26,7 @@ from forebay.ipc.messages import (
     RouteGone,
     RowsCancel,
 )
-from forebay.ipc.wire import FLAG_GONE, HEAD_BYTES_MAX, HEADER, MESSAGE_BYTES_MAX, Kind
+from forebay.ipc.wire import FLAG_GONE, HEAD_BYTES_MAX, HEADER, MESSAGE_BYTES_MAX, OPEN, Kind
 
 
 @pytest.fixture
@@ -390,6 +390,17 @@ def test_restarted_scheduler_asks_for_what_was_lost_when_all_workers_have_finish
     restarted.done(synced())
     assert [(answer.kind, answer.number) for answer in restarted.answers()] == [(Kind.RESYNC, 2)]
     assert restarted.batch().runs[0].rows == 1
+
+
+def test_requests_that_are_still_being_answered_are_not_called_in_again(restarted: SchedulerHarness) -> None:
+    """Decoupled models answer after their batch; the new scheduler learns of it from the worker."""
+    restarted.handle(Restored())
+    header = HEADER.pack(Kind.SYNCED, 0, 2, 1, 2)
+    restarted.done(header + OPEN.pack(7, 0, 5) + OPEN.pack(8, 0, 6))
+    (resync,) = restarted.answers()
+    assert (resync.kind, resync.tokens) == (Kind.RESYNC, [5])
+    restarted.kill_instance(1)
+    assert restarted.answers()[0].tokens == [5]
 
 
 def test_resync_comes_once(restarted: SchedulerHarness) -> None:
