@@ -14,6 +14,8 @@ class BackendFamily(msgspec.Struct, frozen=True):
     """What the zygote imports, besides the worker itself."""
     library: str = ""
     """Top-level package without which the family cannot run."""
+    alternatives: tuple[str, ...] = ()
+    """Packages of which any one does as well."""
     title: str = ""
     """How the library is called in texts."""
     extra: str = ""
@@ -23,7 +25,13 @@ class BackendFamily(msgspec.Struct, frozen=True):
 FAMILIES: dict[str, BackendFamily] = {
     "onnxruntime": BackendFamily(("forebay.engine.backends.onnx_backend",), "onnxruntime", "ONNX Runtime"),
     "pytorch": BackendFamily(("forebay.engine.backends.torch_backend",), "torch", "PyTorch", "torch"),
-    "tensorrt": BackendFamily(("forebay.engine.backends.tensorrt_backend",), "tensorrt", "TensorRT", "tensorrt"),
+    "tensorrt": BackendFamily(
+        ("forebay.engine.backends.tensorrt_backend",),
+        library="tensorrt",
+        alternatives=("tensorrt_rtx", "tensorrt_lean"),
+        title="TensorRT",
+        extra="tensorrt",
+    ),
     "tensorflow": BackendFamily(
         ("forebay.engine.backends.tensorflow_backend",), "tensorflow", "TensorFlow", "tensorflow"
     ),
@@ -51,7 +59,8 @@ def family_of(backend: str) -> str:
 def missing_library(backend: str) -> str | None:
     """Return why a backend cannot run here and the command that mends it, or None if it can."""
     family = FAMILIES[family_of(backend)]
-    if not family.library or importlib.util.find_spec(family.library) is not None:
+    libraries = (family.library, *family.alternatives)
+    if not family.library or any(importlib.util.find_spec(library) is not None for library in libraries):
         return None
     what = f"forebay[{family.extra}]" if family.extra else family.library
     return f"backend '{backend}' needs {family.title}, which is not installed; install it with: pip install '{what}'"
