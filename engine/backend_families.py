@@ -14,12 +14,12 @@ class BackendFamily(msgspec.Struct, frozen=True):
     """What the zygote imports, besides the worker itself."""
     library: str = ""
     """Top-level package without which the family cannot run."""
-    alternatives: tuple[str, ...] = ()
-    """Packages of which any one does as well."""
     title: str = ""
     """How the library is called in texts."""
     extra: str = ""
     """The extra of our package that installs it."""
+    alternatives: tuple[str, ...] = ()
+    """Packages that do as well as ``library``."""
 
 
 FAMILIES: dict[str, BackendFamily] = {
