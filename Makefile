@@ -79,13 +79,13 @@ $(VENV)/.installed-demo: $(VENV)/.installed
 	$(PIP) install --quiet -e '.[demo]'
 	@touch $@
 
-# PyTorch is large, so only CI fetches it unasked; without it the tests that need it are skipped, saying so.
+# PyTorch and TensorFlow are large, so only CI fetches them unasked; without it the tests that need it are skipped, saying so.
 # silero-vad comes for its ONNX file; its own dependencies would bring PyTorch.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install --quiet -e '.[test]'
 	$(PIP) install --quiet --no-deps silero-vad
 ifeq ($(CI),true)
-	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet torch==2.13.0 tensorflow-cpu
 endif
 	@touch $@ $(VENV)/.installed-demo
 
