@@ -418,6 +418,21 @@ def test_regions_survive_the_frontend(server: ForebayServer, key: str) -> None:
                 assert wire.send(get("/v2/systemsharedmemory/region/r/status")).answer().json()[0]["key"] == key
 
 
+def test_every_frontend_of_a_port_knows_every_region(server: ForebayServer, key: str) -> None:
+    """As soon as registering is answered, and no longer than until unregistering is."""
+    with (
+        owned(key, 64) as memory,
+        ForebayServer(server_models(server), "--allow-client-shm=true", "--http-frontends=2") as other,
+    ):
+        memory.buf[:8] = np.array([5, 6], dtype=np.float32).tobytes()
+        assert sum(role.startswith("http") for role in other.pids()) == 2
+        for _ in range(5):
+            assert register(other, "r", key, 64) == (200, "")
+            assert {ask(other, "echo", [given(2, place("r", 8))], [])[0] for _ in range(12)} == {200}
+            assert other.post("/v2/systemsharedmemory/region/r/unregister")[0] == 200
+            assert {ask(other, "echo", [given(2, place("r", 8))], [])[0] for _ in range(12)} == {404}
+
+
 def test_client_that_dies(server: ForebayServer, key: str) -> None:
     """Its region stays until somebody unregisters it; everybody else is served."""
     code = (
