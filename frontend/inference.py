@@ -124,6 +124,7 @@ def make_parcel(
         priority=meta.priority,
         timeout_us=meta.timeout_us,
         deadline_ns=meta.deadline_ns,
+        trace_context="" if meta.trace is None else meta.trace.context,
     )
     return ParcelSubmit(
         route=route.route,

@@ -8,6 +8,8 @@ the supervisor, which writes it down, on the control socket: ahead of whatever i
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -45,6 +47,10 @@ SPANS_MAX = 256
 _EVENTS_MAX = 1024
 
 
+#: W3C trace context: version, trace id, parent's span id, flags.
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
 class Sampler:
     """Counts the requests of a group of models, and says which are traced."""
 
@@ -80,7 +86,8 @@ class Sampler:
             self._until_next = self._rule.rate
         if self.remaining > 0:
             self.remaining -= 1
-        return Trace(self._tracer, self._rule, model, version, request_id, context if is_asked_for else "")
+        record = _Record(self._tracer, self._rule, context if is_asked_for else "", has_ids=self.accepts_context)
+        return Trace(record, model, version, request_id)
 
 
 class Trace:
@@ -94,24 +101,15 @@ class Trace:
         "_received",
         "_record",
         "_request_id",
+        "_span_id",
         "_tensors",
         "_version",
     )
 
-    def __init__(
-        self,
-        tracer: Tracer,
-        rule: TraceRule,
-        model: str,
-        version: int,
-        request_id: str,
-        context: str = "",
-        *,
-        record: _Record | None = None,
-        parent: int = -1,
-    ) -> None:
-        self._record = record if record is not None else _Record(tracer, rule, context)
-        self._index = self._record.add(self, parent)
+    def __init__(self, record: _Record, model: str, version: int, request_id: str, parent: int = -1) -> None:
+        self._record = record
+        self._index = record.add(self, parent)
+        self._span_id = int.from_bytes(os.urandom(8)) if record.trace_id else 0
         self._model = model
         self._version = version
         self._request_id = request_id
@@ -123,6 +121,12 @@ class Trace:
     @property
     def shows_tensors(self) -> bool:
         return self._record.shows_tensors
+
+    @property
+    def context(self) -> str:
+        """What a model is told, to add spans of its own: W3C context as JSON; empty in Triton's own mode."""
+        trace_id = self._record.trace_id
+        return f'{{"traceparent":"00-{trace_id.hex()}-{self._span_id:016x}-01"}}' if trace_id else ""
 
     def note(self, name: str, ns: int | None = None) -> None:
         """Note an event, now unless said otherwise (monotonic ns)."""
@@ -149,7 +153,7 @@ class Trace:
         record = self._record
         if record.span_count >= SPANS_MAX:
             return None
-        child = Trace(record.tracer, record.rule, model, version, self._request_id, record=record, parent=self._index)
+        child = Trace(record, model, version, self._request_id, self._index)
         child.note(REQUEST_START)
         return child
 
@@ -173,16 +177,24 @@ class Trace:
             tuple(self._received) if has_times else (),
             tuple(self._events) if has_times else (),
             tuple(self._tensors),
+            self._span_id,
         )
 
 
 class _Record:
     """A traced request with its steps."""
 
-    __slots__ = ("_context", "_spans", "rule", "shows_tensors", "tracer")
+    __slots__ = ("_context", "_spans", "rule", "shows_tensors", "trace_id", "tracer")
 
-    def __init__(self, tracer: Tracer, rule: TraceRule, context: str) -> None:
+    def __init__(self, tracer: Tracer, rule: TraceRule, context: str, *, has_ids: bool) -> None:
+        """
+        Args:
+            context: the ``traceparent`` that came with the request.
+            has_ids: spans have identifiers that others may refer to.
+        """
         self.tracer = tracer
+        known = _TRACEPARENT.match(context)
+        self.trace_id = (bytes.fromhex(known[1]) if known else os.urandom(16)) if has_ids else b""
         self.rule = rule
         self.shows_tensors = TENSORS in rule.levels
         self._context = context
@@ -198,7 +210,7 @@ class _Record:
 
     def hand_in(self) -> None:
         spans = tuple(trace.span(parent) for trace, parent in self._spans)
-        self.tracer.take(TraceRecord(self.rule.group, spans, self._context))
+        self.tracer.take(TraceRecord(self.rule.group, spans, self._context, self.trace_id))
         # They hold each other.
         self._spans = []
 

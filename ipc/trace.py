@@ -56,6 +56,8 @@ class TraceSpan(msgspec.Struct, frozen=True, array_like=True):
     """Events of the protocol before the request was known."""
     events: tuple[tuple[str, int], ...]
     tensors: tuple[TracedTensor, ...] = ()
+    span_id: int = 0
+    """What models were told to name as the parent of their own spans (spec O-025); 0: in Triton's own mode."""
 
 
 class TraceRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -66,3 +68,5 @@ class TraceRecord(msgspec.Struct, frozen=True, array_like=True):
     """The client's request first, each step behind its parent."""
     context: str = ""
     """The ``traceparent`` that came with it."""
+    trace_id: bytes = b""
+    """16 bytes; empty in Triton's own mode."""

@@ -15,6 +15,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -30,6 +31,21 @@ _COMPUTE = ("COMPUTE_START", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPU
 _FLUSH_TIMEOUT_MS = 2000
 
 
+class _GivenIds(RandomIdGenerator):
+    """Gives the spans that models were told of the identifiers that they were told."""
+
+    def __init__(self) -> None:
+        self.trace_id = 0
+        self.span_id = 0
+
+    def generate_trace_id(self) -> int:
+        return self.trace_id or super().generate_trace_id()
+
+    def generate_span_id(self) -> int:
+        span_id, self.span_id = self.span_id, 0
+        return span_id or super().generate_span_id()
+
+
 class SpanExporter:
     """Sends traces to one collector."""
 
@@ -41,7 +57,10 @@ class SpanExporter:
             resource: attributes of this server.
         """
         queue = int(options["bsp_max_queue_size"])
-        self._provider = TracerProvider(resource=Resource(dict(resource)), shutdown_on_exit=False)
+        self._ids = _GivenIds()
+        self._provider = TracerProvider(
+            resource=Resource(dict(resource)), id_generator=self._ids, shutdown_on_exit=False
+        )
         self._provider.add_span_processor(
             BatchSpanProcessor(
                 OTLPSpanExporter(endpoint=options.get("url", _DEFAULT_URL)),
@@ -69,6 +88,7 @@ class SpanExporter:
         events = (*root.received, *root.events)
         if not events:
             return
+        self._ids.trace_id = int.from_bytes(record.trace_id)
         start_ns, end_ns = _bounds(events, ("HTTP_SEND_END", "GRPC_SEND_END"))
         request = self._tracer.start_span(
             "InferRequest", context=parent, kind=SpanKind.SERVER, start_time=start_ns + offset_ns
@@ -101,6 +121,7 @@ class SpanExporter:
         }
         if span.request_id:
             attributes["triton.request_id"] = span.request_id
+        self._ids.span_id = span.span_id
         model = self._tracer.start_span(
             span.model, context=context, start_time=start_ns + offset_ns, attributes=attributes
         )

@@ -31,6 +31,22 @@ HTTP_EVENTS = {"HTTP_RECV_START", "HTTP_RECV_END", "HTTP_SEND_START", "HTTP_SEND
 GRPC_EVENTS = {"GRPC_WAITREAD_START", "GRPC_WAITREAD_END", "GRPC_SEND_START", "GRPC_SEND_END"}
 
 
+_CONTEXT = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor("OUT", np.array([str(request.trace().get_context())], dtype=object))]
+            )
+            for request in requests
+        ]
+"""
+
+
 def _write_models(repository: Path) -> Path:
     write_identity(repository, "fixed", [("TYPE_FP32", "2")], batch=4)
     write_identity(repository, "other", [("TYPE_FP32", "2")])
@@ -45,6 +61,13 @@ def _write_models(repository: Path) -> Path:
         ' output_map { key: "OUTPUT0" value: "MID" } }\n'
         '  step { model_name: "fixed" model_version: -1 input_map { key: "INPUT0" value: "MID" }'
         ' output_map { key: "OUTPUT0" value: "OUT" } }\n}\n'
+    )
+    context = repository / "context"
+    (context / "1").mkdir(parents=True)
+    (context / "1" / "model.py").write_text(_CONTEXT)
+    (context / "config.pbtxt").write_text(
+        'backend: "python"\ninput { name: "IN" data_type: TYPE_FP32 dims: [ 1 ] }\n'
+        'output { name: "OUT" data_type: TYPE_STRING dims: [ 1 ] }\n'
     )
     return repository
 
@@ -91,6 +114,14 @@ def _infer_binary(base: str, model: str, headers: dict[str, str] | None = None) 
     )
     with urllib.request.urlopen(request, timeout=30) as reply:
         return bytes(reply.read())
+
+
+def _tell_context(base: str, headers: dict[str, str]) -> str:
+    """Return the trace context that a model was given."""
+    body = {"inputs": [{"name": "IN", "datatype": "FP32", "shape": [1], "data": [1]}]}
+    request = urllib.request.Request(f"{base}/v2/models/context/infer", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        return str(json.loads(reply.read())["outputs"][0]["data"][0])
 
 
 def _traces(path: Path) -> dict[int, dict[str, Any]]:
@@ -314,7 +345,9 @@ def test_spans_reach_a_collector(models: Path) -> None:
             for _ in range(2):
                 _infer_binary(base, "fixed")
             _infer_binary(base, "fixed", {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"})
-            wait_until(lambda: bool(_Collector.bodies), "the spans")
+            told = _tell_context(base, {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"})
+            assert _tell_context(base, {}) == "None"
+            wait_until(lambda: b"".join(_Collector.bodies).count(b"InferRequest") == 2, "the spans")
     finally:
         collector.shutdown()
         thread.join()
@@ -324,8 +357,12 @@ def test_spans_reach_a_collector(models: Path) -> None:
         for resource in service.ExportTraceServiceRequest.FromString(body).resource_spans:
             names = {a.key: a.value.string_value for a in resource.resource.attributes}
             assert names["service.name"] == "ours"
-            spans |= {span.name: span for scope in resource.scope_spans for span in scope.spans}
-    assert set(spans) == {"InferRequest", "fixed", "compute"}
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    spans.setdefault(span.name, span)
+    assert set(spans) == {"InferRequest", "fixed", "context", "compute"}
+    # O-025, P-037: what the model was told is the span that it runs in.
+    assert json.loads(told)["traceparent"] == f"00-{trace_id}-{spans['context'].span_id.hex()}-01"
     assert {span.trace_id.hex() for span in spans.values()} == {trace_id}
     assert spans["InferRequest"].parent_span_id.hex() == "b7ad6b7169203331"
     assert spans["fixed"].parent_span_id == spans["InferRequest"].span_id
