@@ -8,7 +8,6 @@ name, and flags and other words in any order. What the flags are stands in `flag
 """
 
 import difflib
-import importlib.metadata
 import re
 import shutil
 import sys
@@ -499,6 +498,9 @@ def _last_source_of_each(given: Sequence[Given]) -> list[Given]:
 
 def version() -> str:
     """Return the installed version."""
+    # Takes longer to import than all the rest of this module.
+    import importlib.metadata
+
     return importlib.metadata.version("forebay")
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from forebay.engine.command_line import Command, CommandLineExit, parse_command_line
+from forebay.engine.command_line import Command, CommandLineExit, parse_command_line, version
 
 if TYPE_CHECKING:
     from forebay.engine.settings import Settings
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command.name == "serve":
         return serve(command.settings)
     if command.name == "version":
-        print(f"forebay {importlib.metadata.version('forebay')}")
+        print(f"forebay {version()}")
         return 0
     run: Callable[[Command], int] = importlib.import_module(_COMMAND_MODULES[command.name]).run
     return run(command)
@@ -148,10 +147,6 @@ def _supervise(settings: Settings, runtime: RuntimeDirectory, listeners: dict[st
 
     set_name("supervisor")
     console = Console(sys.stdout)
-    console.announce(
-        f"forebay {importlib.metadata.version('forebay')}, models from {', '.join(settings.repository.paths)}"
-    )
-
     if sys.stdout.isatty() and not settings.log.file:
         log.interrupting = console.paused
 

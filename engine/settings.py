@@ -120,7 +120,8 @@ class RepositorySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where models come from and how they are loaded."""
 
     paths: tuple[str, ...] = ()
-    """Model repository directories. A model name that is in two of them is not served."""
+    """Model repositories: directories, or s3://, gs:// and as:// locations. A model name that is in two of them is not
+    served."""
 
     functions: tuple[str, ...] = ()
     """Python functions to serve as models, each as `module:function`."""

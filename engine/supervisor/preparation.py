@@ -68,8 +68,6 @@ _NO_GRAPH_OPTIMIZATION = 2
 #: Backends that see each request with its id and parameters, or answer requests one by one.
 _WANTS_PARCELS = frozenset({"forebay_fault", "identity", "python"})
 
-_STOP_TIMEOUT_S = 2.0
-
 #: Model parameter that overrides ``--worker-timeout-secs``.
 WORKER_TIMEOUT_PARAMETER = "worker_timeout_secs"
 
@@ -302,12 +300,9 @@ async def _describe(plant: Plant, found: FoundModel, version: int, config: Model
         await plant.fork(family_of(config.backend), worker)
         return await worker.describe(spec)
     finally:
-        if worker.ended.is_set():
-            pass
-        elif worker.pid:
+        # It holds nothing that must be put in order. One that is just being forked is ended as soon as it is known.
+        if not worker.ended.is_set():
             worker.kill()
-        else:
-            await worker.stop(_STOP_TIMEOUT_S)
 
 
 # --- what other processes get of a specification

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import importlib.util
 import itertools
 import os
@@ -23,6 +24,7 @@ from typing import Any
 import msgspec
 
 from forebay.engine.backend_families import FAMILIES, FILE_HINTS
+from forebay.engine.command_line import version as own_version
 from forebay.engine.console import Console, Endpoint, ExampleTensor, ModelProgress, ModelRow, Phase, client_snippet
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
@@ -119,9 +121,13 @@ class Supervisor:
         self._cache_counter_offsets: tuple[int, ...] = ()
         self._regions = RegionRegistry()
         self._frontends = self._create_frontends(counters)
+        #: Those that no request waits for; started last, so that they delay nobody.
+        self._watchers = [frontend for frontend in self._frontends if not frontend.submits]
         for frontend in self._frontends:
-            frontend.start()
+            if frontend.submits:
+                frontend.start()
         self._roles: list[Role[Any]] = [*self._frontends, self._scheduler]
+        self._console.announce(f"forebay {own_version()}, models from {', '.join(self.settings.repository.paths)}")
         # Only now, while the children import their libraries, what takes us long to import (protobuf, ZeroMQ).
         from forebay.engine.supervisor.client_door import ClientDoor
         from forebay.engine.supervisor.control import ControlServer
@@ -281,7 +287,8 @@ class Supervisor:
             wanted = None if names == ("*",) else names
         else:
             wanted = None
-        ready = asyncio.gather(*(role.ready for role in self._roles))
+        needed = [role for role in self._roles if role not in self._watchers]
+        ready = asyncio.gather(*(role.ready for role in needed))
         ticking = asyncio.create_task(self._tick())
         try:
             if await self._lifecycle.load_at_start(wanted) and self.settings.repository.exit_on_error:
@@ -289,7 +296,7 @@ class Supervisor:
                 raise StartFailed("failed to load all models")
             await asyncio.wait_for(ready, _START_TIMEOUT_S)
         except TimeoutError:
-            late = [role.name for role in self._roles if not role.is_up]
+            late = [role.name for role in needed if not role.is_up]
             raise StartFailed(f"{' and '.join(late)} did not start within {_START_TIMEOUT_S:g} s") from None
         except StartFailed:
             raise
@@ -304,7 +311,8 @@ class Supervisor:
         generation = self._lifecycle.touch()
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                await asyncio.gather(*(self._control.wait_seen_by(role.number, generation) for role in self._frontends))
+                routing = [role for role in self._frontends if role.submits]
+                await asyncio.gather(*(self._control.wait_seen_by(role.number, generation) for role in routing))
         except TimeoutError:
             log.warning("a frontend has not taken in the list of models yet")
         self._door.open()
@@ -333,6 +341,10 @@ class Supervisor:
             address, port = listener.address
             log.info(f"Started {listener.service} at {address}:{port}")
         self._show_endpoints()
+        for watcher in self._watchers:
+            # Whoever asks before it is up waits in the backlog of its socket.
+            watcher.ready.add_done_callback(functools.partial(_note_failed_start, watcher.name))
+            watcher.start()
 
     # --- while serving ---
 
@@ -565,6 +577,11 @@ class Supervisor:
 
 
 _NOTES = {"http": "KServe v2, Triton's HTTP protocol", "metrics": "Prometheus"}
+
+
+def _note_failed_start(name: str, ready: asyncio.Future[None]) -> None:
+    if not ready.cancelled() and (error := ready.exception()) is not None:
+        log.error(f"{name} could not be started: {error}")
 
 
 def _phase(text: str) -> Phase:

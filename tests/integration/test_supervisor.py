@@ -182,6 +182,15 @@ def test_two_servers_do_not_disturb_each_other(server: ForebayServer, repository
     assert len(os.listdir(server.runtime_base)) == 1
 
 
+def test_two_servers_share_a_port_that_both_reuse(repository: Path) -> None:
+    """Spec F-043."""
+    with ForebayServer(repository, "--reuse-http-port=true") as first:
+        with ForebayServer(repository, "--reuse-http-port=true", http_port=first.http_port) as second:
+            assert second.http_port == first.http_port
+            assert second.stop() == 0
+        assert first.get("/v2/health/ready")[0] == 200
+
+
 def test_nothing_listens_before_the_models_are_loaded(repository: Path) -> None:
     """Spec H-032."""
     with socket.socket() as probe:
