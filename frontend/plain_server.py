@@ -45,7 +45,13 @@ class PlainConnection(web.RequestHandler):
         else:
             log.error(f"{request.method} {request.raw_path} failed: {exc!r}")
             text = "internal error, see the server's log"
-        response = web.Response(body=error_body(text), status=status, content_type="application/json")
+        response = web.Response(
+            body=error_body(text),
+            status=status,
+            content_type="application/json",
+            # aiohttp takes what it could not parse for HTTP/1.0, where this goes without saying.
+            headers={hdrs.CONNECTION: "close"},
+        )
         response.force_close()
         return response
 

@@ -369,7 +369,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def side_door_done(self, *, keep_alive: bool) -> None:
         """aiohttp has answered: go on with what the client has sent since."""
-        if keep_alive and not self._is_closing:
+        if keep_alive and not self._is_closing and not self._transport.is_closing():
             self._go_on()
         else:
             self._close()

@@ -230,6 +230,14 @@ def test_http_1_0_closes_unless_asked_to_stay(server: ForebayServer) -> None:
                 assert (answer.status, answer.headers["connection"]) == (200, "keep-alive")
 
 
+def test_nothing_is_answered_after_aiohttp_has_refused_a_request(server: ForebayServer) -> None:
+    """It says that it closes the connection (here for want of a Host header), so what follows is not looked at."""
+    with WireClient(server.http_port) as wire:
+        answer = wire.send(b"GET /v2 HTTP/1.1\r\n\r\n", alpha(1.0), get("/v2")).answer()
+        assert (answer.status, answer.headers.get("connection")) == (400, "close")
+        assert wire.is_ended
+
+
 def test_half_closed_client_gets_its_answer(server: ForebayServer) -> None:
     """As of ``printf ... | nc``."""
     for request in (alpha(1.0), get("/v2"), echo(5, model="slow"), echo(30_000)):
