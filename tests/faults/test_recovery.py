@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forebay_server import ForebayServer, wait_until
-from scheduling_models import add_fault_model
+from scheduling_models import add_fault_model, add_stream_model
 
 CLIENTS = 12
 EXIT, DELAY = -3.0, -1.0
@@ -36,6 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
     add_fault_model(
         root, "parcels", "dynamic_batching { default_queue_policy { max_queue_size: 1000 } }", count=2, delay_ms=3
     )
+    add_stream_model(root, "stream")
     # A request may kill two.
     add_fault_model(root, "poisoned", "dynamic_batching { max_queue_delay_microseconds: 2000 }", count=3, delay_ms=3)
     with ForebayServer(root, environment={"FOREBAY_TEST_BACKENDS": "1"}) as running:
@@ -169,6 +170,47 @@ def test_killed_frontend_takes_only_its_connections_along(server: ForebayServer)
     assert {status for status, _text in failures} <= {0}
     assert sum(running.outcomes[outcome] for outcome in failures if outcome[1] != "ConnectionRefusedError") <= CLIENTS
     assert_nothing_left(server, *MODELS)
+
+
+def stream(server: ForebayServer, count: int, events: list[dict[str, object]]) -> threading.Thread:
+    """Ask the decoupled model for ``count`` answers; they are put into ``events`` as they come."""
+
+    def run() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=30)
+        connection.request("POST", "/v2/models/stream/generate_stream", json.dumps({"X": count}))
+        reply = connection.getresponse()
+        while line := reply.readline():
+            if line.startswith(b"data: "):
+                events.append(json.loads(line[6:]))
+        connection.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: len(events) > 3, "the first answers")
+    return thread
+
+
+def test_stream_outlives_the_scheduler(server: ForebayServer) -> None:
+    """The model answers long after its batch: the new scheduler learns of it and does not have it run again."""
+    events: list[dict[str, object]] = []
+    thread = stream(server, 100, events)
+    kill(server, "scheduler")
+    thread.join(40)
+    assert [event.get("Y") for event in events] == list(range(100))
+    assert_nothing_left(server, "stream")
+
+
+def test_stream_ends_with_its_worker(server: ForebayServer) -> None:
+    """No answer may come twice, so the request cannot be tried again."""
+    events: list[dict[str, object]] = []
+    thread = stream(server, 1000, events)
+    kill(server, "worker stream")
+    thread.join(40)
+    assert not thread.is_alive()
+    *answers, last = events
+    assert [event.get("Y") for event in answers] == list(range(len(answers)))
+    assert "ended unexpectedly before its last response" in str(last.get("error"))
+    assert_nothing_left(server, "stream")
 
 
 def test_request_that_kills_workers_fails_alone(server: ForebayServer) -> None:

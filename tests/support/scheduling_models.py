@@ -181,6 +181,41 @@ def add_sequence_model(
     (version / "model.py").write_text(SEQUENCE_MODEL)
 
 
+STREAM_MODEL = """
+import threading
+import time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            count = int(pb_utils.get_input_tensor_by_name(request, "X").as_numpy().reshape(-1)[0])
+            threading.Thread(target=self.stream, args=(request.get_response_sender(), count), daemon=True).start()
+
+    def stream(self, sender, count):
+        for index in range(count):
+            time.sleep(0.02)
+            sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("Y", np.array([index], np.float32))]))
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+STREAM = """
+backend: "python"
+max_batch_size: 0
+input { name: "X" data_type: TYPE_FP32 dims: [ 1 ] }
+output { name: "Y" data_type: TYPE_FP32 dims: [ 1 ] }
+instance_group { count: 1 kind: KIND_CPU }
+model_transaction_policy { decoupled: true }
+"""
+
+
+def add_stream_model(root: Path, name: str) -> None:
+    """Add a decoupled Python model that answers X times, 20 ms apart, from a thread of its own."""
+    version = _write(root / name, STREAM)
+    (version / "model.py").write_text(STREAM_MODEL)
+
+
 def add_iterative_model(root: Path, name: str) -> None:
     """Add a Python model that wants each request X times before it answers."""
     version = _write(root / name, ITERATIVE)
