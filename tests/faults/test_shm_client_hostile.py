@@ -75,11 +75,11 @@ class Bystander:
 @pytest.fixture
 def bystander(server: ForebayServer) -> Iterator[Bystander]:
     """Somebody else uses the server during the test; no process may die meanwhile."""
-    before = server.pids()
+    before = set(server.pids().values())
     honest = Bystander(server)
     yield honest
     honest.check()
-    assert server.pids() == before
+    assert before <= set(server.pids().values())
 
 
 @pytest.fixture
