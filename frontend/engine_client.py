@@ -59,6 +59,7 @@ from forebay.ipc.wire import (
     GRANT,
     GRANTED_BATCH,
     GROW,
+    HEAD_BYTES_MAX,
     HEADER,
     MESSAGE_BYTES_MAX,
     PARCEL,
@@ -491,8 +492,8 @@ class RouteClient:
         return True
 
     def _flush_parcel(self) -> bool:
-        if self.turn or len(self.turn_parcels) != 1:
-            return False
+        if self.turn or len(self.turn_parcels) != 1 or len(self.turn_parcels[0].head) > HEAD_BYTES_MAX:
+            return False  # The scheduler refuses a head that no doorbell takes.
         for grant in self.grants:
             if grant.is_idle and not grant.revoked:
                 grant.ring_parcel(self.turn_parcels.pop())

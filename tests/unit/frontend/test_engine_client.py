@@ -24,6 +24,7 @@ from forebay.ipc.wire import (
     FLAG_GONE,
     GRANT,
     GRANTED_BATCH,
+    HEAD_BYTES_MAX,
     HEADER,
     MESSAGE_BYTES_MAX,
     NO_TIMES,
@@ -396,6 +397,19 @@ def test_dead_granted_worker_loses_what_was_rung(generation: int) -> None:
         await s.revoke(generation, FLAG_GONE)
         (message,) = s.take_sent()
         assert [(run.first, run.attempt) for run in message.runs] == [(0, 1)]
+
+    play(scenario)
+
+
+def test_head_that_no_doorbell_takes_goes_to_the_scheduler_to_be_refused() -> None:
+    async def scenario(s: Surroundings) -> None:
+        worker = await s.grant()
+        s.route.submit_parcel(ParcelSubmit(ROUTE, 1, 1, 5, b"x" * (HEAD_BYTES_MAX + 1)), Parcel())
+        await turn()
+        (message,) = s.take_sent()
+        assert [parcel.token for parcel in message.parcels] == [1]
+        with pytest.raises(BlockingIOError):
+            worker.recv(MESSAGE_BYTES_MAX)
 
     play(scenario)
 
