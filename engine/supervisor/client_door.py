@@ -135,7 +135,7 @@ class ClientDoor:
         visitor = _Visitor(sock, pid, self._serve, self._left)
         if uid not in (os.geteuid(), 0):
             visitor.refuse(0, Unavailable(f"this server belongs to user {os.geteuid()}, user {uid} may not use it"))
-        elif self._listener is not None and len(self._visitors) >= CLIENTS_MAX:
+        elif len(self._visitors) >= CLIENTS_MAX:
             visitor.refuse(0, Unavailable(f"the server has {CLIENTS_MAX} shared-memory clients already"))
         else:
             self._visitors.add(visitor)

@@ -201,9 +201,10 @@ class Door:
     def _receive(self, request: int, expected: DoorKind) -> tuple[int, memoryview, list[int]]:
         while True:
             kind, flags, answered, body, fds = self._take(0)
-            if answered != request:
+            is_refused = kind == DoorKind.REFUSED
+            if answered != request and not (is_refused and not answered):
                 continue
-            if kind == DoorKind.REFUSED:
+            if is_refused:
                 (code,) = NUMBER.unpack_from(body)
                 raise from_wire(code, bytes(body[NUMBER.size :]).decode(errors="replace"))
             if kind != expected:

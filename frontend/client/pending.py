@@ -143,7 +143,7 @@ class PendingParcel(Pending):
         self.head = b""
         self.shape_key = 0
         #: Correlation id as text, or empty; as a number; flags of SUBMIT_PARCEL.
-        self.sequence = ("", 0, 0)
+        self.sequence: tuple[str, int, int] = ("", 0, 0)
         #: What the inputs lie in: not given back while a worker may read it.
         self.inputs: tuple[BlockLease, ...] = ()
         #: The reply block that came with the request.

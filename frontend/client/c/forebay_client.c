@@ -259,7 +259,7 @@ static int ask(forebay_client *client, int kind, const void *body, size_t body_b
             code = gone(client, size < 0 ? strerror(errno) : "the server has closed the connection");
         } else if (get16(reply) == INSTANCE) {
             take_instance(client, reply + 8, size - 8, fds, *fd_count);
-        } else if (get32(reply + 4) != request) {
+        } else if (get32(reply + 4) != request && (get32(reply + 4) || get16(reply) != REFUSED)) {
             close_all(fds, *fd_count);
         } else if (get16(reply) == REFUSED && size >= 12) {
             int refused = (int)get32(reply + 8);
