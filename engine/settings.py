@@ -405,7 +405,9 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     /tmp, which is removed at exit."""
 
     worker_timeout_secs: float = 120.0
-    """Seconds that one execution may take before its worker counts as hung and is replaced; 0 means any time."""
+    """Seconds that one execution may take before its worker counts as hung: it is replaced, and its requests fail. 0
+    means any time. The model parameter `worker_timeout_secs` sets the same for one model; decoupled models, which may
+    stream for long, have no limit but that."""
 
     instances_per_process: int = 1
     """How many instances of a model share one worker process. One keeps a crash to itself."""

@@ -303,7 +303,8 @@ class ModelRepository:
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        return msgspec.structs.replace(found, temporary_directory=directory)
+        # It lies in no repository, and so in no namespace.
+        return msgspec.structs.replace(found, temporary_directory=directory, namespace="")
 
     def _examine(self, root: Beneath, repository: str, name: str) -> FoundModel:
         """Read one model directory; whatever goes wrong becomes a problem of the model."""

@@ -670,12 +670,26 @@ class RepositoryCommands:
         """Unload a model by name, with ``unload_dependents`` also what only it needs (spec R-095)."""
         self._require_explicit()
         lifecycle = self._lifecycle
-        names = [_text(arguments, "name")]
+        names = [self._identity(_text(arguments, "name"))]
         for name in names:  # grows while it is walked: ensembles may contain ensembles
             model = lifecycle.models.get(name)
             if model is not None and arguments.get("unload_dependents") is True:
                 names += lifecycle.ensembles.dependents_to_unload(model)
             await lifecycle.unload(name)
+
+    def _identity(self, name: str) -> str:
+        """Return what a model is called among all models: with namespacing a client need not say which it means.
+
+        Raises:
+            InvalidArgument: there are several (spec R-015).
+        """
+        models = self._lifecycle.models
+        found = [identity for identity, model in models.items() if model.name == name]
+        if name in models or not found:
+            return name
+        if len(found) > 1:
+            raise InvalidArgument(f"ambiguity for model '{name}': {' and '.join(sorted(found))}")
+        return found[0]
 
     def _require_explicit(self) -> None:
         if self._lifecycle.plant.settings.repository.control_mode != "explicit":

@@ -186,7 +186,8 @@ def _worker_timeout_s(spec: ModelSpec, default_s: float) -> float:
     """
     text = spec.parameters.get(WORKER_TIMEOUT_PARAMETER)
     if text is None:
-        return default_s
+        # A decoupled model may well stream for longer.
+        return 0.0 if spec.decoupled else default_s
     try:
         seconds = float(text)
     except ValueError:

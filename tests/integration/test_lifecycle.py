@@ -20,6 +20,7 @@ from forebay_server import CONF_MODELS, ForebayServer, roles_below
 tritonclient = pytest.importorskip("tritonclient.http")
 
 ALPHA_INFER = "/v2/models/alpha_model/infer"
+UNLOAD_ALPHA = "/v2/repository/models/alpha_model/unload"
 LOAD_ALPHA = "/v2/repository/models/alpha_model/load"
 
 FAULT_CONFIG = """
@@ -305,6 +306,22 @@ def test_two_repositories_with_the_same_model_under_namespacing(tmp_path: Path, 
         assert [(row["name"], row["state"]) for row in rows] == [("alpha_model", "READY")] * 2
         roles = list(roles_below(server.pid).values())
         assert roles.count("worker alpha_model:2 alpha_model_0_0") == 2
+
+
+def test_model_of_a_namespace_is_loaded_and_unloaded_by_its_name(tmp_path: Path, repository: Path) -> None:
+    """Spec R-015: as long as only one has that name."""
+    other = tmp_path / "others"
+    shutil.copytree(repository, other)
+    flags = ("--model-namespacing=true", "--model-control-mode=explicit")
+    with ForebayServer(repository, *flags) as server:
+        assert server.post(LOAD_ALPHA)[0] == 200
+        assert infer(server) == 200
+        assert server.post(UNLOAD_ALPHA)[0] == 200
+        assert infer(server) == 404
+    with ForebayServer(repository, f"--model-repository={other}", *flags) as server:
+        assert server.post(LOAD_ALPHA)[0] == 500
+        assert "ambiguity for model 'alpha_model'" in server.stderr
+        assert server.post(UNLOAD_ALPHA)[0] == 400
 
 
 def test_two_repositories_with_the_same_model_without_namespacing(tmp_path: Path, repository: Path) -> None:
