@@ -582,7 +582,8 @@ class EngineClient:
         self._turn_ns = 0
         #: What clients have left since the end of the last turn.
         self._cancelled_tokens: list[int] = []
-        self._cancelled_rows: dict[tuple[int, int], list[int]] = {}
+        #: By route and slab: first row and owner of each request.
+        self._cancelled_rows: dict[tuple[int, int], list[tuple[int, RowOwner | None]]] = {}
         #: By instance: the last batch of ours that it answered.
         self._answered_batches: dict[int, int] = {}
         #: Of the answer that is being given, if it was held back.
@@ -760,12 +761,16 @@ class EngineClient:
     def _send_cancels(self) -> None:
         # Behind the submissions of the same turn, so that the scheduler knows what is meant.
         tokens, self._cancelled_tokens = tuple(self._cancelled_tokens), []
-        rows = tuple(
-            RowsCancel(route=route, base=base, firsts=tuple(firsts))
-            for (route, base), firsts in self._cancelled_rows.items()
-        )
+        rows: list[RowsCancel] = []
+        for (route, base), requests in self._cancelled_rows.items():
+            found = self.slabs.get(base)
+            # One that ended in this very turn is not meant: its rows may be another's by now.
+            firsts = () if found is None else tuple(f for f, owner in requests if found[1].owners[f] is owner)
+            if firsts:
+                rows.append(RowsCancel(route=route, base=base, firsts=firsts))
         self._cancelled_rows.clear()
-        self._submit.send_nowait(Cancel(producer=self.producer, tokens=tokens, rows=rows))
+        if tokens or rows:
+            self._submit.send_nowait(Cancel(producer=self.producer, tokens=tokens, rows=tuple(rows)))
 
     def _refuse_unsent(self, runs: list[RunSubmit], parcels: list[ParcelSubmit]) -> None:
         error = Unavailable("the scheduler does not keep up; try again later")
@@ -1033,7 +1038,7 @@ class EngineClient:
 
     def cancel_rows(self, route: RouteClient, slab: OwnedSlab, first: int) -> None:
         """Tell the scheduler that nobody waits for a request in rows; see :meth:`RouteClient.cancel_rows`."""
-        self._cancelled_rows.setdefault((route.route, slab.base), []).append(first)
+        self._cancelled_rows.setdefault((route.route, slab.base), []).append((first, slab.owners[first]))
         self._schedule_cancel()
 
     # --- grants ---

@@ -303,6 +303,26 @@ def test_cancelled_rows_are_told_to_the_scheduler_after_their_submission() -> No
     play(scenario)
 
 
+def test_rows_that_change_hands_in_the_turn_of_a_cancellation_are_not_cancelled() -> None:
+    async def scenario(s: Surroundings) -> None:
+        first_owner, slab, first = s.publish()
+        await turn()
+        s.take_sent()
+        s.route.cancel_rows(slab, first)
+        # What the event loop finds in the same turn: the answer, and a new request.
+        run = Run(PRODUCER, 1, slab.base, slab.capacity, first, 1, 0, 5)
+        s.bell.send(pack_runs(Kind.RUNS_DONE, 0, INSTANCE, 1, [run], NO_TIMES))
+        s.engine._on_completion()  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateUsage]
+        second_owner, _slab, again = s.publish()
+        assert again == first
+        await turn()
+        assert first_owner.end == "done"
+        assert [type(message) for message in s.take_sent()] == [Submit]
+        assert second_owner.end == ""
+
+    play(scenario)
+
+
 def test_cancelling_what_is_done_does_nothing() -> None:
     async def scenario(s: Surroundings) -> None:
         _owner, slab, first = s.publish()
