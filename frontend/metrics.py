@@ -345,6 +345,20 @@ _SUMMARIES: tuple[tuple[str, str, Stage], ...] = (
     ),
 )
 
+#: Those of models with the response cache (spec M-032).
+_CACHE_SUMMARIES: tuple[tuple[str, str, Stage], ...] = (
+    (
+        "nv_cache_hit_summary_per_model",
+        "Summary of cache hit duration per model, in microseconds",
+        Stage.CACHE_HIT,
+    ),
+    (
+        "nv_cache_miss_summary_per_model",
+        "Summary of cache miss duration per model, in microseconds",
+        Stage.CACHE_MISS,
+    ),
+)
+
 _FIRST_RESPONSE = "nv_inference_first_response_histogram_ms"
 
 #: Our histograms of durations, in seconds: name, help, what is counted, where the sum of the nanoseconds is.
@@ -537,7 +551,7 @@ class MetricsPage:
         """Move the windows of the summaries on."""
         for entry in self._entries:
             words = self._latencies(entry)
-            for _name, _text, stage in _SUMMARIES:
+            for _name, _text, stage in (*_SUMMARIES, *_CACHE_SUMMARIES):
                 self._window(entry, stage).step(read_stage(words, stage).buckets)
 
     def _window(self, entry: ModelEntry, stage: Stage) -> SlidingWindow:
@@ -597,13 +611,14 @@ class MetricsPage:
 
     def _render_summaries(self, lines: list[str]) -> None:
         latencies = [self._latencies(entry) for entry in self._entries]
-        for name, text, stage in _SUMMARIES:
+        for name, text, stage in (*_SUMMARIES, *_CACHE_SUMMARIES):
+            is_of_cache = stage in (Stage.CACHE_HIT, Stage.CACHE_MISS)
             # Times in a queue and in all mean little where most requests are answered from a cache (spec M-031).
             is_mixed = stage in (Stage.REQUEST, Stage.QUEUE)
             shown = [
                 (entry, labels, words)
                 for entry, labels, words in zip(self._entries, self._labels, latencies, strict=True)
-                if not (is_mixed and entry.response_cache)
+                if (entry.response_cache or not is_of_cache) and not (entry.response_cache and is_mixed)
             ]
             if shown:
                 lines += (f"# HELP {name} {text}", f"# TYPE {name} summary")

@@ -176,6 +176,8 @@ class ResponseCache:
             counters[CacheCounter.MISSES] += 1
             route.counters[Count.CACHE_MISSES] += 1
             route.counters[Count.CACHE_MISS_NS] += elapsed_ns
+            if route.details is not None:
+                route.details.looked_up(elapsed_ns, is_hit=False)
             return None
         self._entries.move_to_end(key)
         self.count_hit(route, elapsed_ns)
@@ -190,6 +192,7 @@ class ResponseCache:
         count_answered(counters, 1, elapsed_ns)
         if route.details is not None:
             route.details.answered(1, elapsed_ns)
+            route.details.looked_up(elapsed_ns, is_hit=True)
         route.write_counters()
 
     def insert(

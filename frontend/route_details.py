@@ -22,6 +22,7 @@ from forebay.ipc.wire import Times
 
 _FIELD = {name: 2 * index for index, name in enumerate(RESPONSE_FIELDS)}
 _REQUEST, _FIRST = int(Stage.REQUEST), int(Stage.FIRST_RESPONSE)
+_CACHE_HIT, _CACHE_MISS = int(Stage.CACHE_HIT), int(Stage.CACHE_MISS)
 _EXECUTION = (int(Stage.QUEUE), int(Stage.INPUT), int(Stage.INFER), int(Stage.OUTPUT))
 
 
@@ -68,6 +69,11 @@ class RouteDetails:
             )
             for stage, ns in zip(_EXECUTION, spans, strict=True):
                 self._observe(stage, ns, requests)
+
+    def looked_up(self, elapsed_ns: int, *, is_hit: bool) -> None:
+        """Count a look-up in the response cache (spec M-032)."""
+        if self._has_latencies:
+            self._observe(_CACHE_HIT if is_hit else _CACHE_MISS, elapsed_ns, 1)
 
     def responded(self, reply: ReplyHead, times: Times, since_ns: int, enqueue_ns: int) -> None:
         """Count one response of a decoupled model.

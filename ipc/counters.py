@@ -86,7 +86,7 @@ PRODUCER_WORDS = 56
 
 
 class Stage(enum.IntEnum):
-    """What summaries are made of (spec M-030, M-031)."""
+    """What summaries are made of (spec M-030..M-032)."""
 
     REQUEST = 0
     QUEUE = 1
@@ -94,6 +94,8 @@ class Stage(enum.IntEnum):
     INFER = 3
     OUTPUT = 4
     FIRST_RESPONSE = 5
+    CACHE_HIT = 6
+    CACHE_MISS = 7
 
 
 #: Buckets of a stage: single microseconds up to 16, then eight per doubling; the last ends after 71 minutes.

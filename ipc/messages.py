@@ -389,7 +389,10 @@ class Serve(Message, frozen=True, tag=23):
 
 
 class LogChanged(Message, frozen=True, tag=24):
-    """Supervisor -> frontend: log like this from now on (spec H-263). Fields of :class:`forebay.ipc.log.LogOptions`."""
+    """Supervisor -> frontend, worker: log like this from now on (spec H-263).
+
+    ``options`` are the fields of :class:`forebay.ipc.log.LogOptions`.
+    """
 
     options: dict[str, Any]
 
@@ -575,7 +578,7 @@ class RingUp(Message, frozen=True, tag=40):
 
 SupervisorToZygote = Fork | Stop
 ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
-SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | RingUp | Stop
+SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Stop
 WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from forebay.engine.repository.normalise import Gpu
 from forebay.engine.settings import Settings
@@ -15,7 +16,7 @@ from forebay.engine.supervisor.watchdog import Watchdog
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.engine.supervisor.zygotes import Zygotes
 from forebay.ipc.counters import CountersFile
-from forebay.ipc.messages import ModelMetrics
+from forebay.ipc.messages import LogChanged, ModelMetrics
 
 
 def _ignore(_message: ModelMetrics) -> None:
@@ -38,6 +39,10 @@ class Plant:
     on_model_metrics: Callable[[ModelMetrics], None] = field(default=_ignore)
     #: Of each frontend that keeps a part of the response cache; empty: there is none.
     cache_counter_offsets: tuple[int, ...] = ()
+    #: Those that were forked, as long as anybody knows of them.
+    workers: WeakSet[WorkerHandle] = field(default_factory=WeakSet)
+    #: How to log, if that has changed since the zygotes were started.
+    log_changed: LogChanged | None = None
     next_instance: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     next_route: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -48,3 +53,12 @@ class Plant:
             Unavailable: the family's libraries cannot be imported.
         """
         await self.zygotes.start(family).fork(worker, self.switchboard.done_fd, self.counters.fd)
+        self.workers.add(worker)
+        if self.log_changed is not None:
+            worker.tell(self.log_changed)
+
+    def change_log(self, changed: LogChanged) -> None:
+        """Have every worker log so, those included that are forked later."""
+        self.log_changed = changed
+        for worker in list(self.workers):
+            worker.tell(changed)

@@ -410,9 +410,11 @@ class Supervisor:
         log.configure(options)
         # For those that are started from now on, and for those that run.
         os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(options).decode()
+        changed = LogChanged(options=msgspec.structs.asdict(options))
         for frontend in self._frontends:
             if frontend.child is not None:
-                frontend.child.send(LogChanged(options=msgspec.structs.asdict(options)))
+                frontend.child.send(changed)
+        self._lifecycle.plant.change_log(changed)
         return await self._log_get({})
 
     async def _explain(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import msgspec
+
 from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
 from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.worker.custom_metrics import MetricsSender
@@ -29,6 +31,7 @@ from forebay.ipc.counters import CountersFile, InstanceCounter, instance_words
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.log import LogOptions, log
 from forebay.ipc.messages import (
     ArenaDown,
     ArenaUp,
@@ -38,6 +41,7 @@ from forebay.ipc.messages import (
     InstanceSpec,
     Load,
     Loaded,
+    LogChanged,
     Phase,
     RingUp,
     Stop,
@@ -94,14 +98,17 @@ class Worker:
     def _handle(self, message: SupervisorToWorker, fds: list[int]) -> None:
         match message:
             case ArenaUp():
-                self._producers.attach(
-                    Producer(message.producer, fds[0], message.byte_size, fds[1], is_trusted=message.trusted)
-                )
+                producer = Producer(message.producer, fds[0], message.byte_size, fds[1], is_trusted=message.trusted)
+                self._producers.attach(producer)
+                if isinstance(self._instance, TensorInstance):
+                    self._instance.attach_memory(producer.arena.address, producer.arena.byte_size)
             case RingUp():
                 self._attach_ring(message.producer, fds[0])
             case ArenaDown():
                 if self._rings is not None:
                     self._rings.detach(message.producer)
+                if isinstance(self._instance, TensorInstance) and message.producer in self._producers:
+                    self._instance.detach_memory(self._producers.get(message.producer).arena.address)
                 if self._rows is not None:
                     self._rows.forget_producer(message.producer)
                 if self._parcels is not None:
@@ -111,6 +118,9 @@ class Worker:
                 self._answer(lambda: self._describe(message.spec))
             case Load():
                 self._answer(lambda: self._load(message.spec))
+            case LogChanged():
+                with contextlib.suppress(OSError, msgspec.ValidationError):
+                    log.configure(msgspec.convert(message.options, LogOptions))
             case Stop():
                 self._stopping = True
 
@@ -176,6 +186,9 @@ class Worker:
             self._sequences = SequencesRunner(spec, policy, instance, self._parcels)
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
         self._instance = instance
+        if isinstance(instance, TensorInstance):
+            for producer in self._producers:
+                instance.attach_memory(producer.arena.address, producer.arena.byte_size)
         self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
         MetricsSender(self._lifeline, spec.instance, registry).start()
 

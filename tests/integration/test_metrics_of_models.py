@@ -38,6 +38,7 @@ class TritonPythonModel:
 
 def _write_models(repository: Path) -> Path:
     write_identity(repository, "fixed", [("TYPE_FP32", "2")], batch=4)
+    write_identity(repository, "kept", [("TYPE_FP32", "2")], extra="response_cache { enable: true }")
     directory = repository / "stream"
     (directory / "1").mkdir(parents=True)
     (directory / "1" / "model.py").write_text(_DECOUPLED)
@@ -58,6 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
     flags = (
         "--model-control-mode=explicit",
         "--load-model=*",
+        "--cache-config=local,size=1048576",
         "--metrics-config=summary_latencies=true",
         "--metrics-config=histogram_latencies=true",
         "--metrics-config=summary_quantiles=0.5:0.05,bad,0.99:0.001",
@@ -133,6 +135,20 @@ def test_summaries_and_our_histograms(server: ForebayServer) -> None:
     }
     assert list(sizes) == ["1", "2", "4", "+Inf"]
     assert (sizes["1"], sizes["2"]) == (0, 5)
+
+
+def test_summaries_of_the_cache(server: ForebayServer) -> None:
+    """M-031, M-032: look-ups have summaries of their own, and requests to such models none."""
+    body = {"inputs": [{"name": "INPUT0", "datatype": "FP32", "shape": [2], "data": [1, 2]}]}
+    for _ in range(3):
+        _post(server, "/v2/models/kept/infer", body)
+    page = metrics_page(server)
+    labels = 'model="kept",version="1"'
+    assert _sample(page, f"nv_cache_miss_summary_per_model_count{{{labels}}}") == 1
+    assert _sample(page, f"nv_cache_hit_summary_per_model_count{{{labels}}}") == 2
+    assert _sample(page, f"nv_inference_compute_infer_summary_us_count{{{labels}}}") == 1
+    assert f"nv_inference_request_summary_us_count{{{labels}}}" not in page
+    assert 'nv_cache_hit_summary_per_model_count{model="fixed"' not in page
 
 
 def test_a_worker_that_is_gone_takes_its_metrics_along(server: ForebayServer) -> None:

@@ -36,7 +36,7 @@ def test_stages_of_a_run_are_counted_with_their_means() -> None:
         assert (totals.count, totals.sum_us) == (3, 3 * us)
     details.answered(1, 1000)
     words = counters.words[model.detail_offset // 8 :].tolist()
-    assert [read_stage(words, stage).count for stage in Stage] == [4, 3, 3, 3, 3, 0]
+    assert [read_stage(words, stage).count for stage in Stage] == [4, 3, 3, 3, 3, 0, 0, 0]
 
 
 def test_responses_are_told_apart_by_index_and_outcome() -> None:
