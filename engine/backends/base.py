@@ -95,8 +95,29 @@ class TensorInstance(abc.ABC):
 
         return run_and_copy
 
+    def attach_memory(self, address: int, byte_size: int) -> None:  # noqa: B027 - only devices care
+        """An arena has been mapped at ``address``; a device may want to page-lock it."""
+
+    def detach_memory(self, address: int) -> None:  # noqa: B027
+        """The arena at ``address`` is about to be unmapped."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to do
         """Release what the model holds; the process ends soon after."""
+
+
+class SegmentsInstance(TensorInstance):
+    """A model whose tensors are copied to a device anyway, so that a batch need not be gathered on the host first."""
+
+    @abc.abstractmethod
+    def run_segments(self, segments: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]]) -> None:
+        """Run one batch made of several runs of rows.
+
+        Args:
+            segments: (inputs, outputs) by name, each ``[rows, *dims]`` and of fixed shapes; in the order of the batch.
+
+        Raises:
+            ServingError: with the text for the client.
+        """
 
 
 class RequestInstance(abc.ABC):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from forebay.engine.backends.base import Array, Arrays, TensorInstance
+from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, TensorInstance
 from forebay.engine.backends.onnx_backend import (
     ONNX_BFLOAT16,
     OnnxInstance,
@@ -87,7 +87,7 @@ class _Binding(NamedTuple):
     options: ort.RunOptions
 
 
-class OnnxDeviceInstance(TensorInstance):
+class OnnxDeviceInstance(SegmentsInstance):
     """One session on one GPU, with one stream; or, to be tested without one, on the host as a device."""
 
     def __init__(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -66,6 +67,9 @@ class Producers:
         if gone is not None:
             with self.lock:
                 gone.close()
+
+    def __iter__(self) -> Iterator[Producer]:
+        return iter(list(self._by_id.values()))
 
     def __contains__(self, producer: int) -> bool:
         return producer in self._by_id

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from forebay.engine.backends.base import Array, TensorInstance
+from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, TensorInstance
 from forebay.engine.worker.places import Producers, row_shape
 from forebay.ipc.counters import LAST_BUCKET
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import BackendFailed, Internal, ServingError
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.slabs import SlabLayout
-from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.tensor import DATATYPES, TensorSpec
 from forebay.ipc.wire import HEADER, NO_TIMES, RUN, TIMES, Kind, Run, pack_runs, unpack_runs
 
 #: Bindings kept per producer; at the limit all of them are dropped, which costs less bookkeeping than an exact order
@@ -123,6 +123,8 @@ class RowsRunner:
         rows = sum(run.rows for run in runs)
         if rows > self._rows_max:
             raise Internal("batch is larger than the model allows")
+        if isinstance(self._instance, SegmentsInstance):
+            return self._execute_segments(self._instance, runs, rows, start_ns)
         bound = self._staged.get(rows)
         if bound is None:
             bound = self._bind_staging(rows)
@@ -161,6 +163,23 @@ class RowsRunner:
         counters[Count.BATCHES_GATHERED] += 1
         return TIMES.pack(start_ns, input_end_ns, output_start_ns, end_ns)
 
+    def _execute_segments(self, instance: SegmentsInstance, runs: list[Run], rows: int, start_ns: int) -> bytes:
+        """Let a device fetch each segment by itself: the copy that it needs anyway does the gathering."""
+        segments = [
+            (self._named(self._spec.inputs, ins), self._named(self._spec.outputs, outs))
+            for ins, outs in map(self._views, runs)
+        ]
+        input_end_ns = time.monotonic_ns()
+        instance.run_segments(segments)
+        end_ns = time.monotonic_ns()
+        requests, enqueue_sum_ns = sum(run.requests for run in runs), sum(run.enqueue_sum_ns for run in runs)
+        self._count(requests, rows, enqueue_sum_ns, len(runs), start_ns, input_end_ns, end_ns, end_ns)
+        return TIMES.pack(start_ns, input_end_ns, end_ns, end_ns)
+
+    @staticmethod
+    def _named(specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> Arrays:
+        return {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
+
     def _views(self, run: Run) -> tuple[list[Array], list[Array]]:
         """Return the run's input and output rows as arrays, every number in it checked."""
         if not 1 <= run.rows <= self._rows_max:
@@ -196,10 +215,7 @@ class RowsRunner:
         return self._bind_arrays(inputs, outputs)
 
     def _bind_arrays(self, inputs: list[Array], outputs: list[Array]) -> Callable[[], None]:
-        return self._instance.bind(
-            {spec.name: array for spec, array in zip(self._spec.inputs, inputs, strict=True)},
-            {spec.name: array for spec, array in zip(self._spec.outputs, outputs, strict=True)},
-        )
+        return self._instance.bind(self._named(self._spec.inputs, inputs), self._named(self._spec.outputs, outputs))
 
     def _bind_staging(self, rows: int) -> Callable[[], None]:
         batch = self._spec.max_batch_size
