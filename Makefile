@@ -22,7 +22,7 @@ SOURCES := setup.py $(wildcard engine frontend ipc conf tests bench examples)
 help:  ## Print this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/' | expand -t 20
 
-serve: $(VENV)/.installed  ## Serve the example repository conf/models on ports 8000 (HTTP) and 8002 (metrics)
+serve: $(VENV)/.installed  ## Serve the example repository conf/models on ports 8000 (HTTP), 8001 (gRPC), 8002 (metrics)
 	@exec $(BIN)/forebay serve --model-repository conf/models $(ARGS)
 
 demo: $(VENV)/.installed-demo  ## Serve on free ports, send requests, check the answers, print latencies
