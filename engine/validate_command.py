@@ -108,6 +108,9 @@ async def _load(settings: Settings, repository: ModelRepository, judged: list[_J
     async def wait_seen(_generation: int, _timeout_s: float) -> bool:
         return True
 
+    def progress(_model: str, _version: int, _phase: str, _ready: int, _count: int, _reason: str) -> None:
+        """Nobody watches."""
+
     runtime = RuntimeDirectory(settings.process.runtime_directory)
     counters = CountersFile()
     switchboard = Switchboard(runtime.path, counters.fd, COUNTERS_BYTES)
@@ -120,9 +123,7 @@ async def _load(settings: Settings, repository: ModelRepository, judged: list[_J
         cores=CorePool(usable_cores()),
         gpus=find_gpus(cpu_only=settings.gpu.cpu_only),
     )
-    lifecycle = ModelLifecycle(
-        plant, repository, announce=announce, wait_seen=wait_seen, progress=lambda *_arguments: None
-    )
+    lifecycle = ModelLifecycle(plant, repository, announce=announce, wait_seen=wait_seen, progress=progress)
     try:
         await lifecycle.load_at_start([item.report.identity for item in judged if item.is_valid])
         for item in judged:

@@ -335,6 +335,7 @@ def test_load_of_an_unchanged_model_keeps_its_workers(explicit: ForebayServer) -
     """Spec R-089."""
     explicit.post("/v2/repository/models/alpha_model/load")
     before = explicit.pids()
+    assert [role for role in before if role.startswith("worker ")]
     assert explicit.post("/v2/repository/models/alpha_model/load")[0] == 200
     assert explicit.pids() == before
 

@@ -107,6 +107,9 @@ class ForebayServer:
     def wait_serving(self) -> None:
         """Wait until every endpoint listens."""
         self.wait_for(lambda: len(self.ports()) == len(self._protocols), "the server to start")
+        if "metrics" in self._protocols:
+            # It starts last, when the server serves already; tests that count processes want it to be there.
+            self.wait_for(lambda: self.pid_of("metrics") != 0, "the metrics process")
 
     def stop(self, timeout_s: float = PATIENCE_S) -> int:
         """Send SIGTERM and return the exit code."""
