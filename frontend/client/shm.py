@@ -171,8 +171,8 @@ def connect(
 
     Args:
         path: its socket, its runtime directory, or the directory of those; None: the newest server of this user.
-        wait: ``park`` sleeps until an answer comes; ``spin`` keeps a core busy instead, which is faster where there are
-            cores to spare.
+        wait: ``park`` sleeps until an answer comes (where answers take some 10 us, it looks for 50 us before it does);
+            ``spin`` keeps a core busy instead, which is faster where there are cores to spare.
         arena_bytes: shared memory for this client's tensors at most; pages cost nothing until they are used. 0: the
             server's ``--arena-byte-size``.
 

@@ -67,7 +67,7 @@ int forebay_connect(const char *path, uint64_t arena_bytes, forebay_client **cli
 /* Leave, and free the client and its models. Requests must have been released, or never be touched again. */
 void forebay_close(forebay_client *client);
 
-/* Wait for answers without sleeping (spin != 0), or by sleeping. */
+/* Wait for answers without sleeping (spin != 0), or by sleeping, after a glance of at most 50 us. */
 void forebay_set_spin(forebay_client *client, int spin);
 
 /* Open a model; version 0: the newest. The model belongs to the client. */
