@@ -19,6 +19,7 @@ Submissions, to the scheduler; the header is that of doorbells (:mod:`forebay.ip
     SUBMIT_RUNS    header + count * SUBMIT_RUN
     SUBMIT_PARCEL  header + SUBMIT_PARCEL + head + correlation text
     SUBMIT_CANCEL  header + count * TOKEN
+    SUBMIT_CANCEL_RUNS  header + count * CANCEL_RUN
     SUBMIT_COLLECT header + GROW                             sender: the instance that asked
     SUBMIT_RINGS   header + count * instance u32             rings that this client holds
 
@@ -83,6 +84,7 @@ class SubmitKind(enum.IntEnum):
     CANCEL = 50
     COLLECT = 51
     RINGS = 52
+    CANCEL_RUNS = 53
 
 
 #: Flag of MODEL: requests live in slab rows; without it, they are parcels.
@@ -118,6 +120,9 @@ SUBMIT_RUN = struct.Struct("<IIQIIIIIIQQ")
 #: route, rows u32; token, shape_key, timeout_us, deadline_ns, enqueue_ns, correlation u64;
 #: priority, attempt, head_bytes, correlation_bytes (0: the number counts), flags, zero u32
 SUBMIT_PARCEL = struct.Struct("<IIQQQQQQIIIIII")
+
+#: route u32, first u32, base u64: a request in rows
+CANCEL_RUN = struct.Struct("<IIQ")
 
 _BY_NUMBER = {datatype.number: name for name, datatype in DATATYPES.items()}
 

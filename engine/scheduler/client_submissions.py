@@ -23,6 +23,7 @@ from forebay.engine.scheduler.route import Route
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.arena import align
 from forebay.ipc.client_wire import (
+    CANCEL_RUN,
     FLAG_SEQUENCE_END,
     FLAG_SEQUENCE_START,
     NUMBER,
@@ -41,6 +42,7 @@ from forebay.ipc.messages import (
     ProducerUp,
     ReplyHead,
     RouteUp,
+    RowsCancel,
     RunSubmit,
     Submit,
 )
@@ -223,6 +225,10 @@ class ClientSubmissions:
             case SubmitKind.CANCEL:
                 tokens = tuple(token for (token,) in TOKEN.iter_unpack(self._exactly(message, count * TOKEN.size)))
                 self._engine.accept(Cancel(producer=client.number, tokens=tokens))
+            case SubmitKind.CANCEL_RUNS:
+                fields = CANCEL_RUN.iter_unpack(self._exactly(message, count * CANCEL_RUN.size))
+                rows = tuple(RowsCancel(route=route, base=base, firsts=(first,)) for route, first, base in fields)
+                self._engine.accept(Cancel(producer=client.number, rows=rows))
             case SubmitKind.COLLECT:
                 self._collect(client, sender, self._exactly(message, GROW.size))
             case SubmitKind.RINGS:

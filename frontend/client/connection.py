@@ -26,7 +26,7 @@ from forebay.client.errors import DeadlineExceeded, EngineGone, ModelChanged, Wr
 from forebay.client.opened import Grant, Opened
 from forebay.client.pending import BlockLease, BlockReturns, Pending, PendingParcel, RowsLease, RowsReturns
 from forebay.ipc.arena import Arena, BlockAllocator
-from forebay.ipc.client_wire import NUMBER, SUBMIT_PARCEL, SUBMIT_RUN, SubmitKind
+from forebay.ipc.client_wire import CANCEL_RUN, NUMBER, SUBMIT_PARCEL, SUBMIT_RUN, SubmitKind
 from forebay.ipc.errors import ArenaFull, Cancelled, Internal, NotReady, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ReplyHead
 from forebay.ipc.slabs import Slab
@@ -327,6 +327,9 @@ class Connection:
             if isinstance(pending, PendingParcel):
                 header = HEADER.pack(SubmitKind.CANCEL, 0, 1, 0, self._epoch)
                 self._send(header + TOKEN.pack(pending.token))
+            elif pending.lease is not None:
+                header = HEADER.pack(SubmitKind.CANCEL_RUNS, 0, 1, 0, self._epoch)
+                self._send(header + CANCEL_RUN.pack(pending.route, pending.lease.first, pending.lease.slab.base))
 
     def _send_rows(self, pending: Pending, lease: RowsLease) -> None:
         model, slab = pending.model, lease.slab

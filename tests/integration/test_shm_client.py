@@ -292,6 +292,28 @@ def test_cancelled_requests_give_their_memory_back(engine: Engine) -> None:
     wait_until(lambda: engine.statistics().in_flight == 0, "the cancelled request to end")
 
 
+def test_cancelled_rows_end_too(engine: Engine) -> None:
+    model = engine.model("alpha_model")
+    futures = []
+    for value in range(200):
+        model.input("features", rows=64)[:] = value
+        futures.append(model.submit())
+    cancelled = [future for future in futures if future.cancel()]
+    for future in futures:
+        if future in cancelled:
+            with pytest.raises(Cancelled):
+                future.result()
+        else:
+            future.result()
+    model.input("features", rows=1)[:] = 1
+    model.infer()
+    wait_until(
+        lambda: all(future.done() for future in futures) and engine.statistics().in_flight == 0,
+        "all requests to end",
+        timeout_s=20.0,
+    )
+
+
 # --- threads, loops, processes ---
 
 

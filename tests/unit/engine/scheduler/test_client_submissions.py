@@ -16,6 +16,7 @@ from forebay.engine.scheduler.client_submissions import ClientSubmissions, belie
 from forebay.engine.scheduler.instances import Instance
 from forebay.engine.scheduler.route import Route
 from forebay.ipc.client_wire import (
+    CANCEL_RUN,
     FLAG_SEQUENCE_END,
     FLAG_SEQUENCE_START,
     NUMBER,
@@ -32,6 +33,7 @@ from forebay.ipc.messages import (
     ProducerUp,
     ReplyHead,
     RouteUp,
+    RowsCancel,
     RunSubmit,
     Submit,
 )
@@ -140,7 +142,9 @@ def test_parcels_are_handed_on(scene: Scene) -> None:
 
 def test_cancellations_are_handed_on(scene: Scene) -> None:
     scene.send(SubmitKind.CANCEL, TOKEN.pack(1) + TOKEN.pack(2), 2)
-    assert scene.engine.accepted == [Cancel(producer=3, tokens=(1, 2))]
+    scene.send(SubmitKind.CANCEL_RUNS, CANCEL_RUN.pack(5, 7, 64))
+    rows = (RowsCancel(route=5, base=64, firsts=(7,)),)
+    assert scene.engine.accepted == [Cancel(producer=3, tokens=(1, 2)), Cancel(producer=3, rows=rows)]
 
 
 def test_collects_go_to_the_worker_in_the_clients_name(scene: Scene) -> None:
