@@ -49,6 +49,9 @@ def call(model, array, output="Y"):
         model_name=model, requested_output_names=[output], inputs=[pb_utils.Tensor("X", array)]
     )
 
+def value(response):
+    return float(pb_utils.get_output_tensor_by_name(response, "Y").as_numpy()[0])
+
 class TritonPythonModel:
     def execute(self, requests):
         return [pb_utils.InferenceResponse([self.answer(request)]) for request in requests]
@@ -70,11 +73,11 @@ class TritonPythonModel:
             calls = [call("double", np.array([n], np.float32)).async_exec() for n in range(8)]
             return await asyncio.gather(*calls)
         responses = asyncio.run(all_of_them())
-        return [float(pb_utils.get_output_tensor_by_name(r, "Y").as_numpy()[0]) for r in responses]
+        return [value(response) for response in responses]
 
     def stream(self):
         responses = call("counting", np.array([4], np.float32)).exec(decoupled=True)
-        return [float(pb_utils.get_output_tensor_by_name(r, "Y").as_numpy()[0]) for r in responses if r.output_tensors()]
+        return [value(response) for response in responses if response.output_tensors()]
 
     def thread(self):
         found = []
@@ -113,8 +116,10 @@ def write_model(repository: Path, name: str, source: str, tensors: str, extra: s
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     repository = tmp_path_factory.mktemp("bls")
-    floats = 'input [ { name: "X" data_type: TYPE_FP32 dims: [ -1 ] } ] output [ { name: "Y" data_type: TYPE_FP32 dims: [ -1 ] } ]'
-    write_model(repository, "double", DOUBLE, floats)
+    floats = (
+        'input [ { name: "X" data_type: TYPE_FP32 dims: [ -1 ] } ] '
+        'output [ { name: "Y" data_type: TYPE_FP32 dims: [ -1 ] } ]'
+    )write_model(repository, "double", DOUBLE, floats)
     write_model(repository, "counting", COUNTING, floats, "model_transaction_policy { decoupled: true }")
     strings = (
         'input [ { name: "WHAT" data_type: TYPE_STRING dims: [ 1 ] } ] '
