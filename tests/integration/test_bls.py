@@ -119,7 +119,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     floats = (
         'input [ { name: "X" data_type: TYPE_FP32 dims: [ -1 ] } ] '
         'output [ { name: "Y" data_type: TYPE_FP32 dims: [ -1 ] } ]'
-    )write_model(repository, "double", DOUBLE, floats)
+    )
+    write_model(repository, "double", DOUBLE, floats)
     write_model(repository, "counting", COUNTING, floats, "model_transaction_policy { decoupled: true }")
     strings = (
         'input [ { name: "WHAT" data_type: TYPE_STRING dims: [ 1 ] } ] '
