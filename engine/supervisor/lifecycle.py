@@ -395,19 +395,17 @@ class ModelLifecycle:
             or not changed_fields(older.usable_config, found.usable_config) & ADJUSTABLE_FIELDS
         ):
             return {}
-        adjustments: dict[int, Adjustment] = {}
+        prepared: dict[int, PreparedVersion] = {}
         for version in sorted(kept):
-            served = model.serving[version]
             try:
-                prepared = self.ensembles.join(await prepare_version(self.plant, found, version))
+                prepared[version] = self.ensembles.join(await prepare_version(self.plant, found, version))
             except ServingError as error:
                 raise self._load_failed(model, {version: error}, [version]) from None
-            if Adjustment.is_possible(served, prepared):
-                adjustments[version] = Adjustment(served, prepared)
-                log.info(f"adjusting: {model.name}:{version}")
-            else:
-                kept.discard(version)
-        return adjustments
+        possible = {v: new for v, new in prepared.items() if Adjustment.is_possible(model.serving[v], new)}
+        kept.intersection_update(possible)
+        for version in possible:
+            log.info(f"adjusting: {model.name}:{version}")
+        return {version: Adjustment(model.serving[version], new) for version, new in possible.items()}
 
     async def _finish_adjustment(self, adjustment: Adjustment) -> None:
         await adjustment.retire(float(self.plant.settings.server.exit_timeout_secs))

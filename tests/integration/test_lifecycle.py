@@ -173,6 +173,18 @@ def test_batching_changes_without_a_reload(server: ForebayServer, repository: Pa
     assert config["dynamic_batching"]["max_queue_delay_microseconds"] == 100
 
 
+def test_batching_that_needs_another_form_of_request_is_a_reload(server: ForebayServer, repository: Path) -> None:
+    """Priorities are of single requests, which do not share rows: workers are replaced, and nobody notices."""
+    before = workers(server)
+    with Load(server) as load:
+        priorities = "max_queue_delay_microseconds: 100\n  priority_levels: 2\n  default_priority_level: 1"
+        edit_config(repository, "max_queue_delay_microseconds: 5000", priorities)
+        assert server.post(LOAD_ALPHA)[0] == 200
+        load.wait_answers(30)
+    assert load.errors == []
+    server.wait_for(lambda: not set(before.values()) & set(workers(server).values()), "the old workers to end")
+
+
 def test_instances_that_cannot_be_added_leave_the_model_as_it_was(server: ForebayServer, repository: Path) -> None:
     before = workers(server)
     edit_config(repository, "kind: KIND_CPU", "kind: KIND_GPU")
