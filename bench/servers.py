@@ -41,13 +41,15 @@ class Server:
     Attributes:
         name: what the tables call it.
         http_port: where it answers on 127.0.0.1.
+        metrics_port: where its metrics are; 0 if it has none.
         processes: all its processes.
         ready_s: seconds from its start until it first said that it is ready.
     """
 
-    def __init__(self, name: str, command: Sequence[str], http_port: int) -> None:
+    def __init__(self, name: str, command: Sequence[str], http_port: int, metrics_port: int = 0) -> None:
         self.name = name
         self.http_port = http_port
+        self.metrics_port = metrics_port
         self.ready_s = 0.0
         self._command = list(command)
         self._log = tempfile.NamedTemporaryFile(prefix=f"bench-{name}-", suffix=".log")  # noqa: SIM115 closed in __exit__
@@ -111,7 +113,7 @@ def forebay(repository: Path, *flags: str, name: str = "forebay") -> Server:
     command = [sys.executable, "-P", "-m", "forebay.engine.main", "serve", f"--model-repository={repository}"]
     command += ["--http-address=127.0.0.1", f"--http-port={http_port}", "--allow-grpc=false"]
     command += ["--metrics-address=127.0.0.1", f"--metrics-port={metrics_port}"]
-    return Server(name, [*command, *flags], http_port)
+    return Server(name, [*command, *flags], http_port, metrics_port)
 
 
 def triton(repository: Path, *flags: str, folder: Path = PEER_FOLDER) -> Server:
@@ -124,7 +126,7 @@ def triton(repository: Path, *flags: str, folder: Path = PEER_FOLDER) -> Server:
         raise ServerFailed(f"no Triton in {folder}; install one with: bench/peer_triton.sh install {folder}")
     http_port, metrics_port = free_ports(2)
     command = [str(PEER_SCRIPT), "serve", str(folder), str(repository), str(http_port), str(metrics_port)]
-    return Server("triton", [*command, *flags], http_port)
+    return Server("triton", [*command, *flags], http_port, metrics_port)
 
 
 @contextmanager
