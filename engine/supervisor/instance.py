@@ -133,6 +133,10 @@ class Instance:
             plant.switchboard.remove_worker(worker)
             self._worker = None
             raise
+        if loaded.warmup_ns:
+            log.info(
+                f"{self.title}: loaded in {loaded.load_ns / 1e9:.3f} s, warmed up in {loaded.warmup_ns / 1e9:.3f} s"
+            )
         self.memory_bytes = loaded.memory_bytes
         plant.switchboard.add_instance(
             spec.route,

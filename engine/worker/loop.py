@@ -27,6 +27,7 @@ from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
 from forebay.engine.worker.sequences import SequencesRunner, sequence_policy, with_sequence_tensors
+from forebay.engine.worker.warmup import warm_up
 from forebay.ipc.counters import CountersFile, InstanceCounter, instance_words
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
@@ -189,7 +190,12 @@ class Worker:
         if isinstance(instance, TensorInstance):
             for producer in self._producers:
                 instance.attach_memory(producer.arena.address, producer.arena.byte_size)
-        self._lifeline.send(Loaded(load_ns=time.monotonic_ns() - start_ns))
+        load_ns = time.monotonic_ns() - start_ns
+        warmup_ns = 0
+        if spec.warmup:
+            self._lifeline.send(Phase(text="warming up"))
+            warmup_ns = warm_up(spec, instance)
+        self._lifeline.send(Loaded(load_ns=load_ns, warmup_ns=warmup_ns))
         MetricsSender(self._lifeline, spec.instance, registry).start()
 
     # --- doorbell ---

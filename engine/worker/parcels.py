@@ -610,9 +610,10 @@ class ParcelsRunner:
             The TIMES of the batch, packed, for the scheduler.
         """
         requests, _places = self.unpack(message, start_ns, HEADER.size)
-        return self.run_batch(requests, start_ns, lambda stamps: self._run(requests, stamps))
+        return self.run_batch(requests, start_ns, lambda stamps: self.run(requests, stamps))
 
-    def _run(self, requests: list[ParcelRequest], stamps: list[int]) -> None:
+    def run(self, requests: Sequence[ParcelRequest], stamps: list[int]) -> None:
+        """Run unpacked requests as one batch; to be called by :meth:`run_batch`."""
         if isinstance(self._instance, RequestInstance):
             self.run_requests(self._instance, requests, stamps)
         else:
@@ -690,7 +691,7 @@ class ParcelsRunner:
             places.append(place)
         return requests, places
 
-    def run_requests(self, instance: RequestInstance, requests: list[ParcelRequest], stamps: list[int]) -> None:
+    def run_requests(self, instance: RequestInstance, requests: Sequence[ParcelRequest], stamps: list[int]) -> None:
         stamps[1] = time.monotonic_ns()
         for request in requests:
             request.times = (stamps[0], stamps[1], 0, 0)
@@ -737,7 +738,7 @@ class ParcelsRunner:
 
     # --- tensor instances ---
 
-    def _run_tensors(self, instance: TensorInstance, requests: list[ParcelRequest], stamps: list[int]) -> None:
+    def _run_tensors(self, instance: TensorInstance, requests: Sequence[ParcelRequest], stamps: list[int]) -> None:
         if len(requests) == 1:
             self._run_single(instance, requests[0], stamps)
             return
