@@ -18,7 +18,7 @@ setup(
         for tree, folder in TREES.items()
         for name in (f"{NAME}.{tree}", *(f"{NAME}.{tree}.{sub}" for sub in find_packages(folder, exclude=["client*"])))
     ],
-    # The example model repository travels inside the wheel: `forebay demo` needs nothing else.
+    # The example model repository travels inside the wheel: `forebay demo` needs no checkout.
     package_data={f"{NAME}.{tree}": DATA for tree in TREES}
     | {f"{NAME}.conf": [*DATA, "models/**/*"], f"{NAME}.client": [*DATA, "c/*"]},
     exclude_package_data={"": ["*.py[co]", "**/__pycache__/*"]},

@@ -7,6 +7,7 @@ ONNX file run in this process.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import signal
 import socket
@@ -107,6 +108,9 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Run the demonstration; return 0 if every answer was right."""
     import onnxruntime
 
+    if importlib.util.find_spec("tritonclient") is None:
+        print("the demo asks as a client does; install it with: pip install 'forebay[demo]'", file=sys.stderr)
+        return 1
     repository = example_repository()
     http_port, metrics_port = free_ports(2)
     url = f"localhost:{http_port}"

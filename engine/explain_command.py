@@ -83,8 +83,16 @@ def fetch(address: str, port: int, model: str) -> bytes:
     finally:
         connection.close()
     if reply.status != 200:
-        raise _NoAnswer(f"{model}: {body.decode(errors='replace')}")
+        raise _NoAnswer(f"{model}: {_error_text(body)}")
     return body
+
+
+def _error_text(body: bytes) -> str:
+    """Return what the server says in an error reply, or the reply itself if it is no server of ours."""
+    try:
+        return msgspec.json.decode(body, type=dict[str, str])["error"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        return body.decode(errors="replace")
 
 
 def render(explanation: Explanation) -> list[str]:

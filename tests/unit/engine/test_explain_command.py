@@ -25,6 +25,11 @@ def batch(number: int, **fields: Any) -> dict[str, Any]:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/forebay/explain/elsewhere":
+            self.send_response(404)
+            self.end_headers()
+            self.wfile.write(b"\xff not ours")
+            return
         known = self.path in ("/forebay/explain/m%20x", "/forebay/explain/m%20x/versions/3")
         body = json.dumps({"model": "m x", "version": "3", "batches": [batch(1)]} if known else {"error": "unknown"})
         self.send_response(200 if known else 404)
@@ -72,6 +77,13 @@ def test_says_what_is_wrong(port: int, capsys: pytest.CaptureFixture[str]) -> No
     assert "unknown" in capsys.readouterr().err
     assert run(command(1, "m x")) == 1
     assert "no server answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "text"), [("none", "none: unknown"), ("elsewhere", "elsewhere: \ufffd not ours")])
+def test_says_what_the_server_says(port: int, capsys: pytest.CaptureFixture[str], model: str, text: str) -> None:
+    """The text of an error reply, not its JSON; whatever else answers on that port is quoted."""
+    assert run(command(port, model)) == 1
+    assert capsys.readouterr().err == f"error: {text}\n"
 
 
 def test_shows_the_last_batches_and_counts_all() -> None:
