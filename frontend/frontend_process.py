@@ -50,6 +50,9 @@ from forebay.ipc.trace import TraceRules
 #: Seconds between looks at whether the last request has been answered while stopping.
 _DRAIN_POLL_SECS = 0.02
 
+#: Seconds from the announcement that connections end to the end of idle ones: time for requests on their way.
+_DRAIN_GRACE_SECS = 0.1
+
 
 class Served(Protocol):
     """A protocol's servers."""
@@ -59,7 +62,11 @@ class Served(Protocol):
         ...
 
     def drain(self) -> None:
-        """Close idle connections; the others after what they have been asked."""
+        """Tell clients that connections end, with the next reply."""
+        ...
+
+    def close_idle(self) -> None:
+        """Close connections on which nothing is asked."""
         ...
 
     @property
@@ -175,8 +182,12 @@ class FrontendProcess:
 
     async def _drain(self, served: Served) -> None:
         # The supervisor bounds the time (--exit-timeout-secs) and kills us after it.
+        # In this order: a client that is told to leave comes back at once, and is refused instead of cut off.
         served.stop_accepting()
         served.drain()
+        if self.exit_code == 0:
+            await asyncio.sleep(_DRAIN_GRACE_SECS)
+        served.close_idle()
         if self.exit_code == 0:
             # Once in a process's life; an event would cost something on every answer.
             while served.connection_count and self.engine.in_flight_count:  # noqa: ASYNC110

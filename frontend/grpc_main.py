@@ -29,6 +29,9 @@ class GrpcServed:
     def drain(self) -> None:
         self._frontend.drain()
 
+    def close_idle(self) -> None:
+        """Nothing: connections have been told with GOAWAY."""
+
     @property
     def connection_count(self) -> int:
         return self._frontend.connection_count

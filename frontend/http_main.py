@@ -61,14 +61,17 @@ class HttpServed:
             self._opening = asyncio.get_running_loop().create_task(self.open())
 
     def stop_accepting(self) -> None:
-        self._context.is_exiting = True
         _close(self._servers)
         self._servers = []
         for sock in self._sockets:
             sock.close()
 
     def drain(self) -> None:
+        self._context.is_exiting = True
         self._frontend.drain()
+
+    def close_idle(self) -> None:
+        self._frontend.close_idle()
 
     @property
     def connection_count(self) -> int:

@@ -25,7 +25,7 @@ from forebay.frontend.engine_client import OwnedSlab, RouteClient
 from forebay.frontend.http.chunks import ChunkDecoder
 from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.head import HEAD_BYTES_MAX, TOO_LARGE, Head, HeadError, Target, check_beginning
-from forebay.frontend.http.replies import CLOSE_LINE, error_reply, text_reply
+from forebay.frontend.http.replies import CLOSE_LINE, error_reply, text_reply, with_close_line
 from forebay.frontend.http.side_door import SideDoor
 from forebay.ipc.errors import ServingError
 
@@ -269,6 +269,8 @@ class Connection(asyncio.BufferedProtocol):
             self._is_consuming = False
         if self._is_closing:
             return position
+        if self._frontend.is_draining:
+            self.drain()
         if self._is_paused or (position == end and self._head is None and self._upload is None):
             self._nothing_expected()
         elif not self.deadline_s or (position and self._chunks is None):
@@ -464,14 +466,18 @@ class Connection(asyncio.BufferedProtocol):
             self._count_owed(self._buffered_bytes + self.unsent_bytes)
             return
         calls.popleft()
+        if self._frontend.is_draining:
+            buffers = self._part(call, buffers)
         self._write(buffers, call)
         if not call.keep_alive:
             self._close_after_writing()
             return
         while calls and calls[0].buffers is not None:
             ready = calls.popleft()
-            kept = cast(list[bytes], ready.buffers)
+            kept: Sequence[Buffer] = cast(list[bytes], ready.buffers)
             self._buffered_bytes -= sum(map(len, kept))
+            if self._frontend.is_draining:
+                kept = self._part(ready, kept)
             self._write(kept, ready)
             if not ready.keep_alive:
                 self._close_after_writing()
@@ -480,6 +486,14 @@ class Connection(asyncio.BufferedProtocol):
             self._close()
         elif self._is_paused or self._partial:
             self._go_on()
+
+    def _part(self, call: Call, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Have the last reply of a server that stops say so: the client then sends no request that nobody reads."""
+        if self._calls or not call.keep_alive:
+            return buffers
+        call.keep_alive = False
+        self._is_closing = self._must_linger = True
+        return [with_close_line(buffers[0]), *buffers[1:]]
 
     def stream(self, call: Call, buffers: Sequence[Buffer]) -> None:
         """Send part of a reply, of a call that has no others before it; ``answer`` sends the last part."""
@@ -577,10 +591,16 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.close()
 
     def drain(self) -> None:
-        """The server stops: close now if nothing is asked, else after the last answer."""
+        """The server stops: take nothing behind what is asked already, and close after the last answer.
+
+        An idle connection stays until :meth:`close_if_idle`: a request may be on its way.
+        """
         if self._is_waited_for:
             self._is_closing = True
-        else:
+
+    def close_if_idle(self) -> None:
+        """Close now unless something is asked."""
+        if not self._is_waited_for and not self._is_lingering:
             self._close()
 
     def abort(self) -> None:

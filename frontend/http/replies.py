@@ -12,7 +12,16 @@ from forebay.frontend.errors import error_body, http_status
 from forebay.frontend.http.head import CLOSE_LINE
 from forebay.ipc.errors import ServingError, Unsupported
 
-__all__ = ("CLOSE_LINE", "TEXT_TYPE", "error_reply", "head_bytes", "infer_reply", "stream_head", "text_reply")
+__all__ = (
+    "CLOSE_LINE",
+    "TEXT_TYPE",
+    "error_reply",
+    "head_bytes",
+    "infer_reply",
+    "stream_head",
+    "text_reply",
+    "with_close_line",
+)
 
 TEXT_TYPE = "text/plain"
 
@@ -63,6 +72,15 @@ def text_reply(status: int, text: str, content_type: str = JSON_TYPE, connection
     """Return a complete error reply with a status of its own."""
     body = error_body(text)
     return head_bytes(status, content_type, len(body), connection) + body
+
+
+def with_close_line(head: Buffer) -> Buffer:
+    """Return a reply's first buffer with ``Connection: close``; what begins no reply (the end of a stream) as it is."""
+    data = bytes(head)
+    if not data.startswith(b"HTTP/1.1 "):
+        return head
+    lines, blank, body = data.partition(b"\r\n\r\n")
+    return lines.replace(b"\r\nConnection: keep-alive", b"") + b"\r\n" + CLOSE_LINE + blank[2:] + body
 
 
 def infer_reply(reply: RenderedReply, accept_encoding: str | None, connection: bytes = b"") -> list[Buffer]:

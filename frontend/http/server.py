@@ -62,6 +62,8 @@ class HttpFrontend:
         #: Called with True when there are as many connections as there may be, with False when there are fewer again.
         self.on_full: Callable[[bool], None] | None = None
         self._is_full = False
+        #: The server stops: each connection's next reply is its last.
+        self.is_draining = False
 
     def connection(self) -> Connection:
         """Make the protocol object of a new connection."""
@@ -153,9 +155,15 @@ class HttpFrontend:
         return len(self._connections)
 
     def drain(self) -> None:
-        """Close what is idle, and the rest as soon as it has been answered."""
+        """Make the next reply of each connection its last."""
+        self.is_draining = True
         for connection in list(self._connections):
             connection.drain()
+
+    def close_idle(self) -> None:
+        """Close the connections on which nothing is asked."""
+        for connection in list(self._connections):
+            connection.close_if_idle()
 
     def abort(self) -> None:
         """Close everything now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import re
@@ -73,6 +74,38 @@ def test_sigterm_ends_everything_with_exit_code_0(server: ForebayServer) -> None
     assert "successfully unloaded 'alpha_model' version 2" in server.stderr
     wait_until(lambda: not any(is_running(pid) for pid in pids.values()), "all processes to end")
     assert os.listdir(server.runtime_base) == []
+
+
+def test_no_request_is_lost_when_the_server_stops_under_load(server: ForebayServer) -> None:
+    """Every request on a kept connection is answered; the last reply says that there are no more."""
+    failures: list[str] = []
+    answered = [0] * 8
+
+    def send_until_refused(client: int) -> None:
+        connection = http.client.HTTPConnection("localhost", server.http_port, timeout=30)
+        body = json.dumps({"inputs": [{"name": "features", "shape": [1, 50], "datatype": "FP32", "data": [0.5] * 50}]})
+        while not failures:
+            try:
+                connection.request("POST", "/v2/models/alpha_model/infer", body)
+                reply = connection.getresponse()
+                reply.read()
+            except ConnectionRefusedError:
+                return
+            except (OSError, http.client.HTTPException) as error:
+                failures.append(repr(error))
+                return
+            answered[client] += 1
+            if reply.status != 200:
+                failures.append(str(reply.status))
+
+    threads = [threading.Thread(target=send_until_refused, args=(client,)) for client in range(len(answered))]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: bool(failures) or min(answered) > 5, "every client to be served")
+    assert server.stop() == 0
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_second_signal_ends_at_once(server: ForebayServer) -> None:

@@ -18,6 +18,8 @@ from forebay.frontend.http.settings import HttpView
 from forebay.frontend.regions import RegionTable
 
 INFER = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n"
+REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n1"
+LAST_REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\n1"
 STREAM = INFER.replace(b"infer", b"generate_stream")
 
 
@@ -267,16 +269,58 @@ def test_drain_answers_first() -> None:
         bench.frontend.drain()
         bench.receive(INFER, b"b")
         assert len(bench.calls) == 1
-        bench.answer(0, b"1")
-        assert bench.sent == b"1"
-        bench.transport.close.assert_called_once()
+        bench.answer(0, REPLY)
+        assert bench.sent == LAST_REPLY
+        bench.transport.write_eof.assert_called_once()
 
     run(scenario)
 
 
-def test_drain_closes_what_is_idle() -> None:
+def test_drain_announces_the_end_with_the_last_of_several_replies() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER, b"a", INFER, b"b", INFER, b"c")
+        bench.frontend.drain()
+        bench.answer(0, REPLY)
+        assert bench.sent == REPLY
+        bench.answer(2, REPLY)
+        bench.answer(1, REPLY)
+        assert bench.sent == REPLY + LAST_REPLY
+        bench.transport.write_eof.assert_called_once()
+
+    run(scenario)
+
+
+def test_drain_does_not_write_a_header_into_a_stream() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(STREAM, b"a")
+        bench.connection.stream(bench.calls[0], [b"HTTP/1.1 200 OK\r\n\r\nfirst"])
+        bench.frontend.drain()
+        bench.answer(0, b"last")
+        assert bench.sent == b"HTTP/1.1 200 OK\r\n\r\nfirstlast"
+        bench.transport.write_eof.assert_called_once()
+
+    run(scenario)
+
+
+def test_drain_takes_a_request_that_was_on_its_way() -> None:
     async def scenario(bench: Bench) -> None:
         bench.frontend.drain()
+        bench.transport.close.assert_not_called()
+        bench.receive(INFER, b"a")
+        bench.receive(INFER, b"b")
+        bench.frontend.close_idle()
+        assert len(bench.calls) == 1
+        bench.answer(0, REPLY)
+        assert bench.sent == LAST_REPLY
+        bench.transport.write_eof.assert_called_once()
+
+    run(scenario)
+
+
+def test_drain_closes_what_stays_idle() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.frontend.drain()
+        bench.frontend.close_idle()
         bench.transport.close.assert_called_once()
 
     run(scenario)
