@@ -1,6 +1,6 @@
 """Maps the folders at the repository root into one import package; metadata is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 NAME = "forebay"
 #: Package to folder. The client is a frontend by its place in the code, and a package of its own to its users.
@@ -8,6 +8,16 @@ TREES = {"engine": "engine", "frontend": "frontend", "client": "frontend/client"
 
 #: What a package ships besides its modules: type markers, settings, protocol descriptors, the dashboard's pages.
 DATA = ["py.typed"] + [f"**/*.{suffix}" for suffix in ("toml", "binpb", "proto", "html", "css", "js", "svg", "json")]
+
+#: Folders of data only, by tree. Without a module in them they are namespaces, which setuptools wants to see listed.
+DATA_FOLDERS = {"client": ["c"], "conf": ["models", "models.*"]}
+
+
+def data_packages(tree: str) -> list[str]:
+    """Return the data folders of a tree whose names could be imported; others (versions: ``1``) are files of these."""
+    folders = find_namespace_packages(TREES[tree], include=DATA_FOLDERS[tree])
+    return [f"{NAME}.{tree}.{name}" for name in folders if all(part.isidentifier() for part in name.split("."))]
+
 
 setup(
     # forebay is a namespace: engine/x.py is forebay.engine.x in a checkout and in a
@@ -17,9 +27,10 @@ setup(
         name
         for tree, folder in TREES.items()
         for name in (f"{NAME}.{tree}", *(f"{NAME}.{tree}.{sub}" for sub in find_packages(folder, exclude=["client*"])))
-    ],
+    ]
+    + [package for tree in DATA_FOLDERS for package in data_packages(tree)],
     # The example model repository travels inside the wheel: `forebay demo` needs no checkout.
     package_data={f"{NAME}.{tree}": DATA for tree in TREES}
-    | {f"{NAME}.conf": [*DATA, "models/**/*"], f"{NAME}.client": [*DATA, "c/*"]},
+    | {f"{NAME}.conf": [*DATA, "models/**/*"], f"{NAME}.client": [*DATA, "c/*.[ch]", "c/Makefile"]},
     exclude_package_data={"": ["*.py[co]", "**/__pycache__/*"]},
 )
