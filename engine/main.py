@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments, os.environ)
     except CommandLineExit as answer:
-        print(answer.text.rstrip("\n"), file=sys.stdout if answer.is_answer else sys.stderr)
+        _print_answer(answer)
         return answer.exit_code
     for warning in command.warnings:
         print(warning, file=sys.stderr)
@@ -40,6 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     run: Callable[[Command], int] = importlib.import_module(_COMMAND_MODULES[command.name]).run
     return run(command)
+
+
+def _print_answer(answer: CommandLineExit) -> None:
+    stream = sys.stdout if answer.is_answer else sys.stderr
+    try:
+        print(answer.text.rstrip("\n"), file=stream, flush=True)
+    except BrokenPipeError:
+        # `forebay --help | head`: the reader has seen enough. The interpreter must not find the pipe again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def serve(settings: Settings) -> int:
