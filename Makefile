@@ -13,6 +13,8 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.12 python3.13 python3.11 
 ARGS ?=
 # Options for pytest, as in: make test TESTS="tests/unit -k settings"
 TESTS ?=
+# Files that are tested side by side; fixtures are shared within a file. PARALLEL= runs one after the other.
+PARALLEL ?= -n 3 --dist loadfile
 
 # What is checked and formatted; a folder that a checkout lacks is left out.
 SOURCES := setup.py $(wildcard engine frontend ipc conf tests bench examples)
@@ -37,7 +39,7 @@ gpu: $(VENV)/.installed  ## Add what a machine with an NVIDIA GPU needs (about 1
 	$(PIP) install --force-reinstall --no-deps onnxruntime-gpu
 
 test: $(VENV)/.installed-test  ## Install what the tests need and run them
-	$(BIN)/python -P -m pytest $(TESTS)
+	$(BIN)/python -P -m pytest $(PARALLEL) $(TESTS)
 
 format: $(VENV)/.installed-test  ## Format the code and sort its imports
 	$(BIN)/ruff format $(SOURCES)
