@@ -147,7 +147,8 @@ def _shape_key(entry: ModelEntry, places: Sequence[TensorPlace]) -> int:
     if all(spec.is_fixed for spec in entry.inputs):
         return 0
     skip = 1 if entry.max_batch_size > 0 else 0
-    signature = sorted((place.name, place.shape[skip:]) for place in places)
+    ragged = {spec.name for spec in entry.inputs if spec.allow_ragged_batch} if skip else ()
+    signature = sorted((place.name, () if place.name in ragged else place.shape[skip:]) for place in places)
     return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
 
 

@@ -63,7 +63,12 @@ def choose_profile(spec: InstanceSpec, inputs: Mapping[str, Shape]) -> dict[str,
         InvalidArgument: a size varies, and nothing says how far.
     """
     least, usual, most = (parse_shapes(spec.parameters.get(key, ""), key) for key in SHAPE_PARAMETERS)
-    configured = {tensor.name: tensor.backend_dims for tensor in spec.inputs}
+    is_batching = spec.max_batch_size > 0
+    # Nothing says how many elements a ragged batch has at most.
+    configured = {
+        tensor.name: (-1,) if tensor.allow_ragged_batch and is_batching else tensor.backend_dims
+        for tensor in spec.inputs
+    }
     profile: dict[str, ProfileShapes] = {}
     for name, shape in inputs.items():
         if -1 not in shape:

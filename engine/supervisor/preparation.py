@@ -409,6 +409,8 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
                 "host_policy": instance.host_policy,
                 "resources": msgspec.to_builtins(resources_of(instance)),
                 "rate_priority": instance.rate_priority,
+                "batch_inputs": msgspec.to_builtins(spec.batch_inputs),
+                "batch_outputs": msgspec.to_builtins(spec.batch_outputs),
                 **({"sequence": sequence} if sequence is not None else {}),
             },
             rows_mode=is_fixed and not prepared.wants_parcels,

@@ -24,6 +24,7 @@ from forebay.engine.worker.custom_metrics import MetricsSender
 from forebay.engine.worker.inbox import Inbox
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
+from forebay.engine.worker.ragged import with_batch_tensors
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
 from forebay.engine.worker.sequences import SequencesRunner, sequence_policy, with_sequence_tensors
@@ -175,7 +176,7 @@ class Worker:
         start_ns = time.monotonic_ns()
         self._lifeline.send(Phase(text="loading"))
         policy = sequence_policy(spec)
-        instance = self._open(spec).load(with_sequence_tensors(spec))
+        instance = self._open(spec).load(with_batch_tensors(with_sequence_tensors(spec)))
         counters = self._counters_file.block(spec.counter_offset, instance_words(spec.max_batch_size))
         self._clock = counters
         if isinstance(instance, TensorInstance):

@@ -6,6 +6,7 @@ waits here, in this process, until the producer has lent a larger one (COLLECT),
 
 from __future__ import annotations
 
+import itertools
 import select
 import sys
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorInstance
 from forebay.engine.worker.head_check import check_head
 from forebay.engine.worker.places import Producer, Producers, backend_shape, client_shape
+from forebay.engine.worker.ragged import RaggedPolicy, RaggedRequest
 from forebay.ipc.arena import align
 from forebay.ipc.counters import LAST_BUCKET
 from forebay.ipc.counters import InstanceCounter as Count
@@ -487,6 +489,7 @@ class ParcelsRunner:
         self.inputs: dict[str, TensorSpec] = {tensor.name: tensor for tensor in spec.inputs}
         self.outputs: dict[str, TensorSpec] = {tensor.name: tensor for tensor in spec.outputs}
         self._instance = instance
+        self._ragged = RaggedPolicy(spec)
         #: Requests without a final response, or with responses that wait for room.
         self._open: dict[tuple[int, int], ParcelRequest] = {}
         self._bound: dict[tuple[object, ...], Callable[[], None]] = {}
@@ -739,7 +742,7 @@ class ParcelsRunner:
     # --- tensor instances ---
 
     def _run_tensors(self, instance: TensorInstance, requests: Sequence[ParcelRequest], stamps: list[int]) -> None:
-        if len(requests) == 1:
+        if len(requests) == 1 and not self._ragged.is_needed:
             self._run_single(instance, requests[0], stamps)
             return
         # One client's broken tensor is its own error, not its neighbours'.
@@ -749,6 +752,9 @@ class ParcelsRunner:
                 separate.append((request, request.input_arrays()))
             except ServingError as error:
                 request.fail(error)
+        if self._ragged.is_needed:
+            self._run_ragged(instance, separate, stamps)
+            return
         if self.max_batch_size > 0 and _can_be_joined([arrays for _request, arrays in separate]):
             self._run_joined(instance, separate, stamps)
             return
@@ -822,10 +828,7 @@ class ParcelsRunner:
         joined: Arrays = {
             name: np.concatenate([arrays[name] for _request, arrays in separate]) for name in separate[0][1]
         }
-        self.counters[Count.GATHERED_BYTES] += sum(
-            place.byte_size for request in requests for place in request.head.inputs
-        )
-        self.counters[Count.BATCHES_GATHERED] += 1
+        self._count_gathered(requests)
         wanted = self.wanted(requests)
         stamps[1] = time.monotonic_ns()
         results = instance.run(joined, wanted)
@@ -838,6 +841,58 @@ class ParcelsRunner:
             own = slice(first, first + request.rows)
             request.reply({name: (checked[name][0], checked[name][1][own]) for name in request.requested_outputs})
             first += request.rows
+
+    def _count_gathered(self, requests: Sequence[ParcelRequest]) -> None:
+        self.counters[Count.GATHERED_BYTES] += sum(
+            place.byte_size for request in requests for place in request.head.inputs
+        )
+        self.counters[Count.BATCHES_GATHERED] += 1
+
+    def _run_ragged(
+        self, instance: TensorInstance, separate: list[tuple[ParcelRequest, Arrays]], stamps: list[int]
+    ) -> None:
+        """Run requests whose shapes may differ, all at once if they fit together."""
+        batch = [
+            (request, RaggedRequest(request.rows, arrays, {place.name: place.shape for place in request.head.inputs}))
+            for request, arrays in separate
+        ]
+        fit = self._ragged.can_join([entry for _request, entry in batch])
+        for group in [batch] if fit else [[single] for single in batch]:
+            try:
+                self._run_ragged_group(instance, group, stamps)
+            except ServingError as error:
+                for request, _entry in group:
+                    request.fail(error)
+
+    def _run_ragged_group(
+        self, instance: TensorInstance, group: Sequence[tuple[ParcelRequest, RaggedRequest]], stamps: list[int]
+    ) -> None:
+        requests, entries = [request for request, _entry in group], [entry for _request, entry in group]
+        joined = self._ragged.join(entries)
+        if len(group) > 1:
+            self._count_gathered(requests)
+        wanted = self.wanted(requests)
+        stamps[1] = time.monotonic_ns()
+        results = instance.run(joined, wanted)
+        stamps[2] = time.monotonic_ns()
+        total = sum(request.rows for request in requests)
+        pieces = {name: self._divided(name, results, entries, total) for name in wanted}
+        for index, request in enumerate(requests):
+            request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
+            request.reply({name: pieces[name][index] for name in request.requested_outputs})
+
+    def _divided(
+        self, name: str, results: Mapping[str, Array], entries: Sequence[RaggedRequest], total: int
+    ) -> list[tuple[str, Array]]:
+        """Return each request's part of an output, as :meth:`checked` does the whole."""
+        if self._ragged.is_scattered(name):
+            datatype = self.outputs[name].datatype
+            return [(datatype, part) for part in self._ragged.scatter(name, results.get(name), entries)]
+        datatype, array = self.checked(name, results, total)
+        if self.max_batch_size == 0:
+            return [(datatype, array)]
+        ends = itertools.accumulate(entry.rows for entry in entries)
+        return [(datatype, array[end - entry.rows : end]) for end, entry in zip(ends, entries, strict=True)]
 
     def checked(self, name: str, results: Mapping[str, Array], rows: int) -> tuple[str, Array]:
         """Return (datatype, array in the client's shape) of an output after comparing it with the configuration."""

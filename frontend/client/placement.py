@@ -278,7 +278,8 @@ class BlockPlacement:
         if all(spec.is_fixed for spec in self.model.signature.inputs):
             return 0
         skip = 1 if self.model.signature.max_batch_size > 0 else 0
-        signature = sorted((place.name, place.shape[skip:]) for place in places)
+        ragged = {spec.name for spec in self.model.signature.inputs if spec.allow_ragged_batch} if skip else ()
+        signature = sorted((place.name, () if place.name in ragged else place.shape[skip:]) for place in places)
         return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
 
     def output(self, pending: Pending, name: str | None) -> Array:

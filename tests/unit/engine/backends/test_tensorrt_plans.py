@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -23,6 +24,7 @@ from forebay.engine.backends.tensorrt_plans import (
 )
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import TensorSpec
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -144,3 +146,11 @@ def test_profile_follows_the_parameters() -> None:
 def test_impossible_profile_is_refused(parameters: dict[str, str], text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
         choose_profile(make_spec(-1, **parameters), {"x": (-1, -1)})
+
+
+def test_profile_of_a_ragged_input_must_be_said() -> None:
+    """Spec S-140: nothing tells how many elements a batch has at most."""
+    ragged = TensorSpec("x", "FP32", (), allow_ragged_batch=True)
+    spec = msgspec.structs.replace(make_spec(3), inputs=(ragged,))
+    with pytest.raises(InvalidArgument, match="its shape \\[-1\\] varies; say how far"):
+        choose_profile(spec, {"x": (-1,)})
