@@ -302,7 +302,7 @@ class RouteClient:
         #: Latencies and responses one by one; None: nobody wants them.
         self.details: RouteDetails | None = engine.route_details(entry)
         # A frontend that used the block before us may have died with requests in flight.
-        self.counters[Count.ENSEMBLE_USES] = 0
+        self.count_ensemble_use(0)
         #: Of an ensemble: what its steps took, laid out as an instance's block.
         self.step_counters = engine.step_counters_block(entry)
         #: What the requests of an ensemble share; made and used by ``ensemble/run.py``.
@@ -507,6 +507,18 @@ class RouteClient:
             if not self.flush_direct():
                 self.need_flush()
 
+    def count_ensemble_use(self, change: int) -> None:
+        """Note that a run of an ensemble needs this model version (+1), or no longer (-1).
+
+        The count outlives this object: a model that was away for a moment comes back as another, over the same words.
+        """
+        uses, offset = self.engine.ensemble_uses, self.entry.counter_offset
+        self.counters[Count.ENSEMBLE_USES] = count = uses.get(offset, 0) + change
+        if count:
+            uses[offset] = count
+        else:
+            uses.pop(offset, None)
+
     def retire(self) -> None:
         """The model version is no longer routed to; give back slabs as they empty."""
         self.is_retired = True
@@ -598,6 +610,8 @@ class EngineClient:
         self._buffer_view = memoryview(self._buffer)
         self._decode_reply = msgspec.msgpack.Decoder(ReplyHead).decode
         self._encode_head = msgspec.msgpack.Encoder().encode
+        #: Runs of ensembles that need a model version, by the offset of its counters; none: 0.
+        self.ensemble_uses: dict[int, int] = {}
         self._no_counters = memoryview(bytearray(PRODUCER_WORDS * 8)).cast("Q")
         loop.add_reader(completions.fileno(), self._on_completion)
 

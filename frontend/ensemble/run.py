@@ -24,7 +24,6 @@ from forebay.frontend.ensemble.outcome import Outcomes
 from forebay.frontend.ensemble.step_call import ModelCall, OnStepReply, StepReply, StepTimes, traced_reply
 from forebay.frontend.ensemble.tensors import StepChecks, Tensor, fit_shape, hold_all, release_all, shaped_for
 from forebay.frontend.inference import RequestMeta
-from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.errors import Cancelled, InvalidArgument, NotReady, ServingError, Unavailable
 from forebay.ipc.messages import ParameterValue, TensorPlace
 
@@ -165,7 +164,7 @@ class EnsembleRun:
             if route is None:
                 version = f" version {step.version}" if step.version > 0 else ""
                 raise NotReady(f"Request for unknown model: '{step.model}'{version} is not at ready state")
-            route.counters[Count.ENSEMBLE_USES] += 1
+            route.count_ensemble_use(1)
             self._routes[needed.number] = route
 
     # --- the graph ---
@@ -413,7 +412,7 @@ class EnsembleRun:
                 release_all(self._waiting.popleft()[1].values())
             self._in_flight_responses.clear()
             for route in self._routes.values():
-                route.counters[Count.ENSEMBLE_USES] -= 1
+                route.count_ensemble_use(-1)
             self._routes.clear()
             if reply.error is not None:
                 self._model.outcomes.failed(self._began_ns, reply.error, ran=reply.ran)

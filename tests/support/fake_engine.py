@@ -12,7 +12,7 @@ import numpy as np
 from forebay.frontend.engine_client import EngineClient, RouteClient
 from forebay.ipc.arena import BlockAllocator
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.counters import PRODUCER_WORDS, instance_words
+from forebay.ipc.counters import PRODUCER_WORDS, ProducerCounter, instance_words
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import TensorSpec
@@ -49,6 +49,9 @@ class FakeRoute:
         self.ensemble: object = None
         self.details = None
         self.heads: list[ParcelHead] = []
+
+    def count_ensemble_use(self, change: int) -> None:
+        self.counters[ProducerCounter.ENSEMBLE_USES] += change
 
     def write_counters(self) -> None:
         self.copied_in_bytes = self.copied_out_bytes = 0

@@ -532,3 +532,20 @@ def test_answers_keep_the_order_of_their_requests() -> None:
         assert [owner.answers for owner in owners] == [["ok."], ["ok."], ["no."]]
 
     play(scenario, ordered=True)
+
+
+def test_ensembles_in_flight_are_counted_while_their_model_goes_and_comes_back() -> None:
+    async def scenario(s: Surroundings) -> None:
+        before = s.route
+        before.count_ensemble_use(+1)
+        s.engine.update_catalog(Catalog(generation=2, models=()))
+        s.engine.update_catalog(Catalog(generation=3, models=(before.entry,)))
+        after = s.engine.routes[ROUTE]
+        assert after is not before
+        assert s.count(ProducerCounter.ENSEMBLE_USES) == 1
+        after.count_ensemble_use(+1)
+        before.count_ensemble_use(-1)
+        after.count_ensemble_use(-1)
+        assert s.count(ProducerCounter.ENSEMBLE_USES) == 0
+
+    play(scenario)
