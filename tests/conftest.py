@@ -1,8 +1,12 @@
 """Fixtures and rules that hold for all tests."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
+
+from forebay.ipc.log import LogOptions, log
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,3 +26,11 @@ def has_cuda_device() -> bool:
             return True
     except OSError:
         return False
+
+
+@pytest.fixture(autouse=True)
+def _default_log() -> Iterator[None]:
+    """What one test sets for the process's log is not the next one's."""
+    yield
+    log.configure(LogOptions())
+    log.interrupting = contextlib.nullcontext
