@@ -6,12 +6,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import TensorSpec
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -37,6 +39,14 @@ class Strings(torch.nn.Module):  # type: ignore[misc,name-defined]
 class ListOfTensors(torch.nn.Module):  # type: ignore[misc,name-defined]
     def forward(self, x: list[torch.Tensor]) -> torch.Tensor:
         return x[0] - x[1]
+
+
+class SumOfEach(torch.nn.Module):  # type: ignore[misc,name-defined]
+    """The sum of each request of a ragged batch; ``ends`` accumulates their element counts."""
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        sums = torch.cumsum(x, 0)[ends.long() - 1]
+        return torch.diff(sums, prepend=torch.zeros(1)).unsqueeze(1)
 
 
 class Odd(torch.nn.Module):  # type: ignore[misc,name-defined]
@@ -354,3 +364,21 @@ def test_plain_module_with_weights(tmp_path: Path) -> None:
     (tmp_path / "1" / "model.py").write_text("x = 1\n")
     with pytest.raises(ServingError, match=r"'1/model.py' has no subclass of torch.nn.Module"), WorkerHarness(spec):
         pass
+
+
+def test_ragged_input_is_one_tensor_for_the_batch(tmp_path: Path) -> None:
+    """Spec S-140, S-142: a batch input is an argument like any other."""
+    path = save(SumOfEach(), tmp_path)
+    ends = {
+        "kind": "BATCH_ACCUMULATED_ELEMENT_COUNT",
+        "target_names": ["ends"],
+        "datatype": "INT32",
+        "source_inputs": ["x"],
+    }
+    made = spec_of(path, [], tensors("y", dims=(1,)), max_batch_size=4, extra={"batch_inputs": [ends]})
+    ragged = TensorSpec("x", "FP32", (-1,), allow_ragged_batch=True)
+    spec = msgspec.structs.replace(made, inputs=(ragged,))
+    with WorkerHarness(spec) as worker:
+        tokens = worker.submit({"x": np.array([[1, 2, 3]], np.float32)}, {"x": np.array([[4, 5]], np.float32)})
+        answers = {response.token: response.outputs["y"].tolist() for response in worker.responses(*tokens)}
+        assert [answers[token] for token in tokens] == [[[6]], [[9]]]
