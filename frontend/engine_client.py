@@ -380,15 +380,16 @@ class RouteClient:
     ) -> None:
         """Hand filled rows over.
 
-        They go out at the end of this event-loop turn, together with what else arrives in it; or at once, if a granted
-        worker is idle: then there is nothing to wait for, and one pass of the event loop is saved.
+        They go out at the end of this event-loop turn, together with what else arrives in it; or at once, if nothing
+        else is in flight and a granted worker is idle: a lone client's request has nothing to wait for, and one pass
+        of the event loop is saved. With others in flight the turn is awaited: more of them make one batch.
         """
         slab.owners[first] = owner
         turn = self.turn
         if not self.engine.are_gauges_due:
             self.engine.want_gauges()
         if not turn:
-            if self.grants and not self.turn_parcels and self._ring_now(slab, first, rows):
+            if self.grants and slab.live == rows and not self.turn_parcels and self._ring_now(slab, first, rows):
                 return
             self.need_flush()
         else:
@@ -850,7 +851,7 @@ class EngineClient:
             if found is None:
                 continue
             route, slab = found
-            owners = slab.owners
+            owners: list[RowOwner | None] = slab.owners
             owner: RowOwner | None
             if rows == 1:
                 owner = owners[first]

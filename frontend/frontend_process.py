@@ -35,6 +35,7 @@ from forebay.ipc.messages import (
     Failed,
     FrontendStart,
     LogChanged,
+    ModelMetrics,
     RegionDown,
     RegionsSeen,
     RegionUp,
@@ -145,7 +146,7 @@ class FrontendProcess:
                     for name in message.names:
                         self.regions.remove(name)
                     self._confirm_regions(message.generation)
-                case FrontendStart():
+                case FrontendStart() | ModelMetrics():
                     pass
 
     def _take_trace_rules(self, rules: TraceRules) -> None:

@@ -140,7 +140,7 @@ class RowsCancel(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Cancel(Message, frozen=True, tag=2):
-    """The clients of these requests left. What still waits is answered as cancelled; workers hear of running parcels."""
+    """The clients of these requests left. What waits is answered as cancelled; workers hear of running parcels."""
 
     producer: int
     tokens: tuple[int, ...] = ()

@@ -81,7 +81,7 @@ FLAG_GRANTED = 1
 FLAG_FAILED = 2
 #: Flag of PARCEL_REPLY: the last response to this request.
 FLAG_FINAL = 4
-#: Flag of REVOKE: the instance is gone, whatever the generation; what was rung under the grant and not answered is lost.
+#: Flag of REVOKE: the instance is gone, whatever the generation; what was rung and not answered is lost.
 FLAG_GONE = 8
 #: Flag of RUNS_LOST, PARCEL_LOST and of REVOKE with FLAG_GONE: the worker was ended because it took too long. Whoever
 #: tried again would only have the next one hang.

@@ -40,7 +40,7 @@ class Plant:
     #: Of each frontend that keeps a part of the response cache; empty: there is none.
     cache_counter_offsets: tuple[int, ...] = ()
     #: Those that were forked, as long as anybody knows of them.
-    workers: WeakSet[WorkerHandle] = field(default_factory=WeakSet)
+    workers: WeakSet[WorkerHandle] = field(default_factory=lambda: WeakSet[WorkerHandle]())
     #: How to log, if that has changed since the zygotes were started.
     log_changed: LogChanged | None = None
     next_instance: itertools.count[int] = field(default_factory=lambda: itertools.count(1))

@@ -295,7 +295,7 @@ class Switchboard:
     # --- shared-memory clients ---
 
     def add_client(self, producer: Producer, on_instance: Callable[[int, int, socket.socket], None]) -> None:
-        """Announce a client to the scheduler; takes ownership of its descriptors. Workers hear of it when it needs them.
+        """Announce a client to the scheduler; takes ownership of its descriptors. Workers hear of it at need.
 
         Args:
             on_instance: called with route, instance and the sending end of a new ring, which it then owns, whenever a

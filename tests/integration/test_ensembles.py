@@ -252,7 +252,9 @@ def test_what_an_ensemble_lacks_is_named(explicit: Explicit) -> None:
     status, text = explicit.load("circle")
     assert "circular dependency between ensembles: circle -> ... -> circle -> circle" in text
     status, text = explicit.load("of_broken")
-    expected = "ensemble 'of_broken' depends on 'broken' which has no loaded version. Model 'broken' loading failed with"
+    expected = (
+        "ensemble 'of_broken' depends on 'broken' which has no loaded version. Model 'broken' loading failed with"
+    )
     assert expected in text
     status, text = explicit.load("of_version")
     assert "ensemble 'of_version' depends on 'scale' whose required version 7 is not loaded." in text

@@ -1,4 +1,4 @@
-"""Run ``serve`` with settings that no flag gives yet: ``serve_with_settings.py {"repository": {...}} serve --flags``."""
+"""Run ``serve`` with settings that no flag gives: ``serve_with_settings.py {"repository": {...}} serve --flags``."""
 
 from __future__ import annotations
 
