@@ -553,6 +553,16 @@ class RouteClient:
         return bool(rows or self.block_bytes)
 
 
+def _answer_rows(slab: OwnedSlab, first: int, rows: int) -> None:
+    """Call everybody who waits for one of these rows."""
+    owners = slab.owners
+    for row in range(first, first + rows):
+        owner = owners[row]
+        if owner is not None:
+            owners[row] = None
+            owner.rows_done(slab, row)
+
+
 class EngineClient:
     """All routes, the arena, the doorbells."""
 
@@ -851,18 +861,7 @@ class EngineClient:
             if found is None:
                 continue
             route, slab = found
-            owners: list[RowOwner | None] = slab.owners
-            owner: RowOwner | None
-            if rows == 1:
-                owner = owners[first]
-                owners[first] = None
-                if owner is not None:
-                    owner.rows_done(slab, first)
-            else:
-                for row, owner in enumerate(owners[first : first + rows], first):
-                    if owner is not None:
-                        owners[row] = None
-                        owner.rows_done(slab, row)
+            _answer_rows(slab, first, rows)
             slab.release(first, rows)
             count_answered(route.counters, requests, requests * now_ns - enqueue_sum_ns)
             if route.details is not None:
