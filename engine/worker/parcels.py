@@ -41,6 +41,8 @@ from forebay.ipc.wire import (
     Kind,
 )
 
+#: Input bytes of a request on a CPU, on average over a batch, up to which requests are joined.
+JOINED_BYTES_MAX = 128 * 1024
 #: Bytes of outputs that travel in the message itself when no reply block is at hand (responses of decoupled models).
 INLINE_BYTES_MAX = 16 * 1024
 
@@ -755,7 +757,8 @@ class ParcelsRunner:
         if self._ragged.is_needed:
             self._run_ragged(instance, separate, stamps)
             return
-        if self.max_batch_size > 0 and _can_be_joined([arrays for _request, arrays in separate]):
+        arrays_of_all = [arrays for _request, arrays in separate]
+        if self.max_batch_size > 0 and self._is_worth_joining(arrays_of_all) and _can_be_joined(arrays_of_all):
             self._run_joined(instance, separate, stamps)
             return
         for request, _arrays in separate:
@@ -763,6 +766,16 @@ class ParcelsRunner:
                 self._run_single(instance, request, stamps)
             except ServingError as error:
                 request.fail(error)
+
+    def _is_worth_joining(self, separate: Sequence[Arrays]) -> bool:
+        """Tell whether requests should be copied together rather than run where they lie, one after the other.
+
+        On a CPU, joining large tensors costs more than a call of the framework (`bench/large_body.py`).
+        """
+        if self.spec.kind == "GPU":
+            return True
+        total = sum(array.nbytes for arrays in separate for array in arrays.values())
+        return total < JOINED_BYTES_MAX * len(separate)
 
     def wanted(self, requests: Sequence[ParcelRequest]) -> tuple[str, ...]:
         """Return the outputs that any of the requests wants."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -185,6 +186,8 @@ def test_a_client_that_hangs_up_is_forgotten(scene: Scene) -> None:
 
 
 def test_descriptors_are_given_back() -> None:
+    gc.collect()  # What earlier tests left behind may be closed at any time.
     before = len(os.listdir("/proc/self/fd"))
     Scene().close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
