@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from forebay_server import ForebayServer
+from forebay_server import ForebayServer, wait_until
 from ragged_models import BATCH_TENSORS_TEXT, CONFIG_TEXT, PYTHON_MODEL, double_onnx
 
 import forebay.client.shm
@@ -44,9 +44,14 @@ def test_requests_of_different_shapes_share_an_execution(server: ForebayServer, 
         long = pool.submit(_infer, server, model, [[4, 5, 6, 7, 8]])
         assert short.result() == {"Y": ([1, 3], [2, 4, 6]), "SHAPE": ([1, 1], [3])}
         assert long.result() == {"Y": ([1, 5], [8, 10, 12, 14, 16]), "SHAPE": ([1, 1], [5])}
-    [statistics] = json.loads(server.get(f"/v2/models/{model}/stats")[1])["model_stats"]
-    assert statistics["execution_count"] == 1
-    assert statistics["inference_count"] == 2
+
+    def counts() -> tuple[int, int]:
+        [statistics] = json.loads(server.get(f"/v2/models/{model}/stats")[1])["model_stats"]
+        return statistics["execution_count"], statistics["inference_count"]
+
+    # A worker counts an execution when it has ended, which is after its answers have left.
+    wait_until(lambda: counts()[0] > 0, "the execution to be counted")
+    assert counts() == (1, 2)
 
 
 def test_clients_in_shared_memory_join_others(server: ForebayServer) -> None:
