@@ -43,11 +43,8 @@ class Route:
 
 
 async def _infer(context: ControlContext, call: Call) -> Reply:
-    """Hand an inference request that came this way to the process's own handlers."""
-    handler = context.infer_handlers.get(call.groups["action"])
-    if handler is None:
-        raise Unsupported(f"{call.groups['action']} requests are not served on this connection")
-    return await handler(context, call)
+    """Refuse: the protocol in front takes these, and passes on only those that the checks before this one answer."""
+    raise Unsupported(f"{call.groups['action']} requests are not served on this connection")
 
 
 def _routes(*table: tuple[str, str, Mapping[str, Handler], str]) -> tuple[Route, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -63,8 +63,6 @@ class ControlContext:
     """uint64: the whole counters file."""
     is_exiting: bool = False
     """True from the moment the server drains: every new call is answered 503 (spec H-009)."""
-    infer_handlers: Mapping[str, Handler] = field(default_factory=dict[str, Handler])
-    """``infer``, ``generate`` and ``generate_stream``, for requests that the fast path handed on."""
 
 
 @dataclass(frozen=True)

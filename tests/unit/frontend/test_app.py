@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from fake_frontend import ask, entry, make_context, serving
 
-from forebay.frontend.handlers.context import Call, ControlContext, ControlSettings, Reply, RestrictedApi
+from forebay.frontend.handlers.context import ControlSettings, RestrictedApi
 
 NOT_FOUND = (404, "text/plain", b'{"error":"Not Found"}')
 
@@ -172,11 +172,5 @@ def test_unexpected_exceptions_tell_the_client_nothing(capfd: pytest.CaptureFixt
     assert "secret /path" in capfd.readouterr().err
 
 
-def test_inference_requests_go_to_the_process_own_handlers() -> None:
-    async def generate(context: ControlContext, call: Call) -> Reply:
-        return Reply(b"%s %s" % (call.groups["model"].encode(), call.body))
-
-    context = make_context(entry("f32"))
-    context.infer_handlers = {"generate": generate}
-    assert ask(context, "POST", "/v2/models/f32/generate", b"{}").body == b"f32 {}"
-    assert ask(context, "POST", "/v2/models/f32/infer", b"{}").status == 501
+def test_inference_requests_are_the_protocols_in_front() -> None:
+    assert ask(make_context(entry("f32")), "POST", "/v2/models/f32/infer", b"{}").status == 501
