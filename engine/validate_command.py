@@ -20,7 +20,8 @@ from forebay.engine.backend_families import missing_library
 from forebay.engine.command_line import Command
 from forebay.engine.repository.check_repository import Machine, ModelReport, check_models
 from forebay.engine.repository.config_problem import Problem
-from forebay.engine.repository.repository import FoundModel, ModelRepository
+from forebay.engine.repository.found_model import FoundModel
+from forebay.engine.repository.repository import ModelRepository
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.gpus import find_gpus, gpus_of_backend
 from forebay.ipc.errors import Code, ServingError

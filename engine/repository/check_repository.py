@@ -14,11 +14,12 @@ import msgspec
 from forebay.engine.repository.auto_complete import is_complete
 from forebay.engine.repository.config_problem import ConfigError, Problem
 from forebay.engine.repository.ensemble_check import circle_problem, dependencies, ensemble_problems
+from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_config_schema import FieldPath, ModelConfig
+from forebay.engine.repository.model_files import read_labels, resolve_model_file
 from forebay.engine.repository.model_spec import ModelSpec
 from forebay.engine.repository.normalise import DEFAULT_MIN_COMPUTE_CAPABILITY, Gpu, normalise_instance_groups
 from forebay.engine.repository.packaged_files import MODEL_FILE, missing_packages, packaged_model_file
-from forebay.engine.repository.repository import FoundModel, read_labels, resolve_model_file
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import load_problems
 from forebay.ipc.errors import NotFound, ServingError

@@ -268,3 +268,14 @@ def _check_json_value(value: object, field: FieldType, path: FieldPath, problems
             )
         return name
     return value
+
+
+def changed_fields(older: ModelConfig, newer: ModelConfig) -> frozenset[str]:
+    """Return the top-level fields in which two normalised configurations differ."""
+    changed: set[str] = set()
+    for field in older.message.DESCRIPTOR.fields:
+        before, after = getattr(older.message, field.name), getattr(newer.message, field.name)
+        present = field.has_presence and (older.message.HasField(field.name) != newer.message.HasField(field.name))
+        if present or before != after:
+            changed.add(str(field.name))
+    return frozenset(changed)

@@ -7,7 +7,6 @@ to do with the answer (load, keep, complain) is the supervisor's business. Files
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -18,7 +17,6 @@ import msgspec
 
 from forebay.engine.repository.beneath import (
     Beneath,
-    Entry,
     Refused,
     check_model_name,
     check_name,
@@ -27,10 +25,13 @@ from forebay.engine.repository.beneath import (
 from forebay.engine.repository.cloud_location import is_cloud
 from forebay.engine.repository.config import MAX_CONFIG_BYTES, parse_config_bytes, parse_config_json
 from forebay.engine.repository.config_problem import ConfigError, Problem
+from forebay.engine.repository.fingerprint import fingerprint_of
+from forebay.engine.repository.found_model import FoundModel, listed_repositories, mark_duplicates, unusable_model
 from forebay.engine.repository.model_config_schema import ModelConfig
+from forebay.engine.repository.model_files import file_problems
 from forebay.engine.repository.normalise import detect_backend, normalise_defaults
 from forebay.engine.repository.validate import directory_name_problem, poll_problems
-from forebay.engine.repository.versions import ChosenVersions, FoundVersions, choose_versions, find_versions
+from forebay.engine.repository.versions import FoundVersions, find_versions
 from forebay.ipc.errors import Code, InvalidArgument, NotFound, ServingError
 
 if TYPE_CHECKING:
@@ -38,93 +39,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.pbtxt"
 
-#: Files that count for one model's fingerprint at most, and how deep they may lie.
-MAX_FINGERPRINT_FILES = 100_000
-MAX_FINGERPRINT_DEPTH = 16
-
-#: Bytes of one label file; a million classes fit.
-MAX_LABEL_BYTES = 64 * 1024 * 1024
-
-#: Bytes of one warm-up or initial-state file.
-MAX_TENSOR_FILE_BYTES = 1 << 30
-
-#: Reason in the index for a name that two repositories have (spec R-010).
-DUPLICATE_TEXT = "model appears in two or more repositories"
 
 FILE_PREFIX = "file:"
-
-
-class Fingerprint(msgspec.Struct, frozen=True):
-    """What changes when a model's files do: names, sizes, modification times and inodes (spec R-089, R-091)."""
-
-    config: str
-    """Digest of the configuration file, or of the override."""
-    shared: str
-    """Digest of what lies beside the versions: labels, warm-up data, libraries."""
-    versions: dict[int, str]
-    """Digest of each version directory."""
-
-    def changed_versions(self, older: Fingerprint) -> frozenset[int]:
-        """Return the versions that are new or whose files differ from ``older``'s."""
-        return frozenset(number for number, digest in self.versions.items() if older.versions.get(number) != digest)
-
-
-class FoundModel(msgspec.Struct, frozen=True):
-    """One model directory as it was at one moment."""
-
-    name: str
-    repository: str
-    """The repository's directory: as it was given, or the copy of one in a cloud."""
-    path: str
-    """Absolute path of the model directory without links; empty if it cannot be used."""
-    namespace: str = ""
-    config: ModelConfig | None = None
-    """Backend detected and defaults filled in; None if there is a problem that prevents it."""
-    config_text: str = ""
-    """What was read: text format, or JSON if ``is_override``; empty if there is no configuration file."""
-    config_file: str = ""
-    """``config.pbtxt`` or ``configs/<name>.pbtxt``; empty if there is none."""
-    versions: FoundVersions = FoundVersions(())
-    fingerprint: Fingerprint | None = None
-    problems: tuple[Problem, ...] = ()
-    """Why the model cannot be polled; empty if it can be loaded."""
-    is_override: bool = False
-    """Made from a load request's ``config`` parameter."""
-    temporary_directory: str = ""
-    """Owned by whoever holds this: delete it with :meth:`discard` when the model is unloaded or was not loaded."""
-
-    @property
-    def identity(self) -> str:
-        """``name``, or ``namespace::name`` (spec R-015)."""
-        return f"{self.namespace}::{self.name}" if self.namespace else self.name
-
-    @property
-    def usable_config(self) -> ModelConfig:
-        """The configuration.
-
-        Raises:
-            ConfigError: with all problems.
-        """
-        if self.problems or self.config is None:
-            raise ConfigError(self.problems or (Problem(f"model '{self.name}' has no configuration"),))
-        return self.config
-
-    def chosen_versions(self) -> ChosenVersions:
-        """Apply the version policy.
-
-        Raises:
-            ConfigError: the model has problems, or no version satisfies the policy.
-        """
-        return choose_versions(self.usable_config, self.versions.numbers)
-
-    def version_path(self, version: int) -> str:
-        """Return the directory of a version; it may not exist for an override."""
-        return os.path.join(self.path, str(version))
-
-    def discard(self) -> None:
-        """Delete the temporary directory, if there is one."""
-        if self.temporary_directory:
-            shutil.rmtree(self.temporary_directory, ignore_errors=True)
 
 
 class ModelRepository:
@@ -192,10 +108,10 @@ class ModelRepository:
             with _open_root(repository) as root:
                 found += [self._examine(root, repository, item.name) for item in root.entries() if item.is_directory]
                 found += [
-                    _unusable(name, repository, Problem(reason)) for name, reason in root.refused_entries().items()
+                    unusable_model(name, repository, Problem(reason)) for name, reason in root.refused_entries().items()
                 ]
         if not self.namespacing:
-            found = _mark_duplicates(found)
+            found = mark_duplicates(found)
         return sorted(found, key=lambda model: (model.name, self.paths.index(model.repository)))
 
     def is_partial(self, found: FoundModel) -> bool:
@@ -243,8 +159,8 @@ class ModelRepository:
             raise NotFound(f"failed to poll model '{name}': not found in any model repository")
         if len(found) > 1:
             if self.namespacing:
-                raise InvalidArgument(f"ambiguity for model '{name}': found in namespaces {_listed(found)}")
-            return _mark_duplicates(found)[0]
+                raise InvalidArgument(f"ambiguity for model '{name}': found in namespaces {listed_repositories(found)}")
+            return mark_duplicates(found)[0]
         return found[0]
 
     def override_model(
@@ -322,13 +238,15 @@ class ModelRepository:
                 config = parse_config_bytes(data, f"{name}/{config_file}")
             return self._assemble(root, repository, (name,), name, config, text, config_file=config_file)
         except ConfigError as error:
-            return _unusable(
+            return unusable_model(
                 name, repository, *error.problems, config_file=config_file, namespace=self._namespace(repository)
             )
         except (ServingError, OSError) as error:
             code = error.code if isinstance(error, ServingError) else Code.INTERNAL
             problem = Problem(_reason(error), code=code)
-            return _unusable(name, repository, problem, config_file=config_file, namespace=self._namespace(repository))
+            return unusable_model(
+                name, repository, problem, config_file=config_file, namespace=self._namespace(repository)
+            )
 
     def _assemble(
         self,
@@ -358,7 +276,7 @@ class ModelRepository:
             wrong_name = directory_name_problem(config, name)
             if wrong_name is not None:
                 problems.append(wrong_name)
-        problems += _file_problems(config)
+        problems += file_problems(config)
         return FoundModel(
             name=name,
             repository=repository,
@@ -368,7 +286,7 @@ class ModelRepository:
             config_text=text,
             config_file=config_file,
             versions=versions,
-            fingerprint=_fingerprint(root, path, entries, text if is_override else "", config_file, versions),
+            fingerprint=fingerprint_of(root, path, entries, text if is_override else "", config_file, versions),
             problems=tuple(problems),
             is_override=is_override,
         )
@@ -385,66 +303,7 @@ class ModelRepository:
         return CONFIG_FILE if item is not None else ""
 
 
-def read_labels(model_path: str, repository: str, filename: str) -> tuple[str, ...]:
-    """Return the labels of an output, one per line (spec H-173).
-
-    Args:
-        model_path: the model directory.
-        repository: the repository that a link must not leave.
-        filename: ``label_filename`` of the configuration.
-
-    Raises:
-        Refused: the name leads out of the model directory, or a link out of the repository.
-        NotFound: there is no such file.
-    """
-    data = read_model_file(model_path, repository, filename, MAX_LABEL_BYTES)
-    return tuple(line.rstrip("\r") for line in data.decode(errors="replace").removesuffix("\n").split("\n"))
-
-
-def read_model_file(model_path: str, repository: str, filename: str, max_bytes: int = MAX_TENSOR_FILE_BYTES) -> bytes:
-    """Return a file of a model directory: labels, warm-up data, initial state.
-
-    Raises:
-        Refused: the name leads out of the model directory, a link out of the repository, or the file is too large.
-        NotFound: there is no such file.
-    """
-    names = check_relative(filename)
-    with Beneath(repository) as root:
-        return root.read((*_below(root, model_path), *names), max_bytes)
-
-
-def resolve_model_file(model_path: str, repository: str, filename: str) -> str | None:
-    """Return the real path of a file or directory of a model, or None if it is not there.
-
-    For backends, whose libraries open files by name: ``default_model_filename`` below a version directory, or a custom
-    operator library.
-
-    Raises:
-        Refused: the name leads out of the model directory, or a link out of the repository.
-    """
-    names = check_relative(filename)
-    with Beneath(repository) as root:
-        path = (*_below(root, model_path), *names)
-        return root.real_path(path) if root.entry(path) is not None else None
-
-
-def requires_reload(older: ModelConfig, newer: ModelConfig) -> bool:
-    """True unless only ``instance_group`` and ``version_policy`` differ (spec R-090)."""
-    return bool(changed_fields(older, newer) - {"instance_group", "version_policy"})
-
-
-def changed_fields(older: ModelConfig, newer: ModelConfig) -> frozenset[str]:
-    """Return the top-level fields in which two normalised configurations differ."""
-    changed: set[str] = set()
-    for field in older.message.DESCRIPTOR.fields:
-        before, after = getattr(older.message, field.name), getattr(newer.message, field.name)
-        present = field.has_presence and (older.message.HasField(field.name) != newer.message.HasField(field.name))
-        if present or before != after:
-            changed.add(str(field.name))
-    return frozenset(changed)
-
-
-# ---- helpers ---------------------------------------------------------------------------------------------------------
+# --- helpers
 
 
 def _check_root(path: str) -> None:
@@ -475,140 +334,9 @@ def _open_root(repository: str) -> Beneath:
     return Beneath(repository)
 
 
-def _below(root: Beneath, model_path: str) -> tuple[str, ...]:
-    """Return the names from the repository to a model directory.
-
-    Raises:
-        Refused: the directory is not in the repository.
-    """
-    relative = os.path.relpath(os.path.realpath(model_path), root.real_root)
-    if relative == "..":
-        raise Refused("the model directory is not in the model repository")
-    return check_relative(relative, "model directory")
-
-
-def _unusable(name: str, repository: str, *problems: Problem, config_file: str = "", namespace: str = "") -> FoundModel:
-    return FoundModel(
-        name=name.encode(errors="backslashreplace").decode(),  # a name on disk need not be UTF-8
-        repository=repository,
-        path="",
-        namespace=namespace,
-        config_file=config_file,
-        problems=problems,
-    )
-
-
-def _mark_duplicates(found: list[FoundModel]) -> list[FoundModel]:
-    """Keep one entry per name; a name that two repositories have is unusable (spec R-010)."""
-    by_name: dict[str, list[FoundModel]] = {}
-    for model in found:
-        by_name.setdefault(model.name, []).append(model)
-    kept: list[FoundModel] = []
-    for name, models in by_name.items():
-        if len(models) == 1:
-            kept += models
-        else:
-            hint = f"It is in {_listed(models)}; rename one, or start with --model-namespacing=true."
-            kept.append(_unusable(name, models[0].repository, Problem(DUPLICATE_TEXT, hint=hint)))
-    return kept
-
-
-def _listed(models: list[FoundModel]) -> str:
-    return " and ".join(f"'{model.repository}'" for model in models)
-
-
 def _first_version_files(root: Beneath, path: tuple[str, ...], versions: FoundVersions) -> dict[str, bool] | None:
     """Return what the lexicographically first version directory holds (spec R-041)."""
     if not versions.numbers:
         return None
     first = min(str(number) for number in versions.numbers)
     return {item.name: item.is_directory for item in root.entries((*path, first))}
-
-
-def _file_problems(config: ModelConfig) -> list[Problem]:
-    """Names of files in the configuration must stay inside the model directory (spec C-039)."""
-    message = config.message
-    named: list[tuple[tuple[str | int, ...], str]] = [
-        (("output", index, "label_filename"), output.label_filename) for index, output in enumerate(message.output)
-    ]
-    named.append((("default_model_filename",), message.default_model_filename))
-    named += [(("cc_model_filenames", key), message.cc_model_filenames[key]) for key in message.cc_model_filenames]
-    named += [
-        (("model_operations", "op_library_filename", index), filename)
-        for index, filename in enumerate(message.model_operations.op_library_filename)
-    ]
-    for index, sample in enumerate(message.model_warmup):
-        named += [
-            (("model_warmup", index, "inputs", key, "input_data_file"), sample.inputs[key].input_data_file)
-            for key in sample.inputs
-        ]
-    for index, state in enumerate(message.sequence_batching.state):
-        named += [
-            (("sequence_batching", "state", index, "initial_state", number, "data_file"), initial.data_file)
-            for number, initial in enumerate(state.initial_state)
-        ]
-    problems: list[Problem] = []
-    for path, filename in named:
-        if not filename:
-            continue
-        try:
-            check_relative(filename, str(path[-1]) if not isinstance(path[-1], int) else str(path[-2]))
-        except Refused as error:
-            problems.append(Problem(error.text, path, written=filename).located(config.source))
-    return problems
-
-
-def _fingerprint(
-    root: Beneath,
-    path: tuple[str, ...],
-    entries: list[Entry],
-    override: str,
-    config_file: str,
-    versions: FoundVersions,
-) -> Fingerprint:
-    budget = [MAX_FINGERPRINT_FILES]
-    numbers = {str(number) for number in versions.numbers}
-    digests: dict[int, str] = {}
-    shared = hashlib.blake2b(digest_size=16)
-    config = hashlib.blake2b(override.encode(), digest_size=16)
-    for item in entries:
-        if item.is_directory and item.name in numbers:
-            digest = hashlib.blake2b(digest_size=16)
-            _add_tree(digest, root, (*path, item.name), budget, 0)
-            digests[int(item.name)] = digest.hexdigest()
-        elif item.is_directory and item.name != "configs":
-            _add_entry(shared, item)
-            _add_tree(shared, root, (*path, item.name), budget, 0)
-        elif not item.is_directory:
-            _add_entry(config if item.name == config_file else shared, item)
-    if "/" in config_file:
-        found = root.entry((*path, *config_file.split("/")))
-        if found is not None:
-            _add_entry(config, found)
-    return Fingerprint(config.hexdigest(), shared.hexdigest(), digests)
-
-
-def _add_tree(digest: hashlib.blake2b, root: Beneath, path: tuple[str, ...], budget: list[int], depth: int) -> None:
-    """Add every file below a directory.
-
-    Raises:
-        Refused: too many files, or too deep.
-    """
-    if depth > MAX_FINGERPRINT_DEPTH:
-        raise Refused(f"'{'/'.join(path)}' lies deeper than {MAX_FINGERPRINT_DEPTH} directories")
-    for item in root.entries(path):
-        budget[0] -= 1
-        if budget[0] < 0:
-            raise Refused(f"model '{path[0]}' has more than {MAX_FINGERPRINT_FILES} files")
-        _add_entry(digest, item)
-        if item.is_directory and item.name != "__pycache__":
-            _add_tree(digest, root, (*path, item.name), budget, depth + 1)
-
-
-def _add_entry(digest: hashlib.blake2b, item: Entry) -> None:
-    """Add one entry. A directory counts by name only: its time changes when Python writes ``__pycache__`` into it."""
-    if item.is_directory:
-        if item.name != "__pycache__":
-            digest.update(os.fsencode(item.name) + b"\0d")
-        return
-    digest.update(os.fsencode(item.name) + f"\0{item.mtime_ns} {item.size_bytes} {item.inode}\0".encode())

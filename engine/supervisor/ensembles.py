@@ -16,8 +16,8 @@ import msgspec
 from forebay.engine.repository.config import config_json
 from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.ensemble_check import check_ensemble, circle_problem, step_identity
+from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_spec import EnsembleSpec, EnsembleStepSpec, ModelSpec
-from forebay.engine.repository.repository import FoundModel
 from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion
 from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.errors import Code, InvalidArgument, ServingError

@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from forebay.engine.backend_families import missing_library
+from forebay.engine.repository.config import changed_fields
 from forebay.engine.repository.config_problem import ConfigError
-from forebay.engine.repository.repository import FoundModel, ModelRepository, changed_fields
+from forebay.engine.repository.found_model import FoundModel
+from forebay.engine.repository.repository import ModelRepository
 from forebay.engine.supervisor.adjustment import ADJUSTABLE_FIELDS, Adjustment
 from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.memory import return_memory

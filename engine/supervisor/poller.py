@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from forebay.engine.repository.repository import Fingerprint, FoundModel
+from forebay.engine.repository.fingerprint import Fingerprint
+from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.supervisor.lifecycle import ModelLifecycle
 from forebay.ipc.errors import ServingError
 from forebay.ipc.log import log

@@ -29,7 +29,9 @@ from forebay.engine.repository.auto_complete import (
 )
 from forebay.engine.repository.check_repository import FILE_BACKENDS
 from forebay.engine.repository.config import config_json, parse_config_json
+from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_config_schema import ModelConfig
+from forebay.engine.repository.model_files import read_labels, resolve_model_file
 from forebay.engine.repository.model_spec import (
     DynamicBatchingSpec,
     EnsembleSpec,
@@ -40,7 +42,6 @@ from forebay.engine.repository.model_spec import (
 )
 from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups
 from forebay.engine.repository.packaged_files import missing_packages, packaged_model_file
-from forebay.engine.repository.repository import FoundModel, read_labels, resolve_model_file
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
 from forebay.engine.supervisor.gpus import gpus_of_backend
