@@ -8,9 +8,10 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from forebay.frontend.grpc.http2.connection import Buffer, Connection, Stream
+from forebay.frontend.grpc.http2.connection import Connection
 from forebay.frontend.grpc.http2.frames import Http2Code
 from forebay.frontend.grpc.http2.hpack_encoder import encode_plain
+from forebay.frontend.grpc.http2.stream import Buffer, Stream
 from forebay.frontend.grpc.request_head import RequestHead
 from forebay.frontend.grpc.status import (
     ACCEPT_ENCODING,

@@ -12,10 +12,11 @@ import time
 from typing import TYPE_CHECKING, cast
 
 from forebay.frontend.grpc.call import Call, FailedCall
-from forebay.frontend.grpc.http2.connection import Connection, Stream
+from forebay.frontend.grpc.http2.connection import Connection
 from forebay.frontend.grpc.http2.frames import Http2Code
 from forebay.frontend.grpc.http2.hpack_decoder import HpackDecoder
 from forebay.frontend.grpc.http2.hpack_encoder import ReplyEncoder, encode_plain
+from forebay.frontend.grpc.http2.stream import Stream
 from forebay.frontend.grpc.status import ACCEPT_ENCODING, CONTENT_TYPE, STATUS_OK, STOPPING_TEXT, RpcError, Status
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """One HTTP/2 connection, server side: bytes in, calls on streams, bytes out. No I/O and no clock of its own.
 
 Frames are parsed where they lie in the receive buffer; the payload of a DATA frame is handed on in the pieces in which
-it arrives, so nothing but an incomplete control frame is ever kept here. Replies are written at once if the client's
-windows allow, else they wait with their stream and go out frame by frame, streams in turn.
+it arrives, so nothing but an incomplete control frame is ever kept here. The writing half is in ``sending``.
 
 What a client may cost is bounded: header blocks (bytes, fields, CONTINUATION frames), streams, queued reply bytes,
 control replies that it does not read, and the rate of resets and of frames that only make work.
@@ -10,9 +9,7 @@ control replies that it does not read, and the rate of resets and of frames that
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from collections.abc import Callable
 
 from forebay.frontend.grpc.http2.frames import (
     ACK,
@@ -42,8 +39,6 @@ from forebay.frontend.grpc.http2.frames import (
     Http2Error,
     Setting,
     frame,
-    goaway,
-    pack_header,
     reset,
     settings_frame,
     unpack_header,
@@ -52,13 +47,10 @@ from forebay.frontend.grpc.http2.frames import (
 from forebay.frontend.grpc.http2.hpack_decoder import LIST_BYTES_MAX, HpackDecoder
 from forebay.frontend.grpc.http2.hpack_encoder import ReplyEncoder
 from forebay.frontend.grpc.http2.rate import Allowance
+from forebay.frontend.grpc.http2.sending import QUEUED_BYTES_MAX, STREAMS_MAX, Head, SendingSide
+from forebay.frontend.grpc.http2.stream import STREAM_WINDOW, Application, Stream
 
-Buffer: TypeAlias = bytes | memoryview
-
-#: Streams of one connection open at a time.
-STREAMS_MAX = 2048
-#: What we allow a client to send on one stream, and on the connection, before we say that it was taken.
-STREAM_WINDOW = 4 * 1024 * 1024
+#: What we allow a client to send on the connection before we say that it was taken.
 CONNECTION_WINDOW = 16 * 1024 * 1024
 #: Payload of one DATA frame that we take; a large message is then a few frames, not thousands.
 FRAME_BYTES_MAX = 1024 * 1024
@@ -70,93 +62,13 @@ _BLOCK_BYTES_MAX = LIST_BYTES_MAX
 _CONTINUATIONS_MAX = 16
 #: Settings in one frame.
 _SETTINGS_MAX = 64
-#: Reply bytes of one connection that wait for the client to read; beyond, new calls are refused.
-QUEUED_BYTES_MAX = 64 * 1024 * 1024
-#: The same, beyond which replies to calls that were taken before are given up.
-QUEUED_BYTES_LIMIT = 512 * 1024 * 1024
-#: Bytes of acknowledgements that wait for the client to read, at most.
-_UNREAD_CONTROL_BYTES_MAX = 256 * 1024
-#: Streams that we reset are remembered, because frames for them may be on their way.
-_RESET_STREAMS_MAX = 2 * STREAMS_MAX
 #: Resets that a client may cause: at once, per second.
 RESET_RATE = (1000, 100)
 #: Frames without use that a client may send: at once, per second.
 IDLE_FRAME_RATE = (10_000, 1000)
 
 
-class Stream:
-    """One call's stream. The connection calls the ``on_`` methods; subclasses give them meaning."""
-
-    __slots__ = (
-        "connection", "id", "is_local_closed", "is_remote_closed", "queue", "queued_bytes", "receive_window",
-        "send_window", "tail", "taken_bytes",
-    )  # fmt: skip
-
-    def __init__(self, connection: Connection[Any], number: int) -> None:
-        self.connection = connection
-        self.id = number
-        self.send_window = connection.initial_send_window
-        self.receive_window = STREAM_WINDOW
-        self.taken_bytes = 0
-        #: Reply bytes that wait for windows: header blocks (``bytes``) and DATA payload (``memoryview``).
-        self.queue: deque[Buffer] = deque()
-        self.queued_bytes = 0
-        #: Trailers' block, once no more data will be added.
-        self.tail: bytes | None = None
-        self.is_remote_closed = False
-        self.is_local_closed = False
-
-    @property
-    def holds_back(self) -> bool:
-        """Whether the client is to send no more than it may already."""
-        return False
-
-    def on_data(self, chunk: memoryview, *, is_end: bool) -> None:
-        """Some bytes of the request; the view is valid during the call only."""
-
-    def direct_place(self, limit: int) -> memoryview | None:
-        """Return where the next bytes of data, at most ``limit``, shall be received to; None: anywhere."""
-        return None
-
-    def direct_received(self, count: int) -> None:
-        """``count`` bytes of data lie where :meth:`direct_place` said."""
-
-    def on_reset(self) -> None:
-        """The client, or the end of the connection, has ended the call."""
-
-    def on_drained(self) -> None:
-        """Everything that waited has been written."""
-
-
-Head = TypeVar("Head")
-HeadIn = TypeVar("HeadIn", contravariant=True)
-
-
-class Application(Protocol[HeadIn]):
-    """Who answers the calls of a connection."""
-
-    def open_stream(self, number: int, head: HeadIn, *, is_end: bool) -> Stream:
-        """A request's header has arrived; return the stream object, which may have answered already."""
-        ...
-
-    def on_ping(self) -> None:
-        """The client has sent a PING, which has been answered."""
-        ...
-
-    def on_pong(self) -> None:
-        """The client has answered our PING."""
-        ...
-
-    def on_idle(self) -> None:
-        """The last open stream has ended."""
-        ...
-
-    def on_closed(self) -> None:
-        """A GOAWAY with an error has been written: close the connection when it is out."""
-        ...
-
-
-class Connection(Generic[Head]):
+class Connection(SendingSide[Head]):
     """The protocol state of one connection."""
 
     def __init__(
@@ -173,10 +85,8 @@ class Connection(Generic[Head]):
             write: takes bytes for the client, in order; never blocks.
             now_s: monotonic seconds.
         """
-        self._application = application
-        self._write = write
+        super().__init__(application, write, encoder)
         self._decoder = decoder
-        self._encoder = encoder
         # Reading
         self._partial = b""
         self.is_greeted = False
@@ -191,27 +101,9 @@ class Connection(Generic[Head]):
         self._continuations = 0
         self._receive_window = CONNECTION_WINDOW
         self._taken_bytes = 0
-        # Streams
-        self.streams: dict[int, Stream] = {}
-        self.last_stream = 0
-        self._reset_streams: OrderedDict[int, None] = OrderedDict()
+        # Limits
         self._resets = Allowance(*RESET_RATE, now_s)
         self._idle_frames = Allowance(*IDLE_FRAME_RATE, now_s)
-        # Writing
-        self.initial_send_window = WINDOW_DEFAULT
-        self._send_window = WINDOW_DEFAULT
-        self._frame_bytes = FRAME_BYTES_DEFAULT
-        self._block_prefix = b""
-        self._blocked: OrderedDict[int, Stream] = OrderedDict()
-        self.queued_bytes = 0
-        self._unread_control_bytes = 0
-        self.is_writable = True
-        #: No further streams are taken; set with the GOAWAY that says so.
-        self.is_draining = False
-        #: Nothing more is read or written.
-        self.is_closed = False
-        #: Replies written, for the ping policy.
-        self.replies_written = 0
         write(
             settings_frame(
                 {
@@ -652,271 +544,8 @@ class Connection(Generic[Head]):
         if not self.streams:
             self._application.on_idle()
 
-    # --- ends of streams ---
-
-    def add(self, stream: Stream) -> None:
-        """Know a new stream; called by whoever made it, before anything is written on it."""
-        self.streams[stream.id] = stream
-
     def _stream_error(self, stream: Stream, code: Http2Code) -> None:
         """The client broke a rule that concerns one stream only."""
         self._count_reset()
         self.abort(stream, code)
         stream.on_reset()
-
-    def abort(self, stream: Stream, code: Http2Code) -> None:
-        """End a stream at once, without trailers."""
-        if stream.id in self.streams:
-            self._remember_reset(stream.id)
-            self._write_control(reset(stream.id, code))
-            self._end(stream)
-
-    def _remember_reset(self, number: int) -> None:
-        self._reset_streams[number] = None
-        if len(self._reset_streams) > _RESET_STREAMS_MAX:
-            self._reset_streams.popitem(last=False)
-
-    def _end(self, stream: Stream) -> None:
-        stream.is_remote_closed = stream.is_local_closed = True
-        self.queued_bytes -= stream.queued_bytes
-        stream.queued_bytes = 0
-        stream.queue.clear()
-        stream.tail = None
-        self._blocked.pop(stream.id, None)
-        self._forget(stream)
-
-    def _forget(self, stream: Stream) -> None:
-        self.streams.pop(stream.id, None)
-        if not self.streams:
-            self._application.on_idle()
-
-    def _written(self, stream: Stream) -> None:
-        """The trailers are out."""
-        stream.is_local_closed = True
-        if stream.is_remote_closed:
-            self._forget(stream)
-        else:
-            # The client need not send the rest of its request (RFC 9113, 8.1).
-            self._remember_reset(stream.id)
-            self._write_control(reset(stream.id, Http2Code.NO_ERROR))
-            stream.is_remote_closed = True
-            self._forget(stream)
-
-    # --- writing ---
-
-    def _write_control(self, data: bytes) -> None:
-        if self.is_closed:
-            return
-        if not self.is_writable:
-            self._unread_control_bytes += len(data)
-            if self._unread_control_bytes > _UNREAD_CONTROL_BYTES_MAX:
-                self.close(Http2Code.ENHANCE_YOUR_CALM, "the client does not read")
-                return
-        self._write(data)
-
-    def _block_frame(self, number: int, block: bytes, flags: int) -> bytes:
-        if self._block_prefix:
-            block = self._block_prefix + block
-            self._block_prefix = b""
-        if len(block) <= self._frame_bytes:
-            return frame(HEADERS, flags | END_HEADERS, number, block)
-        size = self._frame_bytes
-        parts = [frame(HEADERS, flags, number, block[:size])]
-        for start in range(size, len(block), size):
-            is_last = start + size >= len(block)
-            parts.append(frame(CONTINUATION, END_HEADERS if is_last else 0, number, block[start : start + size]))
-        return b"".join(parts)
-
-    def reply(self, stream: Stream, message_bytes: int, pieces: Sequence[Buffer]) -> None:
-        """Answer with a good header, one message and good trailers; the pieces are copied.
-
-        Args:
-            message_bytes: sum of the pieces' lengths.
-        """
-        if stream.is_local_closed:
-            return
-        self.replies_written += 1
-        if (
-            message_bytes <= stream.send_window
-            and message_bytes <= self._send_window
-            and message_bytes <= self._frame_bytes
-            and self.is_writable
-            and not self._block_prefix
-            and stream.is_remote_closed
-            and not stream.queue
-        ):
-            self._send_window -= message_bytes
-            number = stream.id
-            head, tail = self._encoder.next_pair()
-            self._write(
-                b"".join(
-                    (
-                        pack_header(0, len(head), HEADERS, END_HEADERS, number),
-                        head,
-                        pack_header(message_bytes >> 8, message_bytes & 0xFF, DATA, 0, number),
-                        *pieces,
-                        pack_header(0, len(tail), HEADERS, END_HEADERS | END_STREAM, number),
-                        tail,
-                    )
-                )
-            )
-            stream.is_local_closed = True
-            del self.streams[number]
-            if not self.streams:
-                self._application.on_idle()
-            return
-        self.send_head(stream, self._encoder.plain_head)
-        self.send_data(stream, b"".join(pieces))
-        self.send_tail(stream, self._encoder.plain_tail)
-
-    def send_head(self, stream: Stream, block: bytes) -> None:
-        """Send a header block; it must not refer to the client's table."""
-        if stream.is_local_closed:
-            return
-        if self.is_writable and not stream.queue:
-            self._write(self._block_frame(stream.id, block, 0))
-        else:
-            stream.queue.append(block)
-            stream.queued_bytes += len(block)
-            self.queued_bytes += len(block)
-            self._blocked[stream.id] = stream
-
-    def send_data(self, stream: Stream, data: bytes) -> None:
-        """Send payload, now or as the client's windows allow; ``data`` is kept until then."""
-        if stream.is_local_closed or not data:
-            return
-        if self.queued_bytes and self.queued_bytes + len(data) > QUEUED_BYTES_LIMIT:
-            self.abort(stream, Http2Code.ENHANCE_YOUR_CALM)
-            stream.on_reset()
-            return
-        self.replies_written += 1
-        stream.queue.append(memoryview(data))
-        stream.queued_bytes += len(data)
-        self.queued_bytes += len(data)
-        self._blocked[stream.id] = stream
-        self._flush_stream(stream)
-
-    def send_tail(self, stream: Stream, block: bytes) -> None:
-        """Send trailers after everything else, which ends the stream; the block must not refer to the table."""
-        if stream.is_local_closed or stream.tail is not None:
-            return
-        stream.tail = block
-        if stream.queue:
-            return
-        if not self.is_writable:
-            self._blocked[stream.id] = stream
-            return
-        self._write_tail(stream)
-
-    def _write_tail(self, stream: Stream) -> None:
-        tail, stream.tail = stream.tail, None
-        assert tail is not None
-        self._blocked.pop(stream.id, None)
-        self.replies_written += 1
-        self._write(self._block_frame(stream.id, tail, END_STREAM))
-        self._written(stream)
-
-    def _flush_stream(self, stream: Stream) -> None:
-        """Write as much of one stream as windows allow."""
-        while self.is_writable and not self.is_closed and self._write_one(stream):
-            pass
-
-    def _flush(self) -> None:
-        """Write what windows allow, streams in turn."""
-        stuck: set[int] = set()
-        while self._blocked and self.is_writable and not self.is_closed:
-            number, stream = next(iter(self._blocked.items()))
-            if number in stuck:
-                return
-            if not self._write_one(stream):
-                if self._send_window <= 0:
-                    return
-                stuck.add(number)
-            if number in self._blocked:
-                self._blocked.move_to_end(number)
-
-    def _write_one(self, stream: Stream) -> bool:
-        """Write the next frame that waits on a stream; whether there may be another."""
-        queue = stream.queue
-        if not queue:
-            if stream.tail is not None:
-                self._write_tail(stream)
-            else:
-                self._blocked.pop(stream.id, None)
-            return False
-        item = queue[0]
-        if isinstance(item, bytes):
-            queue.popleft()
-            size = len(item)
-            self._write(self._block_frame(stream.id, item, 0))
-        else:
-            size = min(len(item), stream.send_window, self._send_window, self._frame_bytes)
-            if size <= 0:
-                if stream.send_window <= 0:
-                    # Comes back with a WINDOW_UPDATE of its own; looking at it for others' would cost.
-                    self._blocked.pop(stream.id, None)
-                return False
-            if size == len(item):
-                queue.popleft()
-            else:
-                queue[0] = item[size:]
-            stream.send_window -= size
-            self._send_window -= size
-            self._write(pack_header(size >> 8, size & 0xFF, DATA, 0, stream.id) + item[:size])
-        stream.queued_bytes -= size
-        self.queued_bytes -= size
-        if not queue:
-            if stream.tail is not None:
-                self._write_tail(stream)
-                return False
-            self._blocked.pop(stream.id, None)
-            stream.on_drained()
-            return False
-        return True
-
-    def pause_writing(self) -> None:
-        """The client does not read: keep replies with their streams."""
-        self.is_writable = False
-
-    def resume_writing(self) -> None:
-        """The client reads again."""
-        self.is_writable = True
-        self._unread_control_bytes = 0
-        self._flush()
-
-    def ping(self) -> None:
-        """Ask the client whether it is there."""
-        self._write_control(frame(PING, 0, 0, b"forebay!"))
-
-    # --- the end ---
-
-    def drain(self, *, refuse: bool) -> None:
-        """Tell the client to open no more streams here.
-
-        Args:
-            refuse: also refuse those that it opens before it knows; else they are still taken.
-        """
-        if self.is_closed:
-            return
-        self._write(goaway(self.last_stream if refuse else MAX_31_BITS, Http2Code.NO_ERROR))
-        if refuse:
-            self.is_draining = True
-
-    def close(self, code: Http2Code, text: str = "") -> None:
-        """Say why and stop; open streams are told."""
-        if self.is_closed:
-            return
-        self._write(goaway(self.last_stream, code, text))
-        self.lost()
-        self._application.on_closed()
-
-    def lost(self) -> None:
-        """The connection is gone: every open stream ends."""
-        self.is_closed = True
-        streams, self.streams = list(self.streams.values()), {}
-        self._blocked.clear()
-        self.queued_bytes = 0
-        for stream in streams:
-            stream.is_remote_closed = stream.is_local_closed = True
-            stream.queue.clear()
-            stream.on_reset()

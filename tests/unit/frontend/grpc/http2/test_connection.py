@@ -11,8 +11,7 @@ import h2.connection
 import h2.events
 import pytest
 
-from forebay.frontend.grpc.http2 import connection as module
-from forebay.frontend.grpc.http2.connection import Connection, Stream
+from forebay.frontend.grpc.http2.connection import Connection
 from forebay.frontend.grpc.http2.frames import (
     ACK,
     CONTINUATION,
@@ -34,6 +33,8 @@ from forebay.frontend.grpc.http2.frames import (
 )
 from forebay.frontend.grpc.http2.hpack_decoder import HpackDecoder
 from forebay.frontend.grpc.http2.hpack_encoder import ReplyEncoder, encode_plain
+from forebay.frontend.grpc.http2.sending import QUEUED_BYTES_LIMIT, QUEUED_BYTES_MAX, STREAMS_MAX
+from forebay.frontend.grpc.http2.stream import STREAM_WINDOW, Stream
 
 REQUEST = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/m"), (b":authority", b"a")]
 BLOCK = encode_plain(REQUEST)
@@ -217,7 +218,7 @@ def test_calls_are_answered_however_the_bytes_arrive(chunk_bytes: int) -> None:
 def test_a_body_beyond_all_windows_gets_through_both_ways() -> None:
     server = Server()
     client = Client(server)
-    body = random.Random(2).randbytes(3 * module.STREAM_WINDOW)
+    body = random.Random(2).randbytes(3 * STREAM_WINDOW)
     number = client.call(body)
     client.exchange()
     assert bytes(client.bodies[number]) == body
@@ -273,7 +274,7 @@ def test_a_client_that_does_not_read_makes_replies_wait() -> None:
 def test_calls_are_refused_while_too_many_reply_bytes_wait() -> None:
     server = Server()
     server.greet()
-    server.http2.queued_bytes = module.QUEUED_BYTES_MAX + 1
+    server.http2.queued_bytes = QUEUED_BYTES_MAX + 1
     server.receive(request(1, b"hello"))
     assert server.frames() == [(RST_STREAM, 0, 1, struct.pack(">I", Http2Code.ENHANCE_YOUR_CALM))]
 
@@ -283,7 +284,7 @@ def test_replies_beyond_all_bounds_are_given_up() -> None:
     server = Server()
     server.greet(struct.pack(">HI", 4, 0))
     server.receive(request(1, b"hello") + request(3, b"hello", end=False))
-    server.http2.queued_bytes += module.QUEUED_BYTES_LIMIT
+    server.http2.queued_bytes += QUEUED_BYTES_LIMIT
     server.take()
     server.receive(frame(DATA, END_STREAM, 3, b"more"))
     assert server.frames()[-1] == (RST_STREAM, 0, 3, struct.pack(">I", Http2Code.ENHANCE_YOUR_CALM))
@@ -346,9 +347,9 @@ def test_draining_takes_calls_until_the_client_can_know() -> None:
 def test_more_streams_than_allowed_are_refused() -> None:
     server = Server()
     server.greet()
-    opening = b"".join(request(number, end=False) for number in range(1, 2 * module.STREAMS_MAX + 3, 2))
+    opening = b"".join(request(number, end=False) for number in range(1, 2 * STREAMS_MAX + 3, 2))
     server.receive(opening)
-    assert len(server.opened) == module.STREAMS_MAX
+    assert len(server.opened) == STREAMS_MAX
     refused = [payload for kind, _f, _n, payload in server.frames() if kind == RST_STREAM]
     assert refused == [struct.pack(">I", Http2Code.REFUSED_STREAM)]
 
