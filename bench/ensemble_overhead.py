@@ -12,7 +12,6 @@ beside the sum of their models, each alone.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
 import statistics
@@ -26,28 +25,23 @@ from onnx import TensorProto, helper
 from bench.kserve import infer_once, infer_request
 from bench.machine import describe_machine, machine_line, save_results
 from bench.measurement import Measurement, measure
+from bench.rounds import RoundOptions, in_turns, median_ratio, median_table, numbers, round_parser
 from bench.servers import EXAMPLE_REPOSITORY, forebay
 from bench.tables import markdown_table, number
 
 #: The model alone, the model in front of it alone, and the ensembles.
 TARGETS = ("alpha_model", "pass_on", "one_step", "two_steps")
 
-_PASS_ON = """
-backend: "onnxruntime"
-max_batch_size: 64
-input [ { name: "features" data_type: TYPE_FP32 dims: [ 50 ] } ]
-output [ { name: "prediction" data_type: TYPE_FP32 dims: [ 50 ] } ]
-instance_group [ { count: 1 kind: KIND_CPU } ]
-dynamic_batching { }
-"""
+#: Columns of the medians.
+COLUMNS = {"rate_per_s": "inferences/s", "p50_us": "p50 us", "p99_us": "p99 us", "cpu_us": "server CPU us"}
 
-_ALPHA = """
+_MODEL = """
 backend: "onnxruntime"
 max_batch_size: 64
-input [ { name: "features" data_type: TYPE_FP32 dims: [ 50 ] } ]
-output [ { name: "prediction" data_type: TYPE_FP32 dims: [ 1 ] } ]
-instance_group [ { count: 1 kind: KIND_CPU } ]
-dynamic_batching { }
+input [ {{ name: "features" data_type: TYPE_FP32 dims: [ 50 ] }} ]
+output [ {{ name: "prediction" data_type: TYPE_FP32 dims: [ {made} ] }} ]
+instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+dynamic_batching {{ }}
 """
 
 _ENSEMBLE = """
@@ -76,8 +70,7 @@ def main() -> None:
         expected = infer_once(server.http_port, requests["alpha_model"])["prediction"]
         for name in ("one_step", "two_steps"):
             np.testing.assert_array_equal(infer_once(server.http_port, requests[name])["prediction"], expected)
-        for number_of_round in range(options.rounds):
-            order = TARGETS if number_of_round % 2 == 0 else TARGETS[::-1]
+        for number_of_round, order in in_turns(TARGETS, options.rounds):
             for connections in options.connections:
                 for name in order:
                     measurement = measure(
@@ -90,9 +83,7 @@ def main() -> None:
                         warmup_s=options.warmup,
                     )
                     rounds[connections][name].append(measurement)
-                    print(
-                        f"round {number_of_round + 1}, {connections} connections, {name}: {measurement.load.p50_us} us"
-                    )
+                    print(f"round {number_of_round}, {connections} connections, {name}: {measurement.load.p50_us} us")
     machine = describe_machine()
     print(f"\n{machine_line(machine)}\n{machine['command']}\n")
     print(report(rounds))
@@ -107,39 +98,28 @@ def main() -> None:
 
 def report(rounds: dict[int, dict[str, list[Measurement]]]) -> str:
     """Return the tables: medians, and what the ensembles cost."""
-    medians = [
-        [
-            f"{connections}, {name}",
-            *(number(_median(seen, column)) for column in ("rate_per_s", "p50_us", "p99_us", "cpu_us")),
-        ]
-        for connections, targets in rounds.items()
-        for name, seen in targets.items()
-    ]
+    medians = {
+        f"{connections}, {name}": seen for connections, targets in rounds.items() for name, seen in targets.items()
+    }
     ratios: list[list[str]] = []
     for connections, targets in rounds.items():
         alone, first = _column(targets["alpha_model"]), _column(targets["pass_on"])
-        one, two = _column(targets["one_step"]), _column(targets["two_steps"])
+        two = _column(targets["two_steps"])
         both = [mine + before for mine, before in zip(alone, first, strict=True)]
-        ratios.append([str(connections), number(_median_ratio(one, alone)), number(_median_ratio(two, both))])
+        of_two = statistics.median(ours / theirs for ours, theirs in zip(two, both, strict=True))
+        of_one = median_ratio(targets["one_step"], targets["alpha_model"], "p50_us")
+        ratios.append([str(connections), number(of_one), number(of_two)])
     return "\n".join(
         (
-            markdown_table(["connections, model", "inferences/s", "p50 us", "p99 us", "server CPU us"], medians),
+            median_table(COLUMNS, "connections, model", medians),
             "\np50, medians of paired ratios\n",
             markdown_table(["connections", "one step / its model", "two steps / the sum of their models"], ratios),
         )
     )
 
 
-def _median(measurements: list[Measurement], column: str) -> float:
-    return statistics.median(measurement.figures()[column] for measurement in measurements)
-
-
 def _column(measurements: list[Measurement]) -> list[float]:
     return [measurement.load.p50_us for measurement in measurements]
-
-
-def _median_ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(mine / its for mine, its in zip(ours, theirs, strict=True))
 
 
 @contextlib.contextmanager
@@ -148,8 +128,8 @@ def _repository() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="forebay-bench-") as directory:
         root = Path(directory)
         for name, config in (
-            ("alpha_model", _ALPHA),
-            ("pass_on", _PASS_ON),
+            ("alpha_model", _MODEL.format(made=1)),
+            ("pass_on", _MODEL.format(made=50)),
             (
                 "one_step",
                 _ENSEMBLE.format(steps=_STEP.format(model="alpha_model", given="features", made="prediction")),
@@ -182,27 +162,15 @@ def _pass_on() -> bytes:
     return model
 
 
-class _Options(argparse.Namespace):
+class _Options(RoundOptions):
     """The command line."""
 
     connections: list[int]
-    rounds: int
-    duration: float
-    warmup: float
-    output: Path | None
 
 
 def _parse_options() -> _Options:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ensemble_overhead", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--connections", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--duration", type=float, default=3, help="seconds of one measurement")
-    parser.add_argument("--warmup", type=float, default=1, help="seconds before each measurement")
-    parser.add_argument(
-        "--output", type=Path, help="results file (default: bench/results/ensemble_overhead-DATE-COMMIT.json)"
-    )
+    parser = round_parser("ensemble_overhead", __doc__, duration_s=3)
+    parser.add_argument("--connections", type=numbers, default=[1, 8, 32])
     return parser.parse_args(namespace=_Options())
 
 

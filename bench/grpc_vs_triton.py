@@ -13,13 +13,12 @@ latencies are those of its log, one line per call. *Server CPU* is user and syst
 per inference, from /proc, while the client ran; how many inferences there were the server's own statistics say.
 
 The Triton that PyPI offers has no C++ ONNX Runtime backend; its Python backend runs the same file here. With the
-factors between the two backends that were measured over HTTP (`http_vs_triton.CPP_FACTORS`) a ratio against the C++
+factors between the two backends that were measured over HTTP (`rounds.CPP_FACTORS`) a ratio against the C++
 backend is *estimated*; only forebay and the Python backend are measured by this file.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import subprocess
@@ -33,15 +32,23 @@ import numpy as np
 import onnxruntime
 import tritonclient.grpc as grpcclient
 
-from bench.http_vs_triton import CPP_FACTORS
 from bench.kserve import FloatArray, execution_counts, get_json
 from bench.load.client import LoadFailed
 from bench.machine import describe_machine, machine_line, save_results
+from bench.rounds import RoundOptions, in_turns, median_table, numbers, round_parser, triton_tables
 from bench.servers import EXAMPLE_REPOSITORY, PEER_FOLDER, Server, alpha_repository, forebay, free_ports, triton
-from bench.tables import markdown_table, number
 
 MODEL = "alpha_model"
+#: Columns of a ratio, and what they are called.
 RATIO_COLUMNS = {"rate_per_s": "rate", "p50_us": "p50", "p99_us": "p99", "cpu_us": "server CPU"}
+#: Columns of the medians.
+COLUMNS = {
+    "rate_per_s": "inferences/s",
+    "p50_us": "p50 us",
+    "p99_us": "p99 us",
+    "mean_batch": "batch",
+    "cpu_us": "server CPU us",
+}
 #: Seconds beyond the measurement that h2load may take to start and to finish.
 _PATIENCE_S = 30.0
 
@@ -56,8 +63,9 @@ class GrpcMeasurement:
     mean_batch: float
     cpu_us: float
 
-    def column(self, name: str) -> float:
-        return float(asdict(self)[name])
+    def figures(self) -> dict[str, float]:
+        """Return what the tables show, by column."""
+        return asdict(self)
 
 
 #: Measurements by calls in flight and server name, in the order of the rounds.
@@ -87,15 +95,14 @@ def main() -> None:
         message.write_bytes(request_message(rows))
         peer_version: str = get_json(peer.http_port, "/v2")["version"]
         rounds: Rounds = {in_flight: {ours.name: [], peer.name: []} for in_flight in options.in_flight}
-        for number_of_round in range(options.rounds):
-            order = (ours, peer) if number_of_round % 2 == 0 else (peer, ours)
+        for number_of_round, order in in_turns((ours, peer), options.rounds):
             for in_flight in options.in_flight:
                 for server in order:
                     run_h2load(ports[server.name], message, in_flight, options.warmup)
                     seen = measure(server, ports[server.name], message, in_flight, options.duration)
                     rounds[in_flight][server.name].append(seen)
                     print(
-                        f"round {number_of_round + 1}, {in_flight} in flight, {server.name}: "
+                        f"round {number_of_round}, {in_flight} in flight, {server.name}: "
                         f"{seen.rate_per_s:,.0f}/s, {seen.cpu_us:.1f} us of server CPU",
                         flush=True,
                     )
@@ -184,70 +191,33 @@ def run_h2load(port: int, message: Path, in_flight: int, duration_s: int) -> tup
 
 def report(rounds: Rounds, delay_us: int, peer_version: str) -> str:
     """Return the tables: medians, ratios, and the estimate against Triton's C++ backend."""
-    titles = ["in flight, server", "inferences/s", "p50 us", "p99 us", "batch", "server CPU us"]
-    columns = ["rate_per_s", "p50_us", "p99_us", "mean_batch", "cpu_us"]
-    medians = [
-        [f"{in_flight}, {name}", *(number(statistics.median(one.column(key) for one in seen)) for key in columns)]
-        for in_flight, servers in rounds.items()
-        for name, seen in servers.items()
-    ]
-    ratios = {
-        in_flight: {
-            key: statistics.median(
-                mine.column(key) / its.column(key)
-                for mine, its in zip(servers["forebay"], servers["triton"], strict=True)
-            )
-            for key in RATIO_COLUMNS
-        }
-        for in_flight, servers in rounds.items()
-    }
-    text = [
-        f"Medians; Triton {peer_version} runs the model in its Python backend.\n",
-        markdown_table(titles, medians),
-        "\nforebay / Triton (Python backend), medians of paired ratios\n",
-        markdown_table(
-            ["in flight", *RATIO_COLUMNS.values()],
-            [[str(count), *(number(ratio[key]) for key in RATIO_COLUMNS)] for count, ratio in ratios.items()],
-        ),
-    ]
-    if delay_us == 0 and any(count in CPP_FACTORS for count in ratios):
-        estimates = [
-            [str(count), *(number(ratio[key] / factor) for key, factor in CPP_FACTORS[count].items())]
-            for count, ratio in ratios.items()
-            if count in CPP_FACTORS
-        ]
-        text.append("\nforebay / Triton (C++ backend): an ESTIMATE, by factors measured once over HTTP\n")
-        text.append(markdown_table(["in flight", "rate", "p50", "server CPU"], estimates))
-    return "\n".join(text)
+    seen = {f"{in_flight}, {name}": seen for in_flight, servers in rounds.items() for name, seen in servers.items()}
+    return "\n".join(
+        (
+            f"Medians; Triton {peer_version} runs the model in its Python backend.\n",
+            median_table(COLUMNS, "in flight, server", seen),
+            triton_tables(RATIO_COLUMNS, "in flight", rounds, estimates=delay_us == 0),
+        )
+    )
 
 
-class _Options(argparse.Namespace):
-    """The command line."""
+class _Options(RoundOptions):
+    """The command line. h2load measures whole seconds."""
 
     in_flight: list[int]
-    rounds: int
     duration: int
     warmup: int
     delay: int
     instances: int
     peer: Path
-    output: Path | None
 
 
 def _parse_options() -> _Options:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.grpc_vs_triton", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--in-flight", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--duration", type=int, default=4, help="seconds of one measurement")
-    parser.add_argument("--warmup", type=int, default=1, help="seconds before each measurement")
+    parser = round_parser("grpc_vs_triton", __doc__, duration_s=4, type=int)
+    parser.add_argument("--in-flight", type=numbers, default=[1, 8, 32])
     parser.add_argument("--delay", type=int, default=0, help="queue delay of the model, microseconds")
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--peer", type=Path, default=PEER_FOLDER, help="where bench/peer_triton.sh installed Triton")
-    parser.add_argument(
-        "--output", type=Path, help="results file (default: bench/results/grpc_vs_triton-DATE-COMMIT.json)"
-    )
     return parser.parse_args(namespace=_Options())
 
 

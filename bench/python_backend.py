@@ -19,7 +19,6 @@ Aims: server CPU and p50 at most half of Triton's; three calls at most 1.5 times
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 import shutil
@@ -36,6 +35,7 @@ import numpy as np
 from bench.kserve import FloatArray, execution_counts, get_json, infer_once, infer_request
 from bench.machine import REPOSITORY_ROOT, describe_machine, machine_line, save_results
 from bench.measurement import Measurement, measure
+from bench.rounds import RoundOptions, in_turns, median_ratio, median_table, numbers, round_parser
 from bench.servers import PEER_FOLDER, Server, forebay, triton
 from bench.tables import markdown_table, number
 
@@ -44,6 +44,14 @@ ROW_LENGTH = 50
 #: FP32 values of a 4 MB tensor.
 LARGE_LENGTH = 2**20
 RATIO_COLUMNS = {"rate_per_s": "rate", "p50_us": "p50", "p99_us": "p99", "cpu_us": "server CPU"}
+#: Columns of the medians.
+COLUMNS = {
+    "rate_per_s": "inferences/s",
+    "p50_us": "p50 us",
+    "p99_us": "p99 us",
+    "mean_batch": "batch",
+    "cpu_us": "server CPU us",
+}
 STAGES = ("ingress", "gather", "scatter", "egress")
 
 #: Models that are one file: which, and the lengths of a row of IN and OUT.
@@ -134,9 +142,8 @@ def main() -> None:
                 answer = infer_once(server.http_port, requests[case.model_on(server)])["OUT"]
                 np.testing.assert_allclose(answer, EXPECTED[case.model](case.rows()), rtol=1e-4, atol=1e-4)
         peer_version: str = get_json(peer.http_port, "/v2")["version"]
-        for number_of_round in range(options.rounds):
-            order = (ours, peer) if number_of_round % 2 == 0 else (peer, ours)
-            for case in cases if number_of_round % 2 == 0 else cases[::-1]:
+        for number_of_round, order in in_turns((ours, peer), options.rounds):
+            for case in cases if number_of_round % 2 else cases[::-1]:
                 for server in order:
                     model = case.model_on(server)
                     before = Copies(server, model) if server is ours else None
@@ -153,7 +160,7 @@ def main() -> None:
                         copies[case].append(Copies(server, model).per_inference_since(before))
                     rounds[case][server.name].append(measurement)
                     print(
-                        f"round {number_of_round + 1}, {case.title}, {server.name}: p50 "
+                        f"round {number_of_round}, {case.title}, {server.name}: p50 "
                         f"{number(measurement.load.p50_us)} us, {number(measurement.cpu_us)} us of server CPU",
                         flush=True,
                     )
@@ -193,15 +200,9 @@ class Copies:
 
 def report(rounds: dict[Case, Rounds], copies: dict[Case, list[dict[str, float]]], peer_version: str) -> str:
     """Return the tables: medians, ratios to Triton, copies, and what calls cost beside an ensemble."""
-    titles = ["model, connections, server", "inferences/s", "p50 us", "p99 us", "batch", "server CPU us"]
-    columns = ("rate_per_s", "p50_us", "p99_us", "mean_batch", "cpu_us")
-    medians = [
-        [f"{case.title}, {name}", *(number(_median(seen, column)) for column in columns)]
-        for case, servers in rounds.items()
-        for name, seen in servers.items()
-    ]
+    medians = {f"{case.title}, {name}": seen for case, servers in rounds.items() for name, seen in servers.items()}
     ratios = [
-        [case.title, *(number(_ratio(servers["forebay"], servers["triton"], column)) for column in RATIO_COLUMNS)]
+        [case.title, *(number(median_ratio(servers["forebay"], servers["triton"], column)) for column in RATIO_COLUMNS)]
         for case, servers in rounds.items()
     ]
     copied = [
@@ -209,11 +210,11 @@ def report(rounds: dict[Case, Rounds], copies: dict[Case, list[dict[str, float]]
         for case, seen in copies.items()
     ]
     calls, steps = rounds[Case("three_calls", 1)], rounds[Case("three_steps", 1)]
-    nested = [[name, number(_ratio(calls[name], steps[name], "p50_us"))] for name in calls]
+    nested = [[name, number(median_ratio(calls[name], steps[name], "p50_us"))] for name in calls]
     return "\n".join(
         (
             f"Medians; Triton {peer_version} and its Python backend.\n",
-            markdown_table(titles, medians),
+            median_table(COLUMNS, "model, connections, server", medians),
             "\nforebay / Triton, medians of paired ratios\n",
             markdown_table(["model, connections", *RATIO_COLUMNS.values()], ratios),
             "\nforebay: tensor bytes copied in user space per inference\n",
@@ -243,38 +244,17 @@ def python_repository() -> Iterator[Path]:
         yield root
 
 
-def _median(measurements: list[Measurement], column: str) -> float:
-    return statistics.median(measurement.figures()[column] for measurement in measurements)
-
-
-def _ratio(ours: list[Measurement], theirs: list[Measurement], column: str) -> float:
-    pairs = zip(ours, theirs, strict=True)
-    return statistics.median(mine.figures()[column] / its.figures()[column] for mine, its in pairs)
-
-
-class _Options(argparse.Namespace):
+class _Options(RoundOptions):
     """The command line."""
 
     connections: list[int]
-    rounds: int
-    duration: float
-    warmup: float
     peer: Path
-    output: Path | None
 
 
 def _parse_options() -> _Options:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.python_backend", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--connections", type=lambda text: [int(part) for part in text.split(",")], default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--duration", type=float, default=3, help="seconds of one measurement")
-    parser.add_argument("--warmup", type=float, default=1, help="seconds before each measurement")
+    parser = round_parser("python_backend", __doc__, duration_s=3)
+    parser.add_argument("--connections", type=numbers, default=[1, 32])
     parser.add_argument("--peer", type=Path, default=PEER_FOLDER, help="where bench/peer_triton.sh installed Triton")
-    parser.add_argument(
-        "--output", type=Path, help="results file (default: bench/results/python_backend-DATE-COMMIT.json)"
-    )
     return parser.parse_args(namespace=_Options())
 
 
