@@ -24,7 +24,8 @@ from forebay.ipc.errors import Code, InvalidArgument, ServingError
 from forebay.ipc.log import log
 
 if TYPE_CHECKING:
-    from forebay.engine.supervisor.lifecycle import Model, ModelLifecycle
+    from forebay.engine.supervisor.lifecycle import ModelLifecycle
+    from forebay.engine.supervisor.models import Model
 
 
 def is_ensemble(found: FoundModel) -> bool:

@@ -1,12 +1,5 @@
 """The life of models: which versions serve, what is loading, and why something is not.
 
-A version's states (spec R-099)::
-
-    (unknown) -> LOADING -> READY -> UNLOADING -> UNAVAILABLE "unloaded"
-                    |         ^ |
-                    v         | v
-               UNAVAILABLE(reason)       its workers died / were replaced
-
 One load of one model is atomic (spec R-086): all versions that its policy selects come up, or what served before goes
 on serving. New versions are loaded beside the old ones; then every frontend learns the new catalog and says that it
 has; only then are the old ones drained and ended. So no request ever meets a version that is going away.
@@ -17,9 +10,6 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
-
-import msgspec
 
 from forebay.engine.backend_families import missing_library
 from forebay.engine.repository.config import changed_fields
@@ -29,11 +19,13 @@ from forebay.engine.repository.repository import ModelRepository
 from forebay.engine.supervisor.adjustment import ADJUSTABLE_FIELDS, Adjustment
 from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.memory import return_memory
+from forebay.engine.supervisor.model_view import ModelView
+from forebay.engine.supervisor.models import UNLOADED, LoadFailed, Model, PollFailed, VersionStatus
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version
 from forebay.engine.supervisor.served_version import ServedVersion
-from forebay.ipc.catalog import Catalog, ModelEntry
-from forebay.ipc.errors import Code, Internal, InvalidArgument, NotFound, ServingError, Unavailable
+from forebay.ipc.catalog import Catalog
+from forebay.ipc.errors import Internal, NotFound, ServingError
 from forebay.ipc.log import log
 
 #: How long frontends may take to say that they know a new catalog before the old version is ended all the same, s.
@@ -45,55 +37,8 @@ _SUBMISSIONS_GRACE_S = 0.05
 #: How long after an unload the memory that it freed is returned, s; several unloads share one time.
 _MEMORY_DELAY_S = 1.0
 
-#: Reason of a version that somebody unloaded (spec H-213).
-UNLOADED = "unloaded"
-
 #: Model, version (0: all), phase, instances ready, instances in all, reason.
 ProgressSink = Callable[[str, int, str, int, int, str], None]
-
-
-@dataclass(slots=True)
-class VersionStatus:
-    """What the index says of one version."""
-
-    state: str
-    reason: str = ""
-    is_excused: bool = False
-    """Failed for want of an optional library."""
-
-
-@dataclass(slots=True)
-class Model:
-    """Everything about one model name."""
-
-    name: str
-    found: FoundModel | None = None
-    """The directory as it was when last loaded or tried."""
-    serving: dict[int, ServedVersion] = field(default_factory=dict[int, ServedVersion])
-    status: dict[int, VersionStatus] = field(default_factory=dict[int, VersionStatus])
-    problem: str = ""
-    """Why it could not even be polled, or why its last update failed."""
-    is_excused: bool = False
-    backend: str = ""
-    """As configured when it was last loaded or tried; for tables."""
-    is_implicit: bool = False
-    """Loaded because an ensemble needs it, not because anybody asked for it (spec R-095)."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def is_known_only(self) -> bool:
-        """True if it was never loaded: only its directory is known."""
-        return not self.status and not self.problem
-
-
-class LoadFailed(ServingError):
-    """A load failed; what served before goes on. Carries Triton's text and code."""
-
-    code = Code.INVALID_ARG
-
-
-class PollFailed(Internal):
-    """A model's directory or configuration cannot be used (spec H-218)."""
 
 
 class ModelLifecycle:
@@ -119,6 +64,7 @@ class ModelLifecycle:
         self.repository = repository
         self.models: dict[str, Model] = {}
         self.ensembles = Ensembles(self)
+        self.view = ModelView(self.models, self.ensembles)
         self.generation = 1
         self.is_live = True
         self.is_initialised = False
@@ -152,65 +98,13 @@ class ModelLifecycle:
 
     def catalog(self, slot: str, slots: tuple[str, ...]) -> Catalog:
         """Return the catalog for the frontend of ``slot``; ``slots`` are all frontends that count requests."""
-        entries: list[ModelEntry] = []
-        for model in self.models.values():
-            entries += self._entries(model, slot, slots)
-        entries.sort(key=lambda entry: (entry.name, entry.version))
         return Catalog(
             generation=self.generation,
-            models=tuple(entries),
+            models=self.view.entries(slot, slots),
             live=self.is_live,
             ready=self.is_live and self.is_ready,
             cache_counter_offsets=self.plant.cache_counter_offsets,
         )
-
-    def _entries(self, model: Model, slot: str, slots: tuple[str, ...]) -> list[ModelEntry]:
-        entries: list[ModelEntry] = []
-        for version, status in model.status.items():
-            state, reason = self._state(model, version, status)
-            served = model.serving.get(version)
-            if served is not None:
-                _problem, decoupled = self.ensembles.judge(served.prepared, served.route)
-                entries.append(served.entry(slot, slots, state=state, reason=reason, decoupled=decoupled))
-            else:
-                namespace = model.found.namespace if model.found is not None else ""
-                entries.append(
-                    ModelEntry(name=model.name, version=version, state=state, reason=reason, namespace=namespace)
-                )
-        if not entries:
-            # Known by its directory alone (spec H-211); no version number is 0.
-            entries.append(ModelEntry(name=model.name, version=0, state="UNAVAILABLE", reason=model.problem))
-        return entries
-
-    def _state(self, model: Model, version: int, status: VersionStatus) -> tuple[str, str]:
-        served = model.serving.get(version)
-        if served is not None and status.state == "READY":
-            if not served.is_serving:
-                return "UNAVAILABLE", served.reason
-            problem, _is_decoupled = self.ensembles.judge(served.prepared, served.route)
-            if problem:
-                return "UNAVAILABLE", problem
-        return status.state, status.reason
-
-    def index(self, *, ready_only: bool) -> list[dict[str, str]]:
-        """Return the repository index (spec H-210..H-213), sorted by name then version."""
-        rows: list[dict[str, str]] = []
-        for name in sorted(self.models):
-            model = self.models[name]
-            if not model.status:
-                if not ready_only:
-                    rows.append({"name": model.name})
-                continue
-            for version in sorted(model.status):
-                state, reason = self._state(model, version, model.status[version])
-                if ready_only and state != "READY":
-                    continue
-                row = {"name": model.name, "version": str(version), "state": state}
-                # A failed update leaves the old version serving, and says so here (better than L-014, L-017).
-                if reason or model.problem:
-                    row["reason"] = reason or f"update failed: {model.problem}"
-                rows.append(row)
-        return rows
 
     @property
     def is_ready(self) -> bool:
@@ -219,18 +113,7 @@ class ModelLifecycle:
             return False
         if not self.plant.settings.repository.strict_readiness:
             return True
-        return all(self._is_model_ready(model) for model in self.models.values())
-
-    def _is_model_ready(self, model: Model) -> bool:
-        if not model.status:
-            return not model.problem or model.is_excused
-        for version, status in model.status.items():
-            state, reason = self._state(model, version, status)
-            if state == "UNAVAILABLE" and (reason == UNLOADED or status.is_excused):
-                continue
-            if state not in ("READY", "UNLOADING"):
-                return False
-        return True
+        return self.view.is_ready
 
     # --- loading ---
 
@@ -622,82 +505,3 @@ class ModelLifecycle:
         if self._announcing is not None:
             self._announcing.cancel()
             await asyncio.gather(self._announcing, return_exceptions=True)
-
-
-# --- control commands
-
-
-class RepositoryCommands:
-    """The verbs load, unload and index (spec H-210..H-224)."""
-
-    def __init__(self, lifecycle: ModelLifecycle) -> None:
-        self._lifecycle = lifecycle
-
-    async def index(self, arguments: dict[str, object]) -> list[dict[str, str]]:
-        return self._lifecycle.index(ready_only=arguments.get("ready") is True)
-
-    async def load(self, arguments: dict[str, object]) -> None:
-        """Load a model by name, with an optional configuration and files in place of the repository's.
-
-        Raises:
-            ServingError: Triton's text and code for what went wrong.
-        """
-        self._require_explicit()
-        lifecycle = self._lifecycle
-        name = _text(arguments, "name")
-        config = arguments.get("config")
-        try:
-            files = msgspec.convert(arguments.get("files") or {}, dict[str, bytes])
-        except msgspec.ValidationError:
-            raise InvalidArgument("load parameter 'files' must map paths to bytes") from None
-        try:
-            if config is not None or files:
-                text = config if isinstance(config, str) else None
-                found = await asyncio.to_thread(lifecycle.repository.override_model, name, text, files)
-            else:
-                found = await asyncio.to_thread(lifecycle.repository.poll_model, name)
-        except ServingError as error:
-            for line in (error.describe() if isinstance(error, ConfigError) else error.text).splitlines():
-                log.error(line)
-            if (model := lifecycle.models.get(name)) is not None:
-                model.problem = f"{error.code.label}: {error.text}"
-                lifecycle.touch()
-            raise PollFailed(f"failed to load '{name}', failed to poll from model repository") from None
-        await lifecycle.load(found.identity, found)
-        lifecycle.models[found.identity].is_implicit = False
-
-    async def unload(self, arguments: dict[str, object]) -> None:
-        """Unload a model by name, with ``unload_dependents`` also what only it needs (spec R-095)."""
-        self._require_explicit()
-        lifecycle = self._lifecycle
-        names = [self._identity(_text(arguments, "name"))]
-        for name in names:  # grows while it is walked: ensembles may contain ensembles
-            model = lifecycle.models.get(name)
-            if model is not None and arguments.get("unload_dependents") is True:
-                names += lifecycle.ensembles.dependents_to_unload(model)
-            await lifecycle.unload(name)
-
-    def _identity(self, name: str) -> str:
-        """Return what a model is called among all models: with namespacing a client need not say which it means.
-
-        Raises:
-            InvalidArgument: there are several (spec R-015).
-        """
-        models = self._lifecycle.models
-        found = [identity for identity, model in models.items() if model.name == name]
-        if name in models or not found:
-            return name
-        if len(found) > 1:
-            raise InvalidArgument(f"ambiguity for model '{name}': {' and '.join(sorted(found))}")
-        return found[0]
-
-    def _require_explicit(self) -> None:
-        if self._lifecycle.plant.settings.repository.control_mode != "explicit":
-            raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
-
-
-def _text(arguments: dict[str, object], name: str) -> str:
-    value = arguments.get(name)
-    if not isinstance(value, str):
-        raise InvalidArgument(f"control argument '{name}' must be a string")
-    return value

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import errno
 import functools
-import importlib.util
 import itertools
 import os
 import signal
@@ -23,25 +22,27 @@ from typing import Any
 
 import msgspec
 
-from forebay.engine.backend_families import FAMILIES, FILE_HINTS
 from forebay.engine.command_line import version as own_version
-from forebay.engine.console import Console, Endpoint, ExampleTensor, ModelProgress, ModelRow, Phase, client_snippet
+from forebay.engine.console import Console
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
 from forebay.engine.supervisor.host_policies import HostPolicies
+from forebay.engine.supervisor.likely_families import likely_families
 from forebay.engine.supervisor.listeners import Listener
+from forebay.engine.supervisor.log_settings import LogSettings
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
 from forebay.engine.supervisor.rate_limits import limits_of
 from forebay.engine.supervisor.regions import RegionRegistry
 from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
+from forebay.engine.supervisor.start_display import StartDisplay
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.zygotes import Zygotes
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.counters import CACHE_WORDS, COUNTERS_BYTES, CountersFile
-from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError
-from forebay.ipc.log import ENVIRONMENT_VARIABLE, LogOptions, log
+from forebay.ipc.errors import Internal, NotFound, ServingError
+from forebay.ipc.log import ENVIRONMENT_VARIABLE, log
 from forebay.ipc.messages import Explain, LogChanged, ModelMetrics, SchedulerStart
 from forebay.ipc.trace import TraceRecord
 
@@ -81,6 +82,7 @@ class Supervisor:
         self._runtime = runtime
         self._listeners = listeners
         self._console = console
+        self._display = StartDisplay(console)
         self._began_s = time.monotonic()
         self._signals = 0
         self._stop_requested = asyncio.Event()
@@ -112,8 +114,7 @@ class Supervisor:
         )
         self._switchboard = Switchboard(self._runtime.path, counters.fd, COUNTERS_BYTES, scheduling)
         self._zygotes = Zygotes()
-        for family in self._likely_families():
-            self._zygotes.start(family)
+        self._start_likely_zygotes()
         self._scheduler = SchedulerRole(self._switchboard)
         self._scheduler.start()
         #: Of producers: frontends' runs and shared-memory clients.
@@ -186,7 +187,8 @@ class Supervisor:
 
     def _create_lifecycle(self, plant: Plant) -> None:
         from forebay.engine.repository.repository import ModelRepository
-        from forebay.engine.supervisor.lifecycle import ModelLifecycle, RepositoryCommands
+        from forebay.engine.supervisor.lifecycle import ModelLifecycle
+        from forebay.engine.supervisor.repository_commands import RepositoryCommands
 
         chosen = self.settings.repository
         try:
@@ -203,17 +205,18 @@ class Supervisor:
             repository,
             announce=self._control.publish,
             wait_seen=self._control.wait_seen,
-            progress=self._show_progress,
+            progress=self._display.show_progress,
         )
         commands = RepositoryCommands(self._lifecycle)
+        log_settings = LogSettings(self._tell_of_log)
         self._control.handlers.update(
             index=commands.index,
             load=commands.load,
             unload=commands.unload,
             trace_get=self._traces.get,
             trace_set=self._traces.set,
-            log_get=self._log_get,
-            log_set=self._log_set,
+            log_get=log_settings.get,
+            log_set=log_settings.set,
             explain=self._explain,
             region_register=self._regions.register,
             region_status=self._regions.status,
@@ -222,18 +225,10 @@ class Supervisor:
 
     # --- start ---
 
-    def _likely_families(self) -> list[str]:
-        """Guess from file names which zygotes will be needed; they are started before any configuration is read."""
-        families: dict[str, None] = {}
-        if self.settings.repository.control_mode == "explicit":
-            return []
-        for path in self.settings.repository.paths:
-            with contextlib.suppress(OSError):
-                for model in os.scandir(path):
-                    for name in _files_two_below(model):
-                        if (family := FILE_HINTS.get(name)) is not None:
-                            families[family] = None
-        return [family for family in families if _is_installed(family)]
+    def _start_likely_zygotes(self) -> None:
+        if self.settings.repository.control_mode != "explicit":
+            for family in likely_families(self.settings.repository.paths):
+                self._zygotes.start(family)
 
     def _create_frontends(self, counters: CountersFile) -> list[FrontendRole]:
         settings: dict[str, Any] = msgspec.to_builtins(self.settings)
@@ -289,10 +284,10 @@ class Supervisor:
             wanted = None
         needed = [role for role in self._roles if role not in self._watchers]
         ready = asyncio.gather(*(role.ready for role in needed))
-        ticking = asyncio.create_task(self._tick())
+        ticking = asyncio.create_task(self._display.run())
         try:
             if await self._lifecycle.load_at_start(wanted) and self.settings.repository.exit_on_error:
-                self._show_models()
+                self._display.show_models(self._lifecycle.models)
                 raise StartFailed("failed to load all models")
             await asyncio.wait_for(ready, _START_TIMEOUT_S)
         except TimeoutError:
@@ -306,7 +301,7 @@ class Supervisor:
             ready.cancel()
             ticking.cancel()
             await asyncio.gather(ready, ticking, return_exceptions=True)
-        self._show_models()
+        self._display.show_models(self._lifecycle.models)
         self._lifecycle.is_initialised = True
         generation = self._lifecycle.touch()
         try:
@@ -340,7 +335,7 @@ class Supervisor:
         for listener in self._listeners.values():
             address, port = listener.address
             log.info(f"Started {listener.service} at {address}:{port}")
-        self._show_endpoints()
+        self._display.show_endpoints(self._listeners, self._lifecycle.models)
         for watcher in self._watchers:
             # Whoever asks before it is up waits in the backlog of its socket.
             watcher.ready.add_done_callback(functools.partial(_note_failed_start, watcher.name))
@@ -381,41 +376,11 @@ class Supervisor:
             self._tasks.append(task)
             task.add_done_callback(self._tasks.remove)
 
-    async def _log_get(self, _arguments: dict[str, Any]) -> dict[str, Any]:
-        options = log.options
-        return {
-            "log_file": options.file,
-            "log_info": options.info,
-            "log_warning": options.warning,
-            "log_error": options.error,
-            "log_verbose_level": options.verbose,
-            "log_format": options.format,
-        }
-
-    async def _log_set(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Change what the whole server logs (spec H-261..H-263)."""
-        names = {
-            "log_info": "info",
-            "log_warning": "warning",
-            "log_error": "error",
-            "log_verbose_level": "verbose",
-            "log_format": "format",
-        }
-        try:
-            given = msgspec.convert(arguments.get("settings"), dict[str, Any])
-            changes = {names[name]: value for name, value in given.items() if name in names}
-            options = msgspec.convert({**msgspec.structs.asdict(log.options), **changes}, LogOptions)
-        except msgspec.ValidationError as error:
-            raise InvalidArgument(str(error)) from None
-        log.configure(options)
-        # For those that are started from now on, and for those that run.
-        os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(options).decode()
-        changed = LogChanged(options=msgspec.structs.asdict(options))
+    def _tell_of_log(self, changed: LogChanged) -> None:
         for frontend in self._frontends:
             if frontend.child is not None:
                 frontend.child.send(changed)
         self._lifecycle.plant.change_log(changed)
-        return await self._log_get({})
 
     async def _explain(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the last batches of a version as the scheduler remembers them."""
@@ -517,104 +482,7 @@ class Supervisor:
         self._regions.close()
         self._switchboard.close()
 
-    # --- what people see ---
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(0.1)
-            self._console.tick()
-
-    def _show_progress(
-        self, model: str, version: int, phase: str, instances_ready: int, instance_count: int, reason: str
-    ) -> None:
-        if self._lifecycle.is_initialised:
-            return
-        event = ModelProgress(model, version, _phase(phase), instances_ready, instance_count, reason)
-        self._console.show_progress(event)
-
-    def _show_models(self) -> None:
-        rows: list[ModelRow] = []
-        for name in sorted(self._lifecycle.models):
-            model = self._lifecycle.models[name]
-            if not model.status:
-                rows.append(ModelRow(name, "", model.backend, 0, "", "UNAVAILABLE", model.problem or "not loaded"))
-            for version, status in sorted(model.status.items()):
-                served = model.serving.get(version)
-                rows.append(
-                    ModelRow(
-                        name,
-                        str(version),
-                        model.backend,
-                        served.serving_count if served is not None else 0,
-                        served.device if served is not None else "",
-                        status.state,
-                        status.reason,
-                        served.load_ns / 1e9 if served is not None else None,
-                    )
-                )
-        self._console.show_models(rows)
-
-    def _show_endpoints(self) -> None:
-        names = {"http": "HTTP", "grpc": "gRPC", "metrics": "Metrics"}
-        endpoints = [
-            Endpoint(names[protocol], _url(protocol, listener), _NOTES.get(protocol, ""))
-            for protocol, listener in self._listeners.items()
-        ]
-        self._console.show_endpoints(endpoints)
-        if "http" in self._listeners and (lines := self._example_client(self._listeners["http"])):
-            self._console.show_client(lines)
-
-    def _example_client(self, listener: Listener) -> list[str]:
-        for name in sorted(self._lifecycle.models):
-            for served in self._lifecycle.models[name].serving.values():
-                prepared = served.prepared
-                return client_snippet(
-                    f"{_reachable(listener.address[0])}:{listener.address[1]}",
-                    name,
-                    [ExampleTensor(tensor.name, tensor.datatype, tensor.dims) for tensor in prepared.inputs],
-                    [ExampleTensor(tensor.name, tensor.datatype, tensor.dims) for tensor in prepared.outputs],
-                    has_batch=prepared.spec.is_batching,
-                )
-        return []
-
-
-_NOTES = {"http": "KServe v2, Triton's HTTP protocol", "metrics": "Prometheus"}
-
 
 def _note_failed_start(name: str, ready: asyncio.Future[None]) -> None:
     if not ready.cancelled() and (error := ready.exception()) is not None:
         log.error(f"{name} could not be started: {error}")
-
-
-def _phase(text: str) -> Phase:
-    match text:
-        case "queued" | "loading config" | "starting worker" | "loading" | "warming" | "ready" | "failed":
-            return text
-        case _:
-            return "loading"
-
-
-def _reachable(address: str) -> str:
-    """Return an address that a client on this machine can connect to."""
-    return "localhost" if address in ("0.0.0.0", "::", "127.0.0.1") else address
-
-
-def _url(protocol: str, listener: Listener) -> str:
-    address, port = listener.address
-    place = f"{_reachable(address)}:{port}"
-    return f"http://{place}/metrics" if protocol == "metrics" else place if protocol == "grpc" else f"http://{place}"
-
-
-def _is_installed(family: str) -> bool:
-    library = FAMILIES[family].library
-    return not library or importlib.util.find_spec(library) is not None
-
-
-def _files_two_below(model: os.DirEntry[str]) -> list[str]:
-    """Return the names in a model's version directories."""
-    names: list[str] = []
-    with contextlib.suppress(OSError):
-        for version in os.scandir(model.path):
-            if version.name.isdigit() and version.is_dir():
-                names += os.listdir(version.path)
-    return names

@@ -1,0 +1,65 @@
+"""What is known of each model: its directory, what serves, its versions' states, and why something does not serve.
+
+A version's states (spec R-099)::
+
+    (unknown) -> LOADING -> READY -> UNLOADING -> UNAVAILABLE "unloaded"
+                    |         ^ |
+                    v         | v
+               UNAVAILABLE(reason)       its workers died / were replaced
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from forebay.engine.repository.found_model import FoundModel
+from forebay.engine.supervisor.served_version import ServedVersion
+from forebay.ipc.errors import Code, Internal, ServingError
+
+#: Reason of a version that somebody unloaded (spec H-213).
+UNLOADED = "unloaded"
+
+
+@dataclass(slots=True)
+class VersionStatus:
+    """What the index says of one version."""
+
+    state: str
+    reason: str = ""
+    is_excused: bool = False
+    """Failed for want of an optional library."""
+
+
+@dataclass(slots=True)
+class Model:
+    """Everything about one model name."""
+
+    name: str
+    found: FoundModel | None = None
+    """The directory as it was when last loaded or tried."""
+    serving: dict[int, ServedVersion] = field(default_factory=dict[int, ServedVersion])
+    status: dict[int, VersionStatus] = field(default_factory=dict[int, VersionStatus])
+    problem: str = ""
+    """Why it could not even be polled, or why its last update failed."""
+    is_excused: bool = False
+    backend: str = ""
+    """As configured when it was last loaded or tried; for tables."""
+    is_implicit: bool = False
+    """Loaded because an ensemble needs it, not because anybody asked for it (spec R-095)."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def is_known_only(self) -> bool:
+        """True if it was never loaded: only its directory is known."""
+        return not self.status and not self.problem
+
+
+class LoadFailed(ServingError):
+    """A load failed; what served before goes on. Carries Triton's text and code."""
+
+    code = Code.INVALID_ARG
+
+
+class PollFailed(Internal):
+    """A model's directory or configuration cannot be used (spec H-218)."""
