@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.inference import InputTensor, OnResponse, OutputView, RequestMeta, Response
 from forebay.frontend.response_cache import KeyInput, ResponseCache, request_key
 from forebay.ipc.messages import ParameterValue

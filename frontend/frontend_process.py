@@ -129,9 +129,9 @@ class FrontendProcess:
         for message, fds in messages:
             match message:
                 case DoorbellUp():
-                    self.engine.add_doorbell(message.instance, socket.socket(fileno=fds[0]))
+                    self.engine.grants.add_doorbell(message.instance, socket.socket(fileno=fds[0]))
                 case DoorbellDown():
-                    self.engine.remove_doorbell(message.instance)
+                    self.engine.grants.remove_doorbell(message.instance)
                 case Serve():
                     self.may_serve.set()
                 case Stop():

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from forebay.frontend.codec.infer_request import id_prefix
-from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient
+from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.catalog import ModelEntry

@@ -19,7 +19,9 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from forebay.frontend.engine_client import EngineClient, RouteClient, count_answered
+from forebay.frontend.data_plane.counting import count_answered
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.inference import OutputView, RequestMeta
 from forebay.ipc.arena import align
 from forebay.ipc.counters import CacheCounter

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from forebay.frontend.cached_inference import CachedInference
-from forebay.frontend.engine_client import EngineClient, RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference
 from forebay.frontend.ensemble.one_step import OneStepRoute, one_step_of
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, RequestMeta

@@ -118,6 +118,8 @@ GRANT = struct.Struct("<IIII")
 GROW = struct.Struct("<QQQ")
 
 NO_TIMES = TIMES.pack(0, 0, 0, 0)
+#: Where what follows the times of a message begins.
+TIMES_END = HEADER.size + TIMES.size
 
 
 class Run(NamedTuple):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.step_call import OnStepReply, StepReply
 from forebay.frontend.ensemble.tensors import Tensor
 from forebay.frontend.inference import OutputView, RequestMeta

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.one_step import OneStep, OneStepRoute
 from forebay.frontend.ensemble.run import EnsembleRun, ensemble_of, sequence_parameters
 from forebay.frontend.ensemble.step_call import StepReply, StepTimes

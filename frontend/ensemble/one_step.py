@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient, RowOwner
+from forebay.frontend.data_plane.owners import OwnedSlab, RowOwner
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of, sequence_parameters
 from forebay.frontend.ensemble.step_call import StepTimes
 from forebay.frontend.tracing import Sampler

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from forebay.frontend.engine_client import RouteClient, count_answered, count_failure
+from forebay.frontend.data_plane.counting import count_answered, count_failure
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.step_call import StepTimes
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import ServingError

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 
 from forebay.frontend.codec.infer_request import id_prefix
-from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.cached_call import CachedCall, StepCall
 from forebay.frontend.ensemble.graph import EnsembleGraph, GraphPlan, NeededStep
 from forebay.frontend.ensemble.outcome import Outcomes

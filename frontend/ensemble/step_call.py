@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.tensors import Block, Tensor, hold_all, release_all
 from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
 from forebay.frontend.tracing import (

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from forebay.frontend.codec.validation import InputFacts, validate_request
-from forebay.frontend.engine_client import EngineClient, RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.messages import TensorPlace
 
 #: Forms of requests that are known to fit their model; at the limit all are forgotten.

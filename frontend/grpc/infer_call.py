@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.engine_client import OwnedSlab
+from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.grpc.call import Call
 from forebay.frontend.grpc.infer_message import walk_request
 from forebay.frontend.grpc.infer_path import PlacedRequest, place_request, render

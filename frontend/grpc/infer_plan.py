@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
-from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.one_step import OneStepRoute
 from forebay.frontend.grpc.infer_message import WireRequest
 from forebay.frontend.grpc.infer_reply import FINAL_ENTRY, output_entry, parameter_entry, raw_head

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.engine_client import OwnedSlab, RouteClient
+from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.http.chunks import ChunkDecoder
 from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.head import HEAD_BYTES_MAX, TOO_LARGE, Head, HeadError, Target, check_beginning

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
 from forebay.frontend.codec.infer_response import FixedOutput, response_prefix
-from forebay.frontend.engine_client import RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.one_step import OneStepRoute
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.tensor import byte_size

@@ -9,7 +9,8 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from forebay.frontend.engine_client import EngineClient, RouteClient
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import BlockAllocator
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, ProducerCounter, instance_words

@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from forebay.frontend.engine_client import EngineClient, OwnedSlab, RouteClient
+from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import Arena, create_memory_file
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, ProducerCounter
@@ -128,7 +130,7 @@ class Surroundings:
         self.bell.close()
         if self.worker is not None:
             self.worker.close()
-        self.engine.remove_doorbell(INSTANCE)
+        self.engine.grants.remove_doorbell(INSTANCE)
 
     def count(self, counter: ProducerCounter) -> int:
         return int(self._words[counter])
@@ -174,7 +176,7 @@ class Surroundings:
     async def grant(self, generation: int = 1) -> socket.socket:
         sender, self.worker = create_doorbell()
         self.worker.setblocking(False)
-        self.engine.add_doorbell(INSTANCE, sender)
+        self.engine.grants.add_doorbell(INSTANCE, sender)
         await self.tell(HEADER.pack(Kind.GRANT, 0, 0, INSTANCE, 0) + GRANT.pack(ROUTE, INSTANCE, generation, 8))
         return self.worker
 

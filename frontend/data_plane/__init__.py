@@ -1,0 +1,1 @@
+"""A frontend's requests on their way through the engine, by what they lie in."""

@@ -1,0 +1,220 @@
+"""The instances that the scheduler has granted to this frontend, which rings their workers itself."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from forebay.ipc.channel import SubmitSender
+from forebay.ipc.counters import ProducerCounter as Count
+from forebay.ipc.doorbell import Bell
+from forebay.ipc.messages import GrantReturned, ParcelSubmit
+from forebay.ipc.wire import (
+    FLAG_GONE,
+    FLAG_GRANTED,
+    FLAG_HUNG,
+    GRANT,
+    GRANTED_BATCH,
+    HEADER,
+    PARCEL,
+    Kind,
+    Run,
+    pack_runs,
+)
+
+if TYPE_CHECKING:
+    from forebay.frontend.data_plane.route_client import RouteClient
+
+
+_T = TypeVar("_T", contravariant=True)
+
+
+class Lost(Protocol[_T]):
+    """Told of something whose worker is gone."""
+
+    def __call__(self, what: _T, /, *, is_hung: bool) -> None: ...
+
+
+class Grant:
+    """The right to ring one worker. Owns nothing: the doorbell belongs to the client."""
+
+    __slots__ = ("batches", "bell", "generation", "instance", "outstanding", "revoked", "route", "rows_max", "tokens")
+
+    def __init__(self, route: RouteClient, instance: int, generation: int, rows_max: int, bell: Bell) -> None:
+        self.route = route
+        self.instance = instance
+        self.generation = generation
+        self.rows_max = rows_max
+        self.bell = bell
+        #: What the worker runs now; empty: it is idle.
+        self.outstanding: list[Run] = []
+        self.tokens: list[int] = []
+        self.revoked = False
+        self.batches = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.outstanding and not self.tokens
+
+    def ring(self, runs: list[Run]) -> None:
+        """Have the idle worker run these rows.
+
+        If the worker is gone the doorbell takes nothing; the scheduler then says so (REVOKE, gone) after everything
+        that the worker had sent, and the rows are handed in again.
+        """
+        self.outstanding = runs
+        self.batches += 1
+        batch = GRANTED_BATCH | self.batches
+        self.bell.ring(pack_runs(Kind.RUNS, FLAG_GRANTED, self.route.engine.producer, batch, runs))
+        self.route.counters[Count.GRANTED_BATCHES] += 1
+
+    def ring_parcel(self, parcel: ParcelSubmit) -> None:
+        """Have the idle worker run this parcel; as :meth:`ring` if it is gone."""
+        producer = self.route.engine.producer
+        self.tokens = [parcel.token]
+        self.batches += 1
+        self.bell.ring(
+            b"".join(
+                (
+                    HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, producer, GRANTED_BATCH | self.batches),
+                    PARCEL.pack(producer, max(parcel.rows, 1), parcel.token, parcel.enqueue_ns, len(parcel.head)),
+                    parcel.head,
+                )
+            )
+        )
+        self.route.counters[Count.GRANTED_BATCHES] += 1
+
+
+class Grants:
+    """All grants of this frontend, and the doorbells of the workers that it may ring."""
+
+    def __init__(
+        self,
+        producer: int,
+        submit: SubmitSender,
+        *,
+        route_of: Callable[[int], RouteClient | None],
+        run_lost: Lost[Run],
+        parcel_lost: Lost[int],
+    ) -> None:
+        """Begin without any.
+
+        Args:
+            submit: where grants are returned.
+            route_of: by its number.
+            run_lost: told of rows.
+            parcel_lost: told of a parcel's token.
+        """
+        self._producer = producer
+        self._submit = submit
+        self._route_of = route_of
+        self._run_lost = run_lost
+        self._parcel_lost = parcel_lost
+        self._bells: dict[int, Bell] = {}
+        self._by_instance: dict[int, Grant] = {}
+
+    def __iter__(self) -> Iterator[Grant]:
+        return iter(tuple(self._by_instance.values()))
+
+    # --- doorbells ---
+
+    def add_doorbell(self, instance: int, sock: socket.socket) -> None:
+        """A worker that may be granted, and that is told where larger reply blocks are."""
+        self._bells[instance] = Bell(sock)
+
+    def remove_doorbell(self, instance: int) -> None:
+        bell = self._bells.pop(instance, None)
+        if bell is not None and instance not in self._by_instance:
+            bell.close()
+
+    def bell_of(self, instance: int) -> Bell | None:
+        """Return a worker's doorbell; None: its instance is gone."""
+        return self._bells.get(instance)
+
+    def close(self) -> None:
+        for bell in (*self._bells.values(), *(grant.bell for grant in self)):
+            bell.close()
+
+    # --- what the scheduler says ---
+
+    def give(self, message: memoryview) -> None:
+        """Take in a GRANT message."""
+        route_id, instance, generation, rows_max = GRANT.unpack_from(message, HEADER.size)
+        route = self._route_of(route_id)
+        bell = self._bells.get(instance)
+        if route is None or bell is None:
+            self._submit.send_nowait(GrantReturned(producer=self._producer, instance=instance, generation=generation))
+            return
+        grant = Grant(route, instance, generation, rows_max, bell)
+        self._by_instance[instance] = grant
+        route.grants.append(grant)
+
+    def revoke(self, message: memoryview, flags: int) -> None:
+        """Take in a REVOKE message; with FLAG_GONE the worker is dead and what was rung is lost."""
+        _route, instance, generation, _rows = GRANT.unpack_from(message, HEADER.size)
+        is_gone = bool(flags & FLAG_GONE)
+        grant = self._by_instance.get(instance)
+        # A scheduler that was restarted names a dead worker's grant by a generation of its own.
+        if grant is None or (grant.generation != generation and not is_gone):
+            return
+        grant.revoked = True
+        if is_gone:
+            self._lose(grant, is_hung=bool(flags & FLAG_HUNG))
+        elif grant.is_idle:
+            self._return(grant)
+
+    def _lose(self, grant: Grant, *, is_hung: bool) -> None:
+        lost_runs, lost_tokens = grant.outstanding, grant.tokens
+        grant.outstanding, grant.tokens = [], []
+        self._drop(grant)
+        for run in lost_runs:
+            self._run_lost(run, is_hung=is_hung)
+        for token in lost_tokens:
+            self._parcel_lost(token, is_hung=is_hung)
+
+    def forget_scheduler(self) -> None:
+        """A new scheduler knows of no grants: those whose worker runs are kept to hear of its end, or its death."""
+        for grant in self:
+            grant.route.grants.clear()
+            grant.revoked = True
+            if grant.is_idle:
+                self._drop(grant)
+
+    # --- what workers say ---
+
+    def runs_ended(self, instance: int) -> None:
+        """A worker has answered the rows that it was rung for, if it was."""
+        grant = self._by_instance.get(instance)
+        if grant is not None:
+            self._became_idle(grant)
+
+    def parcel_ended(self, instance: int, token: int) -> None:
+        """A worker has given a parcel's last answer."""
+        grant = self._by_instance.get(instance)
+        if grant is not None and token in grant.tokens:
+            grant.tokens.remove(token)
+            self._became_idle(grant)
+
+    def _became_idle(self, grant: Grant) -> None:
+        grant.outstanding = []
+        if grant.revoked and grant.is_idle:
+            self._return(grant)
+        elif grant.route.is_holding:
+            grant.route.grant_finished()
+
+    def _return(self, grant: Grant) -> None:
+        self._drop(grant)
+        self._submit.send_nowait(
+            GrantReturned(
+                producer=self._producer, instance=grant.instance, generation=grant.generation, batches=grant.batches
+            )
+        )
+
+    def _drop(self, grant: Grant) -> None:
+        self._by_instance.pop(grant.instance, None)
+        if self._bells.get(grant.instance) is not grant.bell:
+            grant.bell.close()  # Its instance went while it was granted.
+        if grant in grant.route.grants:
+            grant.route.grants.remove(grant)
+        grant.route.grant_finished()

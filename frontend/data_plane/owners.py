@@ -1,0 +1,45 @@
+"""Who is called back when a request in rows or a parcel has its answer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from forebay.ipc.errors import ServingError
+from forebay.ipc.messages import ReplyHead
+from forebay.ipc.slabs import Slab
+
+
+class RowOwner(Protocol):
+    """Who waits for a request in slab rows."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows the request has."""
+        ...
+
+    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+        """The outputs are in place. The rows are released when this returns."""
+        ...
+
+    def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
+        """There are no outputs; ``ran`` tells whether a worker tried. The rows are released when this returns."""
+        ...
+
+
+OwnedSlab = Slab[RowOwner]
+
+
+class ParcelOwner(Protocol):
+    """Who waits for a parcel."""
+
+    def parcel_reply(self, reply: ReplyHead, *, final: bool, ran: bool) -> None:
+        """One response; an error if ``reply.text`` is set. Places are valid until the owner frees its blocks."""
+        ...
+
+    def lend(self, byte_size: int) -> int:
+        """Return the offset of a reply block of at least this size.
+
+        Raises:
+            ArenaFull: there is no room.
+        """
+        ...

@@ -1,0 +1,140 @@
+"""The ends of requests in slab rows: done, failed, or lost with their worker."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from forebay.frontend.data_plane.counting import count_answered, count_failure
+from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.recovery import ATTEMPTS_MAX, gave_up
+from forebay.frontend.data_plane.turn_run import TurnRun
+from forebay.ipc.counters import ProducerCounter as Count
+from forebay.ipc.errors import ServingError, from_wire
+from forebay.ipc.wire import RUN, TIMES_END, Run, unpack_runs
+
+if TYPE_CHECKING:
+    from forebay.frontend.data_plane.route_client import RouteClient
+    from forebay.frontend.engine_client import EngineClient
+
+
+def _answer_rows(slab: OwnedSlab, first: int, rows: int) -> None:
+    """Call everybody who waits for one of these rows."""
+    owners = slab.owners
+    for row in range(first, first + rows):
+        owner = owners[row]
+        if owner is not None:
+            owners[row] = None
+            owner.rows_done(slab, row)
+
+
+class RowAnswers:
+    """Gives requests in rows their answers."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+        #: By instance: the last batch of ours that it answered.
+        self._answered_batches: dict[int, int] = {}
+
+    def done(self, message: memoryview, count: int, instance: int, batch: int) -> None:
+        """Take in a RUNS_DONE message."""
+        self._answered_batches[instance] = batch
+        now_ns = time.monotonic_ns()
+        slabs = self._engine.slabs
+        for index in range(count):
+            _producer, requests, base, _capacity, first, rows, _attempt, enqueue_sum_ns = RUN.unpack_from(
+                message, TIMES_END + index * RUN.size
+            )
+            found = slabs.get(base)
+            if found is None:
+                continue
+            route, slab = found
+            _answer_rows(slab, first, rows)
+            slab.release(first, rows)
+            count_answered(route.counters, requests, requests * now_ns - enqueue_sum_ns)
+            if route.details is not None:
+                enqueue_ns = enqueue_sum_ns // requests
+                route.details.answered(requests, now_ns - enqueue_ns, enqueue_ns, self._engine.reply_times())
+            route.write_counters()
+            if route.is_retired or len(route.slabs) > 1:
+                route.free_idle_slabs()
+        self._engine.grants.runs_ended(instance)
+
+    def failed(self, message: memoryview, count: int, instance: int, batch: int) -> None:
+        """Take in a RUNS_FAILED message; the instance is 0 if no worker had the rows."""
+        if instance:
+            self._answered_batches[instance] = batch
+        now_ns = time.monotonic_ns()
+        end = TIMES_END + count * RUN.size
+        error = from_wire(message[end], bytes(message[end + 1 :]).decode(errors="replace"))
+        for run in unpack_runs(message, count, TIMES_END):
+            found = self._engine.slabs.get(run.base)
+            if found is None:
+                continue
+            route, slab = found
+            elapsed_ns = max(run.requests * now_ns - run.enqueue_sum_ns, 0)
+            count_failure(route.counters, error, run.requests, elapsed_ns, ran=instance != 0)
+            self._fail_rows(slab, run.first, run.rows, error, ran=instance != 0)
+        if instance:
+            self._engine.grants.runs_ended(instance)
+
+    def lost(self, message: memoryview, count: int, instance: int, batch: int, *, is_hung: bool) -> None:
+        """Take in a RUNS_LOST message."""
+        # A worker may die when it has answered us and not yet told the scheduler: the rows may be others' by now.
+        if self._answered_batches.get(instance) != batch:
+            for run in unpack_runs(message, count, TIMES_END):
+                self.run_lost(run, is_hung=is_hung)
+
+    def forget_worker(self, instance: int) -> None:
+        """Its successor numbers its batches anew."""
+        self._answered_batches.pop(instance, None)
+
+    def fail(
+        self, route: RouteClient, slab: OwnedSlab, first: int, rows: int, error: ServingError, *, requests: int = 1
+    ) -> None:
+        """Answer requests in rows that never reached the scheduler."""
+        count_failure(route.counters, error, requests, 0, ran=False)
+        self._fail_rows(slab, first, rows, error, ran=False)
+
+    def _fail_rows(self, slab: OwnedSlab, first: int, rows: int, error: ServingError, *, ran: bool) -> None:
+        for row in range(first, first + rows):
+            owner = slab.owners[row]
+            if owner is not None:
+                slab.owners[row] = None
+                owner.rows_failed(slab, row, error, ran=ran)
+        slab.release(first, rows)
+
+    def run_lost(self, run: Run, *, is_hung: bool) -> None:
+        """The worker that had these rows is gone: hand each request in again, or fail it the second time."""
+        found = self._engine.slabs.get(run.base)
+        if found is None or run.first + run.rows > found[1].capacity:
+            return
+        route, slab = found
+        if all(slab.owners[row] is None for row in range(run.first, run.first + run.rows)):
+            return
+        if is_hung or run.attempt >= ATTEMPTS_MAX or route.is_retired:
+            error = gave_up(route.entry.name, is_hung=is_hung)
+            count_failure(route.counters, error, run.requests, 0, ran=True)
+            self._fail_rows(slab, run.first, run.rows, error, ran=True)
+            return
+        enqueue_ns = run.enqueue_sum_ns // max(run.requests, 1)
+        self.resubmit(route, slab, range(run.first, run.first + run.rows), enqueue_ns, run.attempt + 1)
+
+    def resubmit(
+        self,
+        route: RouteClient,
+        slab: OwnedSlab,
+        rows: range,
+        enqueue_ns: int,
+        attempt: int,
+        skip: frozenset[int] = frozenset(),
+    ) -> None:
+        """Hand in again every request that starts in ``rows`` and still has an owner, each for itself."""
+        for row in rows:
+            owner = slab.owners[row]
+            if owner is None or row in skip:
+                continue
+            # Models with priorities get parcels, which keep theirs.
+            route.append_turn(TurnRun(slab, row, owner.rows, enqueue_ns, 1, attempt, 0, 0))
+            route.need_flush()
+            route.counters[Count.RESUBMITTED] += 1
