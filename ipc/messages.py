@@ -83,6 +83,20 @@ class ReplyHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Above 0: no answer yet, the outputs need a reply block of so many bytes (answer with COLLECT)."""
 
 
+class RowRemark(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a RUNS_DONE says of one request besides that its outputs are in its rows."""
+
+    run: int
+    """Index of its run in the message."""
+    first: int
+    """The request's first row."""
+    code: int = 0
+    text: str = ""
+    """Error text: the request has failed; empty: success."""
+    parameters: dict[str, ParameterValue] = {}
+    """Response parameters."""
+
+
 # --- frontend -> scheduler (submit socket) ---------------------------------------------------------------------------
 
 
@@ -198,6 +212,8 @@ class RouteUp(Message, frozen=True, tag=1):
     counter_offset: int = 0
     row_bytes: tuple[int, ...] = ()
     """Bytes per row of each input, then each output, to check clients' slabs; empty: the model takes no rows."""
+    keeps_requests: bool = False
+    """The backend gets requests one by one: a run in a batch is of requests with equally many rows."""
 
 
 class RouteDrain(Message, frozen=True, tag=2):
@@ -547,6 +563,8 @@ class Loaded(Message, frozen=True, tag=36):
     load_ns: int
     warmup_ns: int = 0
     memory_bytes: int = 0
+    wants_parcels: bool = False
+    """The loaded model wants what only parcels have, for example answers after the execution."""
 
 
 class ArenaUp(Message, frozen=True, tag=37):

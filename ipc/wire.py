@@ -15,11 +15,12 @@ To a worker (senders: scheduler, and frontends that hold a grant)::
     SEQUENCES header + count * SLOT + count * (PARCEL + head bytes)
     RING_OPEN  header                          sender, a client, may ring its own socket; batch: the ticket
     RING_CLOSE header                          it may not any more; answered to it with REVOKE
+    CANCEL_ROWS header + SLAB + count * ROW    batch: which one; the clients of these requests in it left
 
 To a producer, its completion doorbell (senders: workers, scheduler)::
 
     header   kind u8 | flags u8 | count u16 | instance u32 | batch u64
-    RUNS_DONE     header + TIMES + count * RUN
+    RUNS_DONE     header + TIMES + count * RUN             with FLAG_REMARKS: + MessagePack list of RowRemark
     RUNS_FAILED   header + TIMES + count * RUN + code u8 + text
     RUNS_LOST     header + TIMES (zero) + count * RUN      the worker died before it answered
     PARCEL_REPLY  header + TIMES + TOKEN + ReplyHead       one per response
@@ -41,6 +42,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Bytes of the largest doorbell message; receivers' buffers have this size.
@@ -62,6 +64,7 @@ class Kind(enum.IntEnum):
     SEQUENCES = 7
     RING_OPEN = 8
     RING_CLOSE = 9
+    CANCEL_ROWS = 10
     RUNS_DONE = 16
     RUNS_FAILED = 17
     RUNS_LOST = 18
@@ -92,6 +95,9 @@ FLAG_RESCHEDULE = 16
 #: Flag of RUNS_FAILED and PARCEL_REPLY to a client: the model was loaded anew; open it and hand the request in again.
 FLAG_MOVED = 32
 
+#: Flag of RUNS_DONE: some of its requests failed or have response parameters.
+FLAG_REMARKS = 64
+
 #: Set in the batch number of what is rung under a grant: the scheduler's numbers never have it.
 GRANTED_BATCH = 1 << 63
 
@@ -114,6 +120,10 @@ TIMES = struct.Struct("<QQQQ")
 TOKEN = struct.Struct("<Q")
 #: route u32, instance u32, generation u32, rows_max u32
 GRANT = struct.Struct("<IIII")
+#: a slab's base u64
+SLAB = struct.Struct("<Q")
+#: a request's first row u32
+ROW = struct.Struct("<I")
 #: token u64, offset u64, byte_size u64
 GROW = struct.Struct("<QQQ")
 
@@ -166,3 +176,9 @@ def unpack_runs(message: memoryview, count: int, offset: int) -> list[Run]:
     """Read ``count`` runs from ``offset``; raises ``struct.error`` if the message is too short."""
     size = RUN.size
     return [Run._make(RUN.unpack_from(message, offset + index * size)) for index in range(count)]
+
+
+def pack_rows_cancel(batch: int, producer: int, base: int, firsts: Sequence[int]) -> bytes:
+    """Build a CANCEL_ROWS message."""
+    rows = b"".join(ROW.pack(first) for first in firsts)
+    return HEADER.pack(Kind.CANCEL_ROWS, 0, len(firsts), producer, batch) + SLAB.pack(base) + rows

@@ -52,8 +52,12 @@ def to_wire(item: WaitingRun) -> Run:
     )  # fmt: skip
 
 
-def merge_runs(items: Sequence[Waiting]) -> list[Run]:
-    """Join neighbouring rows to as few segments as possible; usually one."""
+def merge_runs(items: Sequence[Waiting], *, keeps_requests: bool = False) -> list[Run]:
+    """Join neighbouring rows to as few segments as possible; usually one.
+
+    Args:
+        keeps_requests: where one request ends and the next begins must be seen: all of a run have equally many rows.
+    """
     runs: list[Run] = []
     for item in items:
         assert isinstance(item, WaitingRun)
@@ -65,6 +69,7 @@ def merge_runs(items: Sequence[Waiting]) -> list[Run]:
                 and last.base == run.base
                 and last.first + last.rows == run.first
                 and last.capacity == run.capacity
+                and not (keeps_requests and last.rows * run.requests != run.rows * last.requests)
             ):
                 runs[-1] = last._replace(
                     requests=last.requests + run.requests,
@@ -77,17 +82,20 @@ def merge_runs(items: Sequence[Waiting]) -> list[Run]:
     return runs
 
 
-def pack_batch(batch_id: int, items: Sequence[Waiting], slots: Sequence[Slot]) -> tuple[bytes, int]:
+def pack_batch(
+    batch_id: int, items: Sequence[Waiting], slots: Sequence[Slot], *, keeps_requests: bool = False
+) -> tuple[bytes, int]:
     """Build the message that hands a batch to a worker.
 
     Args:
         slots: of a sequence model, one per item; else empty.
+        keeps_requests: as of :func:`merge_runs`.
 
     Returns:
         The message, and how many segments it names.
     """
     if isinstance(items[0], WaitingRun):
-        runs = merge_runs(items)
+        runs = merge_runs(items, keeps_requests=keeps_requests)
         return pack_runs(Kind.RUNS, 0, 0, batch_id, runs), len(runs)
     kind = Kind.SEQUENCES if slots else Kind.PARCELS
     parts = [HEADER.pack(kind, 0, len(items), 0, batch_id), *(SLOT.pack(*slot) for slot in slots)]

@@ -344,6 +344,8 @@ class SchedulerCore:
             if rows_route is not None and rows.firsts:
                 removed = rows_route.line.remove_rows(message.producer, rows.base, frozenset(rows.firsts))
                 self._refuse_cancelled(rows_route, removed)
+                if rows_route.keeps_requests:
+                    rows_route.cancel_running(message.producer, rows)
         if not left:
             return
         for instance in self._instances.values():
@@ -543,7 +545,7 @@ class SchedulerCore:
         instance.batch_id = batch_id
         instance.started_ns = now_ns
         instance.grantee = choice.items[-1].producer
-        message, segments = pack_batch(batch_id, choice.items, choice.slots)
+        message, segments = pack_batch(batch_id, choice.items, choice.slots, keeps_requests=route.keeps_requests)
         instance.bell.ring(message)
         route.note_dispatch(instance, batch_id, choice.items, segments, choice.decision, now_ns)
         self._bump(route.id, SchedulerCounter.BATCHES)

@@ -13,9 +13,10 @@ from forebay.engine.scheduler.batcher import Decision, Reason
 from forebay.engine.scheduler.instances import Instance, InstanceState
 from forebay.engine.scheduler.line import Choice, Line, Refusal, SharedLine
 from forebay.engine.scheduler.sequence_line import SequenceLine
-from forebay.engine.scheduler.waiting import Waiting
+from forebay.engine.scheduler.waiting import Waiting, running_rows
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import RouteUp
+from forebay.ipc.messages import RouteUp, RowsCancel
+from forebay.ipc.wire import pack_rows_cancel
 
 #: Batches in a row that must have found nobody else waiting before an instance is granted. Grants under load would be
 #: revoked at once, which costs two messages each.
@@ -58,6 +59,7 @@ class Route:
         self.sequences: SequenceLine | None = None
         self._hold_back = hold_back_requests
         self._quiet = 0
+        self.keeps_requests = up.keeps_requests
         #: Most rows that a frontend may ring under a grant as one batch.
         self.grant_rows = 0
         self._is_grantable = False
@@ -125,6 +127,13 @@ class Route:
         instance.items = ()
         if not instance.draining and instance.id in self.instances:
             self.idle.append(instance)
+
+    def cancel_running(self, producer: int, cancelled: RowsCancel) -> None:
+        """Let the model hear that nobody waits any more for these of the rows that it runs."""
+        for instance in self.instances.values():
+            running = running_rows(instance.items, producer, cancelled)
+            if running and instance.state is InstanceState.BUSY:
+                instance.bell.ring(pack_rows_cancel(instance.batch_id, producer, cancelled.base, running))
 
     # --- batches ---
 

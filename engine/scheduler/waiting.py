@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from forebay.ipc.messages import ParcelSubmit, RunSubmit
+from collections.abc import Iterable
+
+from forebay.ipc.messages import ParcelSubmit, RowsCancel, RunSubmit
 
 
 class Waiting:
@@ -177,3 +179,14 @@ class WaitingParcel(Waiting):
 
     def split(self, requests: int) -> WaitingParcel:
         raise AssertionError("a parcel is one request")
+
+
+def running_rows(items: Iterable[Waiting], producer: int, cancelled: RowsCancel) -> list[int]:
+    """Return which of the cancelled requests are among these, by their first rows."""
+    return [
+        first
+        for item in items
+        if isinstance(item, WaitingRun) and item.producer == producer and item.base == cancelled.base
+        for first in cancelled.firsts
+        if item.first <= first < item.end
+    ]
