@@ -39,7 +39,7 @@ class Future:
     def done(self) -> bool:
         """True if ``result`` would return, or raise, at once."""
         if not self.pending.has_news:
-            self._connection.read_nowait()
+            self._connection.completions.read_nowait()
         return self.pending.has_news or self._is_cancelled
 
     def cancelled(self) -> bool:
@@ -75,7 +75,7 @@ class Future:
             raise Cancelled("the request was cancelled")
         pending = self.pending
         if not pending.has_news:
-            self._connection.wait(pending, deadline_after(timeout_s))
+            self._connection.completions.wait(pending, deadline_after(timeout_s))
         if pending.error is not None:
             raise pending.error
 
@@ -225,7 +225,7 @@ class Model:
         pending = placement.submit(options)
         try:
             if not pending.has_news:
-                self._connection.wait(pending, deadline_ns)
+                self._connection.completions.wait(pending, deadline_ns)
         except BaseException:
             # Whoever fills the next request must not write into this one, which may still run.
             self._local.placement = None
@@ -277,7 +277,7 @@ class Model:
             return
         try:
             while True:
-                self._connection.wait(pending, deadline_ns)
+                self._connection.completions.wait(pending, deadline_ns)
                 while pending.responses:
                     reply, held = pending.responses.popleft()
                     if reply.text or reply.code:

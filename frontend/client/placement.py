@@ -125,7 +125,7 @@ class RowsPlacement:
         if options is not NO_OPTIONS:
             pending.priority = options.priority
             pending.timeout_us = options.timeout_us
-        self._connection.submit_rows(pending)
+        self._connection.submit(pending)
         return pending
 
     def output(self, pending: Pending, name: str | None) -> Array:
@@ -262,7 +262,7 @@ class BlockPlacement:
             )
         )
         self._reply, self._held = None, ()
-        connection.submit_parcel(pending)
+        connection.submit(pending)
         return pending
 
     def _reply_bytes(self, rows: int) -> int:

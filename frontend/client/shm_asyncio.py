@@ -45,17 +45,17 @@ class AsyncEngine:
 
     def _watch(self) -> None:
         self._watched = self._engine.connection
-        self._loop.add_reader(self._watched.fileno(), self._read)
+        self._loop.add_reader(self._watched.completions.fileno(), self._read)
 
     def _stop_watching(self) -> None:
         if self._watched is not None:
-            self._loop.remove_reader(self._watched.fileno())
+            self._loop.remove_reader(self._watched.completions.fileno())
             self._watched = None
 
     def _read(self) -> None:
         assert self._watched is not None
         try:
-            self._watched.read_nowait()
+            self._watched.completions.read_nowait()
         except EngineGone:
             # Every request in flight has been told; end of file would be told over and over.
             self._stop_watching()
@@ -106,7 +106,7 @@ class AsyncEngine:
     async def wait(self, future: Future, deadline_ns: int = 0) -> None:
         """Wait until ``future`` is done."""
         waiting = self._loop.create_future()
-        if not self._engine.connection.notify(future.pending, self.waker(waiting)):
+        if not self._engine.connection.completions.notify(future.pending, self.waker(waiting)):
             return
         if not deadline_ns:
             await waiting

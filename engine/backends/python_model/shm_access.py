@@ -124,7 +124,7 @@ class ShmEngineAccess:
         """Have what comes next delivered: by the reading thread, or now if it is here."""
         engine = self._engine
         assert engine is not None
-        if not engine.connection.notify(call.pending, lambda: self._news.put(call)):
+        if not engine.connection.completions.notify(call.pending, lambda: self._news.put(call)):
             self._deliver(call)
 
     def _read(self) -> None:
@@ -136,7 +136,7 @@ class ShmEngineAccess:
                 engine = self._engine
             assert engine is not None
             try:
-                engine.connection.wait_any()
+                engine.connection.completions.wait_any()
             except ServingError as error:
                 self._fail_all(error)
                 continue

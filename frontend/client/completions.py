@@ -1,0 +1,214 @@
+"""The receiving side of a client: the completion doorbell, read by whichever thread waits.
+
+Whoever waits for an answer and finds nobody reading reads, for everybody, until its own answer is there; then it wakes
+one of the others to go on. So a client needs no thread of its own, and one that waits alone makes one system call per
+answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from forebay.client.errors import DeadlineExceeded
+from forebay.client.in_flight import InFlight
+from forebay.client.pending import Pending
+from forebay.ipc.wire import MESSAGE_BYTES_MAX
+
+#: A client that parks looks for an answer for so long before it sleeps, as long as answers have been that quick: to
+#: wake a process on an idle core takes longer than many a model (measured: 25 to 30 us of 75), ns.
+_GLANCE_NS = 50_000
+#: After so many answers in a row that took longer, it goes to sleep at once ...
+_GLANCE_MISSES = 8
+#: ... for so many answers.
+_GLANCE_PAUSE = 64
+
+#: How often to look whether the thread that reads has made room, s.
+_OTHER_READER_S = 0.0002
+
+_DEADLINE_TEXT = "the deadline passed before the answer came"
+
+
+class Completions:
+    """The completion doorbell. Thread-safe."""
+
+    def __init__(self, sock: socket.socket, lock: threading.Lock, in_flight: InFlight, *, spins: bool) -> None:
+        """Take over ``sock``.
+
+        Args:
+            lock: guards the books, ``in_flight`` too.
+            spins: wait without sleeping.
+        """
+        self._sock = sock
+        self._lock = lock
+        self._in_flight = in_flight
+        self._receive_flags = socket.MSG_DONTWAIT if spins else 0
+        self._spins = spins
+        # With one core, whoever looks keeps the worker from running.
+        self._can_glance = not spins and len(os.sched_getaffinity(0)) > 1
+        #: Answers that were not there at a glance, in a row; below 0: so many answers without a glance.
+        self._glance_misses = 0
+        self._buffer = bytearray(MESSAGE_BYTES_MAX)
+        self._buffer_view = memoryview(self._buffer)
+        #: Held by the thread that reads.
+        self._reader = threading.Lock()
+        #: Requests that threads wait for while another one reads.
+        self._followers: deque[Pending] = deque()
+
+    def fileno(self) -> int:
+        """Return the doorbell, for event loops."""
+        return self._sock.fileno()
+
+    def shutdown(self) -> None:
+        """Have a thread that reads wake up with end of file."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def wait(self, pending: Pending, deadline_ns: int = 0) -> None:
+        """Return when the request is done, or has a response that nobody has taken.
+
+        Raises:
+            DeadlineExceeded: the monotonic time ``deadline_ns`` has come first.
+        """
+        while not pending.has_news:
+            if self._reader.acquire(blocking=False):
+                try:
+                    while not pending.has_news:
+                        self._read(deadline_ns)
+                finally:
+                    self._reader.release()
+                    self._wake_follower()
+            else:
+                self._follow(pending, deadline_ns)
+
+    def wait_any(self) -> None:
+        """Return when something has happened; there must be requests in flight."""
+        if self._reader.acquire(blocking=False):
+            try:
+                self._read(0)
+            finally:
+                self._reader.release()
+                self._wake_follower()
+        else:
+            time.sleep(_OTHER_READER_S)
+
+    def read_nowait(self, limit: int = 64) -> None:
+        """Take answers that have arrived.
+
+        Raises:
+            EngineGone: the server is gone.
+        """
+        if not self._reader.acquire(blocking=False):
+            return
+        try:
+            for _ in range(limit):
+                try:
+                    size = self._sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return
+                self._take(size)
+        finally:
+            self._reader.release()
+            self._wake_follower()
+
+    def notify(self, pending: Pending, waiter: Callable[[], None]) -> bool:
+        """Have ``waiter`` called once, by the thread that reads, with the books locked; False if there is news now."""
+        with self._lock:
+            if pending.has_news:
+                return False
+            pending.waiter = waiter
+        return True
+
+    def _follow(self, pending: Pending, deadline_ns: int) -> None:
+        """Sleep until the thread that reads has our answer, or stops reading."""
+        baton = threading.Lock()
+        baton.acquire()
+        with self._lock:
+            if pending.has_news:
+                return
+            pending.waiter = baton.release
+            self._followers.append(pending)
+        if not self._reader.locked():
+            # It stopped before it could see us: we may have to read ourselves.
+            with self._lock:
+                pending.waiter = None
+            return
+        timeout_s = max((deadline_ns - time.monotonic_ns()) / 1e9, 0.0) if deadline_ns else -1
+        if not baton.acquire(timeout=timeout_s):
+            with self._lock:
+                pending.waiter = None
+            if not pending.has_news:
+                raise DeadlineExceeded(_DEADLINE_TEXT)
+
+    def _wake_follower(self) -> None:
+        """Let one of those that wait read on."""
+        if self._followers:
+            with self._lock:
+                while self._followers:
+                    pending = self._followers.popleft()
+                    if pending.waiter is not None:
+                        pending.wake()
+                        return
+
+    def _read(self, deadline_ns: int) -> None:
+        """Wait for one message and have it acted on. The reader's lock is held."""
+        if self._can_glance and self._in_flight.count == 1 and self._glance():
+            return
+        if deadline_ns:
+            self._wait_readable(deadline_ns)
+        while True:
+            try:
+                size = self._sock.recv_into(self._buffer, 0, self._receive_flags)
+            except BlockingIOError:
+                if deadline_ns and time.monotonic_ns() >= deadline_ns:
+                    raise DeadlineExceeded(_DEADLINE_TEXT) from None
+                continue
+            except OSError as error:
+                with self._lock:
+                    raise self._in_flight.broken(f"the engine is gone: {error.strerror or error}") from None
+            self._take(size)
+            return
+
+    def _take(self, size: int) -> None:
+        with self._lock:
+            self._in_flight.take(self._buffer_view[:size])
+
+    def _glance(self) -> bool:
+        """Look for an answer for a moment before going to sleep; True if there was one."""
+        if self._glance_misses < 0:
+            self._glance_misses += 1
+            return False
+        receive, buffer = self._sock.recv_into, self._buffer
+        end_ns = time.monotonic_ns() + _GLANCE_NS
+        while time.monotonic_ns() < end_ns:
+            try:
+                size = receive(buffer, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return False  # Whoever reads in earnest says what it is.
+            self._glance_misses = 0
+            self._take(size)
+            return True
+        self._glance_misses += 1
+        if self._glance_misses >= _GLANCE_MISSES:
+            self._glance_misses = -_GLANCE_PAUSE
+        return False
+
+    def _wait_readable(self, deadline_ns: int) -> None:
+        if self._spins:
+            return
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        left_ms = (deadline_ns - time.monotonic_ns()) / 1e6
+        if not poll.poll(max(left_ms, 0)):
+            raise DeadlineExceeded(_DEADLINE_TEXT)

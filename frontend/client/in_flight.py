@@ -1,0 +1,332 @@
+"""A client's requests in flight, and what becomes of them: answers, workers that died, models that moved.
+
+The connection's lock is held in every call.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from forebay.client.door import Door
+from forebay.client.errors import EngineGone, ModelChanged
+from forebay.client.grants import Grants
+from forebay.client.memory import Memory
+from forebay.client.opened import Opened
+from forebay.client.pending import Pending, PendingParcel
+from forebay.client.submissions import Submissions
+from forebay.ipc.arena import Arena
+from forebay.ipc.errors import ArenaFull, Cancelled, Internal, NotReady, ServingError, WorkerDied, from_wire
+from forebay.ipc.messages import ReplyHead
+from forebay.ipc.wire import (
+    FLAG_FINAL,
+    FLAG_GONE,
+    FLAG_HUNG,
+    FLAG_MOVED,
+    GRANT,
+    HEADER,
+    RUN,
+    TIMES_END,
+    TOKEN,
+    Kind,
+    unpack_runs,
+)
+
+#: Times a request is handed to another worker after its worker died.
+ATTEMPTS_MAX = 1
+
+#: Larger reply blocks are not lent to begin with.
+_REPLY_GUESS_MAX = 1 << 20
+
+
+class InFlight:
+    """Every request that was handed over and is not answered."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        memory: Memory,
+        grants: Grants,
+        submissions: Submissions,
+        door: Door,
+        models: dict[tuple[str, int], Opened],
+    ) -> None:
+        """Begin with none; ``models``: those that the connection has opened, by name and wanted version."""
+        #: How many there are.
+        self.count = 0
+        #: What ended the connection.
+        self.failure: EngineGone | None = None
+        self._arena = arena
+        self._memory = memory
+        self._grants = grants
+        self._submissions = submissions
+        self._door = door
+        self._models = models
+        self._parcels: dict[int, PendingParcel] = {}
+        self._decode_reply = msgspec.msgpack.Decoder(ReplyHead).decode
+
+    def submit(self, pending: Pending) -> None:
+        """Hand over a request that is filled.
+
+        Raises:
+            EngineGone: the server is gone.
+        """
+        if isinstance(pending, PendingParcel):
+            self._parcels[pending.token] = pending
+        elif pending.lease is not None:
+            pending.lease.slab.owners[pending.lease.first] = pending
+        self.count += 1
+        try:
+            self._submissions.submit(pending)
+        except EngineGone as error:
+            raise self.broken(error.text) from None
+
+    def cancel(self, pending: Pending) -> None:
+        """Nobody waits for the request any more."""
+        if not pending.is_done:
+            pending.is_cancelled = True
+            try:
+                self._submissions.cancel(pending)
+            except EngineGone as error:
+                raise self.broken(error.text) from None
+
+    def take(self, message: memoryview) -> None:
+        """Act on a message of the completion doorbell.
+
+        Raises:
+            EngineGone: it is the end of file, or makes no sense.
+        """
+        if len(message) < HEADER.size:
+            raise self.broken(
+                "the engine is gone: the server has ended, or has ended this connection because its answers were "
+                "not read"
+            )
+        kind, flags, count, instance, batch = HEADER.unpack_from(message)
+        try:
+            self._act(kind, flags, count, instance, batch, message)
+        except EngineGone as error:
+            raise self.broken(error.text) from None
+        except struct.error:
+            raise self.broken("the engine sent a message that cannot be read") from None
+
+    def _act(self, kind: int, flags: int, count: int, instance: int, batch: int, message: memoryview) -> None:
+        if kind == Kind.RUNS_DONE:
+            self._grants.set_idle(instance)
+            for index in range(count):
+                _producer, _requests, base, _capacity, first, rows, _attempt, _sum_ns = RUN.unpack_from(
+                    message, TIMES_END + index * RUN.size
+                )
+                self._finish_rows(base, first, rows, None)
+        elif kind == Kind.PARCEL_REPLY:
+            self._parcel_reply(message, flags, instance)
+        elif kind == Kind.RUNS_FAILED:
+            self._runs_failed(message, flags, count, instance)
+        elif kind == Kind.GRANT:
+            self._granted(message, batch)
+        elif kind == Kind.REVOKE:
+            self._revoked(message, flags, batch)
+        elif kind == Kind.RUNS_LOST:
+            for run in unpack_runs(message, count, TIMES_END):
+                for pending in self._owners(run.base, run.first, run.rows):
+                    self._retry(pending, flags)
+        elif kind == Kind.PARCEL_LOST:
+            for index in range(count):
+                (token,) = TOKEN.unpack_from(message, TIMES_END + index * TOKEN.size)
+                if (parcel := self._parcels.get(token)) is not None:
+                    self._retry(parcel, flags)
+        elif kind == Kind.RESYNC:
+            end = HEADER.size + count * TOKEN.size
+            self._resync(batch, {token for (token,) in TOKEN.iter_unpack(message[HEADER.size : end])})
+
+    # --- answers ---
+
+    def _owners(self, base: int, first: int, rows: int) -> list[Pending]:
+        """Return the requests in flight that begin in these rows."""
+        slab = self._memory.slab(base)
+        if slab is None:
+            return []
+        return [pending for pending in slab.owners[first : first + rows] if pending is not None]
+
+    def _finish_rows(self, base: int, first: int, rows: int, error: ServingError | None) -> None:
+        slab = self._memory.slab(base)
+        if slab is None:
+            return
+        owners = slab.owners
+        for row, pending in enumerate(owners[first : first + rows], first):
+            if pending is not None:
+                owners[row] = None
+                self.count -= 1
+                pending.finish(error)
+
+    def _finish(self, pending: Pending, error: ServingError) -> None:
+        """End a request without an answer of a worker."""
+        if isinstance(pending, PendingParcel):
+            if self._parcels.pop(pending.token, None) is None:
+                return
+        elif pending.lease is not None:
+            pending.lease.slab.owners[pending.lease.first] = None
+        self.count -= 1
+        pending.finish(error)
+
+    def _runs_failed(self, message: memoryview, flags: int, count: int, instance: int) -> None:
+        self._grants.set_idle(instance)
+        runs = unpack_runs(message, count, TIMES_END)
+        end = TIMES_END + count * RUN.size
+        error = from_wire(message[end], bytes(message[end + 1 :]).decode(errors="replace"))
+        for run in runs:
+            if flags & FLAG_MOVED:
+                for pending in self._owners(run.base, run.first, run.rows):
+                    self._follow_model(pending, error)
+            else:
+                self._finish_rows(run.base, run.first, run.rows, error)
+
+    def _parcel_reply(self, message: memoryview, flags: int, instance: int) -> None:
+        (token,) = TOKEN.unpack_from(message, TIMES_END)
+        pending = self._parcels.get(token)
+        is_final = bool(flags & FLAG_FINAL)
+        if is_final:
+            self._grants.set_idle(instance, token)
+        if pending is None:
+            return
+        try:
+            reply = self._decode_reply(message[TIMES_END + TOKEN.size :])
+            for place in reply.outputs:
+                self._arena.check(place.offset, place.byte_size)
+        except (msgspec.DecodeError, msgspec.ValidationError, Internal):
+            reply, is_final = ReplyHead(code=Internal.code, text="the model's answer could not be read"), True
+        if flags & FLAG_MOVED:
+            self._follow_model(pending, from_wire(reply.code, reply.text))
+        elif reply.needs_bytes:
+            self._lend(pending, reply.needs_bytes, instance)
+        else:
+            self._note_response(pending, reply, is_final=is_final)
+
+    def _note_response(self, pending: PendingParcel, reply: ReplyHead, *, is_final: bool) -> None:
+        error = from_wire(reply.code, reply.text) if reply.text or reply.code else None
+        is_response = reply.outputs or reply.inline or not pending.model.signature.is_decoupled
+        if (error is None and is_response) or (error is not None and not is_final):
+            # An answer lies in the block that was lent for it; the first one, else, in that of the request.
+            held = (pending.lent.popleft(),) if pending.lent else tuple(pending.blocks)
+            pending.responses.append((reply, held))
+            pending.response_count += 1
+        if is_final:
+            del self._parcels[pending.token]
+            self.count -= 1
+            pending.finish(error)
+        else:
+            pending.wake()
+
+    def _lend(self, pending: PendingParcel, byte_size: int, instance: int) -> None:
+        try:
+            lease = self._memory.loan_block(byte_size)
+        except ArenaFull as error:
+            self._finish(pending, error)
+            self._submissions.collect(instance, pending.token, 0, 0)
+        else:
+            pending.lent.append(lease)
+            pending.model.reply_guess_bytes = max(pending.model.reply_guess_bytes, min(byte_size, _REPLY_GUESS_MAX))
+            self._submissions.collect(instance, pending.token, lease.offset, byte_size)
+
+    # --- workers that died, models that moved, schedulers that were restarted ---
+
+    def _retry(self, pending: Pending, flags: int) -> None:
+        """The worker is gone: hand the request in once more, unless that would do harm."""
+        name = pending.model.name
+        if flags & FLAG_HUNG:
+            text = f"the request ran longer than model '{name}' may (--worker-timeout-secs, or its parameter "
+            self._finish(pending, WorkerDied(text + "worker_timeout_secs) and was ended"))
+        elif isinstance(pending, PendingParcel) and pending.response_count:
+            # Its first responses are with the caller already.
+            text = f"an instance of model '{name}' ended unexpectedly before its last response"
+            self._finish(pending, WorkerDied(text))
+        elif pending.attempt >= ATTEMPTS_MAX:
+            self._finish(
+                pending,
+                WorkerDied(
+                    f"an instance of model '{name}' ended unexpectedly while it ran the request, "
+                    "and so did the one that tried it again"
+                ),
+            )
+        else:
+            pending.attempt += 1
+            self._send_again(pending)
+
+    def _send_again(self, pending: Pending) -> None:
+        if pending.is_cancelled:
+            self._finish(pending, Cancelled("request was cancelled"))
+        else:
+            self._submissions.submit(pending)
+
+    def _follow_model(self, pending: Pending, error: ServingError) -> None:
+        """The server has loaded the model anew: hand in again, to the new route, what the old one did not take."""
+        model = pending.model
+        try:
+            if model.route == pending.route:
+                self._reopen(model, error)
+            if model.edition != pending.edition:
+                raise ModelChanged(f"model '{model.name}' was loaded anew with other inputs or outputs; open it again")
+        except ServingError as reason:
+            self._finish(pending, reason)
+        else:
+            self._send_again(pending)
+
+    def _reopen(self, model: Opened, error: ServingError) -> None:
+        found = self._door.open_model(model.name, model.wanted_version)
+        if found.route == model.route:
+            for ring in found.rings.values():
+                ring.close()
+            raise NotReady(error.text)
+        self._grants.drop_all(model)
+        self._memory.retire(model.replace(found))
+        self._submissions.announce_rings(found.rings)
+
+    def _resync(self, epoch: int, running: set[int]) -> None:
+        """A new scheduler is up and every worker has finished what the old one had sent: hand in again what is left.
+
+        Args:
+            running: parcels that workers have run and not answered for good, which is no loss.
+        """
+        self._submissions.epoch = epoch
+        for model in self._models.values():
+            self._grants.drop_all(model)
+            self._submissions.announce_rings(model.rings)
+        left: list[Pending] = [parcel for token, parcel in self._parcels.items() if token not in running]
+        left += self._memory.owners()
+        for pending in left:
+            self._send_again(pending)
+
+    # --- grants ---
+
+    def _granted(self, message: memoryview, ticket: int) -> None:
+        route, instance, _generation, _rows_max = GRANT.unpack_from(message, HEADER.size)
+        for model in self._models.values():
+            if model.route == route:
+                self._grants.open(model, instance, ticket)
+                return
+
+    def _revoked(self, message: memoryview, flags: int, ticket: int) -> None:
+        _route, instance, _generation, _rows_max = GRANT.unpack_from(message, HEADER.size)
+        is_gone = bool(flags & FLAG_GONE)
+        pending = self._grants.close(instance, ticket, is_gone=is_gone)
+        if pending is None:
+            return
+        if is_gone:
+            self._retry(pending, flags)
+        else:
+            # Everything that the worker ran was answered before this message: it has not run.
+            self._send_again(pending)
+
+    # --- the end ---
+
+    def broken(self, text: str) -> EngineGone:
+        """Fail everything in flight, and every later request; return the error to raise."""
+        if self.failure is None:
+            self.failure = EngineGone(text)
+            left: list[Pending] = [*self._parcels.values(), *self._memory.owners()]
+            self._memory.forget_owners()
+            self._parcels.clear()
+            self.count = 0
+            for pending in left:
+                pending.finish(EngineGone(text))
+        return EngineGone(self.failure.text)

@@ -1,0 +1,170 @@
+"""The sending side of a client: requests and notes to the scheduler, and requests straight to a granted worker.
+
+The connection's lock is held in every call. What cannot be sent raises ``EngineGone``.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Iterable
+
+from forebay.client.errors import EngineGone
+from forebay.client.grants import Grants
+from forebay.client.opened import Grant
+from forebay.client.pending import Pending, PendingParcel, RowsLease
+from forebay.ipc.client_wire import CANCEL_RUN, NUMBER, SUBMIT_PARCEL, SUBMIT_RUN, SubmitKind
+from forebay.ipc.wire import FLAG_GRANTED, GROW, HEADER, PARCEL, RUN, TOKEN, Kind
+
+#: How long the scheduler may leave the submission socket full, s.
+_SUBMIT_PATIENCE_S = 10.0
+
+
+class Submissions:
+    """The submission socket, and the rings of the workers that are granted."""
+
+    def __init__(self, sock: socket.socket, producer: int, epoch: int, grants: Grants) -> None:
+        """Take over ``sock``; ``epoch`` is that of the scheduler that reads it."""
+        self._sock = sock
+        self._sock.setblocking(False)
+        self._producer = producer
+        #: Of the scheduler; messages of another one are dropped.
+        self.epoch = epoch
+        self._grants = grants
+
+    def close(self) -> None:
+        self._sock.close()
+
+    # --- requests ---
+
+    def submit(self, pending: Pending) -> None:
+        """Hand a request over, for the first time or again."""
+        if isinstance(pending, PendingParcel):
+            self._submit_parcel(pending)
+        elif pending.lease is not None:
+            self.submit_rows(pending, pending.lease)
+
+    def submit_rows(self, pending: Pending, lease: RowsLease) -> None:
+        """Hand over a request whose rows are filled."""
+        model, slab = pending.model, lease.slab
+        pending.route = model.route
+        if model.grants and (grant := model.idle_grant()) is not None:
+            message = HEADER.pack(Kind.RUNS, FLAG_GRANTED, 1, 0, grant.ticket) + RUN.pack(
+                self._producer,
+                1,
+                slab.base,
+                slab.capacity,
+                lease.first,
+                lease.rows,
+                pending.attempt,
+                pending.enqueue_ns,
+            )
+            if self._ring(grant, pending, message):
+                return
+        self._send(
+            HEADER.pack(SubmitKind.RUNS, 0, 1, 0, self.epoch)
+            + SUBMIT_RUN.pack(
+                model.route,
+                1,
+                slab.base,
+                slab.capacity,
+                lease.first,
+                lease.rows,
+                pending.attempt,
+                pending.priority,
+                0,
+                pending.timeout_us,
+                pending.enqueue_ns,
+            )
+        )
+
+    def _submit_parcel(self, pending: PendingParcel) -> None:
+        model, head = pending.model, pending.head
+        pending.route = model.route
+        if model.grants and (grant := model.idle_grant()) is not None:
+            message = HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, 0, grant.ticket) + PARCEL.pack(
+                self._producer, pending.rows, pending.token, pending.enqueue_ns, len(head)
+            )
+            if self._ring(grant, pending, message + head):
+                return
+        correlation, number, flags = pending.sequence
+        text = correlation.encode()
+        self._send(
+            HEADER.pack(SubmitKind.PARCEL, 0, 1, 0, self.epoch)
+            + SUBMIT_PARCEL.pack(
+                model.route,
+                pending.rows,
+                pending.token,
+                pending.shape_key,
+                pending.timeout_us,
+                pending.deadline_ns,
+                pending.enqueue_ns,
+                number,
+                pending.priority,
+                pending.attempt,
+                len(head),
+                len(text),
+                flags,
+                0,
+            )
+            + head
+            + text
+        )
+
+    def _ring(self, grant: Grant, pending: Pending, message: bytes) -> bool:
+        """Hand a request to a worker directly; False if it does not take it."""
+        try:
+            grant.ring.send(message, socket.MSG_DONTWAIT)
+        except OSError:
+            # The worker is gone, or has thrown us out; whichever it is, the completion doorbell will say.
+            self._grants.drop(grant)
+            return False
+        grant.outstanding = pending
+        return True
+
+    # --- notes ---
+
+    def cancel(self, pending: Pending) -> None:
+        """Nobody waits for the request any more."""
+        if isinstance(pending, PendingParcel):
+            self._send(HEADER.pack(SubmitKind.CANCEL, 0, 1, 0, self.epoch) + TOKEN.pack(pending.token))
+        elif pending.lease is not None:
+            header = HEADER.pack(SubmitKind.CANCEL_RUNS, 0, 1, 0, self.epoch)
+            self._send(header + CANCEL_RUN.pack(pending.route, pending.lease.first, pending.lease.slab.base))
+
+    def collect(self, instance: int, token: int, offset: int, byte_size: int) -> None:
+        """Lend a block for a response that did not fit; 0 bytes: there is no room."""
+        header = HEADER.pack(SubmitKind.COLLECT, 0, 1, instance, self.epoch)
+        self._send(header + GROW.pack(token, offset, byte_size))
+
+    def announce_rings(self, instances: Iterable[int]) -> None:
+        """Tell the scheduler which workers a grant would let us ring."""
+        numbers = [NUMBER.pack(instance) for instance in instances]
+        if numbers:
+            self._send(HEADER.pack(SubmitKind.RINGS, 0, len(numbers), 0, self.epoch) + b"".join(numbers))
+
+    # --- the socket ---
+
+    def _send(self, message: bytes) -> None:
+        try:
+            self._sock.send(message)
+        except BlockingIOError:
+            self._send_patiently(message)
+        except OSError as error:
+            raise EngineGone(f"the engine is gone: {error.strerror or error}") from None
+
+    def _send_patiently(self, message: bytes) -> None:
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLOUT)
+        give_up_s = time.monotonic() + _SUBMIT_PATIENCE_S
+        while time.monotonic() < give_up_s:
+            poll.poll(100)
+            try:
+                self._sock.send(message)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise EngineGone(f"the engine is gone: {error.strerror or error}") from None
+            return
+        raise EngineGone(f"the scheduler has not read anything for {_SUBMIT_PATIENCE_S:g} s")
