@@ -330,14 +330,7 @@ FLAGS: tuple[Flag, ...] = (
     # Memory
     Flag("arena-byte-size", "memory.arena_byte_size", minimum=1 << 20, maximum=1 << 44),
     Flag("allow-client-shm", "memory.allow_client_shm"),
-    Flag(
-        "pinned-memory-pool-byte-size",
-        "memory.pinned_pool_byte_size",
-        ACCEPTED,
-        "tensors already lie in shared memory, which GPU workers page-lock as a whole",
-        minimum=0,
-        maximum=values.INT64_MAX,
-    ),
+    Flag("pinned-memory-pool-byte-size", "memory.pinned_pool_byte_size", minimum=0, maximum=values.INT64_MAX),
     Flag(
         "buffer-manager-thread-count",
         "memory.buffer_manager_thread_count",
@@ -348,7 +341,7 @@ FLAGS: tuple[Flag, ...] = (
     # GPUs
     Flag("gpu-fallback", "gpu.fallback"),
     Flag("cpu-only", "gpu.cpu_only", environment=("TRITON_SERVER_CPU_ONLY",)),
-    Flag("mps", "gpu.mps", NOT_YET, "start nvidia-cuda-mps-control yourself"),
+    Flag("mps", "gpu.mps"),
     Flag(
         "enable-peer-access",
         "gpu.enable_peer_access",
@@ -371,18 +364,10 @@ FLAGS: tuple[Flag, ...] = (
         metavar="DEVICE:BYTES",
         parse=values.parse_device_bytes,
     ),
-    Flag(
-        "min-supported-compute-capability",
-        "gpu.min_supported_compute_capability",
-        ACCEPTED,
-        "each backend refuses the GPUs that it was not built for",
-        minimum=0,
-    ),
+    Flag("min-supported-compute-capability", "gpu.min_supported_compute_capability", minimum=0),
     Flag(
         "model-load-gpu-limit",
         "gpu.model_load_limits",
-        NOT_YET,
-        "place models with gpus: [...] in their config",
         metavar="DEVICE:FRACTION",
         parse=values.parse_device_fraction,
     ),

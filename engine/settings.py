@@ -19,6 +19,7 @@ RateLimitMode = Literal["off", "execution_count"]
 TraceLevel = Literal["OFF", "TIMESTAMPS", "TENSORS"]
 TraceMode = Literal["triton", "opentelemetry"]
 GpuFallback = Literal["none", "cpu"]
+MpsMode = Literal["auto", "on", "off"]
 Batching = Literal["triton", "eager"]
 Wait = Literal["park", "spin"]
 
@@ -430,7 +431,8 @@ class MemorySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Let clients register shared memory of their own, for requests that carry no tensor bytes."""
 
     pinned_pool_byte_size: int = 268_435_456
-    """Bytes of page-locked host memory for copies to and from GPUs."""
+    """GPU workers page-lock each frontend's shared memory, for fast copies, if it is of at most so many bytes; 0
+    page-locks nothing."""
 
     buffer_manager_thread_count: int = 0
     """Triton's number of extra threads that copy tensors."""
@@ -446,8 +448,9 @@ class GpuSettings(msgspec.Struct, frozen=True, kw_only=True):
     cpu_only: bool = False
     """Use no GPU, as if there were none."""
 
-    mps: bool = False
-    """Run the CUDA Multi-Process Service, so that workers on one GPU run at the same time."""
+    mps: MpsMode = "auto"
+    """The CUDA Multi-Process Service lets workers on one GPU run at the same time. `auto` uses a daemon that runs
+    already, `on` starts one if none does, `off` uses none."""
 
     enable_peer_access: bool = True
     """Let GPUs read each other's memory directly."""

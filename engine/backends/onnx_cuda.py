@@ -105,7 +105,7 @@ class OnnxDeviceInstance(SegmentsInstance):
         #: ONNX Runtime's name for the device.
         self._place = "cuda" if device.kind == "cuda" else "cpu"
         self._staging = Staging(device, stream)
-        self._arenas = PinnedArenas(device)
+        self._arenas = PinnedArenas(device, spec)
         self._datatypes = {tensor.name: tensor.datatype for tensor in (*signature.inputs, *signature.outputs)}
         self._scalars = find_scalars(spec, signature)
         self._shrink = spec.parameters.get(SHRINK_KEY)

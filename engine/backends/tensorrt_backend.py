@@ -304,7 +304,7 @@ class TensorRtInstance(TensorInstance):
         self._device = device
         self._stream = stream
         self._staging = Staging(device, stream)
-        self._arenas = PinnedArenas(device)
+        self._arenas = PinnedArenas(device, spec)
         self._inputs = tensor_names(trt, self._engine, "INPUT")
         self._outputs = tensor_names(trt, self._engine, "OUTPUT")
         host = trt.TensorLocation.HOST

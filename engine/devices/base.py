@@ -158,6 +158,16 @@ class Device(abc.ABC):
     index: int
     traffic: Traffic
 
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """As people know it, for example ``NVIDIA H100 80GB HBM3``."""
+
+    @property
+    @abc.abstractmethod
+    def compute_capability(self) -> str:
+        """For example ``9.0``; what plans and libraries are built for."""
+
     @abc.abstractmethod
     def allocate(self, byte_size: int) -> Memory:
         """Return a block, uninitialised, aligned to :data:`ALIGNMENT_BYTES`; of one byte if ``byte_size`` is 0.

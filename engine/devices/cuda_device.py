@@ -232,14 +232,12 @@ class CudaDevice(Device):
 
     @property
     def compute_capability(self) -> str:
-        """For example ``9.0``."""
         major = runtime.deviceGetAttribute(runtime.cudaDevAttrComputeCapabilityMajor, self.index)
         minor = runtime.deviceGetAttribute(runtime.cudaDevAttrComputeCapabilityMinor, self.index)
         return f"{major}.{minor}"
 
     @property
     def name(self) -> str:
-        """As the driver calls it, for example ``NVIDIA H100 80GB HBM3``."""
         name: bytes = runtime.getDeviceProperties(self.index)["name"]
         return name.decode(errors="replace")
 

@@ -25,8 +25,8 @@ from forebay.engine.devices.base import (
     Traffic,
 )
 
-#: pid, descriptor, bytes; the rest of the handle is zero.
-_HANDLE = struct.Struct("<QQQ")
+#: pid, descriptor, bytes, device; the rest of the handle is zero.
+_HANDLE = struct.Struct("<QQQQ")
 
 
 class HostMemory(Memory):
@@ -161,11 +161,20 @@ class HostStream(Stream):
 class HostDevice(Device):
     """This machine's own memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
+        """Open it as the device of this number, for tests of what several GPUs do."""
         self.kind = "host"
-        self.index = 0
+        self.index = index
         self.traffic = Traffic()
         self._pinned: dict[int, int] = {}
+
+    @property
+    def name(self) -> str:
+        return "host"
+
+    @property
+    def compute_capability(self) -> str:
+        return "0.0"
 
     def allocate(self, byte_size: int) -> Memory:
         free, _total = self.memory_info()
@@ -197,15 +206,17 @@ class HostDevice(Device):
 
     def export_memory(self, memory: Memory) -> bytes:
         assert isinstance(memory, HostMemory)
-        return _HANDLE.pack(os.getpid(), memory.fd, memory.byte_size).ljust(HANDLE_BYTES, b"\0")
+        return _HANDLE.pack(os.getpid(), memory.fd, memory.byte_size, self.index).ljust(HANDLE_BYTES, b"\0")
 
     def open_memory(self, handle: bytes, byte_size: int) -> Memory:
         if len(handle) != HANDLE_BYTES:
             raise DeviceError(f"a memory handle has {HANDLE_BYTES} bytes, not {len(handle)}")
-        pid, fd, size = _HANDLE.unpack_from(handle)
+        pid, fd, size, index = _HANDLE.unpack_from(handle)
         if pid == os.getpid():
             # CUDA refuses it too; code that is tested here must not rely on it.
             raise DeviceError("a process cannot open memory that it exported itself")
+        if index != self.index:
+            raise DeviceError(f"the memory is on device {index}, not on {self.index}")
         if byte_size > size:
             raise DeviceError(f"the exported memory has {size} bytes, not {byte_size}")
         try:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from forebay.engine.backends.base import Array
 from forebay.engine.devices.base import Device, DeviceBroken, DeviceError, Memory, Pin, Stream
+from forebay.engine.devices.memory_limit import PINNED_KEY
+from forebay.ipc.messages import InstanceSpec
 
 
 class Staging:
@@ -72,12 +74,15 @@ class PinnedArenas:
     staging memory and are slower.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, spec: InstanceSpec) -> None:
         self._device = device
+        self._bytes_max: int | None = spec.extra.get(PINNED_KEY)
         self._pins: dict[int, Pin] = {}
 
     def attach(self, address: int, byte_size: int) -> bool:
         """Lock a mapping; whether that was possible."""
+        if self._bytes_max is not None and byte_size > self._bytes_max:
+            return False
         try:
             self._pins[address] = self._device.pin(address, byte_size)
         except DeviceBroken:

@@ -44,7 +44,7 @@ from forebay.engine.repository.normalise import normalise_defaults, normalise_in
 from forebay.engine.repository.packaged_files import missing_packages, packaged_model_file
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
-from forebay.engine.supervisor.gpus import gpus_of_backend
+from forebay.engine.supervisor.gpus import device_extra, gpus_of_backend
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.rate_limits import check_resources, resources_of
 from forebay.engine.supervisor.worker_handle import WorkerHandle
@@ -68,6 +68,8 @@ _NO_GRAPH_OPTIMIZATION = 2
 
 #: Backends that see each request with its id and parameters, or answer requests one by one.
 _WANTS_PARCELS = frozenset({"forebay_fault", "identity", "python"})
+#: Backends that get requests one by one, and can do with slab rows for those that carry nothing but tensors.
+_SEES_REQUESTS = frozenset({"python"})
 
 #: Model parameter that overrides ``--worker-timeout-secs``.
 WORKER_TIMEOUT_PARAMETER = "worker_timeout_secs"
@@ -114,6 +116,11 @@ class PreparedVersion:
             or preserves_ordering(spec)
             or bool(spec.batch_inputs or spec.batch_outputs)
         )
+
+    @property
+    def sees_requests(self) -> bool:
+        """True if the backend gets requests one by one, also those in slab rows."""
+        return self.spec.backend in _SEES_REQUESTS
 
 
 async def prepare_version(plant: Plant, found: FoundModel, version: int) -> PreparedVersion:
@@ -410,6 +417,7 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
                 "host_policy": instance.host_policy,
                 "resources": msgspec.to_builtins(resources_of(instance)),
                 "rate_priority": instance.rate_priority,
+                **device_extra(plant.settings, str(instance.kind), instance.device_id),
                 "batch_inputs": msgspec.to_builtins(spec.batch_inputs),
                 "batch_outputs": msgspec.to_builtins(spec.batch_outputs),
                 **({"sequence": sequence} if sequence is not None else {}),

@@ -30,6 +30,7 @@ from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.likely_families import likely_families
 from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.log_settings import LogSettings
+from forebay.engine.supervisor.mps import Mps
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
 from forebay.engine.supervisor.rate_limits import limits_of
@@ -88,6 +89,7 @@ class Supervisor:
         self._stop_requested = asyncio.Event()
         self._tasks: list[asyncio.Task[Any]] = []
         self._client_catalog: Catalog | None = None
+        self._mps = Mps(settings.gpu.mps, runtime.path)
         #: By worker, what its model's own metrics were last.
         self._model_metrics: dict[int, ModelMetrics] = {}
 
@@ -95,6 +97,7 @@ class Supervisor:
         """Serve until a signal; return the exit code."""
         try:
             policies = HostPolicies(self.settings.process.host_policies)
+            self._mps.enter()
         except ServingError as error:
             log.error(f"error: creating server: {error.code.label} - {error.text}")
             return 1
@@ -473,6 +476,7 @@ class Supervisor:
         children = [role.child for role in self._roles if role.child is not None]
         await asyncio.gather(*(child.exited.wait() for child in children), *list(self._tasks), return_exceptions=True)
         await self._zygotes.wait_ended()
+        await asyncio.to_thread(self._mps.leave)
         await self._control.close()
         if traces := getattr(self, "_traces", None):
             traces.close()

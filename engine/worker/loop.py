@@ -20,6 +20,7 @@ import msgspec
 
 from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
 from forebay.engine.backends.python_model.metrics import registry
+from forebay.engine.devices.memory_limit import check_memory_limit
 from forebay.engine.worker.custom_metrics import MetricsSender
 from forebay.engine.worker.inbox import Inbox
 from forebay.engine.worker.parcels import ParcelsRunner
@@ -176,6 +177,7 @@ class Worker:
         start_ns = time.monotonic_ns()
         self._lifeline.send(Phase(text="loading"))
         policy = sequence_policy(spec)
+        check_memory_limit(spec)
         instance = self._open(spec).load(with_batch_tensors(with_sequence_tensors(spec)))
         counters = self._counters_file.block(spec.counter_offset, instance_words(spec.max_batch_size))
         self._clock = counters
