@@ -24,7 +24,7 @@ from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
 from forebay.ipc.messages import InstanceSpec, ParameterValue
 
 if TYPE_CHECKING:
-    from forebay.engine.worker.parcels import ParcelRequest
+    from forebay.engine.worker.parcel_request import ParcelRequest
 
 Array = npt.NDArray[np.generic]
 Arrays = dict[str, Array]

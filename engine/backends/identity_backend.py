@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from forebay.engine.backends.base import Backend, ParameterValue, RequestInstance, parse_int
 from forebay.engine.backends.python_model.metrics import COUNTER, registry
-from forebay.engine.worker.parcels import ParcelRequest, RawTensor
+from forebay.engine.worker.parcel_request import ParcelRequest
+from forebay.engine.worker.pending_response import RawTensor
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
 from forebay.ipc.messages import InstanceSpec
 

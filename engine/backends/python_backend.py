@@ -25,7 +25,8 @@ from forebay.engine.backends.python_model.model_config import ModelConfig
 from forebay.engine.backends.python_model.request import InferenceRequest, Phase
 from forebay.engine.backends.python_model.response import Answering, InferenceResponse, start_answering_dropped
 from forebay.engine.backends.python_model.shm_access import ShmEngineAccess
-from forebay.engine.worker.parcels import ParcelRequest, RawTensor, byte_view
+from forebay.engine.worker.parcel_request import ParcelRequest
+from forebay.engine.worker.pending_response import RawTensor, byte_view
 from forebay.engine.worker.places import client_shape
 from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError

@@ -21,7 +21,9 @@ import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorInstance
 from forebay.engine.repository.model_spec import ControlSpec, DirectStrategy, SequenceBatchingSpec, StateSpec
-from forebay.engine.worker.parcels import ParcelRequest, ParcelsRunner, RawTensor
+from forebay.engine.worker.parcel_request import ParcelRequest
+from forebay.engine.worker.parcels import ParcelsRunner
+from forebay.engine.worker.pending_response import RawTensor
 from forebay.ipc.errors import BackendFailed, InvalidArgument, NotFound, ServingError
 from forebay.ipc.messages import InstanceSpec, ParameterValue
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes
@@ -224,13 +226,13 @@ class SequencesRunner:
     ) -> None:
         arrays, row_of = self._join(group)
         requests = [request for _slot, request, _arrays in group]
-        wanted = self._parcels.wanted(requests)
+        wanted = self._parcels.promised.wanted(requests)
         state_outputs = [state.output_name for state in self._policy.states]
         stamps[1] = time.monotonic_ns()
         results = instance.run(arrays, tuple(dict.fromkeys((*wanted, *state_outputs))))
         stamps[2] = time.monotonic_ns()
         total = max(row_of.values()) + 1
-        checked = {name: self._parcels.checked(name, results, total) for name in wanted}
+        checked = {name: self._parcels.promised.checked(name, results, total) for name in wanted}
         self._keep_states(group, row_of, results)
         for slot, request, _arrays in group:
             request.times = (stamps[0], stamps[1], stamps[2], stamps[2])

@@ -24,7 +24,9 @@ from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorI
 from forebay.engine.repository.beneath import Beneath, check_relative
 from forebay.engine.repository.model_spec import SequenceBatchingSpec, WarmupInputSpec, WarmupSpec
 from forebay.engine.worker.head_check import check_head
-from forebay.engine.worker.parcels import ParcelRequest, ParcelsRunner, RawTensor
+from forebay.engine.worker.parcel_request import ParcelRequest
+from forebay.engine.worker.parcels import ParcelsRunner
+from forebay.engine.worker.pending_response import RawTensor
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.sequences import SequenceControls, control_value, initial_state, sequence_policy
 from forebay.ipc.arena import align, create_memory_file

@@ -23,7 +23,7 @@ from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue, TensorPlace
 
 if TYPE_CHECKING:
-    from forebay.engine.worker.parcels import ParcelRequest
+    from forebay.engine.worker.parcel_request import ParcelRequest
 
 #: Request flags (spec P-033).
 SEQUENCE_START = 1

@@ -13,7 +13,7 @@ from forebay.ipc.errors import BackendFailed
 from forebay.ipc.messages import ParameterValue
 
 if TYPE_CHECKING:
-    from forebay.engine.worker.parcels import ParcelRequest
+    from forebay.engine.worker.parcel_request import ParcelRequest
 
 #: ``TRITONSERVER_RESPONSE_COMPLETE_FINAL``
 COMPLETE_FINAL = 1

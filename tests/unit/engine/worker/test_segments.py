@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, SegmentsInstance
-from forebay.engine.worker.parcels import JOINED_BYTES_MAX, ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rows import RowsRunner
 from forebay.ipc.arena import create_memory_file
@@ -76,18 +75,3 @@ def test_segments_reach_the_device_as_they_are() -> None:
     del rows_in, rows_out
     producers.detach(1)
     os.close(counters_file.fd)
-
-
-def test_large_requests_are_not_copied_together_on_a_cpu() -> None:
-    """Joining tensors of megabytes costs more than a further call of the framework."""
-    spec = InstanceSpec(
-        model="m", version=1, route=1, instance=1, instance_name="m_0", backend="b", model_path="", version_path="",
-        model_file="", max_batch_size=8, inputs=(TensorSpec("x", "FP32", (-1,)),),
-        outputs=(TensorSpec("y", "FP32", (-1,)),),
-    )  # fmt: skip
-    counters = memoryview(bytearray(8 * instance_words(8))).cast("Q")
-    runner = ParcelsRunner(spec, Doubler(), Producers(), counters)
-    small = {"x": np.zeros((1, 100), np.float32)}
-    large = {"x": np.zeros((1, JOINED_BYTES_MAX), np.float32)}
-    assert runner._is_worth_joining([small, small])
-    assert not runner._is_worth_joining([large, large])
