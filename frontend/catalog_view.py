@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from forebay.ipc.catalog import Catalog, ModelEntry
+from forebay.ipc.catalog import Catalog, ModelEntry, no_ready_version
 from forebay.ipc.errors import InvalidArgument, NotFound, NotReady
 
 #: Digits of a version in a URL at most; what is longer cannot be a 64-bit number.
@@ -46,7 +46,7 @@ class CatalogView:
 
         Raises:
             NotFound: no such model or version, or no version of it is READY.
-            NotReady: the version exists and is loading, unloading or failed.
+            NotReady: the version exists and is loading, unloading or failed, or the model's worker is being replaced.
             InvalidArgument: models of several namespaces have that name.
         """
         if version is None:
@@ -61,7 +61,7 @@ class CatalogView:
                 f"Request for model '{name}' is ambiguous: several namespaces have a model of that name"
             )
         if version is None:
-            raise NotFound(f"Request for unknown model: '{name}' has no available versions")
+            raise no_ready_version(name, versions.values())
         entry = versions.get(version)
         if entry is None:
             raise NotFound(f"Request for unknown model: '{name}' version {version} is not found")

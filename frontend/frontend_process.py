@@ -75,6 +75,11 @@ class Served(Protocol):
         """Connections still open."""
         ...
 
+    @property
+    def receiving_count(self) -> int:
+        """Requests that have begun to arrive and are not complete."""
+        ...
+
     def abort(self) -> None:
         """Close everything now."""
         ...
@@ -191,7 +196,7 @@ class FrontendProcess:
         served.close_idle()
         if self.exit_code == 0:
             # Once in a process's life; an event would cost something on every answer.
-            while served.connection_count and self.engine.in_flight_count:  # noqa: ASYNC110
+            while served.connection_count and (self.engine.in_flight_count or served.receiving_count):  # noqa: ASYNC110
                 await asyncio.sleep(_DRAIN_POLL_SECS)
             # Answers are with the kernel or in the transports; let those be written.
             await asyncio.sleep(_DRAIN_POLL_SECS)

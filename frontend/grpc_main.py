@@ -36,6 +36,10 @@ class GrpcServed:
     def connection_count(self) -> int:
         return self._frontend.connection_count
 
+    @property
+    def receiving_count(self) -> int:
+        return self._frontend.receiving_count
+
     def abort(self) -> None:
         self._frontend.abort()
 

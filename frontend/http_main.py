@@ -77,6 +77,10 @@ class HttpServed:
     def connection_count(self) -> int:
         return self._frontend.connection_count
 
+    @property
+    def receiving_count(self) -> int:
+        return self._frontend.receiving_count
+
     def abort(self) -> None:
         self._frontend.abort()
 

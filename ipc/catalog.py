@@ -5,8 +5,11 @@ The supervisor builds the entries and pushes a :class:`Catalog` to every fronten
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
+from forebay.ipc.errors import NotFound, NotReady
 from forebay.ipc.tensor import TensorSpec
 
 
@@ -90,6 +93,11 @@ class ModelEntry(msgspec.Struct, frozen=True):
         return self.state == "READY"
 
     @property
+    def is_interrupted(self) -> bool:
+        """Loaded, but its last worker has died and the next one is not there yet."""
+        return self.route != 0 and not self.is_ready and not self.is_ensemble
+
+    @property
     def is_fixed(self) -> bool:
         """True if requests may live in slab rows: every input and output has one size per batch item."""
         return not self.wants_parcels and all(t.is_fixed for t in (*self.inputs, *self.outputs))
@@ -114,3 +122,14 @@ class Catalog(msgspec.Struct, frozen=True):
 
     def versions(self, name: str) -> tuple[ModelEntry, ...]:
         return tuple(entry for entry in self.models if entry.name == name)
+
+
+def no_ready_version(name: str, entries: Iterable[ModelEntry]) -> NotFound | NotReady:
+    """Return the error of a request for any version of a model of which ``entries``, all of them, none is READY.
+
+    NotFound is Triton's (spec H-041); a version that is back in a moment is worth asking again (spec H-042).
+    """
+    interrupted = max((entry.version for entry in entries if entry.is_interrupted), default=0)
+    if interrupted:
+        return NotReady(f"Request for unknown model: '{name}' version {interrupted} is not at ready state")
+    return NotFound(f"Request for unknown model: '{name}' has no available versions")

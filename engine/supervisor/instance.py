@@ -7,6 +7,7 @@ worker's number is new each time, so that nothing meant for the dead one reaches
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class Instance:
         #: Why there is no worker; empty while there is one.
         self.reason = "not started"
         self.memory_bytes = 0
+        #: The loaded model wants what only parcels have.
+        self.wants_parcels = False
         #: How often a worker that had died was replaced.
         self.restart_count = 0
         self._worker: WorkerHandle | None = None
@@ -138,6 +141,7 @@ class Instance:
                 f"{self.title}: loaded in {loaded.load_ns / 1e9:.3f} s, warmed up in {loaded.warmup_ns / 1e9:.3f} s"
             )
         self.memory_bytes = loaded.memory_bytes
+        self.wants_parcels = loaded.wants_parcels
         plant.switchboard.add_instance(
             spec.route,
             spec.instance_name,
@@ -214,25 +218,24 @@ class Instance:
         ending = "ended" if exit_code is None else f"ended with {describe_exit(exit_code)}"
         if worker.is_hung:
             ending = f"took more than {self.timeout_s:g} s for one batch and was ended"
-        self._note_death(f"worker {self.title} {ending}")
+        self._note_death(f"worker {self.title} {ending}", time.monotonic() - self._since_s)
         while not self._is_serving:
             await asyncio.sleep(self._delay_s)
             try:
                 await self.start()
             except ServingError as error:
-                self._note_death(f"worker {self.title} could not be started again: {error.text}")
+                self._note_death(f"worker {self.title} could not be started again: {error.text}", 0.0)
         self.restart_count += 1
         self._events.changed()
         log.info(f"worker {self.title} is back")
 
-    def _note_death(self, text: str) -> None:
-        now_s = time.monotonic()
+    def _note_death(self, text: str, lived_s: float) -> None:
         successes = self._counters[InstanceCounter.SUCCESS]
         # One that has answered requests since it last died is not in a crash loop, however often it dies.
-        lived_s = float("inf") if successes != self._successes_at_death else now_s - self._since_s
+        if successes != self._successes_at_death:
+            lived_s = math.inf
         self._successes_at_death = successes
-        self._since_s = now_s
-        delay_s = self._backoff.died(now_s, lived_s)
+        delay_s = self._backoff.died(time.monotonic(), lived_s)
         if self._backoff.is_looping:
             delay_s = LOOP_RETRY_S
             self.reason = (

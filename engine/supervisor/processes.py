@@ -56,7 +56,8 @@ class Role(abc.ABC, Generic[Received]):
         self._union = union
         self._arguments = arguments
         self._backoff = Backoff()
-        self._started_s = 0.0
+        #: Since when it is up, monotonic seconds.
+        self._up_since_s = 0.0
         self._early_deaths = 0
         self._failure = ""
         self._is_stopping = False
@@ -68,7 +69,6 @@ class Role(abc.ABC, Generic[Received]):
 
     def start(self) -> None:
         """Start the process; it is introduced to the others at once."""
-        self._started_s = time.monotonic()
         self.child = Child(
             self.name,
             self._module,
@@ -104,6 +104,7 @@ class Role(abc.ABC, Generic[Received]):
     def _take(self, message: Received, fds: list[int]) -> None:
         if isinstance(message, Started):
             self.is_up = True
+            self._up_since_s = time.monotonic()
             self._early_deaths = 0
             if not self.ready.done():
                 self.ready.set_result(None)
@@ -133,7 +134,7 @@ class Role(abc.ABC, Generic[Received]):
         log.error(f"{self.name} died ({describe_exit(exit_code)}){why}; restarting it")
         self._failure = ""
         now_s = time.monotonic()
-        delay_s = self._backoff.died(now_s, now_s - self._started_s)
+        delay_s = self._backoff.died(now_s, now_s - self._up_since_s if was_up else 0.0)
         asyncio.get_running_loop().call_later(delay_s, self._restart)
 
     def _restart(self) -> None:

@@ -108,6 +108,11 @@ class Call(Stream):
 
     # --- messages in ---
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a message has begun to arrive and is not complete."""
+        return self._partial is not None or self._upload is not None
+
     def on_data(self, chunk: memoryview, *, is_end: bool) -> None:
         if self.head.content_length >= 0 and not self._counts(len(chunk), is_end=is_end):
             return
@@ -116,7 +121,7 @@ class Call(Stream):
         except Exception as error:
             self.fail(error)
         if is_end and not self.is_local_closed:
-            if self._partial is not None or self._upload is not None:
+            if self.is_receiving:
                 self.fail(RpcError(Status.INTERNAL, "the request ends within a message"))
             else:
                 self.take_end()

@@ -224,6 +224,11 @@ class GrpcConnection(asyncio.BufferedProtocol):
 
     # --- the end ---
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a message has begun to arrive and is not complete."""
+        return any(isinstance(stream, Call) and stream.is_receiving for stream in self._http2.streams.values())
+
     def drain(self) -> None:
         """Say that no further calls are wanted; close when the last one is answered."""
         if self._is_ending or self._http2.is_draining:

@@ -154,6 +154,11 @@ class GrpcFrontend:
     def connection_count(self) -> int:
         return len(self._connections)
 
+    @property
+    def receiving_count(self) -> int:
+        """Connections on which a message has begun to arrive and is not complete."""
+        return sum(connection.is_receiving for connection in self._connections)
+
     def drain(self) -> None:
         """Tell clients to go elsewhere; connections close when their calls are answered (spec G-087)."""
         self.is_draining = True

@@ -558,6 +558,11 @@ class Connection(asyncio.BufferedProtocol):
         """Whether anything has been asked and not answered."""
         return bool(self._calls) or (self._side_door is not None and self._side_door.is_busy)
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a request's head has come and its body is still on its way."""
+        return not self._is_closing and (self._head is not None or self._upload is not None)
+
     def _refuse(self, reply: bytes) -> None:
         """Answer what is no request that we take, after what has been asked before it, and close."""
         self._drop_request()
@@ -600,8 +605,8 @@ class Connection(asyncio.BufferedProtocol):
             self._is_closing = True
 
     def close_if_idle(self) -> None:
-        """Close now unless something is asked."""
-        if not self._is_waited_for and not self._is_lingering:
+        """Close now unless something is asked, or being asked."""
+        if not self._is_waited_for and not self._is_lingering and not self.is_receiving:
             self._close()
 
     def abort(self) -> None:

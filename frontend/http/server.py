@@ -154,6 +154,11 @@ class HttpFrontend:
     def connection_count(self) -> int:
         return len(self._connections)
 
+    @property
+    def receiving_count(self) -> int:
+        """Connections on which a request has begun to arrive and is not complete."""
+        return sum(connection.is_receiving for connection in self._connections)
+
     def drain(self) -> None:
         """Make the next reply of each connection its last."""
         self.is_draining = True

@@ -23,6 +23,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from forebay_server import CONF_MODELS, PATIENCE_S, ForebayServer, wait_until
+from grpc_wire import INFER, connect, frame
 from http_models import copied_bytes, wait_nothing_in_use, write_identity, write_models
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, shared_memory
@@ -202,7 +203,7 @@ def test_large_messages_of_a_stream_keep_their_order(stream: Stream) -> None:
 def test_a_length_that_the_body_does_not_have(server: ForebayServer) -> None:
     """RFC 9113, 8.1.1."""
     length = b"\0\x0econtent-length\x0299"
-    with connect(server) as wire:
+    with connect(server.ports()["GRPCInferenceService"]) as wire:
         wire.sendall(frame(1, 4, 1, INFER + length) + frame(0, 1, 1, b"\0\0\0\0\0"))
         received = b""
         while frame(3, 0, 1, b"\0\0\0\1") not in received:
@@ -698,32 +699,11 @@ def test_connections_grow_old(alpha: Path) -> None:
 # --- clients that misbehave ---
 
 
-def connect(server: ForebayServer) -> socket.socket:
-    host, port = url_of(server).split(":")
-    wire = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
-    wire.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
-    return wire
-
-
 def memory_kib(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1])
     raise AssertionError("no memory")
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
-
-
-def header_block(path: bytes) -> bytes:
-    def literal(name: bytes, value: bytes) -> bytes:
-        return b"\0" + bytes((len(name),)) + name + bytes((len(value),)) + value
-
-    return b"\x83\x86" + b"\x04" + bytes((len(path),)) + path + literal(b"content-type", b"application/grpc")
-
-
-INFER = header_block(b"/inference.GRPCInferenceService/ModelInfer")
 
 
 def rapid_reset(wire: socket.socket) -> None:
@@ -754,7 +734,10 @@ def test_a_flood_ends_its_connection_and_nothing_else(
     client.is_server_live()
     pid = server.pid_of("grpc")
     before = memory_kib(pid)
-    with connect(server) as wire, pytest.raises((BrokenPipeError, ConnectionResetError)):
+    with (
+        connect(server.ports()["GRPCInferenceService"]) as wire,
+        pytest.raises((BrokenPipeError, ConnectionResetError)),
+    ):
         attack(wire)
     client.infer("alpha_model", [tensor("features", features(1))])
     assert server.pid_of("grpc") == pid
@@ -780,7 +763,7 @@ def test_a_client_that_takes_no_reply_costs_bounded_memory(
                 if b"\0\0\4\3\0" in received:
                     refused.set()
 
-    with connect(server) as wire:
+    with connect(server.ports()["GRPCInferenceService"]) as wire:
         wire.sendall(frame(4, 0, 0, b"\0\4\0\0\0\0"))
         reader = threading.Thread(target=read, args=(wire,))
         reader.start()
@@ -805,7 +788,7 @@ def test_a_thousand_idle_connections_are_in_nobodys_way(
     client.is_server_live()
     pid = server.pid_of("grpc")
     before = memory_kib(pid)
-    wires = [connect(server) for _ in range(500)]
+    wires = [connect(server.ports()["GRPCInferenceService"]) for _ in range(500)]
     try:
         client.infer("alpha_model", [tensor("features", features(1))])
         assert (memory_kib(pid) - before) / len(wires) < 64
@@ -816,7 +799,7 @@ def test_a_thousand_idle_connections_are_in_nobodys_way(
 
 def test_half_a_message_holds_nothing(server: ForebayServer, client: grpcclient.InferenceServerClient) -> None:
     """Lengths that lie: a message of 2 GB is announced, and a few bytes of it sent."""
-    with connect(server) as wire:
+    with connect(server.ports()["GRPCInferenceService"]) as wire:
         wire.sendall(frame(1, 4, 1, INFER) + frame(0, 1, 1, b"\0\x7f\xff\xff\xff" + b"few bytes"))
         received = b""
         while b"grpc-status" not in received:

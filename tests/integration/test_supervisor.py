@@ -553,6 +553,8 @@ def test_crash_loop_makes_the_model_unavailable_with_the_reason(repository: Path
         (row,) = index(server)
         assert row["state"] == "UNAVAILABLE"
         assert "ended 5 times within 60 s" in row["reason"]
+        # Not 404: it is known, and worth asking for again (spec H-042).
+        assert infer(server) == 503
 
 
 def test_config_that_contradicts_the_model_file_fails_to_load(repository: Path) -> None:

@@ -36,6 +36,15 @@ def test_each_miss_has_its_error() -> None:
         models.find("m", 2)
 
 
+def test_a_model_whose_worker_is_being_replaced_is_not_ready_instead_of_unknown() -> None:
+    """Spec H-042: asking again in a moment helps, which a 404 would deny."""
+    models = view(entry("m", 1, "UNAVAILABLE", route=7), entry("e", 1, "UNAVAILABLE", route=8, is_ensemble=True))
+    with pytest.raises(NotReady, match=r"^Request for unknown model: 'm' version 1 is not at ready state$"):
+        models.find("m")
+    with pytest.raises(NotFound, match=r"^Request for unknown model: 'e' has no available versions$"):
+        models.find("e")
+
+
 def test_a_name_in_two_namespaces_is_ambiguous() -> None:
     """Spec R-015."""
     models = view(entry("m", namespace="a"), entry("m", namespace="b"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from forebay.engine.supervisor.backoff import HEALTHY_S, LAST_DELAY_S, LOOP_COUNT, LOOP_WINDOW_S, Backoff
 
 
-def test_delay_doubles_up_to_a_limit() -> None:
+def test_first_restart_is_at_once_and_then_delays_double_up_to_a_limit() -> None:
     backoff = Backoff()
     delays = [backoff.died(float(n), 0.0) for n in range(9)]
-    assert delays[:4] == [0.1, 0.2, 0.4, 0.8]
+    assert delays[:5] == [0.0, 0.1, 0.2, 0.4, 0.8]
     assert delays[-1] == LAST_DELAY_S
 
 
@@ -16,7 +16,7 @@ def test_healthy_life_starts_over() -> None:
     backoff = Backoff()
     for n in range(4):
         backoff.died(float(n), 0.0)
-    assert backoff.died(100.0, HEALTHY_S) == 0.1
+    assert backoff.died(100.0, HEALTHY_S) == 0.0
     assert not backoff.is_looping
 
 

@@ -1,0 +1,105 @@
+"""A server that stops while a request is still arriving: the request lives out ``--exit-timeout-secs`` like others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forebay_server import ForebayServer, wait_until
+from grpc_wire import INFER, connect, frame
+from http_models import write_identity
+from tritonclient.grpc import service_pb2
+
+#: Longer than idle connections are given by a stopping server, s.
+PAUSE_S = 0.5
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ForebayServer]:
+    write_identity(tmp_path / "models", "echo", [("TYPE_FP32", "-1")])
+    with ForebayServer(tmp_path / "models", protocols=("http", "grpc")) as running:
+        yield running
+
+
+def infer_request(elements: int) -> bytes:
+    """Return the bytes of one binary request for ``elements`` zeros."""
+    tensor = {
+        "name": "INPUT0",
+        "shape": [elements],
+        "datatype": "FP32",
+        "parameters": {"binary_data_size": 4 * elements},
+    }
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    body = head + bytes(4 * elements)
+    return (
+        b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: localhost\r\n"
+        b"Inference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % (len(head), len(body))
+    ) + body
+
+
+def stop_and_pause(server: ForebayServer) -> None:
+    """Have the server stop, and wait for longer than idle connections are left open."""
+    time.sleep(PAUSE_S)
+    os.kill(server.pid, signal.SIGTERM)
+    wait_until(lambda: "Waiting for in-flight requests" in server.stderr, "the drain to begin")
+    time.sleep(PAUSE_S)
+
+
+@pytest.mark.parametrize("elements", [50, 1_000_000], ids=["small", "received into shared memory"])
+def test_upload_at_sigterm_is_received_and_answered(server: ForebayServer, elements: int) -> None:
+    """Spec R-110: requests that were begun are finished within the exit timeout."""
+    request = infer_request(elements)
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=30) as client:
+        client.sendall(request[: len(request) // 2])
+        stop_and_pause(server)
+        client.sendall(request[len(request) // 2 :])
+        answer = b""
+        while chunk := client.recv(1 << 20):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert len(answer) > 4 * elements
+    assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("elements", [50, 1_000_000], ids=["small", "received into shared memory"])
+def test_grpc_message_at_sigterm_is_received_and_answered(server: ForebayServer, elements: int) -> None:
+    """Spec R-110, G-087."""
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="INPUT0", datatype="FP32", shape=[elements])
+    request = service_pb2.ModelInferRequest(
+        model_name="echo", inputs=[tensor], raw_input_contents=[bytes(4 * elements)]
+    ).SerializeToString()
+    message = b"\0" + len(request).to_bytes(4, "big") + request
+    half = len(message) // 2
+    with connect(server.ports()["GRPCInferenceService"]) as client:
+        client.sendall(frame(1, 4, 1, INFER) + data_frames(message[:half]))
+        stop_and_pause(server)
+        client.sendall(data_frames(message[half:]) + frame(0, 1, 1))
+        answer = b"".join(iter(lambda: client.recv(1 << 20), b""))
+    # A large answer waits for a window that this client never opens: its head is enough.
+    assert b"echo" in answer
+    assert b"OUTPUT0" in answer
+    assert server.process.wait(30) == 0
+
+
+def data_frames(data: bytes) -> bytes:
+    """Return DATA frames of stream 1, none larger than HTTP/2 allows by default."""
+    return b"".join(frame(0, 0, 1, data[start : start + 16384]) for start in range(0, len(data), 16384))
+
+
+def test_upload_that_never_ends_is_cut_by_the_exit_timeout(tmp_path: Path) -> None:
+    """Spec R-113."""
+    write_identity(tmp_path / "models", "echo", [("TYPE_FP32", "-1")])
+    with (
+        ForebayServer(tmp_path / "models", "--exit-timeout-secs=1", protocols=("http",)) as server,
+        socket.create_connection(("127.0.0.1", server.http_port), timeout=30) as client,
+    ):
+        client.sendall(infer_request(50)[:-20])
+        time.sleep(PAUSE_S)
+        assert server.stop() == 1
+        assert "Exit timeout expired" in server.stderr
