@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from forebay.engine.supervisor.switchboard import Producer, Switchboard
 from forebay.ipc.arena import create_memory_file
-from forebay.ipc.catalog import Catalog, ModelEntry
+from forebay.ipc.catalog import Catalog, ModelEntry, no_ready_version
 from forebay.ipc.client_wire import (
     DOOR_FDS_MAX,
     DOOR_HEADER,
@@ -222,7 +222,7 @@ class ClientDoor:
                 request,
                 pack_entry(entry, [instance for instance, _ring in rings[:DOOR_FDS_MAX]]),
                 tuple(ring.fileno() for _instance, ring in rings[:DOOR_FDS_MAX]),
-                flags=entry.is_fixed * FLAG_ROWS | entry.decoupled * FLAG_DECOUPLED,
+                flags=(entry.is_fixed and not entry.sees_requests) * FLAG_ROWS | entry.decoupled * FLAG_DECOUPLED,
             )
         finally:
             for _instance, ring in rings:
@@ -335,7 +335,7 @@ def find_entry(catalog: Catalog, name: str, version: int) -> ModelEntry:
         return entry
     newest = max((entry for entry in entries if entry.is_ready), key=lambda entry: entry.version, default=None)
     if newest is None:
-        raise NotFound(f"Request for unknown model: '{name}' has no available versions")
+        raise no_ready_version(name, entries)
     return newest
 
 
