@@ -1,7 +1,8 @@
 """How a worker reaches the rest of the server: nested inference (BLS), model control, custom metrics.
 
 The worker's loop installs an implementation with :func:`install`; until then every call says that it is not available.
-All that ``exec``, ``async_exec`` and decoupled calls need is the one non-blocking :meth:`EngineAccess.infer`.
+All that ``exec``, ``async_exec`` and decoupled calls need is the one non-blocking :meth:`EngineAccess.infer`, whose
+responses are taken by whoever waits for them.
 """
 
 from __future__ import annotations
@@ -44,14 +45,31 @@ class NestedResponse(NamedTuple):
     final: bool
 
 
+class NestedCall(Protocol):
+    """A request that a model has made, until its last response. Thread-safe."""
+
+    def take(self) -> list[NestedResponse]:
+        """Return the responses that have come since the last time; of all of them the last is ``final``."""
+        ...
+
+    def wait(self) -> None:
+        """Sleep until there is something to take."""
+        ...
+
+    def notify(self, on_news: Callable[[], None]) -> None:
+        """Have ``on_news`` called once, on any thread, as soon as there is something to take; now if there is."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody waits for further responses."""
+        ...
+
+
 class EngineAccess(Protocol):
     """The rest of the server, as a worker sees it. Thread-safe."""
 
-    def infer(self, request: NestedRequest, on_response: Callable[[NestedResponse], None]) -> Callable[[], None]:
-        """Submit a request; returns at once a function that cancels it.
-
-        Args:
-            on_response: called for every response, on any thread, exactly once with ``final``.
+    def infer(self, request: NestedRequest) -> NestedCall:
+        """Submit a request; returns at once.
 
         Raises:
             ServingError: the request was refused before it was queued (unknown model, wrong inputs, full arena).
@@ -78,7 +96,7 @@ class EngineAccess(Protocol):
 class NoEngineAccess:
     """Stands in until the loop has installed the real one."""
 
-    def infer(self, request: NestedRequest, on_response: Callable[[NestedResponse], None]) -> Callable[[], None]:
+    def infer(self, request: NestedRequest) -> NestedCall:
         raise Unsupported("this worker is not connected to the scheduler, so its model cannot call other models")
 
     def load_model(self, name: str, config: str, files: Mapping[str, bytes]) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
-import queue
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, engine
-from forebay.engine.backends.python_model.errors import TritonError, TritonModelException
+from forebay.engine.backends.python_model.engine_access import NestedRequest
+from forebay.engine.backends.python_model.errors import TritonModelException
+from forebay.engine.backends.python_model.nested_responses import ResponseIterator
 from forebay.engine.backends.python_model.response import (
     Answering,
     InferenceResponse,
@@ -19,11 +17,10 @@ from forebay.engine.backends.python_model.response import (
     check_parameters,
 )
 from forebay.engine.backends.python_model.tensor import Tensor
-from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue, TensorPlace
 
 if TYPE_CHECKING:
-    from forebay.engine.worker.parcel_request import ParcelRequest
+    from forebay.engine.worker.parcels import ParcelRequest
 
 #: Request flags (spec P-033).
 SEQUENCE_START = 1
@@ -227,20 +224,12 @@ class InferenceRequest:
 
     async def async_exec(self, decoupled: bool = False) -> InferenceResponse | ResponseIterator:
         """Run the request on another model without blocking the event loop; cancelling the task cancels the request."""
-        responses = ResponseIterator(self._nested(decoupled), asyncio.get_running_loop())
-        if decoupled:
-            return responses
-        try:
-            async for response in responses:
-                return response
-        except asyncio.CancelledError:
-            responses.cancel()
-            raise
-        return _no_response(self._model_name)
+        responses = ResponseIterator(self._nested(decoupled))
+        return responses if decoupled else await responses.async_only()
 
     def async_stream_exec(self) -> ResponseIterator:
         """Run the request on a decoupled model: ``async for response in request.async_stream_exec()``."""
-        return ResponseIterator(self._nested(decoupled=True), asyncio.get_running_loop())
+        return ResponseIterator(self._nested(decoupled=True))
 
     def _nested(self, decoupled: bool) -> NestedRequest:
         if not Phase.is_serving:
@@ -268,80 +257,3 @@ def _input(parcel: ParcelRequest, place: TensorPlace) -> Tensor:
         functools.partial(parcel.input_array, place),
         parcel.input_buffer(place),
     )
-
-
-def _no_response(model: str) -> InferenceResponse:
-    return InferenceResponse(error=TritonError(f"Model {model} - Error when running inference: there was no response"))
-
-
-class ResponseIterator:
-    """The responses of a nested request, in order; for ``for`` and for ``async for``. Thread-safe."""
-
-    def __init__(self, request: NestedRequest, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self._model = request.model
-        self._loop = loop
-        self._lock = threading.Lock()
-        self._arrived: queue.SimpleQueue[InferenceResponse | None] = queue.SimpleQueue()
-        self._async_arrived: asyncio.Queue[InferenceResponse | None] = asyncio.Queue()
-        self._is_exhausted = False
-        self._cancel: Callable[[], None] | None = None
-        try:
-            self._cancel = engine().infer(request, self._take)
-        except ServingError as error:
-            # Refused before it was queued. Triton flattens these to INTERNAL (spec P-093); what the other model
-            # answers keeps its own code.
-            text = f"Model {request.model} - Error when running inference: {error.text}"
-            self._put(InferenceResponse(error=TritonError(text)))
-            self._put(None)
-
-    def _take(self, nested: NestedResponse) -> None:
-        if nested.has_response:
-            error = None if nested.error is None else TritonError(nested.error.text, int(nested.error.code))
-            response = InferenceResponse(list(nested.outputs), error)
-            response.parameters().update(nested.parameters)
-            self._put(response)
-        if nested.final:
-            self._put(None)
-
-    def _put(self, item: InferenceResponse | None) -> None:
-        if self._loop is None:
-            self._arrived.put(item)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._async_arrived.put_nowait, item)
-
-    def only(self) -> InferenceResponse:
-        """Wait for the one response."""
-        for response in self:
-            return response
-        return _no_response(self._model)
-
-    def cancel(self) -> None:
-        """Tell the other model that nobody waits any more."""
-        with self._lock:
-            cancel, self._cancel = self._cancel, None
-        if cancel is not None:
-            cancel()
-
-    def __iter__(self) -> Iterator[InferenceResponse]:
-        return self
-
-    def __next__(self) -> InferenceResponse:
-        if self._is_exhausted:
-            raise StopIteration
-        item = self._arrived.get()
-        if item is None:
-            self._is_exhausted = True
-            raise StopIteration
-        return item
-
-    def __aiter__(self) -> AsyncIterator[InferenceResponse]:
-        return self
-
-    async def __anext__(self) -> InferenceResponse:
-        if self._is_exhausted:
-            raise StopAsyncIteration
-        item = await self._async_arrived.get()
-        if item is None:
-            self._is_exhausted = True
-            raise StopAsyncIteration
-        return item

@@ -1,49 +1,138 @@
 """Nested inference (BLS) over the shared-memory client: a worker is one more client of its own server.
 
-The connection is made by the first nested call of a process, so models without any cost nothing. One thread reads the
-answers; nothing is polled. Model control goes over the supervisor's control socket.
+The connection is made by the first nested call of a process, so models without any cost nothing. A thread that waits
+for an answer reads it itself; for those that event loops wait for there is one more thread. Model control goes over the
+supervisor's control socket.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import queue
 import threading
 from collections.abc import Callable, Mapping
 
 import zmq
 
 from forebay.client import shm
-from forebay.client.pending import Pending, PendingParcel
+from forebay.client.errors import EngineGone
+from forebay.client.pending import BlockLease, Pending, PendingParcel
 from forebay.client.placement import BlockPlacement, Options, Placement, RowsPlacement
 from forebay.engine.backends.base import Array
-from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse
+from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest, NestedResponse
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError, Unavailable, Unsupported, from_wire
-from forebay.ipc.messages import Command, CommandReply, ControlToFrontend
+from forebay.ipc.messages import Command, CommandReply, ControlToFrontend, ReplyHead
 from forebay.ipc.tensor import DATATYPES, TensorSpec, datatype_of
 
 _START, _END = 1, 2
 #: Seconds that a model control call may take; a load may have to read gigabytes.
 _CONTROL_SECS_MAX = 3600.0
 
-OnResponse = Callable[[NestedResponse], None]
-
 
 class _Call:
-    """A nested request in flight."""
+    """A nested request in flight: a :class:`NestedCall`."""
 
-    __slots__ = ("on_response", "outputs", "pending", "placement")
+    def __init__(self, link: _Link, placement: Placement, pending: Pending, outputs: tuple[str, ...]) -> None:
+        self._link = link
+        self._placement = placement
+        self._pending = pending
+        #: Those wanted; empty: all.
+        self._outputs = outputs
 
-    def __init__(
-        self, placement: Placement, pending: Pending, outputs: tuple[str, ...], on_response: OnResponse
-    ) -> None:
-        self.placement = placement
-        self.pending = pending
-        self.outputs = outputs
-        self.on_response = on_response
+    def wait(self) -> None:
+        # What ends the connection ends the request, too: with that error.
+        with contextlib.suppress(EngineGone):
+            self._link.connection.completions.wait(self._pending)
+
+    def notify(self, on_news: Callable[[], None]) -> None:
+        self._link.watch(self._pending, on_news)
+
+    def cancel(self) -> None:
+        self._link.connection.cancel(self._pending)
+
+    def take(self) -> list[NestedResponse]:
+        pending = self._pending
+        is_done = pending.is_done
+        found = self._answers() if isinstance(pending, PendingParcel) or is_done else []
+        if not is_done:
+            return found
+        if pending.error is not None:
+            found.append(NestedResponse((), {}, pending.error, True, True))
+        elif found:
+            found[-1] = found[-1]._replace(final=True)
+        else:
+            found.append(NestedResponse((), {}, None, False, True))
+        return found
+
+    def _answers(self) -> list[NestedResponse]:
+        """Return the answers that nobody has taken."""
+        pending, placement = self._pending, self._placement
+        if isinstance(pending, PendingParcel) and isinstance(placement, BlockPlacement):
+            found: list[NestedResponse] = []
+            while pending.responses:
+                found.append(_response(placement, *pending.responses.popleft()))
+            return found
+        if pending.error is not None:
+            return []
+        outputs = pending.model.signature.outputs
+        wanted = [spec for spec in outputs if not self._outputs or spec.name in self._outputs]
+        tensors = (
+            Tensor.of_datatype(spec.name, spec.datatype, placement.leased_output(pending, spec.name)) for spec in wanted
+        )
+        return [NestedResponse(tuple(tensors), {}, None, True, False)]
+
+
+def _response(placement: BlockPlacement, reply: ReplyHead, held: tuple[BlockLease, ...]) -> NestedResponse:
+    if reply.text or reply.code:
+        return NestedResponse((), {}, from_wire(reply.code, reply.text), True, False)
+    datatypes = {place.name: place.datatype for place in reply.outputs}
+    datatypes.update((tensor.name, tensor.datatype) for tensor in reply.inline)
+    tensors = (
+        Tensor.of_datatype(name, datatypes[name], array) for name, array in placement.outputs_of(reply, held).items()
+    )
+    return NestedResponse(tuple(tensors), reply.parameters, None, True, False)
+
+
+class _Link:
+    """One connection, and the thread that reads its answers while event loops wait for some."""
+
+    def __init__(self, engine: shm.Engine) -> None:
+        self.engine = engine
+        self.connection = engine.connection
+        #: Requests that event loops wait for.
+        self._watched = 0
+        self._is_needed = threading.Condition()
+        self._reader: threading.Thread | None = None
+
+    def watch(self, pending: Pending, on_news: Callable[[], None]) -> None:
+        """Have ``on_news`` called when there is something to take, whether or not any thread waits."""
+
+        def take_news() -> None:
+            with self._is_needed:
+                self._watched -= 1
+            on_news()
+
+        with self._is_needed:
+            self._watched += 1
+            self._is_needed.notify()
+            if self._reader is None:
+                self._reader = threading.Thread(target=self._read, name="bls", daemon=True)
+                self._reader.start()
+        if not self.connection.completions.notify(pending, take_news):
+            take_news()
+
+    def _read(self) -> None:
+        while True:
+            with self._is_needed:
+                while not self._watched:
+                    if self.connection.is_broken:
+                        return
+                    self._is_needed.wait()
+            # The end of the connection is news to everybody who waits.
+            with contextlib.suppress(EngineGone):
+                self.connection.completions.wait_any()
 
 
 class ShmEngineAccess:
@@ -52,18 +141,14 @@ class ShmEngineAccess:
     def __init__(self, runtime_directory: str) -> None:
         self._runtime_directory = runtime_directory
         self._lock = threading.Lock()
-        self._engine: shm.Engine | None = None
-        #: Calls that have something to deliver.
-        self._news: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-        self._calls: set[_Call] = set()
-        self._is_needed = threading.Condition(self._lock)
+        self._link: _Link | None = None
         self._requests = itertools.count(1)
 
     # --- inference ---
 
-    def infer(self, request: NestedRequest, on_response: OnResponse) -> Callable[[], None]:
-        engine = self._connect()
-        connection = engine.connection
+    def infer(self, request: NestedRequest) -> NestedCall:
+        link = self._connect()
+        connection = link.connection
         try:
             model = connection.open_model(request.model, max(request.version, 0))
         except ServingError as error:
@@ -104,94 +189,13 @@ class ShmEngineAccess:
             placement = BlockPlacement(connection, model)
         for spec, array in arrays:
             placement.put(spec, _typed(spec, array))
-        call = _Call(placement, placement.submit(options), request.outputs, on_response)
+        return _Call(link, placement, placement.submit(options), request.outputs)
+
+    def _connect(self) -> _Link:
         with self._lock:
-            self._calls.add(call)
-            self._is_needed.notify()
-        self._watch(call)
-        return lambda: connection.cancel(call.pending)
-
-    def _connect(self) -> shm.Engine:
-        with self._lock:
-            if self._engine is None or self._engine.connection.is_broken:
-                is_first = self._engine is None
-                self._engine = shm.connect(self._runtime_directory)
-                if is_first:
-                    threading.Thread(target=self._read, name="bls", daemon=True).start()
-            return self._engine
-
-    def _watch(self, call: _Call) -> None:
-        """Have what comes next delivered: by the reading thread, or now if it is here."""
-        engine = self._engine
-        assert engine is not None
-        if not engine.connection.completions.notify(call.pending, lambda: self._news.put(call)):
-            self._deliver(call)
-
-    def _read(self) -> None:
-        """The thread that waits for answers while any are due."""
-        while True:
-            with self._lock:
-                while not self._calls:
-                    self._is_needed.wait()
-                engine = self._engine
-            assert engine is not None
-            try:
-                engine.connection.completions.wait_any()
-            except ServingError as error:
-                self._fail_all(error)
-                continue
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._deliver(self._news.get_nowait())
-
-    def _fail_all(self, error: ServingError) -> None:
-        with self._lock:
-            calls, self._calls = self._calls, set()
-        for call in calls:
-            call.on_response(NestedResponse((), {}, error, True, True))
-
-    def _deliver(self, call: _Call) -> None:
-        pending = call.pending
-        is_done = pending.is_done
-        for response in self._responses(call, is_done=is_done):
-            call.on_response(response)
-        if is_done:
-            with self._lock:
-                self._calls.discard(call)
-        else:
-            self._watch(call)
-
-    def _responses(self, call: _Call, *, is_done: bool) -> list[NestedResponse]:
-        """Return what has arrived for a call; the last is final if it is done."""
-        pending, placement = call.pending, call.placement
-        found: list[NestedResponse] = []
-        if isinstance(pending, PendingParcel) and isinstance(placement, BlockPlacement):
-            while pending.responses:
-                reply, held = pending.responses.popleft()
-                if reply.text or reply.code:
-                    found.append(NestedResponse((), {}, from_wire(reply.code, reply.text), True, False))
-                    continue
-                datatypes = {place.name: place.datatype for place in reply.outputs}
-                datatypes.update((tensor.name, tensor.datatype) for tensor in reply.inline)
-                outputs = placement.outputs_of(reply, held)
-                tensors = tuple(Tensor.of_datatype(name, datatypes[name], array) for name, array in outputs.items())
-                found.append(NestedResponse(tensors, reply.parameters, None, True, False))
-        elif is_done and pending.error is None:
-            wanted = [spec for spec in pending.model.signature.outputs if not call.outputs or spec.name in call.outputs]
-            tensors = tuple(
-                Tensor.of_datatype(spec.name, spec.datatype, placement.leased_output(pending, spec.name))
-                for spec in wanted
-            )
-            found.append(NestedResponse(tensors, {}, None, True, False))
-        if not is_done:
-            return found
-        if pending.error is not None:
-            found.append(NestedResponse((), {}, pending.error, True, True))
-        elif found:
-            found[-1] = found[-1]._replace(final=True)
-        else:
-            found.append(NestedResponse((), {}, None, False, True))
-        return found
+            if self._link is None or self._link.connection.is_broken:
+                self._link = _Link(shm.connect(self._runtime_directory))
+            return self._link
 
     # --- model control ---
 
@@ -205,7 +209,7 @@ class ShmEngineAccess:
     def is_model_ready(self, name: str, version: str) -> bool:
         return any(
             model == name and state == "READY" and version in ("", str(number))
-            for model, number, state in self._connect().models()
+            for model, number, state in self._connect().engine.models()
         )
 
     def _command(self, verb: str, arguments: dict[str, object]) -> None:

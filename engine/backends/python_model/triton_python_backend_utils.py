@@ -17,6 +17,7 @@ from forebay.engine.backends.python_model.errors import TritonError, TritonModel
 from forebay.engine.backends.python_model.logger import Logger
 from forebay.engine.backends.python_model.metric_family import Metric, MetricFamily
 from forebay.engine.backends.python_model.model_config import ModelConfig
+from forebay.engine.backends.python_model.nested_responses import ResponseIterator
 from forebay.engine.backends.python_model.request import (
     RELEASE_ALL,
     RELEASE_RESCHEDULE,
@@ -25,7 +26,6 @@ from forebay.engine.backends.python_model.request import (
     InferenceRequest,
     InferenceTrace,
     PreferredMemory,
-    ResponseIterator,
 )
 from forebay.engine.backends.python_model.response import COMPLETE_FINAL, InferenceResponse, InferenceResponseSender
 from forebay.engine.backends.python_model.tensor import (

@@ -214,33 +214,69 @@ def test_metrics_are_shared_and_checked() -> None:
 # --- nested calls ---
 
 
+class FakeCall:
+    """A nested call whose responses a thread hands in."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition()
+        self._responses: list[NestedResponse] = []
+        self._on_news: Callable[[], None] | None = None
+        self.cancelled = threading.Event()
+        self.cancel = self.cancelled.set
+
+    def put(self, response: NestedResponse) -> None:
+        with self._lock:
+            self._responses.append(response)
+            self._lock.notify_all()
+            on_news, self._on_news = self._on_news, None
+        if on_news is not None:
+            on_news()
+
+    def take(self) -> list[NestedResponse]:
+        with self._lock:
+            found, self._responses = self._responses, []
+            return found
+
+    def wait(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._responses)
+
+    def notify(self, on_news: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._responses:
+                self._on_news = on_news
+                return
+        on_news()
+
+
 class FakeEngine(NoEngineAccess):
     """Models: echo, failing, stream (three responses from a thread), slow (until cancelled)."""
 
     def __init__(self) -> None:
         self.requests: list[NestedRequest] = []
-        self.cancelled = threading.Event()
+        self.calls: list[FakeCall] = []
         self.loaded: dict[str, Any] = {}
 
-    def infer(self, request: NestedRequest, on_response: Callable[[NestedResponse], None]) -> Callable[[], None]:
+    def infer(self, request: NestedRequest) -> FakeCall:
         self.requests.append(request)
         if request.model == "nope":
             raise NotFound("Failed for execute the inference request. Model 'nope' is not ready.")
-        if request.model == "slow":
-            return self.cancelled.set
-        threading.Thread(target=self._answer, args=(request, on_response)).start()
-        return self.cancelled.set
+        call = FakeCall()
+        self.calls.append(call)
+        if request.model != "slow":
+            threading.Thread(target=self._answer, args=(request, call.put)).start()
+        return call
 
-    def _answer(self, request: NestedRequest, on_response: Callable[[NestedResponse], None]) -> None:
+    def _answer(self, request: NestedRequest, put: Callable[[NestedResponse], None]) -> None:
         if request.model == "failing":
-            on_response(NestedResponse((), {}, Unavailable("busy"), True, True))
+            put(NestedResponse((), {}, Unavailable("busy"), True, True))
         elif request.model == "stream":
             for index in range(3):
                 tensor = pb_utils.Tensor("OUT", np.array([index]))
-                on_response(NestedResponse((tensor,), {}, None, True, False))
-            on_response(NestedResponse((), {}, None, False, True))
+                put(NestedResponse((tensor,), {}, None, True, False))
+            put(NestedResponse((), {}, None, False, True))
         else:
-            on_response(NestedResponse(request.inputs, {"p": 1.5}, None, True, True))
+            put(NestedResponse(request.inputs, {"p": 1.5}, None, True, True))
 
     def load_model(self, name: str, config: str, files: Mapping[str, bytes]) -> None:
         if name == "bad":
@@ -310,7 +346,7 @@ def test_decoupled_exec_iterates_and_cancels(fake_engine: FakeEngine) -> None:
     slow = nested("slow").exec(decoupled=True)
     assert isinstance(slow, pb_utils.ResponseIterator)
     slow.cancel()
-    assert fake_engine.cancelled.is_set()
+    assert fake_engine.calls[-1].cancelled.is_set()
 
 
 def test_async_exec_waits_without_blocking(fake_engine: FakeEngine) -> None:
@@ -326,9 +362,9 @@ def test_async_exec_waits_without_blocking(fake_engine: FakeEngine) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert fake_engine.calls[-1].cancelled.is_set()
 
     asyncio.run(scenario())
-    assert fake_engine.cancelled.is_set()
 
 
 def test_nested_calls_outside_serving_are_refused() -> None:

@@ -1,0 +1,116 @@
+"""What a nested call (BLS) returns: its responses, in order, for threads and for event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+
+from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest, engine
+from forebay.engine.backends.python_model.errors import TritonError
+from forebay.engine.backends.python_model.response import InferenceResponse
+from forebay.ipc.errors import ServingError
+
+
+class ResponseIterator:
+    """The responses of a nested request, in order; for ``for`` and for ``async for``. Thread-safe.
+
+    Whoever waits reads the engine's answers itself: a call and its answer cost no switch of threads.
+    """
+
+    def __init__(self, request: NestedRequest) -> None:
+        """Submit the request; what is wrong with it becomes its only response."""
+        self._model = request.model
+        self._lock = threading.Lock()
+        self._arrived: deque[InferenceResponse] = deque()
+        #: None: every response has arrived.
+        self._call: NestedCall | None = None
+        try:
+            self._call = engine().infer(request)
+        except ServingError as error:
+            # Refused before it was queued. Triton flattens these to INTERNAL (spec P-093); what the other model
+            # answers keeps its own code.
+            text = f"Model {request.model} - Error when running inference: {error.text}"
+            self._arrived.append(InferenceResponse(error=TritonError(text)))
+
+    def only(self) -> InferenceResponse:
+        """Wait for the one response."""
+        for response in self:
+            return response
+        return self._no_response()
+
+    async def async_only(self) -> InferenceResponse:
+        """Wait for the one response without blocking the event loop; cancelling the task cancels the request."""
+        try:
+            async for response in self:
+                return response
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return self._no_response()
+
+    def cancel(self) -> None:
+        """Tell the other model that nobody waits any more."""
+        call = self._call
+        if call is not None:
+            call.cancel()
+
+    def __iter__(self) -> Iterator[InferenceResponse]:
+        return self
+
+    def __next__(self) -> InferenceResponse:
+        while (response := self._take()) is None:
+            call = self._call
+            if call is None:
+                raise StopIteration
+            call.wait()
+        return response
+
+    def __aiter__(self) -> AsyncIterator[InferenceResponse]:
+        return self
+
+    async def __anext__(self) -> InferenceResponse:
+        while (response := self._take()) is None:
+            call = self._call
+            if call is None:
+                raise StopAsyncIteration
+            await _news_of(call)
+        return response
+
+    def _take(self) -> InferenceResponse | None:
+        """Return the next response, if it is here."""
+        with self._lock:
+            if not self._arrived and self._call is not None:
+                for nested in self._call.take():
+                    if nested.has_response:
+                        error = None if nested.error is None else TritonError(nested.error.text, int(nested.error.code))
+                        response = InferenceResponse(list(nested.outputs), error)
+                        response.parameters().update(nested.parameters)
+                        self._arrived.append(response)
+                    if nested.final:
+                        self._call = None
+            return self._arrived.popleft() if self._arrived else None
+
+    def _no_response(self) -> InferenceResponse:
+        text = f"Model {self._model} - Error when running inference: there was no response"
+        return InferenceResponse(error=TritonError(text))
+
+
+async def _news_of(call: NestedCall) -> None:
+    """Sleep until there is something to take."""
+    loop = asyncio.get_running_loop()
+    news: asyncio.Future[None] = loop.create_future()
+
+    def resolve() -> None:
+        if not news.done():
+            news.set_result(None)
+
+    def wake() -> None:
+        # Nobody waits in a loop that was closed.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(resolve)
+
+    call.notify(wake)
+    await news
