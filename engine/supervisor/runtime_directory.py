@@ -1,4 +1,4 @@
-"""The directory of a server's sockets, and the janitor that removes it when the supervisor was killed.
+"""The directory of a server's sockets, which a janitor removes when the supervisor was killed.
 
 Layout::
 
@@ -18,12 +18,11 @@ import fcntl
 import os
 import secrets
 import shutil
-import signal
 import stat
 import time
 
+from forebay.engine.supervisor.janitor import Janitor
 from forebay.ipc.errors import Internal
-from forebay.ipc.process import set_name
 
 #: Longest path of a runtime directory: a socket's name must fit behind it into the 107 bytes of a socket address.
 PATH_BYTES_MAX = 80
@@ -56,14 +55,12 @@ class RuntimeDirectory:
         os.mkdir(self.path, 0o700)
         self._lock_fd = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-        self.janitor_pid, self._janitor_fd = _start_janitor(self.path)
+        self.janitor = Janitor(self.path)
 
     def remove(self) -> None:
         """Remove the directory and end the janitor."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._janitor_fd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.janitor_pid, 0)
+        self.janitor.end()
         os.close(self._lock_fd)
 
 
@@ -123,32 +120,3 @@ def _prepare(path: str) -> str:
     if status.st_mode & 0o022:
         raise Internal(f"runtime directory '{path}' is writable for others; chmod it to 0700 or name another")
     return path
-
-
-def _start_janitor(path: str) -> tuple[int, int]:
-    """Fork a process that outlives this one just long enough to remove ``path``; return its pid and our pipe end."""
-    watched, held = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid:
-        os.close(watched)
-        return pid, held
-    try:
-        # Its own session, so that what a terminal or a service manager sends to the group does not end it early.
-        os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        set_name("janitor")
-        os.dup2(watched, 0)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-        os.dup2(1, 2)
-        os.closerange(3, 1024)
-        os.chdir("/")
-        os.read(0, 1)
-        for _ in range(20):
-            shutil.rmtree(path, ignore_errors=True)
-            if not os.path.exists(path):
-                break
-            # A child of the dead supervisor was still creating something; the kernel is about to kill it.
-            time.sleep(0.05)
-    finally:
-        os._exit(0)

@@ -102,6 +102,7 @@ class Supervisor:
             log.error(f"error: creating server: {error.code.label} - {error.text}")
             return 1
         self._watch_signals()
+        self._runtime.janitor.watch()
         # Files are read in threads; each costs memory that does not come back.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_FILE_THREADS, "files"))
         os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(log.options).decode()
@@ -468,6 +469,7 @@ class Supervisor:
 
     async def _end(self) -> None:
         """Leave nothing behind, whatever happened before."""
+        self._runtime.janitor.unwatch()
         self._kill_all()
         for task in list(self._tasks):
             task.cancel()

@@ -139,8 +139,18 @@ def test_killed_supervisor_leaves_nothing_behind(server: ForebayServer) -> None:
     assert not {name for name in set(os.listdir("/dev/shm")) - shared_memory if "forebay" in name}
 
 
+def test_killed_janitor_is_replaced(server: ForebayServer) -> None:
+    """Whoever kills the supervisor after it finds nothing left behind either."""
+    kill_and_wait_replaced(server, "janitor")
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait()
+    wait_until(lambda: os.listdir(server.runtime_base) == [], "the runtime directory to be removed")
+
+
 def test_stale_runtime_directory_is_removed_by_the_next_server(repository: Path) -> None:
     with ForebayServer(repository) as server:
+        # A machine that goes down takes both at once.
+        os.kill(server.pid, signal.SIGSTOP)
         os.kill(server.pid_of("janitor"), signal.SIGKILL)
         os.kill(server.pid, signal.SIGKILL)
         server.process.wait()

@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_directory_is_private_and_removed(base: Path) -> None:
     runtime = RuntimeDirectory(str(base))
     assert stat.S_IMODE(os.stat(runtime.path).st_mode) == 0o700
-    janitor = runtime.janitor_pid
+    janitor = runtime.janitor.pid
     runtime.remove()
     assert not os.path.exists(runtime.path)
     assert not is_running(janitor)
