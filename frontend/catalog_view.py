@@ -6,12 +6,14 @@ model_repository_manager.cc.
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 
 from forebay.ipc.catalog import Catalog, ModelEntry, no_ready_version
 from forebay.ipc.errors import InvalidArgument, NotFound, NotReady
 
-#: Digits of a version in a URL at most; what is longer cannot be a 64-bit number.
+#: What std::stol reads of a version: its longest numeric prefix. More digits cannot be a 64-bit number.
+_VERSION = re.compile(r"[ \t\n\v\f\r]*([+-]?)0*([0-9]+)", re.ASCII)
 _VERSION_DIGITS = 19
 
 
@@ -83,20 +85,21 @@ class CatalogView:
 
 
 def parse_version(text: str) -> int | None:
-    """Return the version of a URL; None for the empty text, which means the highest one.
-
-    Args:
-        text: digits only, as the routes match them.
+    """Return the version of a URL or message; None for the empty text, which means the highest one (spec G-047).
 
     Raises:
-        InvalidArgument: beyond 64 bits (`GetModelVersionFromString` of Triton's common.cc).
+        InvalidArgument: no number, below 0, or beyond 64 bits (`GetModelVersionFromString` of Triton's common.cc).
     """
     if not text:
         return None
-    digits = text.lstrip("0") or "0"
-    if len(digits) > _VERSION_DIGITS or int(digits) > 2**63 - 1:
+    match = _VERSION.match(text)
+    if match is None or len(match[2]) > _VERSION_DIGITS or int(match[2]) > 2**63 - 1:
         raise InvalidArgument(
             f"failed to get model version from specified version string '{text[:64]}' (details: stol), version "
             "should be an integral value > 0"
         )
-    return int(digits)
+    if match[1] == "-" and int(match[2]):
+        raise InvalidArgument(
+            f"invalid model version specified '{text[:64]}' , version should be an integral value > 0"
+        )
+    return int(match[2])

@@ -22,7 +22,7 @@ from forebay.engine.scheduler.batch_messages import count_fitting
 from forebay.engine.scheduler.batcher import Batcher, Decision, Reason
 from forebay.engine.scheduler.line import DEADLINE_TEXT, NO_CHOICE, Choice, Refusal
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel
-from forebay.ipc.errors import Cancelled, InvalidArgument, ServingError, Unavailable, WorkerDied
+from forebay.ipc.errors import Cancelled, InvalidArgument, ServingError, Unavailable, Unsupported, WorkerDied
 from forebay.ipc.messages import BatchingPolicy
 from forebay.ipc.wire import SLOT_END, SLOT_START, Slot
 
@@ -121,9 +121,8 @@ class SequenceLine:
             )
         correlation_id, is_assigned = item.correlation_id, False
         if isinstance(correlation_id, str) and len(correlation_id) > CORRELATION_CHARACTERS_MAX:
-            raise InvalidArgument(
-                f"string correlation ID cannot be longer than {CORRELATION_CHARACTERS_MAX} characters"
-            )
+            # UNSUPPORTED is Triton's choice.
+            raise Unsupported(f"string correlation ID cannot be longer than {CORRELATION_CHARACTERS_MAX} characters")
         if not correlation_id:
             if not self._policy.iterative_sequence:
                 raise InvalidArgument(

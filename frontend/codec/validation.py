@@ -196,6 +196,11 @@ class _Check:
             dim in (-1, size) and size >= 0 for dim, size in zip(spec.dims, given, strict=True)
         ):
             return
+        if len(given) == len(spec.dims) and -1 in given:
+            raise InvalidArgument(
+                f"{self._prefix}All input dimensions should be specified for input '{tensor.name}' for model "
+                f"'{self._entry.name}', got {_dims(tensor.shape)}"
+            )
         expected = (-1, *spec.dims) if is_batched else spec.dims
         note = (
             "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended "

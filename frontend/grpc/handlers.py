@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from forebay.frontend.catalog_view import parse_version
+from forebay.frontend.codec.rapid_json import Json
 from forebay.frontend.grpc import descriptors
 from forebay.frontend.handlers.log_settings import parse_log_settings
 from forebay.frontend.handlers.metadata import EXTENSIONS, TRITON_VERSION, describe_model
@@ -30,22 +31,6 @@ def _encode(message: Any) -> bytes:
     return encoded
 
 
-def _version(text: str) -> int | None:
-    """Return a version as messages carry it; None for the highest one (spec G-047).
-
-    Raises:
-        InvalidArgument: it is no number.
-    """
-    if text in ("", "-1"):
-        return None
-    if not (text.isascii() and text.isdigit()):
-        raise InvalidArgument(
-            f"failed to get model version from specified version string '{text[:64]}' (details: stol), version "
-            "should be an integral value > 0"
-        )
-    return parse_version(text)
-
-
 # --- health and metadata ---
 
 
@@ -64,7 +49,7 @@ async def server_ready(frontend: GrpcFrontend, message: memoryview) -> bytes:
 async def model_ready(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``ModelReady``; an unknown model is not ready, as in Triton 2.51 (spec G-003, F2-15)."""
     request = descriptors.parse("ModelReadyRequest", message)
-    ready = frontend.catalog.is_ready(request.name, _version(request.version))
+    ready = frontend.catalog.is_ready(request.name, parse_version(request.version))
     return _encode(descriptors.build("ModelReadyResponse", ready=ready))
 
 
@@ -81,7 +66,7 @@ async def server_metadata(frontend: GrpcFrontend, message: memoryview) -> bytes:
 async def model_metadata(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``ModelMetadata`` (spec G-005)."""
     request = descriptors.parse("ModelMetadataRequest", message)
-    version = _version(request.version)
+    version = parse_version(request.version)
     view = frontend.catalog
     entry = view.find(request.name, version)
     versions = view.ready_versions(request.name) if version is None else (entry,)
@@ -92,7 +77,7 @@ async def model_metadata(frontend: GrpcFrontend, message: memoryview) -> bytes:
 async def model_config(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``ModelConfig`` (spec G-008)."""
     request = descriptors.parse("ModelConfigRequest", message)
-    entry = frontend.catalog.find(request.name, _version(request.version))
+    entry = frontend.catalog.find(request.name, parse_version(request.version))
     config = descriptors.from_json("ModelConfig", entry.config_json)
     return _encode(descriptors.build("ModelConfigResponse", config=config))
 
@@ -100,7 +85,7 @@ async def model_config(frontend: GrpcFrontend, message: memoryview) -> bytes:
 async def statistics(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``ModelStatistics`` (spec G-009)."""
     request = descriptors.parse("ModelStatisticsRequest", message)
-    version = _version(request.version)
+    version = parse_version(request.version)
     view = frontend.catalog
     entries = view.ready_versions(request.name) if request.name else view.ready_models
     if request.name and not entries:
@@ -289,15 +274,38 @@ async def trace_setting(frontend: GrpcFrontend, message: memoryview) -> bytes:
     return _encode(reply)
 
 
+#: The kind of value that each setting takes, and what Triton calls it (`LogSettings` of its grpc_server.cc).
+_LOG_KINDS = {
+    "log_info": ("bool_param", "boolean"),
+    "log_warning": ("bool_param", "boolean"),
+    "log_error": ("bool_param", "boolean"),
+    "log_verbose_level": ("uint32_param", "int32"),
+    "log_format": ("string_param", "string"),
+}
+_LOG_FORMATS = ("default", "ISO8601")
+
+
+def _log_setting(name: str, setting: Any) -> Json:
+    """Return a setting's value as the JSON that HTTP would carry.
+
+    Raises:
+        InvalidArgument: it is of another kind, or no log format; over HTTP, texts and codes differ.
+    """
+    kind = setting.WhichOneof("parameter_choice")
+    expected, called = _LOG_KINDS.get(name, (kind, ""))
+    if kind != expected:
+        raise InvalidArgument(f"expect {called} for '{name}'")
+    value: Json = kind and getattr(setting, kind)
+    if name == "log_format" and value not in _LOG_FORMATS:
+        raise InvalidArgument(f"invalid argument for log_format, got: {value}")
+    return value
+
+
 async def log_settings(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``LogSettings``: read with no settings (spec G-017)."""
     request = descriptors.parse("LogSettingsRequest", message)
     if request.settings:
-        document: dict[str, Any] = {}
-        for name, setting in request.settings.items():
-            kind = setting.WhichOneof("parameter_choice")
-            if kind is not None:
-                document[name] = getattr(setting, kind)
+        document: Json = {name: _log_setting(name, setting) for name, setting in request.settings.items()}
         found = await frontend.control.command("log_set", {"settings": parse_log_settings(document)})
     else:
         found = await frontend.control.command("log_get", {})

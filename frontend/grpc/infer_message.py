@@ -104,6 +104,8 @@ class InferMessage(msgspec.Struct, frozen=True):
     """A request whose own rules have been checked."""
 
     request: ParsedInfer
+    asked_version: str = ""
+    """As the request names it, maybe not at all."""
     enable_empty_final: bool = False
     """``triton_enable_empty_final_response`` (spec G-064)."""
 
@@ -278,7 +280,7 @@ def read_request(wire: WireRequest, data: memoryview) -> InferMessage:
         binary_data_output=True,
         parameters=meta.custom,
     )
-    return InferMessage(request, meta.enable_empty_final)
+    return InferMessage(request, wire.model_version, meta.enable_empty_final)
 
 
 class _Meta:
@@ -330,7 +332,8 @@ class _Meta:
         elif choice in (Choice.INT64, Choice.BOOL, Choice.STRING, Choice.DOUBLE):
             self.custom[key] = value
         else:
-            raise _wrong_type(key, "int64_param, bool_param, string_param, or double_param.")
+            # A double may be given all the same.
+            raise _wrong_type(key, "int64_param, bool_param, or string_param.")
 
 
 def _wrong_type(key: str, expected: str) -> InvalidArgument:

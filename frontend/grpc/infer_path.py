@@ -20,7 +20,7 @@ from forebay.frontend.regions import RegionUse
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.frontend.tracing import REQUEST_START, Trace
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.errors import InvalidArgument, Unsupported
+from forebay.ipc.errors import QUEUE_FULL_TEXT, Code, ServingError, Unsupported
 
 if TYPE_CHECKING:
     from forebay.frontend.grpc.request_head import RequestHead
@@ -32,6 +32,8 @@ class PlacedRequest(msgspec.Struct, frozen=True):
 
     entry: ModelEntry
     request: ParsedInfer
+    asked_version: str
+    """As the request names it, maybe not at all."""
     enable_empty_final: bool
     inference: PlacedInference
     meta: RequestMeta
@@ -72,17 +74,7 @@ def find_model(frontend: GrpcFrontend, wire: WireRequest) -> ModelEntry:
     Raises:
         ServingError: there is none (spec G-047).
     """
-    version = wire.model_version
-    if version and not (version.isascii() and version.isdigit()):
-        # "-1" means the highest version too.
-        if version == "-1":
-            version = ""
-        else:
-            raise InvalidArgument(
-                f"failed to get model version from specified version string '{version[:64]}' (details: stol), version "
-                "should be an integral value > 0"
-            )
-    return frontend.catalog.find(wire.model_name, parse_version(version))
+    return frontend.catalog.find(wire.model_name, parse_version(wire.model_version))
 
 
 def read_parsed(
@@ -103,7 +95,7 @@ def read_parsed(
     found = read_request(wire, message)
     if head.forwarded:
         request = msgspec.structs.replace(found.request, parameters={**found.request.parameters, **head.forwarded})
-        found = InferMessage(request, found.enable_empty_final)
+        found = msgspec.structs.replace(found, request=request)
     return entry, found
 
 
@@ -173,7 +165,7 @@ def _place(
         timeout_us=request.timeout_us,
         trace=_begin_trace(inference, head, request.id),
     )
-    return PlacedRequest(entry, request, found.enable_empty_final, inference, meta, regions)
+    return PlacedRequest(entry, request, found.asked_version, found.enable_empty_final, inference, meta, regions)
 
 
 def _begin_trace(inference: PlacedInference, head: RequestHead, request_id: str) -> Trace | None:
@@ -228,6 +220,11 @@ def place_request(
     return placed
 
 
+def was_refused(error: ServingError, *, ran: bool) -> bool:
+    """Return whether a request never got into the model's queue; Triton then says so before it has a response."""
+    return not ran and (error.code in (Code.INVALID_ARG, Code.UNSUPPORTED) or error.text.endswith(QUEUE_FULL_TEXT))
+
+
 def render(placed: PlacedRequest, response: Response, extra: dict[str, bool]) -> list[Buffer]:
     """Return the pieces of a ``ModelInferResponse`` for one response; views are valid during its callback only.
 
@@ -245,12 +242,13 @@ def render(placed: PlacedRequest, response: Response, extra: dict[str, bool]) ->
 
 
 def _reply_tensors(placed: PlacedRequest, response: Response) -> list[ReplyTensor]:
+    """Return the outputs that are wanted, in the order in which the model gave them."""
     entry = placed.entry
-    views = {view.name: view for view in response.outputs}
+    plan = {wanted.name: wanted for wanted in placed.request.output_plan(entry)}
     tensors: list[ReplyTensor] = []
-    for wanted in placed.request.output_plan(entry):
-        view = views.get(wanted.name)
-        if view is None:
+    for view in response.outputs:
+        wanted = plan.get(view.name)
+        if wanted is None:
             continue
         if wanted.classification:
             spec = entry.output_named(wanted.name)

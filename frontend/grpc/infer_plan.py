@@ -35,14 +35,18 @@ class InferPlan:
     """How to place and answer one form of request."""
 
     __slots__ = (
-        "checks", "copied_bytes", "copies", "entry", "outputs", "priority", "reply_bytes", "reply_head", "reply_tail",
-        "route", "rows", "stream_bytes", "stream_tail", "tensor_bytes", "timeout_us",
+        "asked_version", "checks", "copied_bytes", "copies", "entry", "outputs", "priority", "reply_bytes",
+        "reply_head", "reply_tail", "route", "rows", "stream_bytes", "stream_tail", "tensor_bytes", "timeout_us",
     )  # fmt: skip
 
-    def __init__(self, route: RowsRoute, entry: ModelEntry, rows: int, request: ParsedInfer) -> None:
+    def __init__(
+        self, route: RowsRoute, entry: ModelEntry, rows: int, request: ParsedInfer, asked_version: str
+    ) -> None:
         self.route = route
         self.entry = entry
         self.rows = rows
+        #: As the requests name it, maybe not at all.
+        self.asked_version = asked_version
         self.priority = request.priority
         self.timeout_us = request.timeout_us
         #: Per input: where its bytes start and end, from the first tensor byte, and its index in the model.
@@ -144,7 +148,7 @@ def make_plan(
     is_sequence = request.sequence_id or request.sequence_start or request.sequence_end
     if is_sequence or len(wire.raw) != len(request.inputs) or wire.raw[-1][1] != len(message):
         return None
-    plan = InferPlan(route, entry, rows, request)
+    plan = InferPlan(route, entry, rows, request, wire.model_version)
     begin = wire.raw[0][0]
     copies: list[tuple[int, int, int]] = []
     checks: list[tuple[int, bytes]] = []

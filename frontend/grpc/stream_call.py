@@ -13,7 +13,7 @@ from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.grpc.call import Call
 from forebay.frontend.grpc.infer_message import walk_request
-from forebay.frontend.grpc.infer_path import PlacedRequest, place_request, render
+from forebay.frontend.grpc.infer_path import PlacedRequest, place_request, render, was_refused
 from forebay.frontend.grpc.infer_plan import InferPlan
 from forebay.frontend.grpc.infer_reply import (
     FINAL_ENTRY,
@@ -105,7 +105,10 @@ class StreamSlot:
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         plan = self._plan
         assert plan is not None
-        self._fail(error, text_field(1, plan.entry.name), str(plan.entry.version))
+        if was_refused(error, ran=ran):
+            self._call.refuse(self, error)
+        else:
+            self._fail(error, plan.entry.name, plan.asked_version)
 
     # --- the general path ---
 
@@ -130,7 +133,10 @@ class StreamSlot:
     def _answer(self, placed: PlacedRequest, response: Response) -> None:
         entry = placed.entry
         if response.error is not None:
-            self._fail(response.error, text_field(1, entry.name), str(entry.version), is_final=response.final)
+            if was_refused(response.error, ran=response.ran):
+                self._call.refuse(self, response.error)
+            else:
+                self._fail(response.error, entry.name, placed.asked_version, is_final=response.final)
             return
         if response.is_empty and response.final:
             self._end_empty(placed)
@@ -140,7 +146,7 @@ class StreamSlot:
         try:
             pieces = render(placed, response, {"triton_final_response": response.final})
         except ServingError as error:
-            self._fail(error, text_field(1, entry.name), str(entry.version), is_final=response.final)
+            self._fail(error, entry.name, placed.asked_version, is_final=response.final)
             return
         self._call.take_reply(self, *stream_reply(pieces, sum(map(len, pieces))))
 
@@ -148,17 +154,17 @@ class StreamSlot:
         """A decoupled model has ended without a further response (spec G-063, G-064)."""
         self._is_ended = True
         if placed.enable_empty_final:
-            entry = placed.entry
-            inner = identity_fields(entry.name, str(entry.version), placed.request.id) + FINAL_ENTRY
+            # The version as it was asked for: there is no response of the model that would know better.
+            inner = identity_fields(placed.entry.name, placed.asked_version, placed.request.id) + FINAL_ENTRY
             self._call.take_reply(self, *stream_reply([inner], len(inner)))
         else:
             self._call.slot_ended(self)
 
-    def _fail(self, error: ServingError, name_field: bytes, version: str, *, is_final: bool = True) -> None:
+    def _fail(self, error: ServingError, name: str, asked_version: str, *, is_final: bool = True) -> None:
         if self._is_ended and not is_final:
             return
         self._is_ended = is_final
-        inner = name_field + text_field(2, version) + text_field(3, self.request_id)
+        inner = identity_fields(name, asked_version, self.request_id)
         self._call.take_failure(self, error, inner + (FINAL_ENTRY if is_final else NOT_FINAL_ENTRY))
 
 
@@ -197,7 +203,7 @@ class StreamInferCall(Call):
             try:
                 slot.submit_plan(plan, id_field, message, begin)
             except ServingError as error:
-                self._refuse(slot, error)
+                self.refuse(slot, error)
             return
         try:
             wire = walk_request(message)
@@ -209,7 +215,7 @@ class StreamInferCall(Call):
         try:
             placed = place_request(frontend, self.head, wire, message, unary=False)
         except ServingError as error:
-            self._refuse(slot, error)
+            self.refuse(slot, error)
             return
         self._submit(slot, placed)
 
@@ -225,7 +231,7 @@ class StreamInferCall(Call):
                 raise upload.error
             upload.check()
         except ServingError as error:
-            self._refuse(slot, error)
+            self.refuse(slot, error)
             return
         assert upload.placed is not None
         self._submit(slot, upload.placed)
@@ -247,7 +253,7 @@ class StreamInferCall(Call):
         self._order.append(slot)
         return slot
 
-    def _refuse(self, slot: StreamSlot, error: ServingError) -> None:
+    def refuse(self, slot: StreamSlot, error: ServingError) -> None:
         """Answer a request that never got into the engine: in-band in any case (spec G-066, G-067)."""
         slot.cancel()
         reply = stream_error(error.text, text_field(3, slot.request_id))

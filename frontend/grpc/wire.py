@@ -15,11 +15,15 @@ from forebay.ipc.errors import Internal
 VARINT: Final = 0
 FIXED64: Final = 1
 LENGTH: Final = 2
+START_GROUP: Final = 3
+END_GROUP: Final = 4
 FIXED32: Final = 5
 
 _UINT64_MASK = 2**64 - 1
 #: Tags are 32 bits.
 _TAG_MAX = 2**32 - 1
+#: Groups in groups; protobuf's own limit.
+_GROUP_DEPTH_MAX = 100
 #: Bytes of the longest varint.
 _VARINT_BYTES_MAX = 10
 
@@ -92,10 +96,11 @@ def signed(value: int) -> int:
 def fields(data: memoryview, position: int = 0, end: int = -1) -> Iterator[tuple[int, int, int, int]]:
     """Yield every field of a message: number, wire type, and where its value starts and ends.
 
-    A varint's value is between start and end too; read it with :func:`read_varint`.
+    A varint's value is between start and end too; read it with :func:`read_varint`. No message of ours has groups, so
+    they are unknown fields, to be left alone.
 
     Raises:
-        Malformed: lengths lie, a group is used, or a number is 0.
+        Malformed: lengths lie, a group does not end, or a number is 0.
     """
     if end < 0:
         end = len(data)
@@ -113,17 +118,39 @@ def fields(data: memoryview, position: int = 0, end: int = -1) -> Iterator[tuple
         if kind == LENGTH:
             length, start = read_varint(data, position, end)
             position = start + length
-        elif kind == VARINT:
-            _, position = read_varint(data, position, end)
-        elif kind == FIXED32:
-            position += 4
-        elif kind == FIXED64:
-            position += 8
         else:
-            raise Malformed
+            position = _value_end(data, position, end, number, kind)
         if position > end:
             raise Malformed
         yield number, kind, start, position
+
+
+def _value_end(data: memoryview, position: int, end: int, number: int, kind: int, depth: int = 0) -> int:
+    """Return where the value of a field of any wire type but LENGTH ends; a group's end tag is part of it.
+
+    Raises:
+        Malformed: there is no such wire type, or a group does not end.
+    """
+    if kind == VARINT:
+        return read_varint(data, position, end)[1]
+    if kind == FIXED32:
+        return position + 4
+    if kind == FIXED64:
+        return position + 8
+    if kind != START_GROUP or depth > _GROUP_DEPTH_MAX:
+        raise Malformed
+    while True:
+        tag, position = read_varint(data, position, end)
+        inner, kind = tag >> 3, tag & 7
+        if kind == END_GROUP and inner == number:
+            return position
+        if inner == 0 or tag > _TAG_MAX:
+            raise Malformed
+        if kind == LENGTH:
+            length, position = read_varint(data, position, end)
+            position += length
+        else:
+            position = _value_end(data, position, end, inner, kind, depth + 1)
 
 
 def text(data: memoryview) -> str:

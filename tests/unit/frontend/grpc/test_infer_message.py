@@ -76,7 +76,7 @@ def test_every_field_is_read_as_protobuf_reads_it(
 
 
 def test_random_bytes_are_refused_or_read_as_protobuf_does() -> None:
-    """No input may crash the walk; what protobuf takes, the walk takes, groups apart."""
+    """No input may crash the walk; what protobuf takes, the walk takes."""
     chance = random.Random(3)
     good = message(id="id", raw_input_contents=[bytes(8)], parameters={"a": parameter(int64_param=-1)})
     for _ in range(3000):
@@ -89,7 +89,8 @@ def test_random_bytes_are_refused_or_read_as_protobuf_does() -> None:
             theirs = None
         try:
             ours = walk_request(memoryview(bytes(data)))
-        except (Malformed, InvalidArgument):
+        except Malformed:
+            assert theirs is None
             continue
         assert theirs is not None
         assert ours.model_name == theirs.model_name
@@ -194,7 +195,7 @@ def wrong(key: str, expected: str) -> str:
         ({"timeout": parameter(uint64_param=1)}, wrong("timeout", "int64_param")),
         (
             {"mine": parameter(uint64_param=1)},
-            wrong("mine", "int64_param, bool_param, string_param, or double_param"),
+            wrong("mine", "int64_param, bool_param, or string_param"),
         ),
         ({EMPTY_FINAL: parameter(int64_param=1)}, wrong(EMPTY_FINAL, "bool_param")),
     ],
