@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from forebay.engine.flag_reference import OVERVIEW, help_text, markdown_reference, settings_file, usage_line
+from forebay.engine.flag_reference import DEMO_HELP, OVERVIEW, help_text, markdown_reference, settings_file, usage_line
 from forebay.engine.flags import (
     ENVIRONMENT_SEPARATOR,
     FLAGS,
@@ -118,6 +118,7 @@ def parse_command_line(argv: Sequence[str], environ: Mapping[str, str]) -> Comma
     if name == "version":
         return Command(name=name, settings=Settings(), sources={})
     if name == "demo":
+        _Parser(name, environ).check_words(words)
         return Command(name=name, settings=Settings(), arguments=tuple(words), sources={})
     return _Parser(name, environ).parse(words)
 
@@ -174,6 +175,12 @@ class _Parser:
             sources=sources,
         )
 
+    def check_words(self, words: Sequence[str]) -> None:
+        """Refuse, before anything is started, words that the server would refuse."""
+        _given, arguments = self._scan(words)
+        if arguments:
+            raise CommandLineExit(f"{usage_line(self.command)}\n\nUnexpected argument: {arguments[0]}\n")
+
     # --- where values come from
 
     def _scan(self, words: Sequence[str]) -> tuple[list[Given], list[str]]:
@@ -188,9 +195,7 @@ class _Parser:
                 name, equals, text = word[2:].partition("=")
                 flag = self._find(name)
                 if flag.name == "help":
-                    width = min(shutil.get_terminal_size().columns, 110)
-                    # Exit code 1 is Triton's (spec 10-cli).
-                    raise CommandLineExit(help_text(self.command, self.extra_flags, width), is_answer=True)
+                    raise self._help()
                 if not flag.takes_value:
                     if equals:
                         raise self._bad_option(flag.name, f"option '--{flag.name}' doesn't allow an argument")
@@ -208,6 +213,14 @@ class _Parser:
             else:
                 others.append(word)
         return given, others
+
+    def _help(self) -> CommandLineExit:
+        if self.command == "demo":
+            return CommandLineExit(DEMO_HELP, exit_code=0, is_answer=True)
+        width = min(shutil.get_terminal_size().columns, 110)
+        # Exit code 1 is Triton's (spec 10-cli), which has no other commands.
+        exit_code = 1 if self.command == "serve" else 0
+        return CommandLineExit(help_text(self.command, self.extra_flags, width), exit_code, is_answer=True)
 
     def _find(self, name: str) -> Flag:
         """Return the flag that a name, or an unambiguous beginning of one, means."""
@@ -305,9 +318,11 @@ class _Parser:
             arguments = []
         # `explain` asks a server that runs already.
         if self.command != "explain" and not repository.paths and not repository.functions:
-            text = "--model-repository must be specified"
-            if self.command == "serve":
-                text += "\n(for a first look: forebay demo)"
+            text = (
+                "--model-repository must be specified\n(for a first look: forebay demo)"
+                if self.command == "serve"
+                else "name a model repository, as in: forebay validate models/"
+            )
             raise CommandLineExit(f"{usage_line(self.command)}\n\nError: {text}\n")
         # Triton keeps them in a set: naming a directory twice is naming it once.
         repository = msgspec.structs.replace(repository, paths=tuple(dict.fromkeys(repository.paths)))

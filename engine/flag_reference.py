@@ -34,7 +34,15 @@ USAGES = {
     "serve": "forebay serve --model-repository DIRECTORY [options] [MODULE:FUNCTION ...]",
     "validate": "forebay validate [options] DIRECTORY ...",
     "explain": "forebay explain [--http-port PORT] [options] MODEL[:VERSION] ...",
+    "demo": "forebay demo [options of serve]",
 }
+
+DEMO_HELP = f"""\
+Usage: {USAGES["demo"]}
+
+Serves the example repository on free ports, sends requests as a client does, compares every answer with the same model
+run in process, prints the latencies and ends the server. Options go to the server; see: forebay serve --help
+"""
 
 
 def usage_line(command: str) -> str:
@@ -52,8 +60,9 @@ def help_text(command: str, extra_flags: tuple[Flag, ...] = (), width: int = 100
         "environment over the file.",
         width,
     )
-    for section, title in SECTION_TITLES.items():
-        flags = [flag for flag in (*extra_flags, *FLAGS) if flag.section == section]
+    groups = [(f"Of {command} alone", list(extra_flags))] if extra_flags else []
+    groups += [(title, [flag for flag in FLAGS if flag.section == name]) for name, title in SECTION_TITLES.items()]
+    for title, flags in groups:
         lines += ["", f"{title}:"]
         for flag in flags:
             lines += _help_entry(flag, width)

@@ -47,6 +47,12 @@ class _Judged(msgspec.Struct, kw_only=True):
     def is_valid(self) -> bool:
         return not self.report.problems
 
+    @property
+    def lacks_package(self) -> bool:
+        """Nothing is wrong with it, and yet it cannot be served on this machine as it is."""
+        excused = any(outcome.is_excused and not outcome.is_loaded for outcome in self.outcomes)
+        return self.is_valid and (excused or bool(self.report.missing))
+
 
 def run(command: Command) -> int:
     """Carry out the command; return the exit code."""
@@ -68,7 +74,7 @@ def run(command: Command) -> int:
     judged = [_Judged(report=report) for report in check_models(found, _machine(settings, found))]
     for item in judged:
         if item.report.backend and (missing := missing_library(item.report.backend)) is not None:
-            item.report.notes.append(missing)
+            item.report.missing.append(missing)
     if command.is_loading:
         asyncio.run(_load(settings, repository, judged))
     is_valid = all(item.is_valid for item in judged)
@@ -171,6 +177,7 @@ def _as_json(item: _Judged) -> dict[str, Any]:
         "valid": item.is_valid,
         "problems": [_problem_as_json(problem) for problem in report.problems],
         "notes": report.notes,
+        "missing": report.missing,
         **({"loaded": [msgspec.to_builtins(outcome) for outcome in item.outcomes]} if item.outcomes else {}),
     }
 
@@ -206,16 +213,27 @@ def _as_text(judged: list[_Judged], width: int) -> str:
         lines.append(line(row))
         for problem in item.report.problems:
             lines += [f"    {text}" for text in _describe(problem)]
-        lines += [f"    note: {note}" for note in item.report.notes]
+        lines += [f"    note: {note}" for note in (*item.report.notes, *item.report.missing)]
         lines += [
             f"    note: version {outcome.version} was not loaded: {outcome.reason}"
             for outcome in item.outcomes
             if outcome.is_excused and not outcome.is_loaded
         ]
-    wrong = sum(not item.is_valid for item in judged)
-    count = f"{len(judged)} model{'s' * (len(judged) != 1)}"
-    lines += ["", f"{count}, all can be served" if not wrong else f"{count}, {wrong} cannot be served"]
+    lines += ["", _summary(judged)]
     return os.linesep.join(lines)
+
+
+def _summary(judged: list[_Judged]) -> str:
+    wrong = sum(not item.is_valid for item in judged)
+    lacking = sum(item.lacks_package for item in judged)
+    parts = [f"{len(judged)} model{'s' * (len(judged) != 1)}"]
+    if wrong:
+        parts.append(f"{wrong} cannot be served")
+    if lacking:
+        parts.append(f"{lacking} can be served once what {'they lack' if lacking > 1 else 'it lacks'} is installed")
+    if not wrong and not lacking:
+        parts.append("all can be served")
+    return ", ".join(parts)
 
 
 def _row(item: _Judged) -> tuple[str, str, str, str]:
@@ -227,7 +245,7 @@ def _row(item: _Judged) -> tuple[str, str, str, str]:
     elif any(outcome.is_loaded for outcome in item.outcomes):
         result = f"✓ loaded in {max(outcome.load_seconds for outcome in item.outcomes):.2f} s"
     else:
-        result = "✓"
+        result = "- not installed" if item.lacks_package else "✓"
     return report.identity, versions or "-", report.backend or "-", result
 
 

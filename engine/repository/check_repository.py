@@ -40,6 +40,8 @@ class ModelReport(msgspec.Struct, kw_only=True):
     """Why it cannot be served; empty: nothing is known to be wrong."""
     notes: list[str] = []
     """What is not wrong, and yet worth knowing."""
+    missing: list[str] = []
+    """What must be installed before it can be served here; no defect of the repository."""
 
     @property
     def identity(self) -> str:
@@ -76,7 +78,9 @@ def check_models(found: Sequence[FoundModel], machine: Machine) -> list[ModelRep
 
 
 def _check_model(model: FoundModel, machine: Machine) -> ModelReport:
-    report = ModelReport(name=model.name, namespace=model.namespace, problems=list(model.problems), notes=[])
+    report = ModelReport(
+        name=model.name, namespace=model.namespace, problems=list(model.problems), notes=[], missing=[]
+    )
     config = model.config
     if config is None:
         return report
@@ -95,7 +99,7 @@ def _check_model(model: FoundModel, machine: Machine) -> ModelReport:
     report.problems += _file_problems(model, config, chosen.numbers)
     with contextlib.suppress(ServingError):
         if (missing := missing_packages(config)) is not None:
-            report.notes.append(missing)
+            report.missing.append(missing)
     return report
 
 

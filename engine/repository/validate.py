@@ -29,6 +29,9 @@ PLATFORMS = {
 GPU_ACCELERATORS = ("tensorrt", "cuda", "auto_mixed_precision", "gpu_io")
 CPU_ACCELERATORS = ("openvino",)
 
+#: Instances of one version of a model, all groups together; each is a process.
+MAX_INSTANCES = 1024
+
 _KINDS = "ModelSequenceBatching.Control.Kind"
 _CORRID_TYPES = ("TYPE_UINT64", "TYPE_INT64", "TYPE_UINT32", "TYPE_INT32", "TYPE_STRING")
 
@@ -306,6 +309,7 @@ def _instance_groups(message: Any, usable: list[int], min_compute_capability: fl
         return
     if not message.instance_group:
         yield Problem(f"must specify one or more 'instance group's for {name}", ("instance_group",))
+    yield from _instance_count(message)
     for index, group in enumerate(message.instance_group):
         path = ("instance_group", index)
         prefix = f"instance group {group.name} of model {name}"
@@ -318,6 +322,16 @@ def _instance_groups(message: Any, usable: list[int], min_compute_capability: fl
         else:
             yield Problem(f"{prefix} has unexpected kind {kind}", (*path, "kind"), code=Code.INTERNAL)
         yield from _profiles(group, message.platform, prefix, (*path, "profile"))
+
+
+def _instance_count(message: Any) -> Iterator[Problem]:
+    counts = [group.count * max(len(group.gpus), 1) for group in message.instance_group]
+    if sum(counts) > MAX_INSTANCES:
+        yield Problem(
+            f"model {message.name} asks for {sum(counts)} instances, more than the {MAX_INSTANCES} that one model may "
+            "have: each is a process of its own",
+            ("instance_group", counts.index(max(counts)), "count"),
+        )
 
 
 def _gpu_group(

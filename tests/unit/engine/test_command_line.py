@@ -94,7 +94,25 @@ def test_version_is_a_command(words):
 
 
 def test_demo_keeps_its_words():
-    assert parse_command_line(["demo", "--requests", "3"], {}).arguments == ("--requests", "3")
+    assert parse_command_line(["demo", "--log-verbose", "1"], {}).arguments == ("--log-verbose", "1")
+
+
+def test_help_of_the_demo_says_what_it_does():
+    with pytest.raises(CommandLineExit) as caught:
+        parse_command_line(["demo", "--help"], {})
+    assert (caught.value.exit_code, caught.value.is_answer) == (0, True)
+    assert caught.value.text.startswith("Usage: forebay demo [options of serve]\n")
+
+
+@pytest.mark.parametrize(("word", "text"), [("extra", "Unexpected argument: extra"), ("--nope", "Usage: forebay demo")])
+def test_demo_refuses_what_the_server_would_refuse_before_it_starts_one(word, text):
+    with pytest.raises(CommandLineExit, match=text):
+        parse_command_line(["demo", word], {})
+
+
+def test_validate_without_a_directory_says_how_to_name_one():
+    with pytest.raises(CommandLineExit, match=r"Error: name a model repository, as in: forebay validate models/"):
+        parse_command_line(["validate"], {})
 
 
 def test_validate_takes_directories_and_a_format():
@@ -187,7 +205,8 @@ def test_python_functions_are_recognised():
 def test_help_lists_every_flag(command):
     with pytest.raises(CommandLineExit) as caught:
         parse_command_line([command, "--help"], {})
-    assert (caught.value.exit_code, caught.value.is_answer) == (1, True)
+    # Triton's help ends with 1; it has no commands but the server.
+    assert (caught.value.exit_code, caught.value.is_answer) == (int(command == "serve"), True)
     assert [name for name in TRITON_FLAGS if f"--{name}" not in caught.value.text] == []
 
 

@@ -51,6 +51,20 @@ def test_sound_repository_is_exit_code_0(capsys: pytest.CaptureFixture[str], rep
     assert text.splitlines()[-1] == "1 model, all can be served"
 
 
+def test_model_whose_package_is_missing_is_not_said_to_be_servable(
+    capsys: pytest.CaptureFixture[str], repository: Path
+) -> None:
+    """It is no defect of the repository, so the exit code stays 0."""
+    lacking = 'parameters { key: "forebay_packages" value { string_value: "no-such-package-1" } }'
+    with (repository / "alpha_model" / "config.pbtxt").open("a") as config:
+        config.write(lacking)
+    code, text = validate(capsys, repository)
+    assert code == 0
+    assert "- not installed" in text
+    assert "pip install no-such-package-1" in text.replace("'", "")
+    assert text.splitlines()[-1] == "1 model, 1 can be served once what it lacks is installed"
+
+
 def test_every_problem_is_told_with_its_place(capsys: pytest.CaptureFixture[str], repository: Path) -> None:
     edit(repository, "max_queue_delay_microseconds", "max_queue_delay_microsecond")
     edit(repository, "instance_group", "instance_groups")

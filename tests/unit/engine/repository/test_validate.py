@@ -398,6 +398,11 @@ LOAD = [
         "batch output kind 'BATCH_SCATTER_WITH_INPUT_SHAPE' expects 1 source input, got 0 for m",
     ),
     (
+        "C-093",
+        group("count: 100000"),
+        "model m asks for 100000 instances, more than the 1024 that one model may have: each is a process of its own",
+    ),
+    (
         "C-094",
         group("kind: KIND_CPU gpus: 0"),
         "instance group m_0 of model m has kind KIND_CPU but specifies one or more GPUs",
