@@ -15,7 +15,6 @@ from forebay.frontend.codec.infer_request import (
     ParsedInput,
     check_json_size,
     custom_parameter,
-    id_prefix,
     parse_request_id,
 )
 from forebay.frontend.codec.infer_response import OutputTensor
@@ -25,6 +24,7 @@ from forebay.frontend.errors import error_body
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError, from_wire
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.validation import id_prefix
 
 #: The key whose object is mapped like the top level and merged into it.
 NESTED_KEY = "parameters"

@@ -29,6 +29,7 @@ from forebay.frontend.codec.rapid_json import (
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import Internal, InvalidArgument
 from forebay.ipc.tensor import DATATYPES, MAX_ELEMENT_COUNT
+from forebay.ipc.validation import id_prefix
 
 T = TypeVar("T")
 
@@ -112,6 +113,14 @@ class ParsedInfer(msgspec.Struct, frozen=True):
     """Custom parameters, in the client's order."""
     is_raw: bool = False
     """The body was nothing but one tensor (spec H-130)."""
+
+    def is_bare(self, entry: ModelEntry) -> bool:
+        """Tell whether a model that looks at requests finds nothing in this one but its tensors."""
+        return (
+            not (self.id or self.parameters or self.timeout_us)
+            and not (self.sequence_id or self.sequence_start or self.sequence_end)
+            and len(self.outputs) in (0, len(entry.outputs))
+        )
 
     @property
     def wants_all_outputs(self) -> bool:
@@ -255,11 +264,6 @@ def check_json_size(json_bytes: int, max_json_bytes: int) -> None:
             f"request JSON size of {json_bytes} bytes exceeds the maximum allowed input size of {max_json_bytes} "
             "bytes. Use --http-max-input-size to increase the limit."
         )
-
-
-def id_prefix(request_id: str) -> str:
-    """Return what core validation errors start with (spec H-093)."""
-    return f"[request id: {request_id or '<id_unknown>'}] "
 
 
 def parsed(access: Callable[[Json], T], value: Json, key: str) -> T:

@@ -29,7 +29,8 @@ from forebay.frontend.codec.rapid_json import (
     to_utf8,
 )
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
-from forebay.ipc.tensor import DATATYPES, MAX_ELEMENT_COUNT, MAX_RANK
+from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.validation import tensor_element_count
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -41,38 +42,6 @@ NO_JSON = frozenset({"FP16", "BF16"})
 EXACT_LAYOUT_COUNT = 4096
 
 _COUNT_MISMATCH = "Unable to parse 'data': Shape does not match true shape of 'data' field"
-
-
-def tensor_element_count(name: str, shape: Sequence[int]) -> int:
-    """Return the product of a tensor's dimensions.
-
-    Raises:
-        InvalidArgument: a dimension is negative or the product beyond MAX_ELEMENT_COUNT (spec H-092).
-    """
-    if len(shape) > MAX_RANK:
-        raise InvalidArgument(f"Input '{name}' has {len(shape)} dimensions, at most {MAX_RANK} are supported")
-    count = 1
-    for dim in shape:
-        if not 0 <= dim <= MAX_ELEMENT_COUNT:
-            raise InvalidArgument(f"Input '{name}' contains one or more invalid dimensions")
-        count *= dim
-    if count > MAX_ELEMENT_COUNT:
-        raise InvalidArgument(
-            f"Input '{name}' causes total element count to exceed maximum size of {MAX_ELEMENT_COUNT}"
-        )
-    return count
-
-
-def tensor_byte_size(name: str, datatype: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor of a fixed-size datatype (not BYTES).
-
-    Raises:
-        InvalidArgument: as :func:`tensor_element_count`, and for a size beyond 2^63-1 bytes.
-    """
-    size = tensor_element_count(name, shape) * DATATYPES[datatype].item_bytes
-    if size > MAX_ELEMENT_COUNT:
-        raise InvalidArgument(f"byte size overflow for input '{name}'")
-    return size
 
 
 def encode_json_data(

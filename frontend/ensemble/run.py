@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from forebay.frontend.codec.infer_request import id_prefix
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.cached_call import CachedCall, StepCall
 from forebay.frontend.ensemble.graph import EnsembleGraph, GraphPlan, NeededStep
@@ -26,6 +25,7 @@ from forebay.frontend.ensemble.tensors import StepChecks, Tensor, fit_shape, hol
 from forebay.frontend.inference import RequestMeta
 from forebay.ipc.errors import Cancelled, InvalidArgument, NotReady, ServingError, Unavailable
 from forebay.ipc.messages import ParameterValue, TensorPlace
+from forebay.ipc.validation import id_prefix
 
 #: Responses of decoupled steps that may wait for their turn (``max_inflight_requests``).
 _WAITING_MAX = 4096

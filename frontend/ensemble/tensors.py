@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from forebay.frontend.codec.validation import InputFacts, validate_request
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.messages import TensorPlace
+from forebay.ipc.validation import InputFacts, validate_request
 
 #: Forms of requests that are known to fit their model; at the limit all are forgotten.
 _CHECKED_MAX = 256

@@ -23,7 +23,6 @@ from forebay.frontend.codec.infer_request import (
     ParsedOutput,
     RegionData,
     Source,
-    id_prefix,
 )
 from forebay.frontend.codec.json_tensor import frame_element
 from forebay.frontend.grpc.wire import (
@@ -40,6 +39,7 @@ from forebay.frontend.grpc.wire import (
 )
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.validation import id_prefix
 
 #: Inputs, outputs, parameters of one message, each; far above any real request's.
 _ITEMS_MAX = 4096

@@ -13,12 +13,11 @@ from forebay.frontend.codec.json_tensor import (
     encode_json_data,
     frame_element,
     render_json_data,
-    tensor_byte_size,
-    tensor_element_count,
 )
 from forebay.frontend.codec.rapid_json import as_array, as_string, parse_json, to_utf8
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.validation import tensor_byte_size, tensor_element_count
 
 NUMERIC = [name for name in DATATYPES if name not in ("BYTES", "FP16", "BF16")]
 MISMATCH = "Unable to parse 'data': Shape does not match true shape of 'data' field"
