@@ -336,7 +336,13 @@ class ModelLifecycle:
         """End what a failed load had started."""
         await asyncio.gather(*(served.stop() for served in started.values()))
         for version in starting:
-            if version not in model.serving:
+            if version in started:
+                log.info(f"unloading '{model.name}' version {version} again: the load failed as a whole")
+            if version in model.serving:
+                continue
+            if version in started:
+                model.status[version] = VersionStatus("UNAVAILABLE", UNLOADED)
+            else:
                 model.status.pop(version, None)
         self.touch()
 

@@ -279,6 +279,17 @@ def test_server_runs_with_the_rest_without_exit_on_error(repository: Path) -> No
         assert not [role for role in server.pids() if "beta_model" in role]
 
 
+def test_version_that_is_dropped_with_another_is_in_table_and_index(repository: Path) -> None:
+    """Spec R-086: a load fails as a whole; nobody shall have to guess where version 1 is."""
+    (repository / "alpha_model" / "2" / "model.onnx").write_bytes(b"no model")
+    with ForebayServer(repository, "--exit-on-error=false") as server:
+        first, second = index(server)
+        assert first == {"name": "alpha_model", "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
+        assert second["state"] == "UNAVAILABLE"
+        rows = [line.split() for line in server.stdout.splitlines() if line.startswith("alpha_model")]
+        assert [row[:2] for row in rows] == [["alpha_model", "1"], ["alpha_model", "2"]]
+
+
 def test_gpu_model_without_gpu_says_what_to_do(repository: Path) -> None:
     """Spec C-094."""
     config = repository / "alpha_model" / "config.pbtxt"
