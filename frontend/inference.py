@@ -21,6 +21,7 @@ from forebay.ipc.errors import QUEUE_FULL_TEXT, NotReady, ServingError, from_wir
 from forebay.ipc.messages import ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import byte_size
 from forebay.ipc.validation import id_prefix
+from forebay.ipc.validation import id_prefix
 
 #: Reply blocks lent for outputs of unknown size never start larger than this.
 _REPLY_GUESS_MAX = 1024 * 1024
