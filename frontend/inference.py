@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
+from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
@@ -20,7 +20,6 @@ from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import QUEUE_FULL_TEXT, NotReady, ServingError, from_wire
 from forebay.ipc.messages import ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import byte_size
-from forebay.ipc.validation import id_prefix
 from forebay.ipc.validation import id_prefix
 
 #: Reply blocks lent for outputs of unknown size never start larger than this.
@@ -200,7 +199,6 @@ class Inference:
         batch_size: int,
         *,
         direct: bool = False,
-        is_bare: bool = False,
     ) -> None:
         """Take room for the inputs.
 
@@ -209,7 +207,6 @@ class Inference:
             inputs: already validated against the model.
             batch_size: as validated; 0 for a model that does not batch.
             direct: the bytes are received straight into the places, which may take long: never use slab rows.
-            is_bare: it carries nothing but tensors.
 
         Raises:
             NotReady: the model version has just gone.
@@ -233,7 +230,7 @@ class Inference:
         self.is_done = False
         #: Where each input's bytes go, writable, in the order of the inputs.
         self.places: list[memoryview] = []
-        if not direct and route.takes_rows(is_bare=is_bare):
+        if route.uses_rows and not direct:
             self._place_rows(route)
         else:
             self._place_block()
@@ -260,8 +257,8 @@ class Inference:
 
     @property
     def rows_route(self) -> RouteClient | None:
-        """What a plan for equal requests takes slab rows of; None: they do not lie in rows."""
-        return self.route if self._slab is not None else None
+        """What a plan for equal requests takes slab rows of; None: they never lie in rows."""
+        return self.route if self.route.uses_rows else None
 
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Hand the filled request over; ``on_response`` is called from the event loop until a final response."""
@@ -287,7 +284,7 @@ class Inference:
 
     # --- answers ---
 
-    def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
+    def rows_done(self, slab: OwnedSlab, first: int) -> None:
         self.is_done = True
         if self.is_cancelled:
             return
@@ -308,7 +305,7 @@ class Inference:
         )
         if trace is not None and trace.shows_tensors:
             trace_outputs(trace, outputs)
-        self._on_response(Response(outputs=outputs, parameters=parameters))
+        self._on_response(Response(outputs=outputs))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         self.is_done = True
@@ -370,7 +367,7 @@ class Inference:
             else:
                 self._free_block()
         elif self._slab is not None:
-            self.route.cancel_rows(self._slab, self._first, self)
+            self.route.cancel_rows(self._slab, self._first)
         elif self._token:
             self._engine.cancel(self._token)
 
