@@ -51,6 +51,10 @@ FILE_HINTS = {
 }
 
 
+#: Backends whose instances may share a process: what they keep for the whole of it, they keep for all of them.
+SHARING_BACKENDS = frozenset({"forebay_fault", "identity", "onnxruntime", "pytorch", "tensorrt"})
+
+
 def family_of(backend: str) -> str:
     """Return the family that runs a backend."""
     return backend if backend in FAMILIES else "python"

@@ -313,13 +313,7 @@ FLAGS: tuple[Flag, ...] = (
     # Processes
     Flag("runtime-directory", "process.runtime_directory", metavar="DIRECTORY"),
     Flag("worker-timeout-secs", "process.worker_timeout_secs", minimum=0),
-    Flag(
-        "instances-per-process",
-        "process.instances_per_process",
-        NOT_YET,
-        "each instance has a process of its own",
-        minimum=1,
-    ),
+    Flag("instances-per-process", "process.instances_per_process", minimum=1),
     Flag("wait", "process.wait", NOT_YET, "processes sleep until there is work"),
     Flag(
         "host-policy",

@@ -411,7 +411,9 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     stream for long, have no limit but that."""
 
     instances_per_process: int = 1
-    """How many instances of a model share one worker process. One keeps a crash to itself."""
+    """How many instances of a model on one device share a worker process, and with it their model's memory where the
+    backend allows it: each runs in a thread, on a GPU with a stream, of its own. One keeps a crash to itself. Backends
+    that keep state for a whole process, such as Python models, have one instance in each."""
 
     wait: Wait = "park"
     """`park` sleeps until there is work; `spin` looks for it without end: faster, at the cost of a core each."""

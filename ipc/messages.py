@@ -594,9 +594,15 @@ class RingUp(Message, frozen=True, tag=40):
     producer: int
 
 
+class Adopt(Message, frozen=True, tag=41):
+    """Supervisor -> worker: run another instance beside yours, in a thread. Descriptors as those of :class:`Fork`."""
+
+    name: str
+
+
 SupervisorToZygote = Fork | Stop
 ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
-SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Stop
+SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Adopt | Stop
 WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics
 
 

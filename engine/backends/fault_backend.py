@@ -12,6 +12,7 @@ request and ``load_fault`` for the load:
     datatype  answer with another datatype
     missing   answer without outputs
     leak      keep another 64 MiB, then answer
+    poison    as if the GPU's context were lost
 
 Any other element: answer with the input.
 """
@@ -26,6 +27,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, Backend, TensorInstance, parse_int
+from forebay.engine.devices.base import DeviceBroken
+from forebay.engine.devices.poisoning import DeviceGuard
 from forebay.ipc.errors import BackendFailed, InvalidArgument, Unsupported
 from forebay.ipc.messages import InstanceSpec
 
@@ -43,6 +46,7 @@ FAULTS: dict[int, str] = {
     -7: "datatype",
     -8: "missing",
     -9: "leak",
+    -10: "poison",
 }
 
 
@@ -88,6 +92,9 @@ class FaultInstance(TensorInstance):
                     signal.pause()
             case "leak":
                 self._leaked.append(bytearray(os.urandom(1)) * (64 << 20))
+            case "poison":
+                with DeviceGuard():
+                    raise DeviceBroken("injected illegal address")
             case _:
                 pass
 

@@ -32,6 +32,8 @@ from forebay.engine.backends.onnx_options import (
     session_options,
 )
 from forebay.engine.backends.onnx_weights import find_shared_copy
+from forebay.engine.backends.shared_models import shared
+from forebay.engine.devices.opening import played_gpu_count
 from forebay.engine.repository.auto_complete import DescribedModel as ComparedModel
 from forebay.engine.repository.auto_complete import DescribedTensor as ComparedTensor
 from forebay.engine.repository.auto_complete import check_described
@@ -361,12 +363,16 @@ class OnnxBackend(Backend):
         )
 
     def load(self, spec: InstanceSpec) -> TensorInstance:
-        if any(provider.name == CUDA_PROVIDER for provider in providers(spec)):
+        if (spec.kind == "GPU" and played_gpu_count()) or any(
+            provider.name == CUDA_PROVIDER for provider in providers(spec)
+        ):
             # Imported only here: a machine without a GPU need not have CuPy.
             from forebay.engine.backends.onnx_cuda import load_on_gpu
 
             return load_on_gpu(spec)
-        session = open_session(spec, share_weights=True)
+        # A session may run in several threads at a time.
+        key = ("onnxruntime", spec.version_path, spec.kind, len(spec.cores))
+        session = shared(key, lambda: open_session(spec, share_weights=True))
         signature = read_signature(spec, session)
         check_config(spec, signature)
         return OnnxInstance(spec, session, signature)

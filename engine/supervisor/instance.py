@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from forebay.engine.backend_families import family_of
 from forebay.engine.supervisor.backoff import LOOP_COUNT, LOOP_WINDOW_S, Backoff
 from forebay.engine.supervisor.child import describe_exit
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.worker_handle import WorkerHandle
+from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.counters import InstanceCounter, instance_words
 from forebay.ipc.errors import ServingError
 from forebay.ipc.log import log
@@ -50,6 +50,7 @@ class Instance:
         spec: InstanceSpec,
         index: int,
         events: InstanceEvents,
+        processes: WorkerProcesses,
         *,
         timeout_s: float = 0.0,
         counter_offset: int = 0,
@@ -59,11 +60,13 @@ class Instance:
         Args:
             spec: complete but for ``instance``, ``counter_offset`` and ``cores``.
             index: its place among the version's instances, for its name in ps.
+            processes: where its workers live.
             timeout_s: how long an execution may take; 0: any time.
             counter_offset: go on with this block, of an instance that is gone.
         """
         self._plant = plant
         self._events = events
+        self._processes = processes
         self._words = instance_words(spec.max_batch_size)
         self.counter_offset = counter_offset or plant.counters.allocate(self._words)
         self._counters = plant.counters.block(self.counter_offset, self._words)
@@ -128,7 +131,7 @@ class Instance:
         self._worker = worker
         spec = msgspec.structs.replace(self.spec, instance=worker.number, cores=self.cores)
         try:
-            await plant.fork(family_of(spec.backend), worker)
+            await self._processes.start(worker, spec)
             plant.switchboard.introduce_worker(worker)
             loaded = await worker.load(spec)
         except BaseException:

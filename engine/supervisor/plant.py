@@ -53,6 +53,10 @@ class Plant:
             Unavailable: the family's libraries cannot be imported.
         """
         await self.zygotes.start(family).fork(worker, self.switchboard.done_fd, self.counters.fd)
+        self.greet(worker)
+
+    def greet(self, worker: WorkerHandle) -> None:
+        """Tell a worker that has just got its process what all others were told."""
         self.workers.add(worker)
         if self.log_changed is not None:
             worker.tell(self.log_changed)

@@ -23,6 +23,7 @@ from forebay.engine.supervisor.preparation import (
     preserves_ordering,
     scheduling_extra,
 )
+from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS, ProducerCounter, detail_words, instance_words
 from forebay.ipc.errors import Code
@@ -64,6 +65,7 @@ class ServedVersion:
         self._step_offsets: dict[str, int] = {}
         #: Offset and words of the same for details.
         self._details: dict[str, tuple[int, int]] = {}
+        self._processes = WorkerProcesses(plant, prepared.spec.backend)
         self._events = InstanceEvents(changed=on_change, phase=on_phase)
         #: Instances that an adjustment removed, and that still run something.
         self._leaving: list[Instance] = []
@@ -171,6 +173,7 @@ class ServedVersion:
             spec,
             index,
             self._events,
+            self._processes,
             timeout_s=self.prepared.worker_timeout_s,
             counter_offset=spares[spare] if spare < len(spares) else 0,
         )

@@ -17,6 +17,7 @@ from forebay.ipc.errors import WorkerDied, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import (
+    Adopt,
     Describe,
     Described,
     Failed,
@@ -67,6 +68,10 @@ class WorkerHandle:
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         self._exit_known = asyncio.Event()
+        #: Those that live in this one's process.
+        self._guests: list[WorkerHandle] = []
+        #: What every worker gets besides its own sockets: done doorbell, counters; empty: there is no process yet.
+        self._fds_for_process: tuple[int, int] | tuple[()] = ()
         self._reply: asyncio.Future[Described | Loaded] | None = None
         sender, self._child_doorbell = create_doorbell()
         self.bell = Bell(sender)
@@ -79,6 +84,31 @@ class WorkerHandle:
     def child_fds(self) -> tuple[int, int]:
         """The worker's ends: doorbell, lifeline. Ours until :meth:`release_child_fds`."""
         return self._child_doorbell.fileno(), self._child_lifeline.fileno()
+
+    def adopt(self, guest: WorkerHandle) -> bool:
+        """Have this worker's process run another one as well; False if it is about to end."""
+        if self.is_stopping or not self._fds_for_process:
+            return False
+        doorbell_fd, lifeline_fd = guest.child_fds
+        done_fd, counters_fd = self._fds_for_process
+        if not self.tell(Adopt(name=guest.name), (doorbell_fd, done_fd, lifeline_fd, counters_fd)):
+            return False
+        guest.release_child_fds()
+        self._guests.append(guest)
+        guest._fds_for_process = self._fds_for_process
+        guest.pid = self.pid
+        return True
+
+    def note_process(self, done_fd: int, counters_fd: int) -> None:
+        """A process is being forked for it; the descriptors are those that every worker gets, and stay the caller's."""
+        self._fds_for_process = (done_fd, counters_fd)
+
+    def note_pid(self, pid: int) -> None:
+        """The zygote says who it is."""
+        for worker in (self, *self._guests):
+            worker.pid = pid
+            if worker.is_stopping:
+                worker.kill()
 
     def release_child_fds(self) -> None:
         """Close our copies of the worker's ends, so that its end is noticed."""
@@ -121,11 +151,17 @@ class WorkerHandle:
         finally:
             self._reply = None
 
-    def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        """Send something that needs no answer; the caller keeps ``fds``. The worker looks when its doorbell rings."""
-        if self._send(message, fds):
-            self.bell.ring(_WAKE)
-            self._flush_bell()
+    def tell(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
+        """Send something that needs no answer; the caller keeps ``fds``. The worker looks when its doorbell rings.
+
+        Returns:
+            False if it is gone.
+        """
+        if not self._send(message, fds):
+            return False
+        self.bell.ring(_WAKE)
+        self._flush_bell()
+        return True
 
     def _flush_bell(self) -> None:
         # A full doorbell: the worker has much to do, and is told as soon as there is room.
@@ -166,10 +202,12 @@ class WorkerHandle:
             self._end()
 
     def note_exit(self, exit_code: int) -> None:
-        """The zygote says how it ended."""
+        """The zygote says how its process ended."""
         self.exit_code = exit_code
         self._exit_known.set()
         self._end()
+        for guest in self._guests:
+            guest.note_exit(exit_code)
 
     async def wait_exit_code(self) -> int | None:
         """Return how it ended, as ``os.waitstatus_to_exitcode`` gives it; None if nobody knows."""

@@ -58,6 +58,7 @@ class ZygoteHandle:
                 Fork(instance=worker.number, name=worker.name), (doorbell_fd, done_fd, lifeline_fd, counters_fd)
             ):
                 worker.release_child_fds()
+                worker.note_process(done_fd, counters_fd)
                 return
             # It died just now: its exit is noticed in the next turn of the event loop.
             del self._workers[worker.number]
@@ -102,9 +103,7 @@ class ZygoteHandle:
                 self._failure = message.text
             case Forked():
                 if (worker := self._workers.get(message.instance)) is not None:
-                    worker.pid = message.pid
-                    if worker.is_stopping:
-                        worker.kill()
+                    worker.note_pid(message.pid)
             case WorkerExited():
                 if (worker := self._workers.pop(message.instance, None)) is not None:
                     worker.note_exit(message.exit_code)

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.devices.memory_limit import check_memory_limit
 from forebay.engine.worker.custom_metrics import MetricsSender
 from forebay.engine.worker.inbox import Inbox
+from forebay.engine.worker.loop_threads import LoopThreads
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.ragged import with_batch_tensors
@@ -36,6 +38,7 @@ from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import LogOptions, log
 from forebay.ipc.messages import (
+    Adopt,
     ArenaDown,
     ArenaUp,
     Describe,
@@ -67,12 +70,19 @@ class Worker:
     """One instance. ``serve`` returns when the supervisor says stop or is gone."""
 
     def __init__(
-        self, lifeline: Lifeline[SupervisorToWorker], doorbell: socket.socket, done: Bell, counters: CountersFile
+        self,
+        lifeline: Lifeline[SupervisorToWorker],
+        doorbell: socket.socket,
+        done: Bell,
+        counters: CountersFile,
+        siblings: LoopThreads,
     ) -> None:
         self._lifeline = lifeline
         self._doorbell = doorbell
         self._done = done
         self._counters_file = counters
+        #: The other instances of this process.
+        self._siblings = siblings
         self._producers = Producers()
         self._spec: InstanceSpec | None = None
         self._backend: Backend | None = None
@@ -124,6 +134,8 @@ class Worker:
             case LogChanged():
                 with contextlib.suppress(OSError, msgspec.ValidationError):
                     log.configure(msgspec.convert(message.options, LogOptions))
+            case Adopt():
+                self._siblings.start(message.name, fds)
             case Stop():
                 self._stopping = True
 
@@ -151,7 +163,8 @@ class Worker:
 
     def _open(self, spec: InstanceSpec) -> Backend:
         self._spec = spec
-        set_name(f"worker {spec.model}:{spec.version} {spec.instance_name}")
+        if threading.current_thread() is threading.main_thread():
+            set_name(f"worker {spec.model}:{spec.version} {spec.instance_name}")
         if spec.cores:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, spec.cores)
@@ -356,24 +369,53 @@ class Worker:
             self._instance.close()
 
 
-def run_worker(lifeline: socket.socket, doorbell: socket.socket, done: socket.socket, counters_fd: int) -> NoReturn:
-    """Run one worker in this (forked) process; never returns. Takes ownership of all four."""
+def run_loop(
+    lifeline: socket.socket, doorbell: socket.socket, done: socket.socket, counters_fd: int, siblings: LoopThreads
+) -> int:
+    """Run one instance until its end. Takes ownership of all descriptors; returns the exit code of its process."""
     status = 0
-    try:
-        worker = Worker(Lifeline(lifeline, SupervisorToWorker), doorbell, Bell(done), CountersFile(counters_fd))
+    with lifeline, doorbell:
+        counters = CountersFile(counters_fd)
         os.close(counters_fd)
+        worker = Worker(Lifeline(lifeline, SupervisorToWorker), doorbell, Bell(done), counters, siblings)
         try:
             if worker.prepare():
                 worker.serve()
         except PeerClosed:
             status = 1
         worker.close()
+    return status
+
+
+def run_worker(lifeline: socket.socket, doorbell: socket.socket, done: socket.socket, counters_fd: int) -> NoReturn:
+    """Run one worker in this (forked) process; never returns. Takes ownership of all four."""
+    status = 1
+    try:
+        siblings = LoopThreads(_run_sibling)
+        status = run_loop(lifeline, doorbell, done, counters_fd, siblings)
+        # Instances that were adopted may outlive the first.
+        siblings.join()
     except BaseException:
         traceback.print_exc(file=sys.stderr)
         status = 1
     finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        # The frameworks' exit handlers are not needed here, and some crash in a forked process.
-        os._exit(status)
+        _end_process(status)
+
+
+def _run_sibling(siblings: LoopThreads, fds: list[int]) -> None:
+    try:
+        doorbell_fd, done_fd, lifeline_fd, counters_fd = fds
+        lifeline, doorbell, done = (socket.socket(fileno=fd) for fd in (lifeline_fd, doorbell_fd, done_fd))
+        run_loop(lifeline, doorbell, done, counters_fd, siblings)
+    except BaseException:
+        # What broke one loop may have broken what all of them share.
+        traceback.print_exc(file=sys.stderr)
+        _end_process(1)
+
+
+def _end_process(status: int) -> NoReturn:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # The frameworks' exit handlers are not needed here, and some crash in a forked process.
+    os._exit(status)

@@ -392,7 +392,7 @@ class ParcelRequest:
         The worker's own thread tries again between batches; a model's thread has nobody else to do it.
         """
         producer, runner = self._producer, self._runner
-        is_own_thread = threading.current_thread() is threading.main_thread()
+        is_own_thread = threading.current_thread() is runner.loop_thread
         allowed = BACKLOG_MAX if is_own_thread else 0
         # Who waits in the worker's own thread must be able to hear of a lent block.
         waiting_allowed = WAITING_MAX if not is_own_thread or runner.has_signals else sys.maxsize

@@ -6,6 +6,7 @@ This is the books of a worker: which requests are open, and what is said about t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,8 @@ class ParcelsRunner:
     ) -> None:
         self.spec = spec
         self.producers = producers
+        #: Runs the batches; every other thread is a model's.
+        self.loop_thread = threading.current_thread()
         #: uint64, this instance's block
         self.counters = counters
         self.max_batch_size = spec.max_batch_size

@@ -1,0 +1,38 @@
+"""Further instances in one worker process, each with a loop of its own in a thread (``--instances-per-process``)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class LoopThreads:
+    """The loops of a process besides the first. Any of the loops may start another."""
+
+    def __init__(self, run: Callable[[LoopThreads, list[int]], None]) -> None:
+        """Start nothing yet.
+
+        Args:
+            run: runs one loop until its end; takes ownership of its descriptors and raises nothing.
+        """
+        self._run = run
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, name: str, fds: list[int]) -> None:
+        """Start a loop; takes ownership of its descriptors."""
+        thread = threading.Thread(target=self._run, args=(self, fds), name=name)
+        with self._lock:
+            self._threads = [each for each in self._threads if each.is_alive()]
+            self._threads.append(thread)
+            thread.start()
+
+    def join(self) -> None:
+        """Wait until every loop has ended, those included that are started meanwhile."""
+        while True:
+            with self._lock:
+                running = [thread for thread in self._threads if thread.is_alive()]
+            if not running:
+                return
+            for thread in running:
+                thread.join()
