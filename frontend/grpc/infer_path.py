@@ -143,7 +143,8 @@ def _place(
     tensors = [
         InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
     ]
-    inference = start_inference(frontend.engine, entry.route, tensors, batch_size, direct=direct)
+    is_bare = request.is_bare(entry)
+    inference = start_inference(frontend.engine, entry.route, tensors, batch_size, direct=direct, is_bare=is_bare)
     try:
         for tensor, place in zip(request.inputs, inference.places, strict=True):
             if isinstance(tensor.source, JsonData):
@@ -242,13 +243,12 @@ def render(placed: PlacedRequest, response: Response, extra: dict[str, bool]) ->
 
 
 def _reply_tensors(placed: PlacedRequest, response: Response) -> list[ReplyTensor]:
-    """Return the outputs that are wanted, in the order in which the model gave them."""
     entry = placed.entry
-    plan = {wanted.name: wanted for wanted in placed.request.output_plan(entry)}
+    views = {view.name: view for view in response.outputs}
     tensors: list[ReplyTensor] = []
-    for view in response.outputs:
-        wanted = plan.get(view.name)
-        if wanted is None:
+    for wanted in placed.request.output_plan(entry):
+        view = views.get(wanted.name)
+        if view is None:
             continue
         if wanted.classification:
             spec = entry.output_named(wanted.name)

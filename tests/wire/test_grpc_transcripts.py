@@ -21,7 +21,7 @@ TWO = np.array([1, 2], dtype=np.float32).tobytes()
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
     repository = tmp_path_factory.mktemp("transcripts")
-    for name in ("f32", "dec"):
+    for name in ("f32", "dec", "seq"):
         shutil.copytree(MODELS / name, repository / name)
         (repository / name / "1").mkdir(exist_ok=True)
     with ForebayServer(repository, "--strict-readiness=false", protocols=("grpc",)) as running:
@@ -192,7 +192,8 @@ def test_unary_inference(stub: Any, message: Any, expected: str) -> None:
         pytest.param(
             "RepositoryIndex",
             service_pb2.RepositoryIndexRequest(),
-            'models { name: "dec" version: "1" state: "READY" } models { name: "f32" version: "1" state: "READY" }',
+            'models { name: "dec" version: "1" state: "READY" } models { name: "f32" version: "1" state: "READY" } '
+            'models { name: "seq" version: "1" state: "READY" }',
             id="F2-19 index",
         ),
         pytest.param(
@@ -213,6 +214,57 @@ def test_unary_inference(stub: Any, message: Any, expected: str) -> None:
 )
 def test_control(stub: Any, method: str, message: Any, expected: str) -> None:
     assert answer(getattr(stub, method), message) == expected
+
+
+#: Of Triton 2.51 from PyPI, beyond the appendix.
+@pytest.mark.parametrize("version", ["1", "01", " 1", "+1", "1x", "1.5"])
+def test_versions_are_read_as_far_as_they_are_numbers(stub: Any, version: str) -> None:
+    assert answer(stub.ModelInfer, request(model_version=version)) == GOOD.format("")
+    assert answer(stub.ModelReady, service_pb2.ModelReadyRequest(name="f32", version=version)) == "ready: true"
+
+
+@pytest.mark.parametrize("version", ["-1", "-5", "x", "99999999999999999999"])
+def test_versions_that_cannot_be(stub: Any, version: str) -> None:
+    text = (
+        f"invalid model version specified '{version}' , "
+        if version.startswith("-")
+        else f"failed to get model version from specified version string '{version}' (details: stol), "
+    )
+    expected = f"ERR StatusCode.INVALID_ARGUMENT {text}version should be an integral value > 0"
+    assert answer(stub.ModelInfer, request(model_version=version)) == expected
+    for kind in ("Ready", "Metadata", "Config", "Statistics"):
+        message = getattr(service_pb2, f"Model{kind}Request")(name="f32", version=version)
+        assert answer(getattr(stub, f"Model{kind}"), message) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("log_verbose_level", {"string_param": "1"}, "INVALID_ARGUMENT expect int32 for 'log_verbose_level'"),
+        ("log_verbose_level", {}, "INVALID_ARGUMENT expect int32 for 'log_verbose_level'"),
+        ("log_info", {"uint32_param": 1}, "INVALID_ARGUMENT expect boolean for 'log_info'"),
+        ("log_format", {"uint32_param": 1}, "INVALID_ARGUMENT expect string for 'log_format'"),
+        ("log_format", {"string_param": "x"}, "INVALID_ARGUMENT invalid argument for log_format, got: x"),
+        (
+            "log_file",
+            {"string_param": "x"},
+            "UNIMPLEMENTED log file location can not be updated through network protocol",
+        ),
+    ],
+)
+def test_log_settings_that_cannot_be(stub: Any, name: str, value: dict[str, Any], expected: str) -> None:
+    message = service_pb2.LogSettingsRequest()
+    message.settings[name].CopyFrom(service_pb2.LogSettingsRequest.SettingValue(**value))
+    assert answer(stub.LogSettings, message) == f"ERR StatusCode.{expected}"
+
+
+def test_a_shape_that_is_not_known(stub: Any) -> None:
+    made = request()
+    made.inputs[0].shape[:] = [-1]
+    assert answer(stub.ModelInfer, made) == (
+        "ERR StatusCode.INVALID_ARGUMENT [request id: <id_unknown>] All input dimensions should be specified for input "
+        "'INPUT0' for model 'f32', got [-1]"
+    )
 
 
 def test_statistics_count_what_succeeded(stub: Any) -> None:
@@ -247,6 +299,7 @@ def data(value: str) -> str:
     )
 
 
+FINAL = 'parameters { key: "triton_final_response" value { bool_param: true } }'
 ZERO, ONE = "\\000\\000\\000\\000", "\\000\\000\\200?"
 
 
@@ -256,14 +309,13 @@ def test_stream_of_a_decoupled_model(stub: Any) -> None:
 
 
 def test_stream_of_a_decoupled_model_with_empty_final_response(stub: Any) -> None:
-    """F2-33..F2-35; of the version we take what newer Tritons say, which fill it (spec G-064)."""
+    """F2-33..F2-35, spec G-064: of the version it says what the request did."""
     wanted = {"triton_enable_empty_final_response": parameter(bool_param=True)}
     *replies, final = stream(stub, decoupled(2, parameters=wanted))
     assert replies == [data(ZERO), data(ONE)]
-    assert final == (
-        'infer_response { model_name: "dec" model_version: "1" id: "s" parameters { key: "triton_final_response" value '
-        "{ bool_param: true } } }"
-    )
+    assert final == f'infer_response {{ model_name: "dec" id: "s" {FINAL} }}'
+    *_replies, final = stream(stub, decoupled(2, parameters=wanted, model_version="1"))
+    assert final == f'infer_response {{ model_name: "dec" model_version: "1" id: "s" {FINAL} }}'
 
 
 @pytest.mark.parametrize("metadata", [(), (("triton_grpc_error", "true"),)], ids=["F2-37", "F2-39"])
@@ -278,11 +330,25 @@ def test_unknown_model_leaves_the_stream_open(stub: Any, metadata: Sequence[tupl
 
 
 def test_model_error_is_a_reply(stub: Any) -> None:
-    """Spec G-066: a model's error carries id, name and the final flag."""
-    (reply,) = stub.ModelStreamInfer(iter([decoupled(-1)]), timeout=30)
-    assert reply.error_message == "boom"
-    assert (reply.infer_response.id, reply.infer_response.model_name) == ("s", "dec")
-    assert reply.infer_response.parameters["triton_final_response"].bool_param
+    """Spec G-066: a model's error carries id, name and the final flag; the version as the request did."""
+    (reply,) = stream(stub, decoupled(-1))
+    assert reply == f'error_message: "boom" infer_response {{ model_name: "dec" id: "s" {FINAL} }}'
+    (reply,) = stream(stub, decoupled(-1, model_version="1"))
+    assert reply == f'error_message: "boom" infer_response {{ model_name: "dec" model_version: "1" id: "s" {FINAL} }}'
+
+
+@pytest.mark.parametrize("metadata", [(), (("triton_grpc_error", "true"),)], ids=["plain", "grpc error"])
+def test_what_the_queue_refuses_is_no_response(stub: Any, metadata: Sequence[tuple[str, str]]) -> None:
+    """Only the id, and the stream stays open, as for everything that is found before a model has the request."""
+    made = service_pb2.ModelInferRequest(model_name="seq", id="k", raw_input_contents=[bytes(4)])
+    made.inputs.add(name="INPUT0", datatype="INT32", shape=[1, 1])
+    made.parameters["sequence_id"].int64_param = 1234
+    bad, good = stream(stub, made, request(id="ok"), metadata=metadata)
+    assert bad == (
+        "error_message: \"inference request for sequence 1234 to model \\'seq\\' must specify the START flag on the "
+        'first request of the sequence" infer_response { id: "k" }'
+    )
+    assert 'id: "ok"' in good
 
 
 def test_model_error_ends_the_stream_on_request(stub: Any) -> None:
