@@ -303,7 +303,7 @@ FLAGS: tuple[Flag, ...] = (
         parse=values.parse_rate_limit_resource,
     ),
     # Scheduler
-    Flag("batching", "scheduler.batching", NOT_YET, "set max_queue_delay_microseconds to 0 in the model's config"),
+    Flag("batching", "scheduler.batching", metavar="triton|eager|slo=MILLISECONDS", parse=values.parse_batching),
     Flag(
         "delay-request-count",
         "scheduler.delay_request_count",

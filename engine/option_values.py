@@ -21,6 +21,9 @@ from forebay.engine.settings import (
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
+#: Bounds of a latency objective, ms.
+SLO_MS_MIN, SLO_MS_MAX = 0.1, 3_600_000.0
+
 TRUE_WORDS = frozenset({"true", "on", "1"})
 FALSE_WORDS = frozenset({"false", "off", "0"})
 
@@ -113,6 +116,22 @@ def parse_port_range(text: str) -> PortRange:
     """Return `<first>-<last>`."""
     first, last = parse_pair(text, "-")
     return PortRange(parse_int(first, 0, 65535), parse_int(last, 0, 65535))
+
+
+def parse_batching(text: str) -> str:
+    """Return `triton`, `eager` or `slo=<milliseconds>ms`; the unit may be left out."""
+    word = text.strip().lower()
+    if word in ("triton", "eager"):
+        return word
+    name, separator, value = word.partition("=")
+    if name != "slo" or not separator:
+        raise ValueError(f"--batching must be one of [triton, eager, slo=<milliseconds>]. Got {text}")
+    return f"slo={parse_slo_ms(value):g}ms"
+
+
+def parse_slo_ms(text: str) -> float:
+    """Return a latency objective in milliseconds, written with or without its unit."""
+    return parse_float(text.strip().removesuffix("ms"), SLO_MS_MIN, SLO_MS_MAX)
 
 
 def parse_config_name(text: str) -> str:

@@ -20,7 +20,6 @@ TraceLevel = Literal["OFF", "TIMESTAMPS", "TENSORS"]
 TraceMode = Literal["triton", "opentelemetry"]
 GpuFallback = Literal["none", "cpu"]
 MpsMode = Literal["auto", "on", "off"]
-Batching = Literal["triton", "eager"]
 Wait = Literal["park", "spin"]
 
 #: The APIs that `--http-restricted-api` and `--grpc-restricted-protocol` can name (Triton's restricted_features.h).
@@ -390,9 +389,10 @@ class RateLimitSettings(msgspec.Struct, frozen=True, kw_only=True):
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How requests become batches."""
 
-    batching: Batching = "triton"
+    batching: str = "triton"
     """`triton` forms batches exactly as the model's configuration says; `eager` never lets an idle instance wait for
-    a batch to fill."""
+    a batch to fill; `slo=<milliseconds>ms` forms the largest batches that still answer in that time, and refuses what
+    would be answered later (models with `dynamic_batching`; `forebay_slo_ms` sets it for one model)."""
 
     delay_request_count: int = 0
     """Hold back this many requests of each model before the first batch; only for tests."""

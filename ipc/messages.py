@@ -198,6 +198,8 @@ class BatchingPolicy(msgspec.Struct, frozen=True, array_like=True):
     default_priority_level: int = 0
     default_queue_policy: QueuePolicy = QueuePolicy()
     priority_queue_policy: dict[int, QueuePolicy] = {}
+    objective_us: int = 0
+    """Within what time 99 % of the requests are to be answered; 0: batches are formed as the rest of this says."""
 
 
 class RouteUp(Message, frozen=True, tag=1):

@@ -30,6 +30,12 @@ class Reason(enum.StrEnum):
     IDLE = "instance idle"
     SLOTS = "slot utilization"
     """Direct sequence batching: enough of the slots have a request (spec S-065)."""
+    OBJECTIVE = "objective"
+    """A larger batch, or a later one, would miss the model's latency objective."""
+    DEADLINE = "deadline"
+    """A larger batch, or a later one, would be too late for a request with a timeout or deadline of its own."""
+    LATE = "late"
+    """The objective cannot be met, but nobody else could use the instance."""
     WAIT = "waiting"
     EMPTY = "empty"
 

@@ -406,7 +406,7 @@ class SchedulerCore:
             left = [OPEN.unpack_from(message, HEADER.size + TIMES.size + i * OPEN.size) for i in range(count)]
         except struct.error:
             start_ns, end_ns, left = 0, 0, []
-        route.note_run_time(instance.batch_id, end_ns - start_ns)
+        route.note_end(instance, end_ns - start_ns, now_ns)
         answered = instance.items
         if left:
             answered = self._note_open(route, instance, left, now_ns)

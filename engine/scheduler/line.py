@@ -1,7 +1,8 @@
 """The line before a model version: who waits, and who is next when an instance is idle.
 
 :class:`SharedLine` is the default scheduler and the dynamic batcher: any instance takes whatever is next. The sequence
-batcher's line, where every sequence has its own instance, is in ``sequence_line.py``. Pure: no clock, no sockets.
+batcher's line, where every sequence has its own instance, is in ``sequence_line.py``; that of models with a latency
+objective in ``adaptive_line.py``. Pure: no clock, no sockets.
 """
 
 from __future__ import annotations
@@ -113,14 +114,11 @@ def _why_expired(item: Waiting, now_ns: int) -> ServingError:
     return Unavailable(TIMEOUT_TEXT)
 
 
-class SharedLine:
-    """One queue for all instances."""
-
-    is_bound = False
+class QueueLine:
+    """One queue for all instances; who runs when is the subclass's."""
 
     def __init__(self, batching: BatchingPolicy) -> None:
         self.queue = RequestQueue(batching)
-        self.batcher = Batcher(batching)
 
     @property
     def request_count(self) -> int:
@@ -133,11 +131,8 @@ class SharedLine:
     def __iter__(self) -> Iterator[Waiting]:
         return iter(self.queue)
 
-    def append(self, item: Waiting, now_ns: int) -> None:
-        self.queue.append(item)
-
-    def choose(self, instance: int, now_ns: int) -> Choice:
-        decision = self.batcher.decide(self.queue, now_ns)
+    def _take(self, decision: Decision) -> Choice:
+        """Take out what was decided, or as much of it as goes into one message to a worker."""
         if not decision.requests:
             return Choice(decision)
         items = self.queue.take(decision.requests)
@@ -176,3 +171,19 @@ class SharedLine:
 
     def clear(self) -> list[Waiting]:
         return self.queue.clear()
+
+
+class SharedLine(QueueLine):
+    """Any instance takes whatever is next, in batches as the configuration asks for."""
+
+    is_bound = False
+
+    def __init__(self, batching: BatchingPolicy) -> None:
+        super().__init__(batching)
+        self.batcher = Batcher(batching)
+
+    def append(self, item: Waiting, now_ns: int) -> None:
+        self.queue.append(item)
+
+    def choose(self, instance: int, now_ns: int) -> Choice:
+        return self._take(self.batcher.decide(self.queue, now_ns))

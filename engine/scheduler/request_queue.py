@@ -107,13 +107,32 @@ class RequestQueue:
             timeout_us = item.timeout_us
         if timeout_us:
             item.expiry_ns = item.enqueue_ns + timeout_us * 1000
-        if policy.max_queue_size:
-            room = policy.max_queue_size - level.count
-            if room < item.requests:
-                if room > 0:
-                    self._push(level, item.split(room))
-                raise QueueFull(QUEUE_FULL_TEXT)
+        room = self.room(item)
+        if room < item.requests:
+            if room > 0:
+                self._push(level, item.split(room))
+            raise QueueFull(QUEUE_FULL_TEXT)
         self._push(level, item)
+
+    def room(self, item: Waiting) -> int:
+        """Return how many of the item's requests its level's ``max_queue_size`` lets in."""
+        level = self._level(item.priority)
+        limit = level.policy.max_queue_size
+        return min(item.requests, max(limit - level.count, 0)) if limit else item.requests
+
+    def ahead_of(self, item: Waiting) -> Iterator[Waiting]:
+        """Return what would run before an item that came now: its level and higher ones."""
+        own = self._level(item.priority)
+        for level in self._levels.values():
+            yield from level.live
+            yield from level.delayed
+            if level is own:
+                return
+
+    @property
+    def first(self) -> Waiting | None:
+        """What is next."""
+        return next(iter(self), None)
 
     def _push(self, level: _Level, item: Waiting) -> None:
         level.live.append(item)

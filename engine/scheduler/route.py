@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from forebay.engine.repository.model_spec import SequenceBatchingSpec
+from forebay.engine.scheduler.adaptive_line import AdaptiveLine
 from forebay.engine.scheduler.batcher import Decision, Reason
 from forebay.engine.scheduler.instances import Instance, InstanceState
 from forebay.engine.scheduler.line import Choice, Line, Refusal, SharedLine
@@ -57,6 +58,7 @@ class Route:
         self.recent: deque[BatchRecord] = deque(maxlen=EXPLAIN_RING)
         self.batch_ns: dict[int, int] = {}
         self.sequences: SequenceLine | None = None
+        self._adaptive: AdaptiveLine | None = None
         self._hold_back = hold_back_requests
         self._quiet = 0
         self.keeps_requests = up.keeps_requests
@@ -72,6 +74,13 @@ class Route:
 
     def _share(self, up: RouteUp) -> None:
         """Take requests in one line for all instances."""
+        if up.batching.objective_us:
+            self.line = self._adaptive = AdaptiveLine(up.name, up.batching)
+            self.grant_rows, self._is_grantable = 0, False
+            for instance in self.instances:
+                self.line.add_instance(instance)
+            return
+        self._adaptive = None
         shared = SharedLine(up.batching)
         self.line = shared
         self.grant_rows = shared.batcher.grant_rows
@@ -120,6 +129,8 @@ class Route:
         self.instances.pop(instance.id, None)
         if instance in self.idle:
             self.idle.remove(instance)
+        if self._adaptive is not None:
+            self._adaptive.drop_instance(instance.id)
 
     def set_idle(self, instance: Instance) -> None:
         """The instance finished its batch or its grant came back."""
@@ -171,14 +182,18 @@ class Route:
             requests += item.requests
             rows += item.requests * item.rows_each
             oldest_ns = min(oldest_ns, item.enqueue_ns)
+        if self._adaptive is not None:
+            self._adaptive.batcher.started(instance.id, rows, now_ns)
         wait_ns = now_ns - oldest_ns
         self.recent.append(
             BatchRecord(batch_id, rows, requests, segments, wait_ns, decision.reason, instance.name, now_ns)
         )
 
-    def note_run_time(self, batch_id: int, run_ns: int) -> None:
-        """Remember how long a batch took."""
-        self.batch_ns[batch_id] = run_ns
+    def note_end(self, instance: Instance, run_ns: int, now_ns: int) -> None:
+        """Remember how long an instance's batch took."""
+        if self._adaptive is not None:
+            self._adaptive.batcher.ended(instance.id, now_ns)
+        self.batch_ns[instance.batch_id] = run_ns
         if len(self.batch_ns) > 2 * EXPLAIN_RING:
             alive = {record.batch for record in self.recent}
             self.batch_ns = {batch: ns for batch, ns in self.batch_ns.items() if batch in alive}

@@ -37,13 +37,13 @@ from forebay.engine.repository.model_spec import (
     EnsembleSpec,
     ModelSpec,
     OldestStrategy,
-    QueuePolicySpec,
     SequenceBatchingSpec,
 )
 from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups
 from forebay.engine.repository.packaged_files import missing_packages, packaged_model_file
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
+from forebay.engine.supervisor.batching_policy import batching_policy
 from forebay.engine.supervisor.gpus import device_extra, gpus_of_backend
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.rate_limits import check_resources, resources_of
@@ -51,7 +51,7 @@ from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.errors import InvalidArgument, NotFound, Unavailable
 from forebay.ipc.log import log
-from forebay.ipc.messages import BatchingPolicy, Described, InstanceSpec, QueuePolicy
+from forebay.ipc.messages import BatchingPolicy, Described, InstanceSpec
 from forebay.ipc.tensor import TensorSpec
 
 #: Backends whose models may set their own configuration; asked even if it is complete (spec R-066).
@@ -94,6 +94,8 @@ class PreparedVersion:
     config_json: bytes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    batching: BatchingPolicy
+    """How the scheduler forms batches."""
     steps: tuple[EnsembleStep, ...] = ()
     """Of an ensemble, once it was joined with its models."""
     worker_timeout_s: float = 0.0
@@ -170,6 +172,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         config_json=config_json(config).encode(),
         inputs=tuple(tensor.tensor() for tensor in spec.inputs),
         outputs=outputs,
+        batching=batching_policy(spec, plant.settings.scheduler.batching),
         worker_timeout_s=_worker_timeout_s(spec, plant.settings.process.worker_timeout_secs),
     )
 
@@ -317,26 +320,6 @@ async def _describe(plant: Plant, found: FoundModel, version: int, config: Model
 # --- what other processes get of a specification
 
 
-def batching_policy(spec: ModelSpec) -> BatchingPolicy:
-    """Return how the scheduler forms batches (spec 6.1, 6.2)."""
-    scheduling = spec.scheduling
-    if not isinstance(scheduling, DynamicBatchingSpec):
-        return BatchingPolicy(max_batch_size=spec.max_batch_size)
-    return BatchingPolicy(
-        max_batch_size=spec.max_batch_size,
-        dynamic=True,
-        preferred_batch_sizes=scheduling.preferred_batch_sizes,
-        max_queue_delay_us=scheduling.max_queue_delay_us,
-        preserve_ordering=scheduling.preserve_ordering,
-        priority_levels=scheduling.priority_levels,
-        default_priority_level=scheduling.default_priority_level,
-        default_queue_policy=_queue_policy(scheduling.default_queue_policy),
-        priority_queue_policy={
-            level: _queue_policy(policy) for level, policy in scheduling.priority_queue_policies.items()
-        },
-    )
-
-
 def scheduling_extra(spec: ModelSpec) -> dict[str, object]:
     """Return scheduling beyond the dynamic batcher, by kind, as plain data."""
     extra: dict[str, object] = {}
@@ -366,15 +349,6 @@ def default_timeout_us(spec: ModelSpec) -> int:
     """Return how long a request may queue by default; 0: for ever."""
     scheduling = spec.scheduling
     return scheduling.default_queue_policy.default_timeout_us if isinstance(scheduling, DynamicBatchingSpec) else 0
-
-
-def _queue_policy(policy: QueuePolicySpec) -> QueuePolicy:
-    return QueuePolicy(
-        timeout_action=str(policy.timeout_action),
-        default_timeout_us=policy.default_timeout_us,
-        allow_timeout_override=policy.allow_timeout_override,
-        max_queue_size=policy.max_queue_size,
-    )
 
 
 def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[InstanceSpec]:

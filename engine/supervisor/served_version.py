@@ -17,7 +17,6 @@ from forebay.engine.supervisor.latency_settings import (
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import (
     PreparedVersion,
-    batching_policy,
     default_timeout_us,
     instance_specs,
     preserves_ordering,
@@ -135,7 +134,7 @@ class ServedVersion:
             route=self.route,
             name=self.prepared.found.identity,
             version=self.version,
-            batching=batching_policy(spec),
+            batching=self.prepared.batching,
             extra=scheduling_extra(spec),
             counter_offset=self._scheduler_offset,
             row_bytes=self._row_bytes(),

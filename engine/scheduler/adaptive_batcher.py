@@ -1,0 +1,307 @@
+"""Batches for a latency objective: as large as the oldest request's time allows, and no request that comes too late.
+
+Each request has a time by which its answer is to be there: its own (a client's deadline, its ``timeout``), else the
+model's objective after its arrival. What a batch costs is learned for each instance (:mod:`cost_model`), so that three
+questions have answers:
+
+- *How large?* The first requests of the queue, as many as an instance can finish before the earliest of their times.
+- *Now, or wait for more?* An idle instance waits as long as larger batches would leave it idle for half of its time
+  at the present rate, more requests keep coming, and there is time left. Where the rate is low nothing waits.
+- *Can it be done at all?* What would not be answered in time, given the queue ahead and the expected ends of the
+  running batches, is refused when it arrives, or as soon as it is known.
+
+Pure: data and times in, decisions out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from forebay.engine.scheduler.admission_plan import AdmissionPlan
+from forebay.engine.scheduler.batcher import NOTHING, Decision, Reason
+from forebay.engine.scheduler.cost_model import CostModel
+from forebay.engine.scheduler.request_queue import RequestQueue
+from forebay.engine.scheduler.waiting import Waiting
+from forebay.ipc.messages import BatchingPolicy
+
+#: The share of its time that an instance may be busy for batches to be large enough.
+_BUSY_SHARE = 0.5
+
+#: After so many mean distances between arrivals without one, nobody else is expected.
+_PATIENCE = 3.0
+
+#: How fast the rate of arrivals forgets, ns.
+_RATE_MEMORY_NS = 100_000_000.0
+
+#: What the model costs may have changed if no batch has ended for so long, ns.
+_STALE_NS = 100_000_000
+
+#: How long a plan is believed while nothing happens but the passing of time, ns.
+_PLAN_LIFE_NS = 1_000_000
+
+#: Later than any time; the time of a request that waits for ever.
+NEVER_NS = 1 << 62
+
+
+class ArrivalRate:
+    """Rows per nanosecond, over about the last tenth of a second."""
+
+    __slots__ = ("_at_ns", "_rows")
+
+    def __init__(self) -> None:
+        self._rows = 0.0
+        self._at_ns = 0
+
+    @property
+    def last_ns(self) -> int:
+        """When rows came last."""
+        return self._at_ns
+
+    def note(self, rows: int, now_ns: int) -> None:
+        """Rows have come."""
+        elapsed_ns = max(now_ns - self._at_ns, 0)
+        self._rows = self._rows * math.exp(-elapsed_ns / _RATE_MEMORY_NS) + rows
+        self._at_ns = max(now_ns, self._at_ns)
+
+    def at(self, now_ns: int) -> float:
+        """Return the rate as it looks at a time."""
+        return self._rows * math.exp(-max(now_ns - self._at_ns, 0) / _RATE_MEMORY_NS) / _RATE_MEMORY_NS
+
+
+class _Running:
+    """A batch that an instance runs."""
+
+    __slots__ = ("rows", "started_ns")
+
+    def __init__(self, rows: int, started_ns: int) -> None:
+        self.rows = rows
+        self.started_ns = started_ns
+
+
+class AdaptiveBatcher:
+    """The policy of one model version."""
+
+    def __init__(self, policy: BatchingPolicy) -> None:
+        self._objective_ns = policy.objective_us * 1000
+        self._max = max(policy.max_batch_size, 1)
+        self._costs: dict[int, CostModel] = {}
+        self._running: dict[int, _Running] = {}
+        self._rate = ArrivalRate()
+        #: When a batch ended last, so that what it cost was seen.
+        self._observed_ns = 0
+        self._has_levels = policy.priority_levels > 0
+        #: Of what waits, for who comes next; None: to be made anew.
+        self._plan: AdmissionPlan | None = None
+        self._planned_ns = 0
+
+    # --- what happens ---
+
+    def add_instance(self, instance: int) -> None:
+        self._costs.setdefault(instance, CostModel())
+        self.forget_plan()
+
+    def remove_instance(self, instance: int) -> None:
+        self._costs.pop(instance, None)
+        self._running.pop(instance, None)
+        self.forget_plan()
+
+    def arrived(self, rows: int, now_ns: int) -> None:
+        """Rows were asked for, whether they will run or not."""
+        self._rate.note(rows, now_ns)
+
+    def started(self, instance: int, rows: int, now_ns: int) -> None:
+        """An instance got a batch."""
+        self._running[instance] = _Running(rows, now_ns)
+        self.forget_plan()
+
+    def ended(self, instance: int, now_ns: int) -> None:
+        """Its batch is done."""
+        batch = self._running.pop(instance, None)
+        cost = self._costs.get(instance)
+        if batch is not None and cost is not None:
+            cost.observe(batch.rows, now_ns - batch.started_ns)
+            self._observed_ns = now_ns
+        self.forget_plan()
+
+    # --- times ---
+
+    def due_ns(self, item: Waiting) -> int:
+        """Return by when the answers to an item's requests are to be there; :data:`NEVER_NS`: whenever."""
+        if item.attempt:
+            return NEVER_NS  # It is late through no fault of its own.
+        own_ns = item.enqueue_ns + item.timeout_us * 1000 if item.timeout_us else NEVER_NS
+        if item.deadline_ns:
+            own_ns = min(own_ns, item.deadline_ns)
+        return own_ns if own_ns < NEVER_NS else item.enqueue_ns + self._objective_ns
+
+    @property
+    def has_idle(self) -> bool:
+        return len(self._running) < len(self._costs)
+
+    def answer_ns(self, rows: int, now_ns: int) -> int:
+        """Return when rows would be answered that were all that waits."""
+        ends_ns = (self._free_ns(instance, now_ns) + cost.ceiling_ns(rows) for instance, cost in self._costs.items())
+        return min(ends_ns, default=now_ns)
+
+    def _free_ns(self, instance: int, now_ns: int) -> int:
+        """Return when an instance is expected to be free; one that should have ended long ago: now."""
+        batch = self._running.get(instance)
+        if batch is None:
+            return now_ns
+        return max(now_ns, batch.started_ns + self._costs[instance].expected_ns(batch.rows))
+
+    # --- who gets in, and who stays ---
+
+    def admit(self, item: Waiting, ahead: RequestQueue, now_ns: int) -> tuple[int, int]:
+        """Decide who of an item's requests is let in.
+
+        What finds an idle instance that nobody else waits for is run in any case: see :meth:`is_hopeless`.
+
+        Returns:
+            How many of its requests would be answered in time, and when the next one would be, if not all.
+        """
+        if self.due_ns(item) == NEVER_NS or not self._costs:
+            self.forget_plan()
+            return item.requests, 0
+        least = 1 if self._may_try(item, ahead.request_count, now_ns) else 0
+        return self._plan_behind(item, ahead, now_ns).admit(item, least)
+
+    def _plan_behind(self, item: Waiting, queue: RequestQueue, now_ns: int) -> AdmissionPlan:
+        """Return the plan for all that will run before an item."""
+        plan = self._plan
+        if plan is None or now_ns - self._planned_ns > _PLAN_LIFE_NS:
+            free_ns = {instance: self._free_ns(instance, now_ns) for instance in self._costs}
+            plan = AdmissionPlan(
+                self._costs, free_ns, self._max, self.due_ns, lambda cost: self._useful_rows(cost, now_ns)
+            )
+            plan.seat(queue.ahead_of(item))
+            # Who comes next may come before some of these if there are priorities.
+            self._plan = None if self._has_levels else plan
+            self._planned_ns = now_ns
+        return plan
+
+    def forget_plan(self) -> None:
+        """What waits has changed, but for what was let in."""
+        self._plan = None
+
+    def _useful_rows(self, cost: CostModel, now_ns: int) -> int:
+        """Return how large a batch must be to keep up with what is asked for, if that goes into half of the objective.
+
+        Then one such batch can run while the next one is waited for.
+        """
+        enough = self._enough_rows(cost, self._rate.at(now_ns))
+        return max(min(enough, cost.rows_within(self._objective_ns // 2)), 1)
+
+    def is_hopeless(self, item: Waiting, others: int, now_ns: int) -> bool:
+        """Whether the first item of the queue, beside ``others``, cannot be answered in time, even by itself.
+
+        If nobody else could use an idle instance it is tried all the same: an objective that is always missed is better
+        than a model that never answers, and what is believed of the costs may be wrong.
+        """
+        due_ns = self.due_ns(item)
+        if due_ns == NEVER_NS or self._may_try(item, others, now_ns):
+            return False
+        return self.answer_ns(item.rows_each, now_ns) > due_ns
+
+    def _may_try(self, item: Waiting, others: int, now_ns: int) -> bool:
+        if others or not self.has_idle:
+            return False
+        # A client that says when it stops waiting has no use for a late answer.
+        has_own_time = bool(item.deadline_ns or item.timeout_us)
+        return not has_own_time or now_ns - self._observed_ns >= _STALE_NS
+
+    def next_look_ns(self, first: Waiting | None) -> int:
+        """Return when the first item may become hopeless by the passing of time; 0: never."""
+        if first is None or not self._costs:
+            return 0
+        due_ns = self.due_ns(first)
+        if due_ns == NEVER_NS:
+            return 0
+        return due_ns - min(cost.ceiling_ns(first.rows_each) for cost in self._costs.values()) + 1
+
+    # --- batches ---
+
+    def decide(self, queue: Iterable[Waiting], instance: int, now_ns: int) -> Decision:
+        """Look at the queue for an idle instance; hopeless requests are out of it already.
+
+        Args:
+            queue: items in the order in which they run.
+        """
+        cost = self._costs.get(instance)
+        if cost is None:
+            return NOTHING
+        most = min(self._max, cost.trusted_rows)
+        rows = requests = 0
+        due_ns = NEVER_NS
+        is_own_time = False
+        head: Waiting | None = None
+        closed: Reason | None = None
+        items = iter(queue)
+        for item in items:
+            if head is None:
+                if item.attempt:
+                    return Decision(1, Reason.RETRY)
+                head = item
+            elif item.attempt or item.shape_key != head.shape_key or type(item) is not type(head):
+                closed = Reason.SHAPE
+                break
+            item_due_ns = self.due_ns(item)
+            room = min(most, cost.rows_within(min(due_ns, item_due_ns) - now_ns)) - rows
+            taken = min(room // item.rows_each, item.requests)
+            if taken <= 0 and not requests:
+                is_alone = item.requests == 1 and next(items, None) is None
+                return self._decide_tight(item, cost, now_ns, is_alone=is_alone)
+            if taken > 0 and item_due_ns < due_ns:
+                due_ns, is_own_time = item_due_ns, bool(item.deadline_ns or item.timeout_us)
+            requests += max(taken, 0)
+            rows += max(taken, 0) * item.rows_each
+            if taken < item.requests:
+                is_full = rows + item.rows_each > most
+                closed = Reason.FULL if is_full else Reason.DEADLINE if is_own_time else Reason.OBJECTIVE
+                break
+        if not requests:
+            return NOTHING
+        if closed is None and rows < most:
+            until_ns, reason = self._wait_until(cost, rows, due_ns, now_ns)
+            if until_ns > now_ns:
+                return Decision(0, Reason.WAIT, until_ns)
+            closed = reason if reason is not Reason.OBJECTIVE or not is_own_time else Reason.DEADLINE
+        return Decision(requests, closed or Reason.FULL)
+
+    def _decide_tight(self, head: Waiting, cost: CostModel, now_ns: int, *, is_alone: bool) -> Decision:
+        """Decide about a request that not even a batch of its own on this instance answers in time."""
+        due_ns = self.due_ns(head)
+        if head.rows_each > cost.trusted_rows and due_ns - now_ns >= cost.ceiling_ns(head.rows_each):
+            return Decision(1, Reason.FULL)  # Larger than anything seen yet: there is only one way to learn.
+        if self.answer_ns(head.rows_each, now_ns) <= due_ns:
+            return Decision(0, Reason.WAIT)  # Another instance will be in time.
+        if self._may_try(head, not is_alone, now_ns):
+            return Decision(1, Reason.LATE)
+        # It was not hopeless before an instance was taken by others a moment ago: look at it again.
+        return Decision(0, Reason.WAIT, now_ns + 1)
+
+    def _wait_until(self, cost: CostModel, rows: int, due_ns: int, now_ns: int) -> tuple[int, Reason]:
+        """Return until when more requests are worth waiting for, and why no longer; not after ``now_ns``: not at all.
+
+        Args:
+            rows: what waits, all in one batch.
+            due_ns: when the first of their answers is to be there.
+        """
+        rate = self._rate.at(now_ns)
+        enough = self._enough_rows(cost, rate)
+        if rows >= enough or rate <= 0:
+            return 0, Reason.IDLE
+        latest_ns = due_ns - cost.ceiling_ns(enough)
+        last_ns = self._rate.last_ns
+        alone_ns = last_ns + int(_PATIENCE / self._rate.at(last_ns))
+        return (latest_ns, Reason.OBJECTIVE) if latest_ns <= alone_ns else (alone_ns, Reason.IDLE)
+
+    def _enough_rows(self, cost: CostModel, rate: float) -> int:
+        """Return the smallest batch that keeps the instances busy for no more than their share of the time.
+
+        Batches of n rows keep them busy for rate * (a + b / n) of it, all together.
+        """
+        most = min(self._max, cost.trusted_rows)
+        spare = _BUSY_SHARE * len(self._costs) - rate * cost.row_ns
+        return most if spare <= 0 else min(math.ceil(rate * cost.base_ns / spare), most)
