@@ -21,7 +21,7 @@ from forebay.engine.command_line import Command
 from forebay.engine.repository.check_repository import Machine, ModelReport, check_models
 from forebay.engine.repository.config_problem import Problem
 from forebay.engine.repository.found_model import FoundModel
-from forebay.engine.repository.repository import ModelRepository
+from forebay.engine.repository.repository import ModelRepository, open_repository
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.gpus import find_gpus, gpus_of_backend
 from forebay.ipc.errors import Code, ServingError
@@ -59,14 +59,8 @@ def run(command: Command) -> int:
     settings = command.settings
     # What models and loading have to say is in the answer.
     log.configure(LogOptions(info=False, warning=False, error=False))
-    chosen = settings.repository
     try:
-        repository = ModelRepository(
-            chosen.paths,
-            namespacing=chosen.namespacing,
-            model_config_name=chosen.config_name,
-            auto_complete=not chosen.disable_auto_complete_config,
-        )
+        repository = open_repository(settings)
         found = repository.scan()
     except ServingError as error:
         print(f"error: {error.text}", file=sys.stderr)

@@ -12,6 +12,7 @@ caller wrote, never a path of this machine.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Generator, Sequence
@@ -166,9 +167,7 @@ class Beneath:
         """
         shown = "/".join(path)
         with self._opened(path) as (fd, _):
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise NotFound(f"'{shown}' is not a regular file")
+            status = _regular_file(fd, shown)
             if status.st_size > max_bytes:
                 raise Refused(f"'{shown}' has {status.st_size} bytes, at most {max_bytes} are read")
             parts: list[bytes] = []
@@ -179,6 +178,20 @@ class Beneath:
             if left <= 0:
                 raise Refused(f"'{shown}' has more than {max_bytes} bytes")
             return b"".join(parts)
+
+    def md5(self, path: Sequence[str]) -> str:
+        """Return a regular file's MD5 as hexadecimal digits, however large it is.
+
+        Raises:
+            NotFound: nothing is there, or it is no regular file.
+            Refused: a link leads out of the root.
+        """
+        digest = hashlib.md5(usedforsecurity=False)
+        with self._opened(path) as (fd, _):
+            _regular_file(fd, "/".join(path))
+            while part := os.read(fd, 1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
 
     def entries(self, path: Sequence[str] = ()) -> list[Entry]:
         """Return what a directory holds, sorted by name, links followed; leaves out what is refused and what is gone.
@@ -280,6 +293,18 @@ class Beneath:
             if target.startswith(prefix):
                 return target.removeprefix(prefix)
         return None
+
+
+def _regular_file(fd: int, shown: str) -> os.stat_result:
+    """Return what an open file is like.
+
+    Raises:
+        NotFound: it is no regular file.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise NotFound(f"'{shown}' is not a regular file")
+    return status
 
 
 def _read_link(name: str, directory: int, shown: str) -> str | None:

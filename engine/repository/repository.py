@@ -30,8 +30,10 @@ from forebay.engine.repository.found_model import FoundModel, listed_repositorie
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.model_files import file_problems
 from forebay.engine.repository.normalise import detect_backend, normalise_defaults
+from forebay.engine.repository.repository_agents import RepositoryAgents
 from forebay.engine.repository.validate import directory_name_problem, poll_problems
 from forebay.engine.repository.versions import FoundVersions, find_versions
+from forebay.engine.settings import Settings
 from forebay.ipc.errors import Code, InvalidArgument, NotFound, ServingError
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class ModelRepository:
         self.namespacing = namespacing
         self.model_config_name = model_config_name
         self.auto_complete = auto_complete
+        self._agents = RepositoryAgents()
 
     def scan(self, *, is_selective: bool = False) -> list[FoundModel]:
         """Return every model directory, sorted by name and then by repository.
@@ -105,8 +108,13 @@ class ModelRepository:
                 mirror.sync()
         found: list[FoundModel] = []
         for repository in self.paths:
+            is_partial = is_selective and repository in self._mirrors
             with _open_root(repository) as root:
-                found += [self._examine(root, repository, item.name) for item in root.entries() if item.is_directory]
+                found += [
+                    self._examine(root, repository, item.name, is_partial=is_partial)
+                    for item in root.entries()
+                    if item.is_directory
+                ]
                 found += [
                     unusable_model(name, repository, Problem(reason)) for name, reason in root.refused_entries().items()
                 ]
@@ -222,8 +230,12 @@ class ModelRepository:
         # It lies in no repository, and so in no namespace.
         return msgspec.structs.replace(found, temporary_directory=directory, namespace="")
 
-    def _examine(self, root: Beneath, repository: str, name: str) -> FoundModel:
-        """Read one model directory; whatever goes wrong becomes a problem of the model."""
+    def _examine(self, root: Beneath, repository: str, name: str, *, is_partial: bool = False) -> FoundModel:
+        """Read one model directory; whatever goes wrong becomes a problem of the model.
+
+        Args:
+            is_partial: it holds the configuration only, so far.
+        """
         config_file = ""
         try:
             check_model_name(name)
@@ -236,7 +248,9 @@ class ModelRepository:
                 data = root.read((name, *config_file.split("/")), MAX_CONFIG_BYTES)
                 text = data.decode(errors="replace")
                 config = parse_config_bytes(data, f"{name}/{config_file}")
-            return self._assemble(root, repository, (name,), name, config, text, config_file=config_file)
+            return self._assemble(
+                root, repository, (name,), name, config, text, config_file=config_file, is_partial=is_partial
+            )
         except ConfigError as error:
             return unusable_model(
                 name, repository, *error.problems, config_file=config_file, namespace=self._namespace(repository)
@@ -259,11 +273,13 @@ class ModelRepository:
         *,
         config_file: str = "",
         is_override: bool = False,
+        is_partial: bool = False,
     ) -> FoundModel:
         """Normalise and judge a configuration together with the directory that it is for."""
         entries = root.entries(path)
         versions = find_versions(item.name for item in entries if item.is_directory)
-        problems: list[Problem] = []
+        # Agents look at files, and at the configuration as it was written.
+        problems = [] if is_partial else self._agents.problems(config, root, path)
         usable: ModelConfig | None = config
         try:
             detect_backend(config, name, _first_version_files(root, path, versions))
@@ -301,6 +317,21 @@ class ModelRepository:
         if item is not None and not item.is_file:
             raise Refused(f"'{CONFIG_FILE}' of model '{name}' is not a file")
         return CONFIG_FILE if item is not None else ""
+
+
+def open_repository(settings: Settings) -> ModelRepository:
+    """Return the repositories that the server's settings name.
+
+    Raises:
+        ServingError: one of them cannot be used.
+    """
+    chosen = settings.repository
+    return ModelRepository(
+        chosen.paths,
+        namespacing=chosen.namespacing,
+        model_config_name=chosen.config_name,
+        auto_complete=not chosen.disable_auto_complete_config,
+    )
 
 
 # --- helpers

@@ -190,18 +190,12 @@ class Supervisor:
         self._control.on_traces = self._take_traces
 
     def _create_lifecycle(self, plant: Plant) -> None:
-        from forebay.engine.repository.repository import ModelRepository
+        from forebay.engine.repository.repository import open_repository
         from forebay.engine.supervisor.lifecycle import ModelLifecycle
         from forebay.engine.supervisor.repository_commands import RepositoryCommands
 
-        chosen = self.settings.repository
         try:
-            repository = ModelRepository(
-                chosen.paths,
-                namespacing=chosen.namespacing,
-                model_config_name=chosen.config_name,
-                auto_complete=not chosen.disable_auto_complete_config,
-            )
+            repository = open_repository(self.settings)
         except ServingError as error:
             raise StartFailed(error.text) from None
         self._lifecycle = ModelLifecycle(
