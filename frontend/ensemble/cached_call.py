@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.ensemble.step_call import OnStepReply, StepReply
-from forebay.frontend.ensemble.tensors import Tensor
 from forebay.frontend.inference import OutputView, RequestMeta
 from forebay.frontend.response_cache import CacheEntry, KeyInput, ResponseCache, request_key
-
-
-class StepCall(Protocol):
-    """A request of a step. ``start`` may reply before it returns."""
-
-    def start(self) -> None: ...
-
-    def cancel(self) -> None: ...
+from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply
+from forebay.ipc.ensemble.tensors import Tensor
 
 
 class CachedCall:

@@ -8,12 +8,14 @@ import msgspec
 
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.one_step import OneStep, OneStepRoute
-from forebay.frontend.ensemble.run import EnsembleRun, ensemble_of, sequence_parameters
-from forebay.frontend.ensemble.step_call import StepReply, StepTimes
-from forebay.frontend.ensemble.tensors import Block, Tensor
+from forebay.frontend.ensemble.run import ensemble_run
+from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, OutputView, RequestMeta, Response
 from forebay.frontend.tracing import REQUEST_END, RESPONSE_COMPLETE, Trace
 from forebay.ipc.arena import align
+from forebay.ipc.ensemble.run import EnsembleRun, sequence_parameters
+from forebay.ipc.ensemble.steps import StepReply, StepTimes
+from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.errors import Cancelled
 from forebay.ipc.messages import TensorPlace
 
@@ -36,7 +38,7 @@ class EnsembleInference:
         self.rows = max(batch_size, 1)
         self._block = Block(route, sum(align(tensor.byte_size) for tensor in inputs))
         self._tensors: dict[str, Tensor] = {}
-        self._run: EnsembleRun | None = None
+        self._run: EnsembleRun[RouteClient] | None = None
         self.is_done = False
         #: Where each input's bytes go, writable, in the order of the inputs.
         self.places: list[memoryview] = []
@@ -69,7 +71,7 @@ class EnsembleInference:
                 )
             )
 
-        run = self._run = EnsembleRun(ensemble_of(self.route), self._tensors, self.rows, meta, on_reply)
+        run = self._run = ensemble_run(self.route, self._tensors, self.rows, meta, on_reply)
         # The run holds the inputs now.
         self._block.release()
         run.start()
@@ -98,7 +100,7 @@ class OneStepInference:
             ArenaFull: there is no room.
         """
         places = [TensorPlace(one.inputs[t.name], t.datatype, t.shape, 0, t.byte_size) for t in inputs]
-        one.ensemble.checks.rows(one.route, "", places)
+        one.ensemble.checks.rows(one.route.entry, "", places)
         self.route = route
         self._one = one
         renamed = [InputTensor(one.inputs[t.name], t.datatype, t.shape, t.byte_size) for t in inputs]

@@ -10,10 +10,11 @@ from typing import NamedTuple
 from forebay.frontend.data_plane.owners import OwnedSlab, RowOwner
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
-from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of, sequence_parameters
-from forebay.frontend.ensemble.step_call import StepTimes
+from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of
 from forebay.frontend.tracing import Sampler
 from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.ensemble.run import sequence_parameters
+from forebay.ipc.ensemble.steps import StepTimes
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import TensorSpec

@@ -6,8 +6,8 @@ import time
 
 from forebay.frontend.data_plane.counting import count_answered, count_failure
 from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.ensemble.step_call import StepTimes
 from forebay.ipc.counters import InstanceCounter
+from forebay.ipc.ensemble.steps import StepTimes
 from forebay.ipc.errors import ServingError
 
 

@@ -1,46 +1,30 @@
-"""One request running through an ensemble's graph.
-
-A step runs as soon as all its inputs are there (spec S-100). Tensors belong to an *iteration*: the root iteration has
-the request's inputs and what ordinary steps make of them; every response of a decoupled step opens an iteration of its
-own, below the one that the step ran in, and the rest of the graph runs once in each (spec S-109).
-
-Life: started -> responses -> done (answered | failed | cancelled). Behaviour: spec S-100..S-119 and Triton core's
-ensemble_scheduler.cc.
-"""
+"""Ensembles as this frontend runs them: their steps are requests of its own, tensors pass by place in its arena."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
 from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.ensemble.cached_call import CachedCall, StepCall
-from forebay.frontend.ensemble.graph import EnsembleGraph, GraphPlan, NeededStep
+from forebay.frontend.ensemble.cached_call import CachedCall
 from forebay.frontend.ensemble.outcome import Outcomes
-from forebay.frontend.ensemble.step_call import ModelCall, OnStepReply, StepReply, StepTimes, traced_reply
-from forebay.frontend.ensemble.tensors import StepChecks, Tensor, fit_shape, hold_all, release_all, shaped_for
+from forebay.frontend.ensemble.step_call import ModelCall, traced_reply
+from forebay.frontend.ensemble.tensors import placed
 from forebay.frontend.inference import RequestMeta
-from forebay.ipc.errors import Cancelled, InvalidArgument, NotReady, ServingError, Unavailable
-from forebay.ipc.messages import ParameterValue, TensorPlace
-from forebay.ipc.validation import id_prefix
-
-#: Responses of decoupled steps that may wait for their turn (``max_inflight_requests``).
-_WAITING_MAX = 4096
-
-#: Ensembles within ensembles; the supervisor refuses circles, so this is never reached by a checked repository.
-_DEPTH_MAX = 32
+from forebay.ipc.catalog import EnsembleStep
+from forebay.ipc.ensemble.run import DEPTH_MAX, Ensemble, EnsembleRequest, EnsembleRun
+from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest
+from forebay.ipc.ensemble.tensors import Tensor
+from forebay.ipc.errors import Unavailable
 
 
-class EnsembleModel:
-    """One loaded ensemble version as this frontend runs it: what all its requests share."""
+class EnsembleModel(Ensemble):
+    """One loaded ensemble version as this frontend runs it."""
 
     def __init__(self, route: RouteClient) -> None:
+        super().__init__(route.entry)
         self.route = route
-        self.graph = EnsembleGraph(route.entry)
-        self.checks = StepChecks()
         self.outcomes = Outcomes(route)
 
 
@@ -53,206 +37,60 @@ def ensemble_of(route: RouteClient) -> EnsembleModel:
     return model
 
 
-class _Iteration:
-    """Tensors of one pass through the graph, or through a part of it. Holds their blocks."""
+def ensemble_run(
+    route: RouteClient,
+    inputs: Mapping[str, Tensor],
+    rows: int,
+    meta: RequestMeta,
+    on_reply: OnStepReply,
+    depth: int = 0,
+) -> EnsembleRun[RouteClient]:
+    """Return a request to an ensemble, not yet started; it holds the inputs.
 
-    __slots__ = ("calls", "children", "is_answered", "parent", "sequence", "started", "tensors")
-
-    def __init__(self, parent: _Iteration | None, sequence: tuple[int | str, bool, bool]) -> None:
-        self.parent = parent
-        self.children: list[_Iteration] = []
-        #: None: known to be missing (an optional input that was not given).
-        self.tensors: dict[str, Tensor | None] = {}
-        self.started: set[int] = set()
-        self.is_answered = False
-        #: Steps of this iteration that run.
-        self.calls = 0
-        #: Correlation id, start, end: of the request, or as a step's response parameters changed them (spec S-111).
-        self.sequence = sequence
-
-    def owner_of(self, name: str) -> _Iteration | None:
-        """Return the iteration that has the tensor: this one or one above; None: nobody yet."""
-        iteration: _Iteration | None = self
-        while iteration is not None and name not in iteration.tensors:
-            iteration = iteration.parent
-        return iteration
-
-    def subtree(self) -> Iterator[_Iteration]:
-        yield self
-        for child in tuple(self.children):
-            yield from child.subtree()
-
-    def add(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Become a user of the tensors."""
-        hold_all(tensors.values())
-        self.tensors.update(tensors)
-
-    def release(self) -> None:
-        """Give the tensors back, and those of the iterations below."""
-        for iteration in self.subtree():
-            release_all(iteration.tensors.values())
-            iteration.tensors = {}
-        self.children = []
+    Args:
+        rows: batch items, at least 1.
+        depth: how many ensembles this one runs inside of.
+    """
+    model = ensemble_of(route)
+    request = EnsembleRequest(meta.id, meta.outputs, (meta.sequence_id, meta.sequence_start, meta.sequence_end))
+    return EnsembleRun(model, route.entry, FrontendSteps(model, meta, depth), inputs, rows, request, on_reply)
 
 
-class EnsembleRun:
-    """One request to an ensemble."""
+class FrontendSteps:
+    """Runs the steps of one request: a :class:`StepHost`."""
 
-    def __init__(
-        self,
-        model: EnsembleModel,
-        inputs: Mapping[str, Tensor],
-        rows: int,
-        meta: RequestMeta,
-        on_reply: OnStepReply,
-        depth: int = 0,
-    ) -> None:
-        """Prepare; nothing runs before :meth:`start`.
-
-        Args:
-            inputs: the ensemble's inputs that were given; held until the end of the run.
-            rows: batch items, at least 1.
-            depth: how many ensembles this one runs inside of.
-        """
-        self.is_done = False
-        self._model = model
-        self._route = model.route
-        self._plan: GraphPlan = model.graph.plan(meta.outputs)
-        self._rows = rows
+    def __init__(self, ensemble: EnsembleModel, meta: RequestMeta, depth: int) -> None:
+        self._ensemble = ensemble
+        self._engine = ensemble.route.engine
         self._meta = meta
-        self._on_reply = on_reply
         self._depth = depth
-        self._is_decoupled = model.route.entry.decoupled
-        self._began_ns = time.monotonic_ns()
-        self._times = StepTimes()
-        self._calls: dict[int, StepCall] = {}
-        self._next_call = 0
-        self._is_mixed: bool | None = None
-        self._routes: dict[int, RouteClient] = {}
-        #: Responses of decoupled steps that wait for others to be worked on: parent, ensemble tensors, parameters.
-        self._waiting: deque[tuple[_Iteration, dict[str, Tensor | None], Mapping[str, ParameterValue]]] = deque()
-        self._in_flight_responses: set[_Iteration] = set()
-        sequence = (meta.sequence_id, meta.sequence_start, meta.sequence_end)
-        self._root = _Iteration(None, sequence)
-        given: dict[str, Tensor | None] = {spec.name: None for spec in self._route.entry.inputs}
-        given.update(inputs)
-        self._root.add(given)
 
-    def start(self) -> None:
-        """Run what can run; the reply may come before this returns."""
-        try:
-            self._resolve()
-        except ServingError as error:
-            self._fail(error)
-            return
-        self._advance(self._root, tuple(self._root.tensors))
-        self._settle()
-
-    def cancel(self) -> None:
-        """Nobody waits any more: steps that wait are taken out, steps that run are told, no further ones start."""
-        if not self.is_done:
-            self._end(StepReply(error=Cancelled("cancelled")), is_cancelled=True)
-
-    def _resolve(self) -> None:
-        """Settle which versions the steps mean (spec S-108), and keep those loaded until the end of the run."""
-        engine = self._route.engine
-        if self._depth > _DEPTH_MAX:
-            raise Unavailable(f"ensembles are nested more than {_DEPTH_MAX} deep")
-        for needed in self._plan.steps:
-            step = needed.step
-            route = engine.find_route(step.namespace, step.model, step.version)
-            if route is None:
-                version = f" version {step.version}" if step.version > 0 else ""
-                raise NotReady(f"Request for unknown model: '{step.model}'{version} is not at ready state")
+    def find(self, step: EnsembleStep) -> RouteClient | None:
+        if self._depth > DEPTH_MAX:
+            raise Unavailable(f"ensembles are nested more than {DEPTH_MAX} deep")
+        route = self._engine.find_route(step.namespace, step.model, step.version)
+        if route is not None:
             route.count_ensemble_use(1)
-            self._routes[needed.number] = route
+        return route
 
-    # --- the graph ---
+    def let_go(self, model: RouteClient) -> None:
+        model.count_ensemble_use(-1)
 
-    def _advance(self, iteration: _Iteration, names: tuple[str, ...]) -> None:
-        """Tensors have arrived: start what waited for them, answer what is complete."""
-        readers = self._plan.readers
-        candidates = {step.number: step for name in names for step in readers.get(name, ())}
-        for below in iteration.subtree():
-            for needed in candidates.values():
-                if self.is_done:
-                    return
-                if needed.number not in below.started and self._is_ready(below, needed.step.inputs.values()):
-                    self._start_step(below, needed)
-        for below in iteration.subtree():
-            if self.is_done:
-                return
-            if not below.is_answered and self._is_ready(below, self._plan.outputs):
-                self._answer(below)
+    def place(self, tensor: Tensor) -> Tensor:
+        return placed(tensor, self._ensemble.route)
 
-    def _is_ready(self, iteration: _Iteration, names: Iterable[str]) -> bool:
-        """Whether all tensors are known, and at least one belongs to this iteration and not to one above."""
-        is_own = False
-        for name in names:
-            owner = iteration.owner_of(name)
-            if owner is None:
-                return False
-            is_own = is_own or owner is iteration
-        return is_own
-
-    def _start_step(self, iteration: _Iteration, needed: NeededStep) -> None:
-        route = self._routes[needed.number]
-        inputs: dict[str, Tensor] = {}
-        for name, ensemble_name in needed.step.inputs.items():
-            owner = iteration.owner_of(ensemble_name)
-            assert owner is not None
-            tensor = owner.tensors[ensemble_name]
-            if tensor is None:
-                spec = route.entry.input_named(name)
-                if spec is None or not spec.optional:
-                    return  # Can never run (spec S-116).
-                continue
-            try:
-                if tensor.block is None:
-                    tensor = owner.tensors[ensemble_name] = tensor.placed(self._route)
-            except ServingError as error:
-                self._fail(error)
-                return
-            inputs[name] = tensor
-        iteration.started.add(needed.number)
-        iteration.calls += 1
-        number = self._next_call
-        self._next_call += 1
-
-        def on_reply(reply: StepReply) -> None:
-            self._step_replied(iteration, needed, number, reply)
-
-        try:
-            call = self._calls[number] = self._call(route, needed, inputs, iteration, on_reply)
-            call.start()
-        except ServingError as error:
-            self._fail(error)
-
-    def _call(
-        self,
-        route: RouteClient,
-        needed: NeededStep,
-        inputs: Mapping[str, Tensor],
-        iteration: _Iteration,
-        on_reply: OnStepReply,
-    ) -> StepCall:
-        entry = route.entry
-        shaped = shaped_for(route, inputs)
-        places = [
-            TensorPlace(name, tensor.datatype, tensor.shape, tensor.offset, tensor.byte_size)
-            for name, tensor in shaped.items()
-        ]
-        rows = self._model.checks.rows(route, self._meta.id, places)
-        sequence_id, is_start, is_end = iteration.sequence
+    def call(self, model: RouteClient, request: StepRequest, on_reply: OnStepReply) -> StepCall:
+        entry = model.entry
         trace = self._meta.trace
         if trace is not None:
             trace = trace.step(entry.name, entry.version)
             if trace is not None:
                 on_reply = traced_reply(trace, on_reply)
+        sequence_id, is_start, is_end = request.sequence
         meta = msgspec.structs.replace(
             self._meta,
             trace=trace,
-            outputs=() if len(needed.outputs) == len(entry.outputs) else needed.outputs,
+            outputs=request.outputs,
             sequence_id=sequence_id,
             sequence_start=is_start,
             sequence_end=is_end,
@@ -260,171 +98,17 @@ class EnsembleRun:
 
         def run(reply_to: OnStepReply) -> StepCall:
             if entry.is_ensemble:
-                return EnsembleRun(ensemble_of(route), shaped, rows, meta, reply_to, self._depth + 1)
-            return ModelCall(route, shaped, places, rows, meta, reply_to)
+                return ensemble_run(model, request.inputs, request.rows, meta, reply_to, self._depth + 1)
+            return ModelCall(model, request.inputs, request.places, request.rows, meta, reply_to)
 
-        cache = route.engine.response_cache
+        cache = self._engine.response_cache
         if cache is not None and entry.response_cache:
-            return CachedCall(cache, route, shaped, meta, run, on_reply)
+            return CachedCall(cache, model, request.inputs, meta, run, on_reply)
         return run(on_reply)
 
-    # --- replies ---
-
-    def _step_replied(self, iteration: _Iteration, needed: NeededStep, number: int, reply: StepReply) -> None:
-        if self.is_done:
-            return  # Others' results are worth nothing after a failure (spec S-107).
-        if reply.final:
-            del self._calls[number]
-            iteration.calls -= 1
-            self._times = self._times.plus(reply.times)
+    def ended(self, rows: int, began_ns: int, reply: StepReply) -> None:
+        outcomes = self._ensemble.outcomes
         if reply.error is not None:
-            self._fail(reply.error, ran=reply.ran)
-            return
-        if reply.has_response:
-            outputs = needed.step.outputs
-            tensors: dict[str, Tensor | None] = {outputs[name]: None for name in needed.outputs}
-            tensors.update((outputs[name], reply.outputs[name]) for name in needed.outputs if name in reply.outputs)
-            if not self._routes[needed.number].entry.decoupled:
-                self._take(iteration, tensors, reply.parameters)
-            elif not self._must_wait():
-                self._open(iteration, tensors, reply.parameters)
-            elif len(self._waiting) >= _WAITING_MAX:
-                self._fail(Unavailable(f"more than {_WAITING_MAX} responses wait for the steps behind them"))
-                return
-            else:
-                hold_all(tensors.values())
-                self._waiting.append((iteration, tensors, reply.parameters))
-        self._settle()
-
-    def _must_wait(self) -> bool:
-        limit = self._route.entry.max_inflight_requests
-        return 0 < limit <= len(self._in_flight_responses)
-
-    def _open(
-        self, parent: _Iteration, tensors: dict[str, Tensor | None], parameters: Mapping[str, ParameterValue]
-    ) -> None:
-        """Run the rest of the graph for one response of a decoupled step."""
-        child = _Iteration(parent, parent.sequence)
-        parent.children.append(child)
-        self._in_flight_responses.add(child)
-        self._take(child, tensors, parameters)
-
-    def _take(
-        self, iteration: _Iteration, tensors: dict[str, Tensor | None], parameters: Mapping[str, ParameterValue]
-    ) -> None:
-        if parameters:
-            sequence_id, is_start, is_end = iteration.sequence
-            iteration.sequence = (
-                _id_parameter(parameters.get("sequence_id"), sequence_id),
-                bool(parameters.get("sequence_start", is_start)),
-                bool(parameters.get("sequence_end", is_end)),
-            )
-        iteration.add(tensors)
-        self._advance(iteration, tuple(tensors))
-
-    def _answer(self, iteration: _Iteration) -> None:
-        outputs: dict[str, Tensor] = {}
-        entry = self._route.entry
-        for name in self._plan.outputs:
-            owner = iteration.owner_of(name)
-            assert owner is not None
-            tensor = owner.tensors[name]
-            if tensor is None:
-                return  # A step left it out; nothing will write it any more (spec S-116).
-            spec = entry.output_named(name)
-            assert spec is not None
-            shape = fit_shape(tensor.shape, spec.dims, is_batching=entry.max_batch_size > 0)
-            outputs[name] = tensor._replace(shape=shape)
-        iteration.is_answered = True
-        final = not self._is_decoupled or not (self._calls or self._waiting)
-        reply = StepReply(
-            outputs, sequence_parameters(iteration.sequence), final=final, times=self._times if final else StepTimes()
-        )
-        if final:
-            self._end(reply)
+            outcomes.failed(began_ns, reply.error, ran=reply.ran)
         else:
-            self._on_reply(reply)
-
-    def _settle(self) -> None:
-        """Something has ended: let waiting responses go on, and see whether this was all."""
-        while not self.is_done:
-            for child in [child for child in self._in_flight_responses if self._is_over(child)]:
-                self._in_flight_responses.discard(child)
-                if child.parent is not None:
-                    child.parent.children.remove(child)
-                child.release()
-            if not self._waiting or self._must_wait():
-                break
-            parent, tensors, parameters = self._waiting.popleft()
-            self._open(parent, tensors, parameters)
-            release_all(tensors.values())
-        if self.is_done or self._calls or self._waiting:
-            return
-        if self._is_decoupled:
-            self._end(StepReply(has_response=False, times=self._times))
-            return
-        self._fail(
-            InvalidArgument(
-                f"{id_prefix(self._meta.id)}unexpected deadlock, at least one output is not set while no more ensemble "
-                "steps can be made"
-            )
-        )
-
-    def _is_over(self, child: _Iteration) -> bool:
-        """Whether nothing of one response of a decoupled step is left to do."""
-        if any(iteration.calls for iteration in child.subtree()):
-            return False
-        if child.is_answered or not self._mixes_outputs():
-            return True
-        # An output that every response repeats may still be on its way in an iteration above.
-        above = child.parent
-        while above is not None and not above.calls:
-            above = above.parent
-        return above is None
-
-    def _mixes_outputs(self) -> bool:
-        """Whether the outputs come from different decoupled steps, or some from none."""
-        if self._is_mixed is None:
-            decoupled = frozenset(index for index, route in self._routes.items() if route.entry.decoupled)
-            origins = {self._model.graph.origins(name, decoupled) for name in self._plan.outputs}
-            self._is_mixed = len(origins) > 1
-        return self._is_mixed
-
-    # --- the end ---
-
-    def _fail(self, error: ServingError, *, ran: bool = False) -> None:
-        """The first failing step ends the request (spec S-107)."""
-        name = self._route.entry.name
-        failed = type(error)(f"in ensemble '{name}', {error.text}")
-        self._end(StepReply(error=failed, ran=ran, times=self._times))
-
-    def _end(self, reply: StepReply, *, is_cancelled: bool = False) -> None:
-        self.is_done = True
-        for call in tuple(self._calls.values()):
-            call.cancel()
-        self._calls.clear()
-        try:
-            if not is_cancelled:
-                self._on_reply(reply)
-        finally:
-            self._root.release()
-            while self._waiting:
-                release_all(self._waiting.popleft()[1].values())
-            self._in_flight_responses.clear()
-            for route in self._routes.values():
-                route.count_ensemble_use(-1)
-            self._routes.clear()
-            if reply.error is not None:
-                self._model.outcomes.failed(self._began_ns, reply.error, ran=reply.ran)
-            else:
-                self._model.outcomes.succeeded(self._rows, self._began_ns, self._times)
-
-
-def sequence_parameters(sequence: tuple[int | str, bool, bool]) -> dict[str, ParameterValue]:
-    """Return what every ensemble says of sequences, those without one too (spec S-111)."""
-    sequence_id, is_start, is_end = sequence
-    return {"sequence_id": sequence_id, "sequence_start": is_start, "sequence_end": is_end}
-
-
-def _id_parameter(value: ParameterValue | None, default: int | str) -> int | str:
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else default
+            outcomes.succeeded(rows, began_ns, reply.times)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.ensemble.tensors import Block, Tensor, hold_all, release_all
+from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
 from forebay.frontend.tracing import (
     BACKEND_INPUT,
@@ -17,57 +16,10 @@ from forebay.frontend.tracing import (
     RESPONSE_COMPLETE,
     Trace,
 )
-from forebay.ipc.errors import Internal, ServingError, from_wire
-from forebay.ipc.messages import ParameterValue, ReplyHead, TensorPlace
-from forebay.ipc.wire import Times
-
-
-class StepTimes(NamedTuple):
-    """What executions took, monotonic ns."""
-
-    queue_ns: int = 0
-    input_ns: int = 0
-    infer_ns: int = 0
-    output_ns: int = 0
-
-    @classmethod
-    def since(cls, enqueue_ns: int, times: Times) -> StepTimes:
-        """Return what an execution took of a request that was handed over at ``enqueue_ns``; zero if it never ran."""
-        start_ns, input_end_ns, output_start_ns, end_ns = times
-        if not start_ns:
-            return cls()
-        # Times of one monotonic clock, in this order; a worker that says otherwise must not make a counter negative.
-        if not enqueue_ns <= start_ns <= input_end_ns <= output_start_ns <= end_ns:
-            return cls()
-        return cls(
-            start_ns - enqueue_ns, input_end_ns - start_ns, output_start_ns - input_end_ns, end_ns - output_start_ns
-        )
-
-    def plus(self, other: StepTimes) -> StepTimes:
-        return StepTimes(
-            self.queue_ns + other.queue_ns,
-            self.input_ns + other.input_ns,
-            self.infer_ns + other.infer_ns,
-            self.output_ns + other.output_ns,
-        )
-
-
-class StepReply(NamedTuple):
-    """One response of a step, or of a whole ensemble. The blocks are held during the callback only."""
-
-    outputs: Mapping[str, Tensor] = {}
-    parameters: Mapping[str, ParameterValue] = {}
-    error: ServingError | None = None
-    ran: bool = True
-    """Of an error: a worker had the request; else the queue refused it."""
-    final: bool = True
-    has_response: bool = True
-    """False: only says that no further response follows."""
-    times: StepTimes = StepTimes()
-    """Of a final reply: of everything that the request ran."""
-
-
-OnStepReply = Callable[[StepReply], None]
+from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepTimes
+from forebay.ipc.ensemble.tensors import Tensor, hold_all, release_all
+from forebay.ipc.errors import Internal, from_wire
+from forebay.ipc.messages import ReplyHead, TensorPlace
 
 
 def traced_reply(trace: Trace, on_reply: OnStepReply) -> OnStepReply:

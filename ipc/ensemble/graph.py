@@ -1,4 +1,4 @@
-"""An ensemble's graph as a frontend runs it: who writes a tensor, who reads it, and what a request really needs.
+"""An ensemble's graph: who writes a tensor, who reads it, and what a request really needs.
 
 Pure. One :class:`EnsembleGraph` per loaded version; the supervisor has checked the graph (spec S-102, C-123).
 """
