@@ -37,6 +37,7 @@ from forebay.ipc.messages import ParcelHead, ParcelSubmit, RunSubmit, Submit
 from forebay.ipc.wire import (
     FLAG_GONE,
     FLAG_HUNG,
+    FLAG_REMARKS,
     GRANT,
     HEADER,
     MESSAGE_BYTES_MAX,
@@ -264,6 +265,7 @@ class EngineClient:
         if self._cancellations:
             cancel = self._cancellations.take(self.producer, self.slabs)
             if cancel is not None:
+                self.grants.cancel_rows(cancel.rows)
                 self._submit.send_nowait(cancel)
 
     def _refuse_unsent(self, runs: list[RunSubmit], parcels: list[ParcelSubmit]) -> None:
@@ -293,7 +295,7 @@ class EngineClient:
         """Handle one message; return its kind."""
         kind, flags, count, instance, batch = HEADER.unpack_from(message)
         if kind == Kind.RUNS_DONE:
-            self.rows.done(message, count, instance, batch)
+            self.rows.done(message, count, instance, batch, has_remarks=bool(flags & FLAG_REMARKS))
         elif kind == Kind.PARCEL_REPLY:
             self.parcels.reply(message, flags, instance)
         elif kind == Kind.RUNS_FAILED:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
@@ -199,6 +199,7 @@ class Inference:
         batch_size: int,
         *,
         direct: bool = False,
+        is_bare: bool = False,
     ) -> None:
         """Take room for the inputs.
 
@@ -207,6 +208,7 @@ class Inference:
             inputs: already validated against the model.
             batch_size: as validated; 0 for a model that does not batch.
             direct: the bytes are received straight into the places, which may take long: never use slab rows.
+            is_bare: it carries nothing but tensors.
 
         Raises:
             NotReady: the model version has just gone.
@@ -230,7 +232,7 @@ class Inference:
         self.is_done = False
         #: Where each input's bytes go, writable, in the order of the inputs.
         self.places: list[memoryview] = []
-        if route.uses_rows and not direct:
+        if not direct and route.takes_rows(is_bare=is_bare):
             self._place_rows(route)
         else:
             self._place_block()
@@ -257,8 +259,8 @@ class Inference:
 
     @property
     def rows_route(self) -> RouteClient | None:
-        """What a plan for equal requests takes slab rows of; None: they never lie in rows."""
-        return self.route if self.route.uses_rows else None
+        """What a plan for equal requests takes slab rows of; None: they do not lie in rows."""
+        return self.route if self._slab is not None else None
 
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Hand the filled request over; ``on_response`` is called from the event loop until a final response."""
@@ -284,7 +286,7 @@ class Inference:
 
     # --- answers ---
 
-    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+    def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
         self.is_done = True
         if self.is_cancelled:
             return
@@ -305,7 +307,7 @@ class Inference:
         )
         if trace is not None and trace.shows_tensors:
             trace_outputs(trace, outputs)
-        self._on_response(Response(outputs=outputs))
+        self._on_response(Response(outputs=outputs, parameters=parameters))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         self.is_done = True

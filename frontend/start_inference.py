@@ -56,6 +56,7 @@ def start_inference(
     batch_size: int,
     *,
     direct: bool = False,
+    is_bare: bool = False,
 ) -> PlacedInference:
     """Take room for a request's inputs.
 
@@ -64,6 +65,7 @@ def start_inference(
         inputs: already validated against the model.
         batch_size: as validated; 0 for a model that does not batch.
         direct: the bytes are received straight into the places, which may take long: never use slab rows.
+        is_bare: it carries nothing but tensors.
 
     Raises:
         NotReady: the model version has just gone.
@@ -73,18 +75,24 @@ def start_inference(
     route = engine.routes.get(route_number)
     if route is None:
         raise NotReady("the model version was unloaded before the request could run")
-    inference = _uncached(engine, route, inputs, batch_size, direct=direct)
+    inference = _uncached(engine, route, inputs, batch_size, direct=direct, is_bare=is_bare)
     if route.entry.response_cache and engine.response_cache is not None:
         return CachedInference(engine.response_cache, inference, inputs)
     return inference
 
 
 def _uncached(
-    engine: EngineClient, route: RouteClient, inputs: Sequence[InputTensor], batch_size: int, *, direct: bool
+    engine: EngineClient,
+    route: RouteClient,
+    inputs: Sequence[InputTensor],
+    batch_size: int,
+    *,
+    direct: bool,
+    is_bare: bool,
 ) -> PlacedInference:
     if not route.entry.is_ensemble:
-        return Inference(engine, route.route, inputs, batch_size, direct=direct)
+        return Inference(engine, route.route, inputs, batch_size, direct=direct, is_bare=is_bare)
     one = one_step_of(route)
     if one is not None and all(tensor.name in one.inputs for tensor in inputs):
-        return OneStepInference(route, one, inputs, batch_size, direct=direct)
+        return OneStepInference(route, one, inputs, batch_size, direct=direct, is_bare=is_bare)
     return EnsembleInference(route, inputs, batch_size)

@@ -134,6 +134,17 @@ class RequestInstance(abc.ABC):
         """Release what the model holds."""
 
 
+class RowsInstance(RequestInstance):
+    """A model that also takes requests in slab rows: those that carry nothing but tensors, at far less cost."""
+
+    #: The model may answer after its execution, or in other shapes than configured: it is to get parcels only.
+    wants_parcels = False
+
+    @abc.abstractmethod
+    def execute_rows(self, requests: Sequence[RowRequest]) -> None:
+        """Handle one batch as ``execute`` does. The worker waits until each request has its answer."""
+
+
 Instance = TensorInstance | RequestInstance
 
 
@@ -249,6 +260,7 @@ __all__ = [
     "MissingLibrary",
     "ParameterValue",
     "RequestInstance",
+    "RowsInstance",
     "ServingError",
     "TensorInstance",
     "open_backend",

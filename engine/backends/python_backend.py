@@ -17,22 +17,22 @@ from typing import Any
 
 import msgspec
 
-from forebay.engine.backends.base import Backend, DescribedModel, RequestInstance, parse_bool, parse_int
+from forebay.engine.backends.base import Backend, DescribedModel, RowsInstance, parse_bool, parse_int
 from forebay.engine.backends.python_model import environment, triton_python_backend_utils
 from forebay.engine.backends.python_model.engine_access import install
 from forebay.engine.backends.python_model.errors import exception_text, shown_path
+from forebay.engine.backends.python_model.late_answers import may_answer_late
 from forebay.engine.backends.python_model.model_config import ModelConfig
-from forebay.engine.backends.python_model.request import InferenceRequest, Phase
-from forebay.engine.backends.python_model.response import Answering, InferenceResponse, start_answering_dropped
+from forebay.engine.backends.python_model.outputs import ModelOutputs
+from forebay.engine.backends.python_model.request import InferenceRequest, Phase, Recipient
+from forebay.engine.backends.python_model.response import InferenceResponse, start_answering_dropped
 from forebay.engine.backends.python_model.shm_access import ShmEngineAccess
 from forebay.engine.worker.parcel_request import ParcelRequest
-from forebay.engine.worker.pending_response import RawTensor, byte_view
-from forebay.engine.worker.places import client_shape
+from forebay.engine.worker.request_rows import RowRequest
 from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
-from forebay.ipc.tensor import TensorSpec, encode_bytes
 
 #: Executions of ``async def execute`` that may be under way at once, unless the model parameter says otherwise.
 ASYNC_EXECUTIONS_MAX = 64
@@ -93,14 +93,16 @@ def initialize_arguments(spec: InstanceSpec) -> dict[str, str]:
     }
 
 
-class PythonInstance(RequestInstance):
+class PythonInstance(RowsInstance):
     """One ``TritonPythonModel``."""
 
     def __init__(self, spec: InstanceSpec, model: Any) -> None:
         self._spec = spec
         self._model = model
-        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
-        self._checks_outputs = parse_bool(spec.parameters, "FOREBAY_CHECK_OUTPUTS", True)
+        checks_outputs = parse_bool(spec.parameters, "FOREBAY_CHECK_OUTPUTS", True)
+        self._outputs = ModelOutputs(spec, are_checked=checks_outputs)
+        self._recipient = Recipient(spec, self._deliver)
+        self.wants_parcels = not checks_outputs or may_answer_late(model, spec.model_path)
         self._is_iterative = bool(spec.extra.get("sequence", {}).get("iterative_sequence", False))
         self._event_loop: asyncio.AbstractEventLoop | None = None
         start_answering_dropped()
@@ -110,17 +112,24 @@ class PythonInstance(RequestInstance):
     # --- executing ---
 
     def execute(self, requests: Sequence[ParcelRequest]) -> None:
+        incoming: list[InferenceRequest] = []
+        for parcel in requests:
+            try:
+                incoming.append(InferenceRequest.of_parcel(self._recipient, parcel))
+            except ServingError as error:
+                parcel.fail(error)
+        self._execute(incoming)
+
+    def execute_rows(self, requests: Sequence[RowRequest]) -> None:
+        recipient = self._recipient
+        self._execute([InferenceRequest.of_row(recipient, request) for request in requests])
+
+    def _execute(self, incoming: list[InferenceRequest]) -> None:
         spec = self._spec
         execute = getattr(self._model, "execute", None)
         if execute is None:
             path = shown_path(os.path.join(spec.version_path, spec.model_file or "model.py"), spec.model_path)
             raise self._failure(f"Python model {path} does not implement `execute` method.")
-        incoming: list[InferenceRequest] = []
-        for parcel in requests:
-            try:
-                incoming.append(self._incoming(parcel))
-            except ServingError as error:
-                parcel.fail(error)
         while incoming:
             try:
                 result = execute(incoming)
@@ -130,10 +139,6 @@ class PythonInstance(RequestInstance):
                 self._start(result, incoming)
                 return
             incoming = self._answer(incoming, result)
-
-    def _incoming(self, parcel: ParcelRequest) -> InferenceRequest:
-        answering = Answering(parcel, self._deliver, decoupled=self._spec.decoupled)
-        return InferenceRequest.incoming(answering, self._spec.model, self._spec.version)
 
     def _raised(self, error: Exception) -> BackendFailed:
         failure = self._failure(exception_text(error, self._spec.model_path, _HIDDEN_FILES))
@@ -172,8 +177,8 @@ class PythonInstance(RequestInstance):
         for request, response in zip(requests, responses, strict=True):
             if self._comes_again(request):
                 again.append(request)
-            elif response is not None and not request.answering.is_closed:
-                self._deliver(request.answering.parcel, response, True)
+            elif response is not None and not request.is_closed:
+                self._deliver(request.source, response, True)
         return self._hand_back(again)
 
     def _hand_back(self, again: list[InferenceRequest]) -> list[InferenceRequest]:
@@ -181,7 +186,7 @@ class PythonInstance(RequestInstance):
         if not self._is_iterative:
             return again
         for request in again:
-            request.answering.hand_back()
+            request.hand_back()
         return []
 
     def _check_type(self, request: InferenceRequest, response: Any) -> None:
@@ -193,14 +198,14 @@ class PythonInstance(RequestInstance):
                     "Expected a None object in the execute function return list for reschduled request, found type "
                     f"'{type(response)}'."
                 )
-        elif response is not None or not request.answering.sender_used:
+        elif response is not None or not request.is_sender_taken:
             raise self._failure(
                 "Expected an 'InferenceResponse' object in the execute function return list, found type "
                 f"'{type(response)}'."
             )
 
     def _comes_again(self, request: InferenceRequest) -> bool:
-        if not request.is_rescheduled or request.answering.is_closed:
+        if not request.is_rescheduled or request.is_closed:
             return False
         request.set_release_flags(triton_python_backend_utils.TRITONSERVER_REQUEST_RELEASE_ALL)
         return True
@@ -227,75 +232,35 @@ class PythonInstance(RequestInstance):
                     coroutine = self._model.execute(requests)
         except ServingError as error:
             for request in requests:
-                request.answering.parcel.fail(error)
+                request.source.fail(error)
         except BaseException as error:
             for request in requests:
-                request.answering.parcel.fail(self._failure(f"{type(error).__name__}: {error}"))
+                request.source.fail(self._failure(f"{type(error).__name__}: {error}"))
             raise
         finally:
             self._async_slots.release()
 
     # --- answering ---
 
-    def _deliver(self, parcel: ParcelRequest, response: InferenceResponse, final: bool) -> None:
+    def _deliver(self, source: ParcelRequest | RowRequest, response: InferenceResponse, final: bool) -> None:
         """Send one response of the model."""
         error = response.error()
         if error is not None:
-            parcel.fail(error.to_serving_error(), final=final, by_model=True)
+            source.fail(error.to_serving_error(), final=final, by_model=True)
             return
+        outputs = self._outputs
         try:
-            tensors = self._raw_outputs(parcel, response)
+            if isinstance(source, RowRequest):
+                arrays = outputs.arrays(source, response)
+            else:
+                tensors = outputs.raw(source, response)
         except ServingError as failed:
-            parcel.fail(failed, final=final, by_model=True)
+            source.fail(failed, final=final, by_model=True)
             return
-        parcel.reply_raw(tensors, response.parameters(), final=final)
-
-    def _raw_outputs(self, parcel: ParcelRequest, response: InferenceResponse) -> list[RawTensor]:
-        produced = {tensor.name(): tensor for tensor in response.output_tensors()}
-        tensors: list[RawTensor] = []
-        for name in parcel.requested_outputs:
-            tensor = produced.get(name)
-            if tensor is None:
-                if self._checks_outputs and not self._spec.decoupled:
-                    raise BackendFailed(
-                        f"model '{self._spec.model}' did not produce output '{name}'"
-                        + (f", but {', '.join(map(repr, sorted(produced)))}" if produced else "")
-                    )
-                continue
-            spec = self._outputs[name]
-            shape = tuple(tensor.shape())
-            if self._checks_outputs:
-                shape = self._checked_shape(parcel, spec, tensor.datatype, shape)
-            raw = tensor.raw
-            if raw is None:
-                data = tensor.data
-                raw = memoryview(encode_bytes(data)) if tensor.datatype == "BYTES" else byte_view(data)
-            tensors.append(RawTensor(name, tensor.datatype, shape, raw))
-        return tensors
-
-    def _checked_shape(
-        self, parcel: ParcelRequest, spec: TensorSpec, datatype: str, shape: tuple[int, ...]
-    ) -> tuple[int, ...]:
-        """Return the shape as the client sees it.
-
-        Raises:
-            BackendFailed: datatype or shape are not the configured ones (Triton does not look, spec L-022).
-        """
-        batches = self._spec.max_batch_size > 0
-        seen = client_shape(spec, shape, self._spec.max_batch_size)
-        dims = seen[1:] if batches else seen
-        fits = len(dims) == len(spec.dims) and all(
-            want in (-1, have) for want, have in zip(spec.dims, dims, strict=True)
-        )
-        if batches and not self._spec.decoupled:
-            fits = fits and seen[:1] == (parcel.rows,)
-        if datatype != spec.datatype or not fits:
-            expected = [parcel.rows, *spec.dims] if batches else list(spec.dims)
-            raise BackendFailed(
-                f"model '{self._spec.model}' produced output '{spec.name}' as {datatype} {list(shape)}, "
-                f"but its configuration promises {spec.datatype} {expected}"
-            )
-        return seen
+        if isinstance(source, RowRequest):
+            source.complete(arrays, response.parameters())
+        else:
+            source.reply_raw(tensors, response.parameters(), final=final)
 
     def close(self) -> None:
         Phase.is_serving = False

@@ -67,7 +67,7 @@ _DESCRIBING = frozenset({"onnxruntime", "tensorrt", "python", "pytorch", "tensor
 _NO_GRAPH_OPTIMIZATION = 2
 
 #: Backends that see each request with its id and parameters, or answer requests one by one.
-_WANTS_PARCELS = frozenset({"forebay_fault", "identity", "python"})
+_WANTS_PARCELS = frozenset({"forebay_fault", "identity"})
 #: Backends that get requests one by one, and can do with slab rows for those that carry nothing but tensors.
 _SEES_REQUESTS = frozenset({"python"})
 

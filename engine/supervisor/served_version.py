@@ -138,12 +138,13 @@ class ServedVersion:
             extra=scheduling_extra(spec),
             counter_offset=self._scheduler_offset,
             row_bytes=self._row_bytes(),
+            keeps_requests=self.prepared.sees_requests,
         )
 
     def _row_bytes(self) -> tuple[int, ...]:
         prepared = self.prepared
         tensors = (*prepared.inputs, *prepared.outputs)
-        if prepared.wants_parcels or not all(tensor.is_fixed for tensor in tensors):
+        if prepared.wants_parcels or prepared.sees_requests or not all(tensor.is_fixed for tensor in tensors):
             return ()
         return tuple(tensor.row_bytes for tensor in tensors)
 
@@ -289,7 +290,8 @@ class ServedVersion:
             outputs=prepared.outputs,
             config_json=prepared.config_json,
             decoupled=decoupled,
-            wants_parcels=prepared.wants_parcels,
+            wants_parcels=prepared.wants_parcels or any(instance.wants_parcels for instance in self.instances),
+            sees_requests=prepared.sees_requests,
             is_ensemble=spec.is_ensemble,
             counter_offset=self._producer_offsets.get(slot, 0),
             # An ensemble has no instances: its frontends count for them.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 from forebay.ipc.wire import HEADER, MESSAGE_BYTES_MAX, Kind
 
 #: What is handled out of turn; neither starts a batch nor answers one.
-_SIGNALS = (Kind.COLLECT, Kind.CANCEL)
+_SIGNALS = (Kind.COLLECT, Kind.CANCEL, Kind.CANCEL_ROWS)
 
 #: Batches that may be read ahead; the scheduler sends at most two.
 _KEPT_MAX = 64
@@ -26,7 +26,7 @@ class Inbox:
     """Shared by the loop and the model's threads."""
 
     def __init__(self, doorbell: socket.socket, handle: Callable[[memoryview], None]) -> None:
-        """``handle`` is given whole COLLECT and CANCEL messages; the caller keeps ownership of ``doorbell``."""
+        """``handle`` is given whole messages of these kinds; the caller keeps ownership of ``doorbell``."""
         self._doorbell = doorbell
         self._handle = handle
         self._kept: deque[bytes] = deque()
@@ -47,13 +47,21 @@ class Inbox:
     @contextlib.contextmanager
     def executing(self) -> Generator[None]:
         """Allow reading ahead while the loop itself does not read."""
-        self._is_executing = True
+        self.begin()
         try:
             yield
         finally:
-            # A thread that reads just now finishes first, so that the loop finds what it kept.
-            with self._lock:
-                self._is_executing = False
+            self.end()
+
+    def begin(self) -> None:
+        """Allow reading ahead; the loop calls :meth:`end` before it reads again."""
+        self._is_executing = True
+
+    def end(self) -> None:
+        """Reading is the loop's again."""
+        # A thread that reads just now finishes first, so that the loop finds what it kept.
+        with self._lock:
+            self._is_executing = False
 
     def take_signals(self) -> None:
         """Handle the signals that have arrived, without waiting. Does nothing while the loop reads for itself."""

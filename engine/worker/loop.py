@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import msgspec
 
-from forebay.engine.backends.base import Backend, RequestInstance, TensorInstance, open_backend
+from forebay.engine.backends.base import Backend, RequestInstance, RowsInstance, TensorInstance, open_backend
 from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.devices.memory_limit import check_memory_limit
 from forebay.engine.worker.custom_metrics import MetricsSender
@@ -28,6 +28,7 @@ from forebay.engine.worker.loop_threads import LoopThreads
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.ragged import with_batch_tensors
+from forebay.engine.worker.request_rows import RequestRowsRunner
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
 from forebay.engine.worker.sequences import SequencesRunner, sequence_policy, with_sequence_tensors
@@ -87,7 +88,7 @@ class Worker:
         self._spec: InstanceSpec | None = None
         self._backend: Backend | None = None
         self._instance: TensorInstance | RequestInstance | None = None
-        self._rows: RowsRunner | None = None
+        self._rows: RowsRunner | RequestRowsRunner | None = None
         self._parcels: ParcelsRunner | None = None
         self._sequences: SequencesRunner | None = None
         self._rings: Rings | None = None
@@ -196,6 +197,8 @@ class Worker:
         self._clock = counters
         if isinstance(instance, TensorInstance):
             self._rows = RowsRunner(spec, instance, self._producers, counters)
+        elif isinstance(instance, RowsInstance):
+            self._rows = RequestRowsRunner(spec, instance, self._producers, counters, self._inbox)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
         self._parcels.tell_closed = self._tell_closed
         self._parcels.take_signals = self._inbox.take_signals
@@ -211,7 +214,10 @@ class Worker:
         if spec.warmup:
             self._lifeline.send(Phase(text="warming up"))
             warmup_ns = warm_up(spec, instance)
-        self._lifeline.send(Loaded(load_ns=load_ns, warmup_ns=warmup_ns))
+        wants_parcels = isinstance(instance, RequestInstance) and not (
+            isinstance(instance, RowsInstance) and not instance.wants_parcels
+        )
+        self._lifeline.send(Loaded(load_ns=load_ns, warmup_ns=warmup_ns, wants_parcels=wants_parcels))
         MetricsSender(self._lifeline, spec.instance, registry).start()
 
     # --- doorbell ---
@@ -326,11 +332,14 @@ class Worker:
             self._doorbell.settimeout(None)
 
     def _handle_early(self, message: memoryview) -> None:
-        """Handle a COLLECT or CANCEL that a running model read ahead."""
+        """Handle a COLLECT, CANCEL or CANCEL_ROWS that a running model read ahead."""
         assert self._parcels is not None
         kind, _flags, count, sender, _batch = HEADER.unpack_from(message)
         if kind == Kind.COLLECT:
             self._parcels.collect(sender, message)
+        elif kind == Kind.CANCEL_ROWS:
+            if isinstance(self._rows, RequestRowsRunner):
+                self._rows.cancel(sender, message)
         else:
             self._parcels.cancel(sender, message, count)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from forebay.ipc.channel import SubmitSender
 from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.doorbell import Bell
-from forebay.ipc.messages import GrantReturned, ParcelSubmit
+from forebay.ipc.messages import GrantReturned, ParcelSubmit, RowsCancel
 from forebay.ipc.wire import (
     FLAG_GONE,
     FLAG_GRANTED,
@@ -20,6 +20,7 @@ from forebay.ipc.wire import (
     PARCEL,
     Kind,
     Run,
+    pack_rows_cancel,
     pack_runs,
 )
 
@@ -85,6 +86,19 @@ class Grant:
         )
         self.route.counters[Count.GRANTED_BATCHES] += 1
 
+    def cancel(self, rows: RowsCancel) -> None:
+        """Tell the worker whose clients left, of what it runs now."""
+        running = [
+            first
+            for run in self.outstanding
+            if run.base == rows.base
+            for first in rows.firsts
+            if run.first <= first < run.first + run.rows
+        ]
+        if running:
+            producer = self.route.engine.producer
+            self.bell.ring(pack_rows_cancel(GRANTED_BATCH | self.batches, producer, rows.base, running))
+
 
 class Grants:
     """All grants of this frontend, and the doorbells of the workers that it may ring."""
@@ -135,6 +149,13 @@ class Grants:
     def close(self) -> None:
         for bell in (*self._bells.values(), *(grant.bell for grant in self)):
             bell.close()
+
+    def cancel_rows(self, cancelled: Sequence[RowsCancel]) -> None:
+        """Let models hear that nobody waits any more for these of the rows that they were rung for."""
+        for grant in self:
+            if grant.route.entry.sees_requests:
+                for rows in cancelled:
+                    grant.cancel(rows)
 
     # --- what the scheduler says ---
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import ReplyHead
+from forebay.ipc.messages import ParameterValue, ReplyHead
 from forebay.ipc.slabs import Slab
+
+#: Most responses have none.
+NO_PARAMETERS: Mapping[str, ParameterValue] = MappingProxyType({})
 
 
 class RowOwner(Protocol):
@@ -17,8 +22,12 @@ class RowOwner(Protocol):
         """How many rows the request has."""
         ...
 
-    def rows_done(self, slab: OwnedSlab, first: int) -> None:
-        """The outputs are in place. The rows are released when this returns."""
+    def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
+        """The outputs are in place. The rows are released when this returns.
+
+        Args:
+            parameters: of the response, besides those that every response of the model has.
+        """
         ...
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:

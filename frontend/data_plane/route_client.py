@@ -66,7 +66,7 @@ class RouteClient:
         #: Bytes that replies of unknown size are expected to take; learned from those that did not fit.
         self.reply_guess_bytes = 1024
         self._row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
-        #: True if requests may live in slab rows.
+        #: True if requests may live in slab rows; see :meth:`takes_rows`.
         self.uses_rows = entry.is_fixed and self._row_bytes <= SLAB_ROW_BYTES_MAX
         #: Holds answers back until it is their turn; None: nobody minds.
         self.order = AnswerOrder() if entry.preserve_ordering else None
@@ -83,6 +83,19 @@ class RouteClient:
         self.instance_count = entry.instance_count or len(entry.instance_counter_offsets)
 
     # --- rows ---
+
+    @property
+    def sees_requests(self) -> bool:
+        """Whether the model looks at what a request carries besides tensors."""
+        return self.entry.sees_requests
+
+    def takes_rows(self, *, is_bare: bool) -> bool:
+        """Tell whether a request lives in slab rows.
+
+        Args:
+            is_bare: it carries nothing but tensors.
+        """
+        return self.uses_rows and (not self.entry.sees_requests or (is_bare and self.sampler is None))
 
     def loan(self, rows: int) -> tuple[OwnedSlab, int]:
         """Return a slab and the first of ``rows`` free consecutive rows in it.

@@ -5,17 +5,32 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from forebay.frontend.data_plane.counting import count_answered, count_failure
 from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.data_plane.recovery import ATTEMPTS_MAX, gave_up
 from forebay.frontend.data_plane.turn_run import TurnRun
 from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.errors import ServingError, from_wire
+from forebay.ipc.messages import RowRemark
 from forebay.ipc.wire import RUN, TIMES_END, Run, unpack_runs
 
 if TYPE_CHECKING:
     from forebay.frontend.data_plane.route_client import RouteClient
     from forebay.frontend.engine_client import EngineClient
+
+
+_decode_remarks = msgspec.msgpack.Decoder(list[RowRemark]).decode
+_NO_REMARKS: dict[int, list[RowRemark]] = {}
+
+
+def _read_remarks(message: memoryview, count: int) -> dict[int, list[RowRemark]]:
+    """Return what a RUNS_DONE says of single requests, by the index of their run."""
+    by_run: dict[int, list[RowRemark]] = {}
+    for remark in _decode_remarks(message[TIMES_END + count * RUN.size :]):
+        by_run.setdefault(remark.run, []).append(remark)
+    return by_run
 
 
 def _answer_rows(slab: OwnedSlab, first: int, rows: int) -> None:
@@ -36,11 +51,12 @@ class RowAnswers:
         #: By instance: the last batch of ours that it answered.
         self._answered_batches: dict[int, int] = {}
 
-    def done(self, message: memoryview, count: int, instance: int, batch: int) -> None:
+    def done(self, message: memoryview, count: int, instance: int, batch: int, *, has_remarks: bool) -> None:
         """Take in a RUNS_DONE message."""
         self._answered_batches[instance] = batch
         now_ns = time.monotonic_ns()
         slabs = self._engine.slabs
+        remarks = _read_remarks(message, count) if has_remarks else _NO_REMARKS
         for index in range(count):
             _producer, requests, base, _capacity, first, rows, _attempt, enqueue_sum_ns = RUN.unpack_from(
                 message, TIMES_END + index * RUN.size
@@ -49,16 +65,39 @@ class RowAnswers:
             if found is None:
                 continue
             route, slab = found
+            failed = 0
+            if index in remarks:
+                failed = self._answer_remarked(route, slab, remarks[index], now_ns - enqueue_sum_ns // requests)
             _answer_rows(slab, first, rows)
             slab.release(first, rows)
-            count_answered(route.counters, requests, requests * now_ns - enqueue_sum_ns)
-            if route.details is not None:
-                enqueue_ns = enqueue_sum_ns // requests
+            enqueue_ns = enqueue_sum_ns // requests
+            requests -= failed
+            if requests:
+                count_answered(route.counters, requests, requests * (now_ns - enqueue_ns))
+            if requests and route.details is not None:
                 route.details.answered(requests, now_ns - enqueue_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
             if route.is_retired or len(route.slabs) > 1:
                 route.free_idle_slabs()
         self._engine.grants.runs_ended(instance)
+
+    @staticmethod
+    def _answer_remarked(route: RouteClient, slab: OwnedSlab, remarks: list[RowRemark], elapsed_ns: int) -> int:
+        """Answer those requests of a run that something is said of; return how many of them failed."""
+        failed = 0
+        for remark in remarks:
+            owner = slab.owners[remark.first] if 0 <= remark.first < slab.capacity else None
+            if owner is None:
+                continue
+            slab.owners[remark.first] = None
+            if not remark.text:
+                owner.rows_done(slab, remark.first, remark.parameters)
+                continue
+            failed += 1
+            error = from_wire(remark.code, remark.text)
+            count_failure(route.counters, error, 1, max(elapsed_ns, 0), ran=True)
+            owner.rows_failed(slab, remark.first, error, ran=True)
+        return failed
 
     def failed(self, message: memoryview, count: int, instance: int, batch: int) -> None:
         """Take in a RUNS_FAILED message; the instance is 0 if no worker had the rows."""

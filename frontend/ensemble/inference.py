@@ -91,7 +91,14 @@ class OneStepInference:
     """One request to an ensemble of one step, placed where the model reads it. Life as :class:`Inference`."""
 
     def __init__(
-        self, route: RouteClient, one: OneStep, inputs: Sequence[InputTensor], batch_size: int, *, direct: bool
+        self,
+        route: RouteClient,
+        one: OneStep,
+        inputs: Sequence[InputTensor],
+        batch_size: int,
+        *,
+        direct: bool,
+        is_bare: bool,
     ) -> None:
         """Take room for the inputs, in the model's slab if it has one.
 
@@ -104,7 +111,9 @@ class OneStepInference:
         self.route = route
         self._one = one
         renamed = [InputTensor(one.inputs[t.name], t.datatype, t.shape, t.byte_size) for t in inputs]
-        self._inner = Inference(route.engine, one.route.route, renamed, batch_size, direct=direct)
+        # What the ensemble leaves out is a choice of outputs that the model could see.
+        is_bare = is_bare and len(one.outputs) == len(one.route.entry.outputs)
+        self._inner = Inference(route.engine, one.route.route, renamed, batch_size, direct=direct, is_bare=is_bare)
         self.rows = self._inner.rows
         self.places = self._inner.places
         self._began_ns = 0
@@ -116,7 +125,7 @@ class OneStepInference:
 
     @property
     def rows_route(self) -> OneStepRoute | None:
-        return OneStepRoute(self._one) if self._one.route.uses_rows else None
+        return OneStepRoute(self._one) if self._inner.rows_route is not None else None
 
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Hand the filled request over; ``on_response`` is called from the event loop."""

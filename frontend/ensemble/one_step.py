@@ -5,9 +5,10 @@ So an ensemble of one step costs what its model costs, and a few counters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from forebay.frontend.data_plane.owners import OwnedSlab, RowOwner
+from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab, RowOwner
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of
@@ -95,6 +96,11 @@ class OneStepRoute:
         return self._one.route.engine
 
     @property
+    def sees_requests(self) -> bool:
+        """Whether the model looks at what a request carries besides tensors."""
+        return self._one.route.entry.sees_requests
+
+    @property
     def reply_parameters(self) -> dict[str, ParameterValue]:
         """What every reply says (spec S-111)."""
         return sequence_parameters((0, False, False))
@@ -151,7 +157,7 @@ class _CountedRows:
     def rows(self) -> int:
         return self._owner.rows
 
-    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+    def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
         owner, ensemble = self._owner, self._one.ensemble
         owner.rows_done(slab, first)
         times = StepTimes.since(self._began_ns, ensemble.route.engine.reply_times())

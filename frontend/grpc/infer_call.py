@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
 from forebay.frontend.grpc.call import Call
 from forebay.frontend.grpc.infer_message import walk_request
 from forebay.frontend.grpc.infer_path import PlacedRequest, place_request, render
 from forebay.frontend.grpc.infer_plan import InferPlan
+from forebay.frontend.grpc.infer_reply import parameter_entries
 from forebay.frontend.grpc.status import RpcError, Status
 from forebay.frontend.grpc.upload import Upload
 from forebay.frontend.inference import Response
 from forebay.frontend.tracing import begin_sending, end_sending
 from forebay.ipc.errors import ServingError
+from forebay.ipc.messages import ParameterValue
 
 _NO_PLAN_TEXT = "the request holds more than one message"
 
@@ -102,7 +106,7 @@ class InferCall(Call):
     def rows(self) -> int:
         return self._plan.rows
 
-    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+    def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
         if self.is_local_closed:
             return
         plan = self._plan
@@ -111,7 +115,8 @@ class InferCall(Call):
         areas = slab.layout.outputs
         base = slab.base
         id_field = self._id_field
-        pieces: list[Buffer] = [plan.reply_head, id_field, plan.reply_tail]
+        own = parameter_entries(parameters) if parameters else b""
+        pieces: list[Buffer] = [plan.reply_head, id_field, own, plan.reply_tail]
         for head, index in plan.outputs:
             if head:
                 pieces.append(head)
@@ -119,7 +124,7 @@ class InferCall(Call):
             start = base + offset + first * row_bytes
             pieces.append(memory[start : start + rows * row_bytes])
         plan.route.copied_out_bytes += plan.tensor_bytes
-        self.reply(pieces, plan.reply_bytes + len(id_field))
+        self.reply(pieces, plan.reply_bytes + len(id_field) + len(own))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         self.fail(error)

@@ -15,7 +15,7 @@ from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.one_step import OneStepRoute
 from forebay.frontend.grpc.infer_message import WireRequest
-from forebay.frontend.grpc.infer_reply import FINAL_ENTRY, output_entry, parameter_entry, raw_head
+from forebay.frontend.grpc.infer_reply import FINAL_ENTRY, output_entry, parameter_entries, raw_head
 from forebay.frontend.grpc.wire import text_field
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.tensor import byte_size
@@ -102,7 +102,7 @@ class PlanBook:
             if plan is None:
                 continue
             id_field = bytes(message[id_start:id_end])
-            if not id_field.isascii():
+            if not id_field.isascii() or (id_field and plan.route.sees_requests):
                 return None
             for offset, expected in plan.checks:
                 if bytes(message[begin + offset : begin + offset + len(expected)]) != expected:
@@ -187,7 +187,7 @@ def _plan_reply(plan: InferPlan, entry: ModelEntry, request: ParsedInfer) -> boo
         return False
     plan.reply_head = text_field(1, entry.name) + text_field(2, str(entry.version))
     # The first output's head is constant too, so it goes with what precedes it.
-    parameters = b"".join(parameter_entry(key, value) for key, value in route.reply_parameters.items())
+    parameters = parameter_entries(route.reply_parameters)
     plan.reply_tail = parameters + b"".join(entries) + outputs[0][0]
     plan.stream_tail = FINAL_ENTRY + plan.reply_tail
     plan.outputs = ((b"", outputs[0][1]), *outputs[1:])

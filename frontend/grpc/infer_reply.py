@@ -37,6 +37,11 @@ def parameter_entry(key: str, value: Parameter) -> bytes:
     return field(_PARAMETERS, text_field(1, key) + field(2, choice))
 
 
+def parameter_entries(parameters: Mapping[str, Parameter]) -> bytes:
+    """Return every entry of ``parameters``."""
+    return b"".join(parameter_entry(key, value) for key, value in parameters.items())
+
+
 FINAL_ENTRY = parameter_entry("triton_final_response", True)
 NOT_FINAL_ENTRY = parameter_entry("triton_final_response", False)
 

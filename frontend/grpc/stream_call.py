@@ -8,9 +8,10 @@ otherwise.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
 from forebay.frontend.grpc.call import Call
 from forebay.frontend.grpc.infer_message import walk_request
 from forebay.frontend.grpc.infer_path import PlacedRequest, place_request, render, was_refused
@@ -19,6 +20,7 @@ from forebay.frontend.grpc.infer_reply import (
     FINAL_ENTRY,
     NOT_FINAL_ENTRY,
     identity_fields,
+    parameter_entries,
     stream_error,
     stream_reply,
 )
@@ -28,6 +30,7 @@ from forebay.frontend.grpc.wire import Malformed, text_field
 from forebay.frontend.inference import Response
 from forebay.frontend.tracing import begin_sending, end_sending
 from forebay.ipc.errors import ServingError
+from forebay.ipc.messages import ParameterValue
 
 #: Reply bytes of one stream that wait for the client to read: beyond the first, it may send no more requests; beyond
 #: the second, the stream ends.
@@ -87,20 +90,21 @@ class StreamSlot:
         assert self._plan is not None
         return self._plan.rows
 
-    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+    def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
         plan = self._plan
         assert plan is not None
         if self._is_ended:
             return
         memory = plan.route.engine.view
-        pieces: list[Buffer] = [plan.reply_head, self._id_field, plan.stream_tail]
+        own = parameter_entries(parameters) if parameters else b""
+        pieces: list[Buffer] = [plan.reply_head, self._id_field, own, plan.stream_tail]
         for head, index in plan.outputs:
             offset, row_bytes = slab.layout.outputs[index]
             start = slab.base + offset + first * row_bytes
             pieces += (head, memory[start : start + plan.rows * row_bytes])
         self._is_ended = True
         plan.route.copied_out_bytes += plan.tensor_bytes
-        self._call.take_reply(self, *stream_reply(pieces, plan.stream_bytes + len(self._id_field)))
+        self._call.take_reply(self, *stream_reply(pieces, plan.stream_bytes + len(self._id_field) + len(own)))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         plan = self._plan

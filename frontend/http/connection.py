@@ -17,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.data_plane.owners import OwnedSlab
+from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.http.chunks import ChunkDecoder
 from forebay.frontend.http.fast_path import InferPlan
@@ -29,6 +29,7 @@ from forebay.frontend.http.head import HEAD_BYTES_MAX, TOO_LARGE, Head, HeadErro
 from forebay.frontend.http.replies import CLOSE_LINE, error_reply, text_reply, with_close_line
 from forebay.frontend.http.side_door import SideDoor
 from forebay.ipc.errors import ServingError
+from forebay.ipc.messages import ParameterValue
 
 if TYPE_CHECKING:
     from forebay.frontend.http.general_path import DirectUpload
@@ -86,12 +87,12 @@ class PlannedCall(Call):
     def rows(self) -> int:
         return self.plan.rows
 
-    def rows_done(self, slab: OwnedSlab, first: int) -> None:
+    def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
         plan = self.plan
         view = plan.route.engine.view
         rows = plan.rows
         areas = slab.layout.outputs
-        buffers: list[Buffer] = [plan.reply_head]
+        buffers: list[Buffer] = [plan.reply_head_with(parameters) if parameters else plan.reply_head]
         for index in plan.outputs:
             offset, row_bytes = areas[index]
             start = slab.base + offset + first * row_bytes

@@ -7,13 +7,15 @@ of the bytes that came with the header, and one system call for the reply.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
 from forebay.frontend.codec.infer_response import FixedOutput, response_prefix
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.one_step import OneStepRoute
 from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import byte_size
 
 #: JSON headers remembered for one head; at the limit all are dropped.
@@ -35,6 +37,7 @@ class InferPlan:
         "copies",
         "outputs",
         "priority",
+        "render_head",
         "reply_head",
         "route",
         "rows",
@@ -47,7 +50,7 @@ class InferPlan:
         rows: int,
         copies: Sequence[tuple[int, int, int]],
         outputs: Sequence[int],
-        reply_head: bytes,
+        render_head: Callable[[Mapping[str, ParameterValue]], bytes],
         priority: int,
         timeout_us: int,
         connection_line: bytes,
@@ -58,13 +61,19 @@ class InferPlan:
         self.copies = tuple(copies)
         #: Indices of the outputs in the order of the reply.
         self.outputs = tuple(outputs)
-        #: Status line, headers and JSON.
-        self.reply_head = reply_head
+        #: Makes status line, headers and JSON from the response's parameters.
+        self.render_head = render_head
+        #: The same of a response that has no parameters of its own.
+        self.reply_head = render_head(route.reply_parameters)
         self.priority = priority
         self.timeout_us = timeout_us
         #: For a reply other than ``reply_head``.
         self.connection_line = connection_line
         self.copied_bytes = sum(end - start for start, end, _index in copies)
+
+    def reply_head_with(self, parameters: Mapping[str, ParameterValue]) -> bytes:
+        """Return status line, headers and JSON of a response with parameters of its own."""
+        return self.render_head({**self.route.reply_parameters, **parameters})
 
 
 def make_plan(
@@ -97,7 +106,7 @@ def make_plan(
             return None
         fixed.append(FixedOutput(output.name, spec.datatype, shape, size))
         indices.append(index)
-    reply_head = response_prefix(
-        entry.name, entry.version, request.id, fixed, route.reply_parameters, extra_headers=connection_line
+    render_head = functools.partial(
+        response_prefix, entry.name, entry.version, request.id, fixed, extra_headers=connection_line
     )
-    return InferPlan(route, rows, copies, indices, reply_head, request.priority, request.timeout_us, connection_line)
+    return InferPlan(route, rows, copies, indices, render_head, request.priority, request.timeout_us, connection_line)

@@ -153,7 +153,8 @@ class GeneralCall(Call):
             )
             self.use_regions(request)
             batch_size = validate_infer(entry, request, plain).batch_size
-            inference = start_inference(frontend.engine, entry.route, take_places(request), batch_size)
+            is_bare = request.is_bare(entry) and not head.forwarded
+            inference = start_inference(frontend.engine, entry.route, take_places(request), batch_size, is_bare=is_bare)
             copied = 0
             for tensor, place in zip(request.inputs, inference.places, strict=True):
                 copied += fill(place, tensor, plain, self._regions)

@@ -38,6 +38,7 @@ from forebay.ipc.messages import (
     ParcelHead,
     Phase,
     ReplyHead,
+    RowRemark,
     Stop,
     SupervisorToWorker,
     TensorPlace,
@@ -47,6 +48,7 @@ from forebay.ipc.slabs import SlabLayout
 from forebay.ipc.tensor import DATATYPES, TensorSpec, datatype_of, encode_bytes, view_tensor
 from forebay.ipc.wire import (
     FLAG_FINAL,
+    FLAG_REMARKS,
     GROW,
     HEADER,
     MESSAGE_BYTES_MAX,
@@ -56,6 +58,7 @@ from forebay.ipc.wire import (
     TOKEN,
     Kind,
     Run,
+    pack_rows_cancel,
     pack_runs,
     unpack_runs,
 )
@@ -98,6 +101,7 @@ class RunsAnswer(NamedTuple):
     kind: Kind
     runs: list[Run]
     error: ServingError | None
+    remarks: list[RowRemark]
 
 
 def spec_from_config(
@@ -173,6 +177,7 @@ class WorkerHarness:
         self.lifeline: Lifeline[WorkerToSupervisor] = Lifeline(ours, WorkerToSupervisor)
         self._tokens = itertools.count(1)
         self._batches = itertools.count(1)
+        self._last_batch = 0
         self._heads: dict[int, ParcelHead] = {}
         fds = (theirs.fileno(), doorbell.fileno(), done.fileno(), self._counters.fd)
         self.process = subprocess.Popen(
@@ -381,22 +386,27 @@ class WorkerHarness:
 
     def send_runs(self, *runs: Run) -> None:
         """Send one RUNS batch."""
-        self._ring(pack_runs(Kind.RUNS, 0, 0, next(self._batches), list(runs)))
+        self._last_batch = next(self._batches)
+        self._ring(pack_runs(Kind.RUNS, 0, 0, self._last_batch, list(runs)))
 
-    def run_of(self, base: int, capacity: int, first: int, rows: int) -> Run:
-        """Return a run of one-row requests."""
-        return Run(PRODUCER, rows, base, capacity, first, rows, 0, rows * time.monotonic_ns())
+    def run_of(self, base: int, capacity: int, first: int, rows: int, *, each: int = 1) -> Run:
+        """Return a run of requests of ``each`` rows."""
+        requests = rows // each
+        return Run(PRODUCER, requests, base, capacity, first, rows, 0, requests * time.monotonic_ns())
 
     def runs_answer(self) -> RunsAnswer:
         """Wait for RUNS_DONE or RUNS_FAILED."""
         message = self._completion.recv(MESSAGE_BYTES_MAX)
-        kind, _flags, count, _instance, _batch = HEADER.unpack_from(message)
+        kind, flags, count, _instance, _batch = HEADER.unpack_from(message)
         runs = unpack_runs(memoryview(message), count, _TIMES_END)
-        error = None
-        if kind == Kind.RUNS_FAILED:
-            end = _TIMES_END + count * RUN.size
-            error = from_wire(message[end], message[end + 1 :].decode())
-        return RunsAnswer(Kind(kind), runs, error)
+        end = _TIMES_END + count * RUN.size
+        error = from_wire(message[end], message[end + 1 :].decode()) if kind == Kind.RUNS_FAILED else None
+        remarks = msgspec.msgpack.decode(message[end:], type=list[RowRemark]) if flags & FLAG_REMARKS else []
+        return RunsAnswer(Kind(kind), runs, error, remarks)
+
+    def cancel_rows(self, base: int, *firsts: int) -> None:
+        """Tell the worker that the clients of requests in the batch that was sent last have left."""
+        self._ring(pack_rows_cancel(self._last_batch, PRODUCER, base, firsts))
 
     # --- scheduler ---
 

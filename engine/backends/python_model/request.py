@@ -12,15 +12,17 @@ from forebay.engine.backends.python_model.errors import TritonModelException
 from forebay.engine.backends.python_model.nested_responses import ResponseIterator
 from forebay.engine.backends.python_model.response import (
     Answering,
+    Deliver,
     InferenceResponse,
     InferenceResponseSender,
     check_parameters,
 )
 from forebay.engine.backends.python_model.tensor import Tensor
-from forebay.ipc.messages import ParameterValue, TensorPlace
+from forebay.ipc.messages import InstanceSpec, ParameterValue, TensorPlace
 
 if TYPE_CHECKING:
-    from forebay.engine.worker.parcels import ParcelRequest
+    from forebay.engine.worker.parcel_request import ParcelRequest
+    from forebay.engine.worker.request_rows import RowRequest
 
 #: Request flags (spec P-033).
 SEQUENCE_START = 1
@@ -56,8 +58,46 @@ class PreferredMemory:
         self.preferred_device_id = preferred_device_id
 
 
+_NO_TRACE = InferenceTrace()
+_NO_PARAMETERS: Mapping[str, ParameterValue] = {}
+
+
+class Recipient:
+    """The model that requests come to, as all its requests know it."""
+
+    def __init__(self, spec: InstanceSpec, deliver: Deliver) -> None:
+        """``deliver`` sends one response of the model."""
+        self.model = spec.model
+        self.version = spec.version
+        self.decoupled = spec.decoupled
+        self.deliver = deliver
+        #: Names and datatypes.
+        self.inputs = tuple((tensor.name, tensor.datatype) for tensor in spec.inputs)
+        self.outputs = tuple(tensor.name for tensor in spec.outputs)
+
+
 class InferenceRequest:
     """A request to this model, or one that the model makes."""
+
+    __slots__ = (
+        "__weakref__",
+        "_answering",
+        "_correlation_id",
+        "_flags",
+        "_inputs",
+        "_is_sender_taken",
+        "_model_name",
+        "_model_version",
+        "_output_names",
+        "_parameters",
+        "_preferred_memory",
+        "_recipient",
+        "_release_flags",
+        "_request_id",
+        "_source",
+        "_timeout",
+        "_trace",
+    )
 
     def __init__(
         self,
@@ -94,15 +134,20 @@ class InferenceRequest:
         self._trace = trace or InferenceTrace()
         self._parameters: Mapping[str, ParameterValue] = check_parameters(parameters)
         self._release_flags = RELEASE_ALL
+        self._recipient: Recipient | None = None
+        self._source: ParcelRequest | RowRequest | None = None
         self._answering: Answering | None = None
-        self._sender_taken = False
+        self._is_sender_taken = False
 
     @classmethod
-    def incoming(cls, answering: Answering, model_name: str, model_version: int) -> InferenceRequest:
-        """Return the request that ``answering`` has to answer."""
-        parcel = answering.parcel
+    def of_parcel(cls, recipient: Recipient, parcel: ParcelRequest) -> InferenceRequest:
+        """Return a client's request to the model.
+
+        Raises:
+            Internal: an input lies outside its arena.
+        """
         head = parcel.head
-        request = cls.__new__(cls)
+        request = cls._of(recipient, parcel)
         request._request_id = head.id
         request._correlation_id = head.correlation_id
         request._inputs = [_input(parcel, place) for place in head.inputs]
@@ -110,16 +155,44 @@ class InferenceRequest:
             Tensor.of_datatype(name, datatype, array) for name, (datatype, array) in parcel.control_inputs.items()
         ]
         request._output_names = parcel.requested_outputs
-        request._model_name = model_name
-        request._model_version = model_version
         request._flags = SEQUENCE_START * head.sequence_start + SEQUENCE_END * head.sequence_end
         request._timeout = head.timeout_us
-        request._preferred_memory = None
         request._trace = InferenceTrace(head.trace_context)
         request._parameters = head.parameters
+        if recipient.decoupled:
+            # Somebody must notice if the model never takes its sender.
+            request._answering = Answering(parcel, recipient.deliver, decoupled=True)
+        return request
+
+    @classmethod
+    def of_row(cls, recipient: Recipient, row: RowRequest) -> InferenceRequest:
+        """Return a client's request that has nothing but tensors."""
+        request = cls._of(recipient, row)
+        request._request_id = ""
+        request._correlation_id = 0
+        # Views of the kept arrays: a model may set the shape of what it is given.
+        request._inputs = [
+            Tensor.of_datatype(name, datatype, array.view())
+            for (name, datatype), array in zip(recipient.inputs, row.place.inputs, strict=True)
+        ]
+        request._output_names = recipient.outputs
+        request._flags = 0
+        request._timeout = 0
+        request._trace = _NO_TRACE
+        request._parameters = _NO_PARAMETERS
+        return request
+
+    @classmethod
+    def _of(cls, recipient: Recipient, source: ParcelRequest | RowRequest) -> InferenceRequest:
+        request = cls.__new__(cls)
+        request._recipient = recipient
+        request._source = source
+        request._model_name = recipient.model
+        request._model_version = recipient.version
+        request._preferred_memory = None
         request._release_flags = RELEASE_ALL
-        request._answering = answering
-        request._sender_taken = False
+        request._answering = None
+        request._is_sender_taken = False
         return request
 
     # --- what it holds ---
@@ -175,10 +248,27 @@ class InferenceRequest:
     # --- how it is answered ---
 
     @property
-    def answering(self) -> Answering:
-        """The duty to answer; only of an incoming request."""
-        if self._answering is None:
+    def source(self) -> ParcelRequest | RowRequest:
+        """What the worker has of it; only of an incoming request."""
+        if self._source is None:
             raise TritonModelException("the request was made by the model itself")
+        return self._source
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has had its last response."""
+        return self.source.is_final or (self._answering is not None and self._answering.is_closed)
+
+    @property
+    def is_sender_taken(self) -> bool:
+        """Whether the model answers by itself, so that None in the list that it returns is an answer."""
+        return self._is_sender_taken
+
+    def _take_answering(self) -> Answering:
+        source = self.source
+        if self._answering is None:
+            assert self._recipient is not None
+            self._answering = Answering(source, self._recipient.deliver, decoupled=self._recipient.decoupled)
         return self._answering
 
     def get_response_sender(self) -> InferenceResponseSender:
@@ -187,15 +277,19 @@ class InferenceRequest:
         Raises:
             TritonModelException: it was taken before.
         """
-        answering = self.answering
-        if self._sender_taken:
+        answering = self._take_answering()
+        if self._is_sender_taken:
             raise TritonModelException("The response sender of a request can be taken only once.")
-        self._sender_taken = True
+        self._is_sender_taken = True
         return InferenceResponseSender(answering)
+
+    def hand_back(self) -> None:
+        """Leave the rest of the answer to a later execution, in which the request comes again (spec S-060)."""
+        self._take_answering().hand_back()
 
     def is_cancelled(self) -> bool:
         """Return whether the client has left or its deadline has passed."""
-        return self._answering is not None and self._answering.parcel.is_cancelled
+        return self._source is not None and self._source.is_cancelled
 
     def set_release_flags(self, flags: int) -> None:
         """Say whether the request is done after ``execute`` or has to come again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from forebay.engine.backends.python_model.errors import TritonError, TritonModelException
 from forebay.engine.backends.python_model.tensor import Tensor
@@ -14,6 +14,7 @@ from forebay.ipc.messages import ParameterValue
 
 if TYPE_CHECKING:
     from forebay.engine.worker.parcel_request import ParcelRequest
+    from forebay.engine.worker.request_rows import RowRequest
 
 #: ``TRITONSERVER_RESPONSE_COMPLETE_FINAL``
 COMPLETE_FINAL = 1
@@ -37,6 +38,8 @@ def check_parameters(parameters: Mapping[str, ParameterValue] | None) -> dict[st
 
 class InferenceResponse:
     """What a model answers, or what a nested call answered."""
+
+    __slots__ = ("__weakref__", "_error", "_output_tensors", "_parameters")
 
     def __init__(
         self,
@@ -68,6 +71,10 @@ class InferenceResponse:
         return self._parameters
 
 
+#: Sends one response to a request; the last argument tells that it is the final one.
+Deliver = Callable[["ParcelRequest | RowRequest", InferenceResponse, bool], None]
+
+
 class Answering:
     """The duty to answer one request. Shared by the request and its sender; when both are gone, it is too late.
 
@@ -76,12 +83,12 @@ class Answering:
 
     def __init__(
         self,
-        parcel: ParcelRequest,
-        deliver: Callable[[ParcelRequest, InferenceResponse, bool], None],
+        source: ParcelRequest | RowRequest,
+        deliver: Deliver,
         *,
         decoupled: bool,
     ) -> None:
-        self.parcel = parcel
+        self.source = source
         self.decoupled = decoupled
         #: The model asked for the sender, so None in the returned list is an answer.
         self.sender_used = False
@@ -93,12 +100,13 @@ class Answering:
 
     @property
     def is_closed(self) -> bool:
-        return self._is_closed or self.parcel.is_final
+        return self._is_closed or self.source.is_final
 
     def hand_back(self) -> None:
         """Leave the rest of the answer to a later execution, in which the request comes again (spec S-060)."""
         self._is_handed_back = True
-        self.parcel.reschedule()
+        # Only sequences do, whose requests are parcels.
+        cast("ParcelRequest", self.source).reschedule()
 
     def send(self, response: InferenceResponse | None, flags: int) -> None:
         """Send one response, or only the flag; see :meth:`InferenceResponseSender.send`."""
@@ -125,18 +133,18 @@ class Answering:
             if response is not None:
                 self._sent_count += 1
                 # A model that is not decoupled has one response, so that one is the last.
-                self._deliver(self.parcel, response, self._is_closed or not self.decoupled)
+                self._deliver(self.source, response, self._is_closed or not self.decoupled)
             else:
-                self.parcel.finish()
+                self.source.finish()
 
     def __del__(self) -> None:
         # The collector may come by at any moment, also while this thread holds the doorbells' lock: only hand over.
-        if not self.parcel.is_final and not self._is_handed_back:
-            _dropped.put(self.parcel)
+        if not self.source.is_final and not self._is_handed_back:
+            _dropped.put(self.source)
 
 
 #: Requests that nobody can answer any more. A SimpleQueue may be put to from a destructor.
-_dropped: queue.SimpleQueue[ParcelRequest] = queue.SimpleQueue()
+_dropped: queue.SimpleQueue[ParcelRequest | RowRequest] = queue.SimpleQueue()
 
 
 def start_answering_dropped() -> None:
@@ -166,4 +174,4 @@ class InferenceResponseSender:
 
     def is_cancelled(self) -> bool:
         """Return whether the client has left or its deadline has passed."""
-        return self._answering.parcel.is_cancelled
+        return self._answering.source.is_cancelled

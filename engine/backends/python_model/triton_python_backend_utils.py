@@ -97,7 +97,7 @@ def empty(inference_request: InferenceRequest, shape: Sequence[int], dtype: Any)
     datatype = datatype_of(np.empty(0, kind))
     if datatype == "BYTES":
         raise TritonModelException("pb_utils.empty is for datatypes of fixed size, not for strings")
-    return inference_request.answering.parcel.lend_array(datatype, tuple(int(dim) for dim in shape))
+    return inference_request.source.lend_array(datatype, tuple(int(dim) for dim in shape))
 
 
 def serialize_byte_tensor(input_tensor: Array) -> Array:

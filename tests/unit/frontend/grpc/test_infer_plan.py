@@ -31,6 +31,7 @@ class Route:
         self.output_indices = {"X": 0, "Y": 1}
         self.output_specs = ENTRY.outputs
         self.reply_parameters: dict[str, Any] = {}
+        self.sees_requests = False
 
 
 def message(request_id: str = "", *, rows: int = 2, fill: int = 1, **fields: Any) -> Any:

@@ -1,0 +1,98 @@
+"""From a model's response to what the client gets: which outputs, compared with the configuration."""
+
+from __future__ import annotations
+
+from forebay.engine.backends.base import Array
+from forebay.engine.backends.python_model.response import InferenceResponse
+from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.engine.worker.parcel_request import ParcelRequest
+from forebay.engine.worker.pending_response import RawTensor, byte_view
+from forebay.engine.worker.places import client_shape
+from forebay.engine.worker.request_rows import RowRequest
+from forebay.ipc.errors import BackendFailed
+from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import TensorSpec, encode_bytes
+
+
+class ModelOutputs:
+    """The configured outputs of one model."""
+
+    def __init__(self, spec: InstanceSpec, *, are_checked: bool) -> None:
+        """
+        Args:
+            are_checked: datatypes, shapes and presence must be as configured (Triton does not look, spec L-022).
+        """
+        self._model = spec.model
+        self._max_batch_size = spec.max_batch_size
+        self._decoupled = spec.decoupled
+        self._are_checked = are_checked
+        self._specs = {tensor.name: tensor for tensor in spec.outputs}
+
+    def raw(self, request: ParcelRequest, response: InferenceResponse) -> list[RawTensor]:
+        """Return the outputs that the client wants, as bytes.
+
+        Raises:
+            BackendFailed: they are not as configured.
+        """
+        produced = {tensor.name(): tensor for tensor in response.output_tensors()}
+        tensors: list[RawTensor] = []
+        for name in request.requested_outputs:
+            tensor = produced.get(name)
+            if tensor is None:
+                if self._are_checked and not self._decoupled:
+                    raise self._missing(name, produced)
+                continue
+            shape = tuple(tensor.shape())
+            if self._are_checked:
+                shape = self._checked_shape(request.rows, self._specs[name], tensor.datatype, shape)
+            raw = tensor.raw
+            if raw is None:
+                data = tensor.data
+                raw = memoryview(encode_bytes(data)) if tensor.datatype == "BYTES" else byte_view(data)
+            tensors.append(RawTensor(name, tensor.datatype, shape, raw))
+        return tensors
+
+    def arrays(self, request: RowRequest, response: InferenceResponse) -> list[Array]:
+        """Return all outputs, each of the shape and dtype of its rows.
+
+        Raises:
+            BackendFailed: they are not as configured.
+        """
+        produced = {tensor.name(): tensor for tensor in response.output_tensors()}
+        arrays: list[Array] = []
+        for spec, target in zip(self._specs.values(), request.place.outputs, strict=True):
+            tensor = produced.get(spec.name)
+            if tensor is None:
+                raise self._missing(spec.name, produced)
+            array = tensor.data
+            if array.shape != target.shape or tensor.datatype != spec.datatype:
+                self._checked_shape(request.rows, spec, tensor.datatype, array.shape)
+                array = array.reshape(target.shape)
+            arrays.append(array)
+        return arrays
+
+    def _missing(self, name: str, produced: dict[str, Tensor]) -> BackendFailed:
+        others = f", but {', '.join(map(repr, sorted(produced)))}" if produced else ""
+        return BackendFailed(f"model '{self._model}' did not produce output '{name}'{others}")
+
+    def _checked_shape(self, rows: int, spec: TensorSpec, datatype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape as the client sees it.
+
+        Raises:
+            BackendFailed: datatype or shape are not the configured ones.
+        """
+        batches = self._max_batch_size > 0
+        seen = client_shape(spec, shape, self._max_batch_size)
+        dims = seen[1:] if batches else seen
+        fits = len(dims) == len(spec.dims) and all(
+            want in (-1, have) for want, have in zip(spec.dims, dims, strict=True)
+        )
+        if batches and not self._decoupled:
+            fits = fits and seen[:1] == (rows,)
+        if datatype != spec.datatype or not fits:
+            expected = [rows, *spec.dims] if batches else list(spec.dims)
+            raise BackendFailed(
+                f"model '{self._model}' produced output '{spec.name}' as {datatype} {list(shape)}, "
+                f"but its configuration promises {spec.datatype} {expected}"
+            )
+        return seen
