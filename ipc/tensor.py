@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -215,3 +215,8 @@ def view_tensor(buffer: memoryview, datatype: str, shape: Sequence[int]) -> npt.
     import numpy as np
 
     return np.frombuffer(buffer, dtype=DATATYPES[datatype].numpy_dtype).reshape(shape)
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """Return ``[-1,3]``, as Triton prints shapes."""
+    return "[" + ",".join(str(dim) for dim in shape) + "]"

@@ -174,6 +174,8 @@ BACKEND_MODULES: dict[str, str] = {
     "pytorch": "forebay.engine.backends.torch_backend",
     "python": "forebay.engine.backends.python_backend",
     "identity": "forebay.engine.backends.identity_backend",
+    "repeat": "forebay.engine.backends.repeat_backend",
+    "square": "forebay.engine.backends.square_backend",
     "forebay_function": "forebay.engine.backends.function_backend",
     "forebay_fault": "forebay.engine.backends.fault_backend",
     "tensorflow": "forebay.engine.backends.tensorflow_backend",

@@ -12,6 +12,8 @@ from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.pending_response import RawTensor
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
 from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import shape_text
+from forebay.ipc.validation import id_prefix
 
 #: What every response carries (spec B-082, E-105).
 RESPONSE_PARAMETERS: Mapping[str, ParameterValue] = {
@@ -42,7 +44,7 @@ def check_pairs(spec: InstanceSpec) -> dict[str, str]:
             )
         if source.dims != output.dims:
             raise InvalidArgument(
-                f"expected input and output shape to match, got {list(source.dims)} and {list(output.dims)}"
+                f"expected input and output shape to match, got {shape_text(source.dims)} and {shape_text(output.dims)}"
             )
         pairs[output.name] = source.name
     return pairs
@@ -79,6 +81,8 @@ class IdentityInstance(RequestInstance):
                 request.fail(error)
 
     def _answer(self, request: ParcelRequest) -> None:
+        if isinstance(request.head.correlation_id, str):
+            raise InvalidArgument(f"{id_prefix(request.head.id)}correlation ID in request is not an unsigned int")
         inputs = {place.name: place for place in request.head.inputs}
         tensors: list[RawTensor] = []
         for name in request.requested_outputs:

@@ -29,6 +29,7 @@ from forebay.engine.backends.base import (
 )
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError, Unavailable, Unsupported
 from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import shape_text
 
 #: TensorFlow's dtype names to config.pbtxt's.
 _DATA_TYPES = {
@@ -249,17 +250,13 @@ def check_config(spec: InstanceSpec, signature: Signature) -> None:
             if match.shape is not None and not _fits(match.shape, dims) and (match.shape or dims != (1,)):
                 raise InvalidArgument(
                     f"unable to load model '{spec.model}', tensor '{tensor.name}': the model expects "
-                    f"{len(match.shape)} dimensions (shape {_shape_text(match.shape)}) but the model configuration "
-                    f"specifies {len(dims)} dimensions (shape {_shape_text(dims)})"
+                    f"{len(match.shape)} dimensions (shape {shape_text(match.shape)}) but the model configuration "
+                    f"specifies {len(dims)} dimensions (shape {shape_text(dims)})"
                 )
 
 
 def _fits(shape: Sequence[int], dims: Sequence[int]) -> bool:
     return len(shape) == len(dims) and all(have in (-1, want) for have, want in zip(shape, dims, strict=True))
-
-
-def _shape_text(shape: Sequence[int]) -> str:
-    return "[" + ",".join(str(dim) for dim in shape) + "]"
 
 
 class TensorflowInstance(TensorInstance):

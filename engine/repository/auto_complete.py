@@ -8,7 +8,7 @@ configuration itself. The file on disk is never changed (spec R-068).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -23,6 +23,7 @@ from forebay.engine.repository.model_config_schema import (
 )
 from forebay.engine.repository.normalise import normalise_defaults
 from forebay.ipc.errors import NotFound
+from forebay.ipc.tensor import shape_text
 
 #: ``default-max-batch-size`` of ``--backend-config`` where none is given (spec B-002).
 DEFAULT_MAX_BATCH_SIZE = 4
@@ -174,11 +175,6 @@ def check_described(config: ModelConfig, described: DescribedModel) -> None:
     problems = described_problems(config, described)
     if problems:
         raise ConfigError(problems)
-
-
-def shape_text(shape: Iterable[int]) -> str:
-    """Return ``[-1,3]``, as Triton prints shapes."""
-    return "[" + ",".join(str(dim) for dim in shape) + "]"
 
 
 # ---- completing ------------------------------------------------------------------------------------------------------

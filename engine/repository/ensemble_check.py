@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from forebay.engine.repository.auto_complete import shape_text
 from forebay.engine.repository.config_problem import ConfigError, Problem, likely_meant
 from forebay.engine.repository.model_spec import EnsembleSpec, EnsembleStepSpec, InputSpec, ModelSpec, OutputSpec
-from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.tensor import DATATYPES, shape_text
 
 
 def step_identity(step: EnsembleStepSpec) -> str:
