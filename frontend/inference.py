@@ -369,7 +369,7 @@ class Inference:
             else:
                 self._free_block()
         elif self._slab is not None:
-            self.route.cancel_rows(self._slab, self._first)
+            self.route.cancel_rows(self._slab, self._first, self)
         elif self._token:
             self._engine.cancel(self._token)
 

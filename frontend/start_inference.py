@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from forebay.frontend.cached_inference import CachedInference
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
+from forebay.frontend.ensemble.chain import ChainRoute
 from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference
 from forebay.frontend.ensemble.one_step import OneStepRoute, one_step_of
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, RequestMeta
 from forebay.ipc.errors import NotReady
+
+#: Whose slab rows a plan takes.
+RowsRoute: TypeAlias = RouteClient | OneStepRoute | ChainRoute
 
 
 class PlacedInference(Protocol):
@@ -31,7 +35,7 @@ class PlacedInference(Protocol):
         ...
 
     @property
-    def rows_route(self) -> RouteClient | OneStepRoute | None:
+    def rows_route(self) -> RowsRoute | None:
         """What a plan for equal requests takes slab rows of; None: they never lie in rows."""
         ...
 
@@ -95,4 +99,4 @@ def _uncached(
     one = one_step_of(route)
     if one is not None and all(tensor.name in one.inputs for tensor in inputs):
         return OneStepInference(route, one, inputs, batch_size, direct=direct, is_bare=is_bare)
-    return EnsembleInference(route, inputs, batch_size)
+    return EnsembleInference(route, inputs, batch_size, is_bare=is_bare)

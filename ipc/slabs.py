@@ -43,16 +43,29 @@ class SlabLayout:
         self.outputs = tuple(areas[len(inputs) :])
         self.byte_size = max(offset, 1)
 
+    @classmethod
+    def of_areas(cls, inputs: Sequence[Area], outputs: Sequence[Area], capacity: int, byte_size: int) -> SlabLayout:
+        """Return the layout of a slab whose areas lie as they are given; only its producer knows such a one."""
+        layout = cls((), (), capacity)
+        layout.inputs, layout.outputs, layout.byte_size = tuple(inputs), tuple(outputs), byte_size
+        return layout
+
 
 class Slab(Generic[Owner]):
     """The producer's books of one slab."""
 
-    __slots__ = ("_next", "_used", "base", "capacity", "layout", "live", "owners")
+    __slots__ = ("_next", "_used", "base", "capacity", "layout", "lender", "live", "owners")
 
-    def __init__(self, base: int, layout: SlabLayout) -> None:
+    def __init__(self, base: int, layout: SlabLayout, lender: Slab[Owner] | None = None) -> None:
+        """Begin with all rows free.
+
+        Args:
+            lender: the slab whose rows these are; None: itself.
+        """
         self.base = base
         self.layout = layout
         self.capacity = layout.capacity
+        self.lender: Slab[Owner] = self if lender is None else lender
         #: Rows loaned or published.
         self.live = 0
         #: Who waits for the row's answer; at a request's first row, None elsewhere.

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from forebay.frontend.answer_order import AnswerOrder
 from forebay.frontend.data_plane.grants import Grant
 from forebay.frontend.data_plane.owners import OwnedSlab, ParcelOwner, RowOwner
+from forebay.frontend.data_plane.slab_set import SlabSet
 from forebay.frontend.data_plane.turn_run import TurnRun
 from forebay.frontend.route_details import RouteDetails
 from forebay.frontend.tracing import Sampler
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import ProducerCounter as Count
-from forebay.ipc.errors import ArenaFull, Cancelled
+from forebay.ipc.errors import Cancelled
 from forebay.ipc.messages import ParameterValue, ParcelSubmit
 from forebay.ipc.slabs import Slab, SlabLayout
 from forebay.ipc.wire import HEAD_BYTES_MAX, Run
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 #: A request whose tensors take more bytes per row than this lives in blocks of its own: a slow upload must not hold
 #: up the slab's ring, and gathering large rows would cost more than running them one by one.
 SLAB_ROW_BYTES_MAX = 16 * 1024
-#: Bytes of a route's first slab, at most.
-SLAB_BYTES_FIRST = 2 * 1024 * 1024
-#: Rows of a route's first slab.
-SLAB_ROWS_MIN, SLAB_ROWS_MAX = 64, 65536
 
 
 class RouteClient:
@@ -40,7 +37,6 @@ class RouteClient:
         self.is_retired = False
         #: Says which requests are traced; None: none of them.
         self.sampler: Sampler | None = engine.sampler_of(entry.name)
-        self.slabs: list[OwnedSlab] = []
         self.counters = engine.counters_block(entry.counter_offset)
         #: Latencies and responses one by one; None: nobody wants them.
         self.details: RouteDetails | None = engine.route_details(entry)
@@ -65,12 +61,14 @@ class RouteClient:
         self.block_bytes = 0
         #: Bytes that replies of unknown size are expected to take; learned from those that did not fit.
         self.reply_guess_bytes = 1024
-        self._row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
+        row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
         #: True if requests may live in slab rows; see :meth:`takes_rows`.
-        self.uses_rows = entry.is_fixed and self._row_bytes <= SLAB_ROW_BYTES_MAX
+        self.uses_rows = entry.is_fixed and row_bytes <= SLAB_ROW_BYTES_MAX
         #: Holds answers back until it is their turn; None: nobody minds.
         self.order = AnswerOrder() if entry.preserve_ordering else None
-        self._layouts: dict[int, SlabLayout] = {}
+        self._slab_set = SlabSet(row_bytes, entry.max_batch_size, self._make_slab, self._free_slab)
+        #: The same list; read for every request.
+        self.slabs = self._slab_set.slabs
         self.input_indices = {tensor.name: index for index, tensor in enumerate(entry.inputs)}
         self.output_indices = {tensor.name: index for index, tensor in enumerate(entry.outputs)}
         self.output_specs = entry.outputs
@@ -103,33 +101,29 @@ class RouteClient:
         Raises:
             ArenaFull: the arena has no room for a larger slab.
         """
-        if self.slabs:
-            slab = self.slabs[-1]
+        slabs = self.slabs
+        if slabs:
+            slab = slabs[-1]
             first = slab.loan(rows)
             if first >= 0:
                 return slab, first
-        return self._loan_from_new(rows)
+        return self._slab_set.loan(rows)
 
-    def _loan_from_new(self, rows: int) -> tuple[OwnedSlab, int]:
-        for slab in self.slabs[:-1]:
-            first = slab.loan(rows)
-            if first >= 0:
-                return slab, first
-        if self.slabs:
-            capacity = self.slabs[-1].capacity * 2
-        else:
-            fitting = SLAB_BYTES_FIRST // max(self._row_bytes, 1)
-            wanted = max(SLAB_ROWS_MIN, 8 * self.entry.max_batch_size)
-            capacity = max(min(wanted, fitting), 2 * max(self.entry.max_batch_size, 1))
-        capacity = min(max(capacity, rows), SLAB_ROWS_MAX)
+    def _make_slab(self, capacity: int) -> OwnedSlab:
         layout = SlabLayout(self.entry.inputs, self.entry.outputs, capacity)
         slab = Slab[RowOwner](self.engine.allocate(layout.byte_size), layout)
-        self.slabs.append(slab)
         self.engine.slabs[slab.base] = (self, slab)
-        first = slab.loan(rows)
-        if first < 0:
-            raise ArenaFull("too many requests in flight for one model; send fewer at a time")
-        return slab, first
+        return slab
+
+    def _free_slab(self, slab: OwnedSlab) -> None:
+        self.engine.slabs.pop(slab.base, None)
+        self.engine.free(slab.base, slab.layout.byte_size)
+
+    def use_slabs(self, slab_set: SlabSet) -> None:
+        """Have rows from these slabs from now on; the others go as they empty."""
+        self._slab_set.retire()
+        self._slab_set = slab_set
+        self.slabs = slab_set.slabs
 
     def publish(
         self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
@@ -145,7 +139,7 @@ class RouteClient:
         if not self.engine.are_gauges_due:
             self.engine.want_gauges()
         if not turn:
-            if self.grants and slab.live == rows and not self.turn_parcels and self._ring_now(slab, first, rows):
+            if self.grants and slab.lender.live == rows and not self.turn_parcels and self._ring_now(slab, first, rows):
                 return
             self.need_flush()
         else:
@@ -177,9 +171,9 @@ class RouteClient:
             self.is_flush_scheduled = True
             self.engine.schedule_flush(self)
 
-    def cancel_rows(self, slab: OwnedSlab, first: int) -> None:
-        """Nobody waits any more for the request that begins at ``first``; its owner still hears once of its end."""
-        if slab.owners[first] is None:
+    def cancel_rows(self, slab: OwnedSlab, first: int, owner: RowOwner) -> None:
+        """Nobody waits any more for the request of ``owner`` at ``first``; the owner still hears once of its end."""
+        if slab.owners[first] is not owner:
             return
         for place, run in enumerate(self.turn):
             end = run.first + run.requests * run.rows_each
@@ -279,16 +273,11 @@ class RouteClient:
     def retire(self) -> None:
         """The model version is no longer routed to; give back slabs as they empty."""
         self.is_retired = True
-        self.free_idle_slabs()
+        self._slab_set.retire()
 
     def free_idle_slabs(self) -> None:
         """Free slabs that hold nothing: all of a retired route, all but the newest of a live one."""
-        keep = [] if self.is_retired else self.slabs[-1:]
-        for slab in list(self.slabs):
-            if slab.live == 0 and slab not in keep:
-                self.slabs.remove(slab)
-                self.engine.slabs.pop(slab.base, None)
-                self.engine.free(slab.base, slab.layout.byte_size)
+        self._slab_set.free_idle()
 
     def write_counters(self) -> None:
         counters = self.counters

@@ -77,8 +77,7 @@ class RowAnswers:
             if requests and route.details is not None:
                 route.details.answered(requests, now_ns - enqueue_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
-            if route.is_retired or len(route.slabs) > 1:
-                route.free_idle_slabs()
+            route.free_idle_slabs()
         self._engine.grants.runs_ended(instance)
 
     @staticmethod

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.ensemble.chain import ChainRoute, chain_of
 from forebay.frontend.ensemble.one_step import OneStep, OneStepRoute
-from forebay.frontend.ensemble.run import ensemble_run
+from forebay.frontend.ensemble.run import ensemble_of, ensemble_run
 from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, OutputView, RequestMeta, Response
 from forebay.frontend.tracing import REQUEST_END, RESPONSE_COMPLETE, Trace
@@ -23,12 +24,15 @@ from forebay.ipc.messages import TensorPlace
 class EnsembleInference:
     """One request to an ensemble. Life as :class:`Inference`: placed -> submitted -> responses; ``cancel`` any time."""
 
-    def __init__(self, route: RouteClient, inputs: Sequence[InputTensor], batch_size: int) -> None:
+    def __init__(
+        self, route: RouteClient, inputs: Sequence[InputTensor], batch_size: int, *, is_bare: bool = False
+    ) -> None:
         """Take room for the inputs.
 
         Args:
             inputs: already validated against the ensemble.
             batch_size: as validated; 0 for an ensemble that does not batch.
+            is_bare: it carries nothing but tensors.
 
         Raises:
             ArenaFull: there is no room.
@@ -36,6 +40,7 @@ class EnsembleInference:
         engine = route.engine
         self.route = route
         self.rows = max(batch_size, 1)
+        self._is_bare = is_bare
         self._block = Block(route, sum(align(tensor.byte_size) for tensor in inputs))
         self._tensors: dict[str, Tensor] = {}
         self._run: EnsembleRun[RouteClient] | None = None
@@ -49,8 +54,12 @@ class EnsembleInference:
             offset += align(tensor.byte_size)
 
     @property
-    def rows_route(self) -> None:
-        return None
+    def rows_route(self) -> ChainRoute | None:
+        chain = chain_of(ensemble_of(self.route))
+        if chain is None or self.rows > max(chain.max_batch_size, 1):
+            return None
+        route = ChainRoute(chain)
+        return route if self._is_bare or not route.sees_requests else None
 
     def submit(self, meta: RequestMeta, on_response: OnResponse) -> None:
         """Run the ensemble; ``on_response`` may be called before this returns."""
@@ -143,7 +152,7 @@ class OneStepInference:
             self._trace.note(RESPONSE_COMPLETE)
             self._trace.note(REQUEST_END)
         if response.error is not None:
-            self._on_response(Response(error=self._one.prefixed(response.error)))
+            self._on_response(Response(error=self._one.ensemble.prefixed(response.error)))
             return
         outputs, meta = self._one.outputs, self._meta
         sequence = (meta.sequence_id, meta.sequence_start, meta.sequence_end)

@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab, RowOwner
 from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.engine_client import EngineClient
+from forebay.frontend.ensemble.rows_route import EnsembleRows
 from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of
-from forebay.frontend.tracing import Sampler
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.ensemble.run import sequence_parameters
 from forebay.ipc.ensemble.steps import StepTimes
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue
@@ -31,10 +29,6 @@ class OneStep(NamedTuple):
     """The ensemble's name to the model's."""
     outputs: dict[str, str]
     """The model's name to the ensemble's."""
-
-    def prefixed(self, error: ServingError) -> ServingError:
-        """Return a step's error as the ensemble's (spec S-107)."""
-        return type(error)(f"in ensemble '{self.ensemble.route.entry.name}', {error.text}")
 
 
 def one_step_of(route: RouteClient) -> OneStep | None:
@@ -71,14 +65,17 @@ def _fits(ours: TensorSpec | None, theirs: TensorSpec | None) -> bool:
     return len(ours.dims) == len(theirs.dims) and (theirs.optional or not ours.optional)
 
 
-class OneStepRoute:
+class OneStepRoute(EnsembleRows):
     """Rows in the model's slab for requests of equal form to the ensemble: what a plan needs of a route."""
 
-    __slots__ = ("_one", "input_indices", "output_indices", "output_specs")
+    __slots__ = ("_one", "input_indices", "output_indices", "output_specs", "sees_requests")
 
     def __init__(self, one: OneStep) -> None:
+        super().__init__(one.ensemble)
         self._one = one
         model = one.route.entry
+        #: Whether the model looks at what a request carries besides tensors.
+        self.sees_requests = model.sees_requests
         self.output_specs = model.outputs
         #: The ensemble's name to the index of the tensor in the model.
         self.input_indices = {
@@ -90,41 +87,6 @@ class OneStepRoute:
         self.output_indices = {
             one.outputs[spec.name]: index for index, spec in enumerate(model.outputs) if spec.name in one.outputs
         }
-
-    @property
-    def engine(self) -> EngineClient:
-        return self._one.route.engine
-
-    @property
-    def sees_requests(self) -> bool:
-        """Whether the model looks at what a request carries besides tensors."""
-        return self._one.route.entry.sees_requests
-
-    @property
-    def reply_parameters(self) -> dict[str, ParameterValue]:
-        """What every reply says (spec S-111)."""
-        return sequence_parameters((0, False, False))
-
-    @property
-    def sampler(self) -> Sampler | None:
-        """Says which requests to the ensemble are traced."""
-        return self._one.ensemble.route.sampler
-
-    @property
-    def copied_in_bytes(self) -> int:
-        return self._one.ensemble.route.copied_in_bytes
-
-    @copied_in_bytes.setter
-    def copied_in_bytes(self, count: int) -> None:
-        self._one.ensemble.route.copied_in_bytes = count
-
-    @property
-    def copied_out_bytes(self) -> int:
-        return self._one.ensemble.route.copied_out_bytes
-
-    @copied_out_bytes.setter
-    def copied_out_bytes(self, count: int) -> None:
-        self._one.ensemble.route.copied_out_bytes = count
 
     def loan(self, rows: int) -> tuple[OwnedSlab, int]:
         """Return a slab of the model and the first of ``rows`` free rows in it.
@@ -142,29 +104,35 @@ class OneStepRoute:
         counted = _CountedRows(self._one, owner, route.engine.turn_ns())
         route.publish(slab, first, rows, counted, priority, timeout_us)
 
+    def cancel_rows(self, slab: OwnedSlab, first: int, owner: RowOwner) -> None:
+        """Nobody waits any more for the request of ``owner`` at ``first``; the owner still hears once of its end."""
+        counted = slab.owners[first]
+        if isinstance(counted, _CountedRows) and counted.owner is owner:
+            self._one.route.cancel_rows(slab, first, counted)
+
 
 class _CountedRows:
     """Stands between the engine and a call: counts its request for the ensemble."""
 
-    __slots__ = ("_began_ns", "_one", "_owner")
+    __slots__ = ("_began_ns", "_one", "owner")
 
     def __init__(self, one: OneStep, owner: RowOwner, began_ns: int) -> None:
         self._one = one
-        self._owner = owner
+        self.owner = owner
         self._began_ns = began_ns
 
     @property
     def rows(self) -> int:
-        return self._owner.rows
+        return self.owner.rows
 
     def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
-        owner, ensemble = self._owner, self._one.ensemble
+        owner, ensemble = self.owner, self._one.ensemble
         owner.rows_done(slab, first)
         times = StepTimes.since(self._began_ns, ensemble.route.engine.reply_times())
         ensemble.outcomes.succeeded(owner.rows, self._began_ns, times)
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
-        owner = self._owner
-        failed = self._one.prefixed(error)
+        owner = self.owner
+        failed = self._one.ensemble.prefixed(error)
         owner.rows_failed(slab, first, failed, ran=True)
         self._one.ensemble.outcomes.failed(self._began_ns, failed, ran=ran)

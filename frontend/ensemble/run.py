@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +19,9 @@ from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepReq
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.errors import Unavailable
 
+if TYPE_CHECKING:
+    from forebay.frontend.ensemble.chain import Chain
+
 
 class EnsembleModel(Ensemble):
     """One loaded ensemble version as this frontend runs it."""
@@ -26,6 +30,9 @@ class EnsembleModel(Ensemble):
         super().__init__(route.entry)
         self.route = route
         self.outcomes = Outcomes(route)
+        #: The latest versions of the steps' models, and how requests lie in their rows; kept by ``chain.py``.
+        self.chain_targets: tuple[RouteClient | None, ...] = ()
+        self.chain: Chain | None = None
 
 
 def ensemble_of(route: RouteClient) -> EnsembleModel:

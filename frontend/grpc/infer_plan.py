@@ -9,14 +9,12 @@ ends, and a repeated request costs two dictionary look-ups, the copy of its tens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
-from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.ensemble.one_step import OneStepRoute
 from forebay.frontend.grpc.infer_message import WireRequest
 from forebay.frontend.grpc.infer_reply import FINAL_ENTRY, output_entry, parameter_entries, raw_head
 from forebay.frontend.grpc.wire import text_field
+from forebay.frontend.start_inference import RowsRoute
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.tensor import byte_size
 
@@ -26,9 +24,6 @@ _PLANS_MAX = 4096
 _KEY_BYTES_MAX = 4096
 #: Lengths of what precedes the tensors, tried for one length of message.
 _LENGTHS_MAX = 8
-
-#: Whose slab rows a plan takes.
-RowsRoute: TypeAlias = RouteClient | OneStepRoute
 
 
 class InferPlan:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, cast
 
 from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
-from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.http.chunks import ChunkDecoder
 from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.head import HEAD_BYTES_MAX, TOO_LARGE, Head, HeadError, Target, check_beginning
@@ -104,9 +103,8 @@ class PlannedCall(Call):
         self.connection.answer(self, [error_reply(error, content_type, self.plan.connection_line)])
 
     def cancel(self) -> None:
-        route = self.plan.route
-        if isinstance(route, RouteClient) and self.slab is not None and self.slab.owners[self.first] is self:
-            route.cancel_rows(self.slab, self.first)
+        if self.slab is not None:
+            self.plan.route.cancel_rows(self.slab, self.first, self)
 
     def count_copy(self, count: int) -> None:
         self.plan.route.copied_out_bytes += count

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
 from forebay.frontend.codec.infer_response import FixedOutput, response_prefix
-from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.ensemble.one_step import OneStepRoute
+from forebay.frontend.start_inference import RowsRoute
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import byte_size
@@ -22,10 +21,6 @@ from forebay.ipc.tensor import byte_size
 PLANS_PER_HEAD_MAX = 1024
 #: JSON headers longer than this are parsed every time.
 PLAN_JSON_BYTES_MAX = 4096
-
-
-#: Whose slab rows a plan takes.
-RowsRoute = RouteClient | OneStepRoute
 
 
 class InferPlan:

@@ -1,0 +1,48 @@
+"""What a plan needs of an ensemble whose requests lie in rows of its models."""
+
+from __future__ import annotations
+
+from forebay.frontend.engine_client import EngineClient
+from forebay.frontend.ensemble.run import EnsembleModel
+from forebay.frontend.tracing import Sampler
+from forebay.ipc.ensemble.run import sequence_parameters
+from forebay.ipc.messages import ParameterValue
+
+
+class EnsembleRows:
+    """What both kinds of ensembles in rows have in common: they count and are traced under their own name."""
+
+    __slots__ = ("_ensemble",)
+
+    def __init__(self, ensemble: EnsembleModel) -> None:
+        self._ensemble = ensemble
+
+    @property
+    def engine(self) -> EngineClient:
+        return self._ensemble.route.engine
+
+    @property
+    def reply_parameters(self) -> dict[str, ParameterValue]:
+        """What every reply says (spec S-111)."""
+        return sequence_parameters((0, False, False))
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """Says which requests to the ensemble are traced."""
+        return self._ensemble.route.sampler
+
+    @property
+    def copied_in_bytes(self) -> int:
+        return self._ensemble.route.copied_in_bytes
+
+    @copied_in_bytes.setter
+    def copied_in_bytes(self, count: int) -> None:
+        self._ensemble.route.copied_in_bytes = count
+
+    @property
+    def copied_out_bytes(self) -> int:
+        return self._ensemble.route.copied_out_bytes
+
+    @copied_out_bytes.setter
+    def copied_out_bytes(self, count: int) -> None:
+        self._ensemble.route.copied_out_bytes = count
