@@ -76,6 +76,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """Byte offset of this frontend's block, laid out as an instance's, for what an ensemble's steps took; 0: none."""
     instance_count: int = 0
     """How many instances there are; blocks of counters may be more, of instances that an update removed."""
+    device_id: int = -1
+    """GPU in whose memory tensors of requests may lie, if all instances are there; -1: in host memory only."""
 
     detail_offset: int = 0
     """Byte offset of this frontend's block of details (:func:`forebay.ipc.counters.detail_words`); 0: none."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from forebay.ipc.catalog import Catalog
+from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.trace import TraceRecord, TraceRules
 
@@ -25,6 +25,18 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False, 
 # --- parcels ---------------------------------------------------------------------------------------------------------
 
 
+class DeviceMemory(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Memory on a device that some process has exported, for workers on that device to open."""
+
+    owner: int
+    """Producer whose it is; 0: a client has registered it as a region."""
+    number: int
+    """Unique for its owner, and never used again."""
+    device_id: int
+    byte_size: int
+    handle: bytes
+
+
 class TensorPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A tensor in its producer's arena."""
 
@@ -36,6 +48,8 @@ class TensorPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
     byte_size: int
     arena: int = 0
     """Producer id of the arena if it is not the requester's own (ensembles, BLS); 0: the requester's."""
+    memory: int = 0
+    """Which of the head's device memories it lies in, from 1; 0: in an arena."""
 
 
 class ParcelHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -57,6 +71,10 @@ class ParcelHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     deadline_ns: int = 0
     """Monotonic time after which nobody waits for the answer; 0: none."""
     trace_context: str = ""
+    memories: tuple[DeviceMemory, ...] = ()
+    """Device memory that places lie in."""
+    targets: tuple[TensorPlace, ...] = ()
+    """Outputs that go to device memory: where to, and how much room there is; their shapes mean nothing."""
 
 
 class InlineTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -416,7 +434,7 @@ class LogChanged(Message, frozen=True, tag=24):
 
 
 class RegionUp(Message, frozen=True, tag=25):
-    """Supervisor -> frontend: clients may use this region. Comes with one descriptor: the shared memory object."""
+    """Supervisor -> frontend: clients may use this region. A system region's comes with its descriptor."""
 
     generation: int
     """Of the set of regions; the frontend answers with :class:`RegionsSeen`."""
@@ -425,6 +443,10 @@ class RegionUp(Message, frozen=True, tag=25):
     """``system`` or ``cuda``."""
     offset: int
     byte_size: int
+    memory: DeviceMemory | None = None
+    """Of a CUDA region, which comes without a descriptor."""
+    courier: ModelEntry | None = None
+    """Of a CUDA region: who carries its tensors for models that do not live on its GPU."""
 
 
 class RegionDown(Message, frozen=True, tag=26):
@@ -567,6 +589,35 @@ class Loaded(Message, frozen=True, tag=36):
     memory_bytes: int = 0
     wants_parcels: bool = False
     """The loaded model wants what only parcels have, for example answers after the execution."""
+    device_id: int = -1
+    """Device in whose memory tensors of requests may lie; -1: there is none."""
+
+
+class CheckMemory(Message, frozen=True, tag=42):
+    """Supervisor -> courier: can this memory be opened? Answered with MemoryChecked; it stays open."""
+
+    memory: DeviceMemory
+
+
+class MemoryChecked(Message, frozen=True, tag=43):
+    """Worker -> supervisor."""
+
+    text: str = ""
+    """Why not; empty: it can."""
+
+
+class MemoryDown(Message, frozen=True, tag=44):
+    """Supervisor -> worker: the memory is taken away; close it. Answered with MemoryClosed."""
+
+    owner: int
+    number: int
+
+
+class MemoryClosed(Message, frozen=True, tag=45):
+    """Worker -> supervisor."""
+
+    owner: int
+    number: int
 
 
 class ArenaUp(Message, frozen=True, tag=37):
@@ -604,8 +655,10 @@ class Adopt(Message, frozen=True, tag=41):
 
 SupervisorToZygote = Fork | Stop
 ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
-SupervisorToWorker = Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Adopt | Stop
-WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics
+SupervisorToWorker = (
+    Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Adopt | CheckMemory | MemoryDown | Stop
+)
+WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics | MemoryChecked | MemoryClosed
 
 
 # --- control socket (ZeroMQ): frontend <-> supervisor ----------------------------------------------------------------

@@ -24,6 +24,7 @@ from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
 from forebay.ipc.messages import InstanceSpec, ParameterValue
 
 if TYPE_CHECKING:
+    from forebay.engine.devices.base import Device
     from forebay.engine.worker.parcel_request import ParcelRequest
 
 Array = npt.NDArray[np.generic]
@@ -53,7 +54,23 @@ class MissingLibrary(Unsupported):
     """The framework is not installed; the text names the command that installs it."""
 
 
-class TensorInstance(abc.ABC):
+class LoadedModel:
+    """What both kinds of instances have."""
+
+    #: Where requests' tensors may lie besides host memory; None: nowhere.
+    device: Device | None = None
+
+    def attach_memory(self, address: int, byte_size: int) -> None:
+        """An arena has been mapped at ``address``; a device may want to page-lock it."""
+
+    def detach_memory(self, address: int) -> None:
+        """The arena at ``address`` is about to be unmapped."""
+
+    def close(self) -> None:
+        """Release what the model holds; the process ends soon after."""
+
+
+class TensorInstance(LoadedModel, abc.ABC):
     """A loaded model that maps arrays to arrays. Used by one thread."""
 
     @abc.abstractmethod
@@ -95,15 +112,6 @@ class TensorInstance(abc.ABC):
 
         return run_and_copy
 
-    def attach_memory(self, address: int, byte_size: int) -> None:  # noqa: B027 - only devices care
-        """An arena has been mapped at ``address``; a device may want to page-lock it."""
-
-    def detach_memory(self, address: int) -> None:  # noqa: B027
-        """The arena at ``address`` is about to be unmapped."""
-
-    def close(self) -> None:  # noqa: B027 - most have nothing to do
-        """Release what the model holds; the process ends soon after."""
-
 
 class SegmentsInstance(TensorInstance):
     """A model whose tensors are copied to a device anyway, so that a batch need not be gathered on the host first."""
@@ -120,7 +128,7 @@ class SegmentsInstance(TensorInstance):
         """
 
 
-class RequestInstance(abc.ABC):
+class RequestInstance(LoadedModel, abc.ABC):
     """A loaded model that handles requests one by one, or several at a time."""
 
     @abc.abstractmethod
@@ -129,9 +137,6 @@ class RequestInstance(abc.ABC):
 
         An exception fails every request of the batch that has no answer yet.
         """
-
-    def close(self) -> None:  # noqa: B027 - most have nothing to do
-        """Release what the model holds."""
 
 
 class RowsInstance(RequestInstance):
@@ -178,6 +183,7 @@ BACKEND_MODULES: dict[str, str] = {
     "square": "forebay.engine.backends.square_backend",
     "forebay_function": "forebay.engine.backends.function_backend",
     "forebay_fault": "forebay.engine.backends.fault_backend",
+    "forebay_courier": "forebay.engine.backends.courier_backend",
     "tensorflow": "forebay.engine.backends.tensorflow_backend",
     "tensorrt": "forebay.engine.backends.tensorrt_backend",
 }
@@ -190,6 +196,14 @@ INSTALL_HINTS: dict[str, str] = {
 }
 
 
+def check_backend(name: str) -> None:
+    """Raise InvalidArgument, with Triton's text, unless there is a backend called ``name`` (spec R-044)."""
+    if name not in BACKEND_MODULES:
+        raise InvalidArgument(
+            f"unable to find backend library for backend '{name}', try specifying runtime on the model configuration."
+        )
+
+
 def open_backend(name: str) -> Backend:
     """Import the backend called ``name``.
 
@@ -197,19 +211,10 @@ def open_backend(name: str) -> Backend:
         InvalidArgument: there is no such backend (Triton's text, spec R-044).
         MissingLibrary: its framework is not installed.
     """
-    module_name = BACKEND_MODULES.get(name)
-    if module_name is None:
-        raise InvalidArgument(
-            f"unable to find backend library for backend '{name}', try specifying runtime on the model configuration."
-        )
+    check_backend(name)
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(BACKEND_MODULES[name])
     except ModuleNotFoundError as error:
-        if error.name == module_name:
-            raise InvalidArgument(
-                f"unable to find backend library for backend '{name}', "
-                "try specifying runtime on the model configuration."
-            ) from None
         hint = INSTALL_HINTS.get(name)
         advice = f"; install it with: {hint}" if hint else ""
         raise MissingLibrary(

@@ -10,10 +10,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnxruntime as ort
 
-from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, TensorInstance
+from forebay.engine.backends.base import Array, Arrays, TensorInstance
+from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.backends.onnx_backend import (
     ONNX_BFLOAT16,
     OnnxInstance,
@@ -34,9 +34,10 @@ from forebay.engine.backends.onnx_options import (
     session_options,
 )
 from forebay.engine.devices.base import Device, Stream
+from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.poisoning import DeviceGuard, end_poisoned_process
-from forebay.engine.devices.staging import PinnedArenas, Staging
+from forebay.engine.devices.staging import Staging
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
 
@@ -60,9 +61,11 @@ def load_on_gpu(spec: InstanceSpec) -> TensorInstance:
     """
     device = open_device("cuda", spec.device_id)
     stream = device.make_stream(stream_priority(spec))
-    # cuBLAS and cuDNN out of their wheels, if they were installed that way.
-    ort.preload_dlls()
-    chosen = [with_stream(provider, stream) for provider in providers(spec)]
+    chosen: list[Provider] = []
+    if device.kind == "cuda":
+        # cuBLAS and cuDNN out of their wheels, if they were installed that way.
+        ort.preload_dlls()
+        chosen = [with_stream(provider, stream) for provider in providers(spec)]
     session = open_plain_session(spec, find_model_file(spec), session_options(spec), chosen)
     signature = read_signature(spec, session)
     check_config(spec, signature)
@@ -87,7 +90,7 @@ class _Binding(NamedTuple):
     options: ort.RunOptions
 
 
-class OnnxDeviceInstance(SegmentsInstance):
+class OnnxDeviceInstance(DeviceInstance):
     """One session on one GPU, with one stream; or, to be tested without one, on the host as a device."""
 
     def __init__(
@@ -99,13 +102,14 @@ class OnnxDeviceInstance(SegmentsInstance):
         stream: Stream,
     ) -> None:
         """Take ownership of the stream."""
+        super().__init__(spec, device, stream)
         self._session = session
         self._device = device
         self._stream = stream
         #: ONNX Runtime's name for the device.
         self._place = "cuda" if device.kind == "cuda" else "cpu"
+        self._ort_index = device.index if device.kind == "cuda" else 0
         self._staging = Staging(device, stream)
-        self._arenas = PinnedArenas(device, spec)
         self._datatypes = {tensor.name: tensor.datatype for tensor in (*signature.inputs, *signature.outputs)}
         self._scalars = find_scalars(spec, signature)
         self._shrink = spec.parameters.get(SHRINK_KEY)
@@ -116,37 +120,28 @@ class OnnxDeviceInstance(SegmentsInstance):
         #: Shapes of one fixed batch, and the staging's generation, to its binding.
         self._bindings: dict[tuple[object, ...], _Binding] = {}
 
-    # --- arenas ---
-
-    def attach_memory(self, address: int, byte_size: int) -> None:
-        """An arena has been mapped here: page-lock it."""
-        self._arenas.attach(address, byte_size)
-
-    def detach_memory(self, address: int) -> None:
-        """An arena is about to be unmapped."""
-        self._arenas.detach(address)
-
     # --- requests ---
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
         with DeviceGuard():
-            binding = self._session.io_binding()
-            for name, address in self._staging.copy_in(inputs).items():
-                array = inputs[name]
-                self._bind_input(binding, name, array, address)
-            for name in outputs:
-                binding.bind_output(name, self._place, self._device.index)
-            self._execute(binding, self._run_options)
-            results: Arrays = {}
-            values: list[Any] = binding.get_outputs()
-            for name, value in zip(outputs, values, strict=True):
-                shape = (1,) if name in self._scalars else tuple(value.shape())
-                results[name] = result = np.empty(shape, DATATYPES[self._datatypes[name]].numpy_dtype)
-                if result.nbytes:
-                    self._stream.copy_out(result.ctypes.data, value.data_ptr(), result.nbytes)
-            # ``values`` own the device memory until the copies are done.
-            self._stream.synchronize()
-            return results
+            return self.fetch(self.compute([inputs], outputs))
+
+    def compute(self, batch: Sequence[Mapping[str, PlacedTensor]], outputs: Sequence[str]) -> dict[str, DeviceArray]:
+        binding = self._session.io_binding()
+        for name, array in self._staging.gather(batch).items():
+            chosen = () if name in self._scalars else array.shape
+            element = self._element(name, array)
+            binding.bind_input(name, self._place, self._ort_index, element, chosen, array.address)
+        for name in outputs:
+            binding.bind_output(name, self._place, self._ort_index)
+        self._execute(binding, self._run_options)
+        values: list[Any] = binding.get_outputs()
+        results: dict[str, DeviceArray] = {}
+        for name, value in zip(outputs, values, strict=True):
+            shape = (1,) if name in self._scalars else tuple(value.shape())
+            # The value owns the memory.
+            results[name] = DeviceArray(value.data_ptr(), shape, DATATYPES[self._datatypes[name]].numpy_dtype, value)
+        return results
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         return functools.partial(self.run_segments, ((inputs, outputs),))
@@ -211,7 +206,7 @@ class OnnxDeviceInstance(SegmentsInstance):
             for name, array in outputs.items():
                 shape = () if name in self._scalars else shapes[name]
                 element = self._element(name, array)
-                binding.bind_output(name, self._place, self._device.index, element, shape, addresses[name])
+                binding.bind_output(name, self._place, self._ort_index, element, shape, addresses[name])
             graph = len(self._bindings) + 1 + self._staging.generation * _BINDINGS_MAX if self._uses_graphs else -1
             bound = self._bindings[key] = _Binding(binding, self._make_options(graph))
         return bound
@@ -220,9 +215,9 @@ class OnnxDeviceInstance(SegmentsInstance):
         self, binding: ort.IOBinding, name: str, array: Array, address: int, shape: tuple[int, ...] | None = None
     ) -> None:
         chosen = () if name in self._scalars else array.shape if shape is None else shape
-        binding.bind_input(name, self._place, self._device.index, self._element(name, array), chosen, address)
+        binding.bind_input(name, self._place, self._ort_index, self._element(name, array), chosen, address)
 
-    def _element(self, name: str, array: Array) -> object:
+    def _element(self, name: str, array: PlacedTensor) -> object:
         return ONNX_BFLOAT16 if self._datatypes[name] == "BF16" else array.dtype
 
     def _make_options(self, graph: int) -> ort.RunOptions:

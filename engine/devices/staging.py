@@ -6,10 +6,11 @@ largest batch has been seen, which is what CUDA graphs and fixed bindings need: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from forebay.engine.backends.base import Array
 from forebay.engine.devices.base import Device, DeviceBroken, DeviceError, Memory, Pin, Stream
+from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.memory_limit import PINNED_KEY
 from forebay.ipc.messages import InstanceSpec
 
@@ -54,6 +55,27 @@ class Staging:
             if array.nbytes:
                 self.stream.copy_in(address, array.ctypes.data, array.nbytes)
         return addresses
+
+    def gather(self, batch: Sequence[Mapping[str, Array | DeviceArray]]) -> dict[str, DeviceArray]:
+        """Copy the requests' tensors to their buffers one behind the other, each with one copy; return the buffers.
+
+        Args:
+            batch: by name, of the same shapes but for the first dimension, C-contiguous, in host memory or on the
+                device; they must stay as they are until the stream has passed this point.
+        """
+        whole: dict[str, DeviceArray] = {}
+        for name, first in batch[0].items():
+            parts = [tensors[name] for tensors in batch if tensors[name].nbytes]
+            shape = first.shape if len(batch) == 1 else (sum(each[name].shape[0] for each in batch), *first.shape[1:])
+            address = self.reserve(name, sum(part.nbytes for part in parts))
+            whole[name] = DeviceArray(address, shape, first.dtype)
+            for part in parts:
+                if isinstance(part, DeviceArray):
+                    self.stream.copy_within(address, part.address, part.nbytes)
+                else:
+                    self.stream.copy_in(address, part.ctypes.data, part.nbytes)
+                address += part.nbytes
+        return whole
 
     def copy_out(self, arrays: Mapping[str, Array]) -> None:
         """Copy the buffers to host arrays, one copy each; they hold it once the stream has passed this point."""

@@ -97,6 +97,16 @@ class Instance:
         return self._is_serving
 
     @property
+    def worker(self) -> WorkerHandle | None:
+        """Its worker while it takes requests."""
+        return self._worker if self._is_serving else None
+
+    @property
+    def device_id(self) -> int:
+        """Device in whose memory tensors of its requests may lie; -1: there is none, or no worker."""
+        return -1 if self.worker is None else self.worker.device_id
+
+    @property
     def pid(self) -> int:
         """Its worker's process id, 0 without one."""
         return self._worker.pid if self._worker is not None else 0

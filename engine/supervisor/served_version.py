@@ -248,6 +248,12 @@ class ServedVersion:
         for instance in (*self.instances, *self._leaving):
             instance.kill()
 
+    @property
+    def _device_id(self) -> int:
+        """The GPU that every instance takes tensors on; -1: there is none. Unknown while an instance is replaced."""
+        devices = {instance.device_id for instance in self.instances}
+        return devices.pop() if len(devices) == 1 else -1
+
     def _allocate_details(self, slots: tuple[str, ...], words: int) -> None:
         counters = self.plant.counters
         for name in slots:
@@ -314,4 +320,5 @@ class ServedVersion:
             max_inflight_requests=ensemble.max_inflight_requests if ensemble is not None else 0,
             step_counter_offset=self._step_offsets.get(slot, 0),
             instance_count=len(self.instances),
+            device_id=self._device_id,
         )

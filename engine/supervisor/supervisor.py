@@ -136,6 +136,7 @@ class Supervisor:
         # Only now, while the children import their libraries, what takes us long to import (protobuf, ZeroMQ).
         from forebay.engine.supervisor.client_door import ClientDoor
         from forebay.engine.supervisor.control import ControlServer
+        from forebay.engine.supervisor.couriers import Couriers
         from forebay.engine.supervisor.gpus import find_gpus
 
         plant = Plant(
@@ -149,6 +150,8 @@ class Supervisor:
             cache_counter_offsets=self._cache_counter_offsets,
             on_model_metrics=self._pass_on_metrics,
         )
+        self._couriers = Couriers(plant)
+        self._regions.use_devices(self._couriers, (gpu.device_id for gpu in plant.gpus))
         self._control = ControlServer(self._runtime.path, self._catalog_for)
         self._door = ClientDoor(
             self._runtime.path,
@@ -442,6 +445,7 @@ class Supervisor:
                 listener.close()
         await asyncio.gather(*stopping)
         await self._lifecycle.unload_all()
+        await self._couriers.stop()
         ends: list[Awaitable[Any]] = [role.stop(_STOP_TIMEOUT_S) for role in watching]
         await asyncio.gather(self._scheduler.stop(_STOP_TIMEOUT_S), self._zygotes.stop(_STOP_TIMEOUT_S), *ends)
 
@@ -457,6 +461,7 @@ class Supervisor:
     def _kill_all(self) -> None:
         if lifecycle := getattr(self, "_lifecycle", None):
             lifecycle.kill_all()
+            self._couriers.kill()
         for role in self._roles:
             role.kill()
         self._zygotes.kill()

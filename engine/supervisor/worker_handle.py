@@ -18,12 +18,17 @@ from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import (
     Adopt,
+    CheckMemory,
     Describe,
     Described,
+    DeviceMemory,
     Failed,
     InstanceSpec,
     Load,
     Loaded,
+    MemoryChecked,
+    MemoryClosed,
+    MemoryDown,
     Message,
     ModelMetrics,
     Phase,
@@ -59,6 +64,8 @@ class WorkerHandle:
         self.exit_code: int | None = None
         self.ended = asyncio.Event()
         self.is_stopping = False
+        #: Device in whose memory tensors of its requests may lie, once it has loaded; -1: there is none.
+        self.device_id = -1
         #: It was ended because an execution took too long.
         self.is_hung = False
         self.on_phase: Callable[[str], None] | None = None
@@ -68,11 +75,15 @@ class WorkerHandle:
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         self._exit_known = asyncio.Event()
+        #: One question at a time.
+        self._checking = asyncio.Lock()
         #: Those that live in this one's process.
         self._guests: list[WorkerHandle] = []
         #: What every worker gets besides its own sockets: done doorbell, counters; empty: there is no process yet.
         self._fds_for_process: tuple[int, int] | tuple[()] = ()
-        self._reply: asyncio.Future[Described | Loaded] | None = None
+        self._reply: asyncio.Future[Described | Loaded | MemoryChecked] | None = None
+        #: By owner and number, what waits for it to close a device memory.
+        self._closing: dict[tuple[int, int], asyncio.Future[None]] = {}
         sender, self._child_doorbell = create_doorbell()
         self.bell = Bell(sender)
         ours, self._child_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -135,14 +146,33 @@ class WorkerHandle:
         """
         reply = await self._call(Load(spec=spec))
         assert isinstance(reply, Loaded)
+        self.device_id = reply.device_id
         return reply
 
-    async def _call(self, message: Message) -> Described | Loaded:
+    async def check_memory(self, memory: DeviceMemory) -> str:
+        """Have it open a device memory; return why it cannot, or nothing.
+
+        Raises:
+            WorkerDied: its process ended.
+        """
+        async with self._checking:
+            reply = await self._call(CheckMemory(memory=memory))
+        assert isinstance(reply, MemoryChecked)
+        return reply.text
+
+    async def close_memory(self, owner: int, number: int) -> None:
+        """Have it close a device memory; returns when it has, or is gone."""
+        future = self._closing.setdefault((owner, number), self._loop.create_future())
+        if self.tell(MemoryDown(owner=owner, number=number)):
+            await future
+        self._closing.pop((owner, number), None)
+
+    async def _call(self, message: Message) -> Described | Loaded | MemoryChecked:
         self._reply = self._loop.create_future()
         try:
             if self.ended.is_set():
                 raise WorkerDied(f"the process of {self.name} ended")
-            self._send(message)
+            self.tell(message)
             return await self._reply
         except WorkerDied:
             exit_code = await self.wait_exit_code()
@@ -241,6 +271,10 @@ class WorkerHandle:
         elif isinstance(message, ModelMetrics):
             if self.on_metrics is not None:
                 self.on_metrics(message)
+        elif isinstance(message, MemoryClosed):
+            closing = self._closing.get((message.owner, message.number))
+            if closing is not None and not closing.done():
+                closing.set_result(None)
         elif self._reply is not None and not self._reply.done():
             if isinstance(message, Failed):
                 self._reply.set_exception(from_wire(message.code, message.text))
@@ -257,6 +291,9 @@ class WorkerHandle:
         self.ended.set()
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(WorkerDied(f"the process of {self.name} ended"))
+        for closing in self._closing.values():
+            if not closing.done():
+                closing.set_result(None)
         self._on_end(self)
         self.bell.close()
         self.release_child_fds()

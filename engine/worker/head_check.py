@@ -66,4 +66,6 @@ def _check_place(
         )
     if spec.datatype != "BYTES" and byte_size(spec.datatype, place.shape) != place.byte_size:
         raise InvalidArgument(f"input '{spec.name}' does not have the bytes of its shape")
+    if place.memory:
+        return  # Compared with its device memory where that is opened.
     arena.check(place.offset, place.byte_size)

@@ -15,11 +15,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from forebay.engine.backends.base import Backend, RequestInstance, RowsInstance, TensorInstance, open_backend
+from forebay.engine.backends.device_instance import DeviceInstance
 from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.devices.memory_limit import check_memory_limit
 from forebay.engine.worker.custom_metrics import MetricsSender
@@ -27,7 +28,7 @@ from forebay.engine.worker.inbox import Inbox
 from forebay.engine.worker.loop_threads import LoopThreads
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
-from forebay.engine.worker.ragged import with_batch_tensors
+from forebay.engine.worker.ragged import RaggedPolicy, with_batch_tensors
 from forebay.engine.worker.request_rows import RequestRowsRunner
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
@@ -42,13 +43,18 @@ from forebay.ipc.messages import (
     Adopt,
     ArenaDown,
     ArenaUp,
+    CheckMemory,
     Describe,
     Described,
+    DeviceMemory,
     Failed,
     InstanceSpec,
     Load,
     Loaded,
     LogChanged,
+    MemoryChecked,
+    MemoryClosed,
+    MemoryDown,
     Phase,
     RingUp,
     Stop,
@@ -56,6 +62,9 @@ from forebay.ipc.messages import (
 )
 from forebay.ipc.process import set_name
 from forebay.ipc.wire import FLAG_GRANTED, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, Kind
+
+if TYPE_CHECKING:
+    from forebay.engine.worker.rows_lane import RowsLane
 
 #: How long to wait between tries to deliver to a producer that does not read.
 _BACKLOG_RETRY_S = 0.01
@@ -89,6 +98,7 @@ class Worker:
         self._backend: Backend | None = None
         self._instance: TensorInstance | RequestInstance | None = None
         self._rows: RowsRunner | RequestRowsRunner | None = None
+        self._lane: RowsLane | None = None
         self._parcels: ParcelsRunner | None = None
         self._sequences: SequencesRunner | None = None
         self._rings: Rings | None = None
@@ -114,14 +124,14 @@ class Worker:
             case ArenaUp():
                 producer = Producer(message.producer, fds[0], message.byte_size, fds[1], is_trusted=message.trusted)
                 self._producers.attach(producer)
-                if isinstance(self._instance, TensorInstance):
+                if self._instance is not None:
                     self._instance.attach_memory(producer.arena.address, producer.arena.byte_size)
             case RingUp():
                 self._attach_ring(message.producer, fds[0])
             case ArenaDown():
                 if self._rings is not None:
                     self._rings.detach(message.producer)
-                if isinstance(self._instance, TensorInstance) and message.producer in self._producers:
+                if self._instance is not None and message.producer in self._producers:
                     self._instance.detach_memory(self._producers.get(message.producer).arena.address)
                 if self._rows is not None:
                     self._rows.forget_producer(message.producer)
@@ -135,10 +145,26 @@ class Worker:
             case LogChanged():
                 with contextlib.suppress(OSError, msgspec.ValidationError):
                     log.configure(msgspec.convert(message.options, LogOptions))
+            case CheckMemory():
+                self._check_memory(message.memory)
+            case MemoryDown():
+                if self._parcels is not None and self._parcels.memories is not None:
+                    self._parcels.memories.forget((message.owner, message.number))
+                self._lifeline.send(MemoryClosed(owner=message.owner, number=message.number))
             case Adopt():
                 self._siblings.start(message.name, fds)
             case Stop():
                 self._stopping = True
+
+    def _check_memory(self, memory: DeviceMemory) -> None:
+        text = "there is no device"
+        if self._parcels is not None and self._parcels.memories is not None:
+            text = ""
+            try:
+                self._parcels.memories.address((memory.owner, memory.number), memory, 0, memory.byte_size)
+            except ServingError as error:
+                text = error.text
+        self._lifeline.send(MemoryChecked(text=text))
 
     def _attach_ring(self, producer: int, fd: int) -> None:
         if self._rings is None:
@@ -197,6 +223,7 @@ class Worker:
         self._clock = counters
         if isinstance(instance, TensorInstance):
             self._rows = RowsRunner(spec, instance, self._producers, counters)
+            self._lane = self._rows.open_lane(counters, self._done)
         elif isinstance(instance, RowsInstance):
             self._rows = RequestRowsRunner(spec, instance, self._producers, counters, self._inbox)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
@@ -206,9 +233,8 @@ class Worker:
             self._sequences = SequencesRunner(spec, policy, instance, self._parcels)
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
         self._instance = instance
-        if isinstance(instance, TensorInstance):
-            for producer in self._producers:
-                instance.attach_memory(producer.arena.address, producer.arena.byte_size)
+        for producer in self._producers:
+            instance.attach_memory(producer.arena.address, producer.arena.byte_size)
         load_ns = time.monotonic_ns() - start_ns
         warmup_ns = 0
         if spec.warmup:
@@ -217,8 +243,19 @@ class Worker:
         wants_parcels = isinstance(instance, RequestInstance) and not (
             isinstance(instance, RowsInstance) and not instance.wants_parcels
         )
-        self._lifeline.send(Loaded(load_ns=load_ns, warmup_ns=warmup_ns, wants_parcels=wants_parcels))
+        device_id = self._device_id(spec)
+        self._lifeline.send(
+            Loaded(load_ns=load_ns, warmup_ns=warmup_ns, wants_parcels=wants_parcels, device_id=device_id)
+        )
         MetricsSender(self._lifeline, spec.instance, registry).start()
+
+    def _device_id(self, spec: InstanceSpec) -> int:
+        """Return the device that requests' tensors may lie on; sequences and ragged batches are made on the host."""
+        instance = self._instance
+        is_plain = self._sequences is None and not RaggedPolicy(spec).is_needed
+        if instance is None or instance.device is None or not isinstance(instance, DeviceInstance) or not is_plain:
+            return -1
+        return instance.device.index
 
     # --- doorbell ---
 
@@ -244,6 +281,8 @@ class Worker:
                 if size == 0:
                     return  # Every sender is gone.
                 continue
+            if self._lane is not None and self._run_in_lane(self._lane, buffer, size, tells_scheduler=True):
+                continue
             kind = buffer[0]
             if kind == runs and rows_runner is not None:
                 start_ns = clock[_SINCE] = time.monotonic_ns()
@@ -267,7 +306,24 @@ class Worker:
         self._done.flush()
         return rings.wait_doorbell(buffer, int(_BACKLOG_RETRY_S * 1000))
 
+    def _run_in_lane(
+        self, lane: RowsLane, message: bytearray | memoryview, size: int, *, tells_scheduler: bool
+    ) -> bool:
+        """Run the message without further ado if it is of the simplest kind, which nearly every one is."""
+        try:
+            return lane.run(message, size, tells_scheduler)
+        except ServingError as error:
+            assert isinstance(self._rows, RowsRunner)
+            whole = memoryview(message)[:size]
+            times = self._rows.failed(whole, self._clock[_SINCE], error)
+            self._clock[_SINCE] = 0
+            if tells_scheduler and not whole[1] & FLAG_GRANTED:
+                self._tell_done(whole, times)
+            return True
+
     def _run_ring(self, kind: int, message: memoryview) -> None:
+        if self._lane is not None and self._run_in_lane(self._lane, message, len(message), tells_scheduler=False):
+            return
         start_ns = self._clock[_SINCE] = time.monotonic_ns()
         try:
             if kind == Kind.PARCELS:
@@ -278,7 +334,7 @@ class Worker:
         finally:
             self._clock[_SINCE] = 0
 
-    def _tell_done(self, buffer: bytearray, times: bytes, still_open: Sequence[bytes] = ()) -> None:
+    def _tell_done(self, buffer: bytearray | memoryview, times: bytes, still_open: Sequence[bytes] = ()) -> None:
         """Tell the scheduler that the batch in ``buffer`` has run; ``still_open``: its unanswered requests, packed."""
         assert self._spec is not None
         _kind, _flags, _count, _sender, batch = HEADER.unpack_from(buffer)

@@ -72,6 +72,8 @@ class ParcelRequest:
         # The lent block serves one response: the producer frees it when it has been read.
         self._block_free = head.reply_bytes > 0
         self._block_used_bytes = 0
+        #: Outputs that are where their client wants them in device memory, besides those of the (only) reply.
+        self.placed: tuple[TensorPlace, ...] = ()
         #: Control tensors of a sequence model, by name: (datatype, array in the model's shape).
         self.control_inputs: dict[str, tuple[str, Array]] = {}
 
@@ -141,6 +143,21 @@ class ParcelRequest:
         if byte_size(place.datatype, shape) != place.byte_size:
             raise Internal(f"input '{place.name}' does not have the bytes of its shape")
         return self._source(place).array(place.datatype, shape, place.offset)
+
+    def device_address(self, place: TensorPlace, size: int) -> int:
+        """Return where ``size`` bytes of a place on the instance's device are, after checking that it has them.
+
+        Raises:
+            Internal: the head names no such memory.
+            InvalidArgument, DeviceError: see :meth:`DeviceMemories.address`.
+        """
+        memories = self._runner.memories
+        if memories is None or not 1 <= place.memory <= len(self.head.memories):
+            raise Internal(f"tensor '{place.name}' lies in a device memory that the request does not name")
+        memory = self.head.memories[place.memory - 1]
+        # Whose it is, only those are believed who speak for others.
+        owner = memory.owner if self._producer.is_trusted else self._producer.id
+        return memories.address((owner, memory.number), memory, place.offset, size)
 
     def input_arrays(self) -> Arrays:
         """Return every input by name; see :meth:`input_array`."""
@@ -374,6 +391,8 @@ class ParcelRequest:
         )
 
     def _send(self, reply: ReplyHead, *, final: bool) -> None:
+        if self.placed and not reply.text and not reply.needs_bytes:
+            reply = msgspec.structs.replace(reply, outputs=(*reply.outputs, *self.placed))
         payload = _encode_reply(reply)
         if len(payload) > MESSAGE_BYTES_MAX - 256:
             payload = _encode_reply(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from forebay.engine.backends.base import RequestInstance, TensorInstance
+from forebay.engine.worker.device_memories import DeviceMemories
 from forebay.engine.worker.head_check import check_head
 from forebay.engine.worker.parcel_counting import count_batch
 from forebay.engine.worker.parcel_request import ParcelRequest
@@ -44,6 +45,8 @@ class ParcelsRunner:
         self.promised = PromisedOutputs(spec)
         self.outputs = self.promised.specs
         self._instance = instance
+        #: What it has open on its device; None: it has none.
+        self.memories = None if instance.device is None else DeviceMemories(instance.device)
         self._tensors = (
             None
             if isinstance(instance, RequestInstance)
@@ -75,6 +78,8 @@ class ParcelsRunner:
         """Its requests have no reader any more."""
         if self._tensors is not None:
             self._tensors.forget_bindings()
+        if self.memories is not None:
+            self.memories.forget_owner(producer)
         for key in [key for key in self._again if key[0] == producer]:
             del self._again[key]
         for key in [key for key in self._open if key[0] == producer]:

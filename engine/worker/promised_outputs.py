@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from forebay.engine.backends.base import Array
 from forebay.engine.worker.parcel_request import ParcelRequest
@@ -10,6 +13,16 @@ from forebay.engine.worker.places import client_shape
 from forebay.ipc.errors import BackendFailed
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES, TensorSpec
+
+
+class ShapedTensor(Protocol):
+    """An array, wherever its memory is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
 
 
 class PromisedOutputs:
@@ -27,10 +40,23 @@ class PromisedOutputs:
 
     def checked(self, name: str, results: Mapping[str, Array], rows: int) -> tuple[str, Array]:
         """Return (datatype, array in the client's shape) of an output after comparing it with the configuration."""
-        spec = self.specs[name]
         array = results.get(name)
         if array is None:
-            raise BackendFailed(f"model '{self._model}' did not produce output '{name}'")
+            raise self._missing(name)
+        return self.specs[name].datatype, array.reshape(self.client_shape(name, array, rows))
+
+    def _missing(self, name: str) -> BackendFailed:
+        return BackendFailed(f"model '{self._model}' did not produce output '{name}'")
+
+    def client_shape(self, name: str, array: ShapedTensor | None, rows: int) -> tuple[int, ...]:
+        """Return the shape that the client sees of an output, after comparing it with the configuration.
+
+        Raises:
+            BackendFailed: it is missing, or of another shape or datatype.
+        """
+        if array is None:
+            raise self._missing(name)
+        spec = self.specs[name]
         shape = client_shape(spec, tuple(array.shape), self._max_batch_size)
         dims = shape[1:] if self._max_batch_size > 0 else shape
         matches = len(dims) == len(spec.dims) and all(
@@ -49,4 +75,4 @@ class PromisedOutputs:
                 f"model '{self._model}' produced output '{name}' as {array.dtype} {list(shape)}, "
                 f"but its configuration promises {spec.datatype} {expected}"
             )
-        return spec.datatype, array.reshape(shape)
+        return shape

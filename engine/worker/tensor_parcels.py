@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, TensorInstance
+from forebay.engine.backends.device_instance import DeviceInstance
+from forebay.engine.worker.device_parcels import DeviceParcels, can_be_joined, uses_device
 from forebay.engine.worker.parcel_counting import count_gathered
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.places import Producers, backend_shape
@@ -45,6 +47,7 @@ class TensorParcels:
         self._is_gpu = spec.kind == "GPU"
         self._max_batch_size = spec.max_batch_size
         self._ragged = RaggedPolicy(spec)
+        self._on_device = DeviceParcels(spec, instance, promised) if isinstance(instance, DeviceInstance) else None
         self._bound: dict[tuple[object, ...], Callable[[], None]] = {}
 
     def forget_bindings(self) -> None:
@@ -57,6 +60,9 @@ class TensorParcels:
         Args:
             stamps: the second and third of (start, input end, output start, end) are set.
         """
+        if self._on_device is not None and any(map(uses_device, requests)):
+            self._on_device.run(requests, stamps)
+            return
         if len(requests) == 1 and not self._ragged.is_needed:
             self._run_single(requests[0], stamps)
             return
@@ -71,7 +77,7 @@ class TensorParcels:
             self._run_ragged(separate, stamps)
             return
         arrays_of_all = [arrays for _request, arrays in separate]
-        if self._max_batch_size > 0 and self.is_worth_joining(arrays_of_all) and _can_be_joined(arrays_of_all):
+        if self._max_batch_size > 0 and self.is_worth_joining(arrays_of_all) and can_be_joined(arrays_of_all):
             self._run_joined(separate, stamps)
             return
         for request, _arrays in separate:
@@ -204,15 +210,3 @@ class TensorParcels:
             return [(datatype, array)]
         ends = itertools.accumulate(entry.rows for entry in entries)
         return [(datatype, array[end - entry.rows : end]) for end, entry in zip(ends, entries, strict=True)]
-
-
-def _can_be_joined(separate: Sequence[Arrays]) -> bool:
-    """Tell whether requests have the same inputs with the same shapes but for the batch dimension."""
-    if not separate:
-        return False
-    shapes = {name: array.shape[1:] for name, array in separate[0].items()}
-    return all(
-        len(arrays) == len(shapes)
-        and all(name in shapes and array.ndim > 0 and array.shape[1:] == shapes[name] for name, array in arrays.items())
-        for arrays in separate
-    )

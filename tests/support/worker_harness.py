@@ -270,8 +270,10 @@ class WorkerHarness:
 
     # --- producer: parcels ---
 
-    def place(self, name: str, value: NDArray[Any] | Raw) -> TensorPlace:
-        """Write a tensor into a block of its own."""
+    def place(self, name: str, value: NDArray[Any] | Raw | TensorPlace) -> TensorPlace:
+        """Write a tensor into a block of its own, unless it has its place already."""
+        if isinstance(value, TensorPlace):
+            return value
         if isinstance(value, tuple):
             datatype, shape, data = value
         else:
@@ -353,6 +355,9 @@ class WorkerHarness:
         head = self._heads[token]
         in_place = bool(reply.outputs)
         for place in reply.outputs:
+            if place.memory:
+                datatypes[place.name] = f"{place.datatype} on the device"
+                continue
             data = bytes(self.arena.slice(place.offset, place.byte_size))
             outputs[place.name] = view_tensor(memoryview(data), place.datatype, place.shape)
             datatypes[place.name] = place.datatype

@@ -1,0 +1,143 @@
+"""Runs parcels on a model that lives on a device, where any tensor may lie on that device already.
+
+Each input is copied once to where the model reads it, from host or device memory; each output once to where its client
+wants it. Nothing that is on the device comes to the host on the way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from forebay.engine.backends.base import Array
+from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
+from forebay.engine.devices.device_array import DeviceArray
+from forebay.engine.devices.poisoning import DeviceGuard
+from forebay.engine.worker.parcel_request import ParcelRequest
+from forebay.engine.worker.promised_outputs import PromisedOutputs
+from forebay.ipc.errors import Internal, ServingError
+from forebay.ipc.messages import InstanceSpec, TensorPlace
+from forebay.ipc.tensor import DATATYPES, byte_size
+
+_Placed = tuple[ParcelRequest, dict[str, PlacedTensor]]
+
+
+def uses_device(request: ParcelRequest) -> bool:
+    """Whether any tensor of the request lies, or shall lie, in device memory."""
+    return bool(request.head.memories)
+
+
+class DeviceParcels:
+    """Runs batches of parcels on one instance."""
+
+    def __init__(self, spec: InstanceSpec, instance: DeviceInstance, promised: PromisedOutputs) -> None:
+        self._instance = instance
+        self._is_batching = spec.max_batch_size > 0
+        self._stream = instance.stream
+        self._promised = promised
+
+    def run(self, requests: Sequence[ParcelRequest], stamps: list[int]) -> None:
+        """Run one batch and answer its requests.
+
+        Args:
+            stamps: the second and third of (start, input end, output start, end) are set.
+        """
+        batch: list[_Placed] = []
+        for request in requests:
+            # One client's broken tensor is its own error, not its neighbours'.
+            try:
+                batch.append((request, self._inputs(request)))
+            except ServingError as error:
+                request.fail(error)
+        fit = self._is_batching and can_be_joined([tensors for _request, tensors in batch])
+        for group in [batch] if fit else [[single] for single in batch]:
+            try:
+                with DeviceGuard():
+                    self._run_group(group, stamps)
+            except ServingError as error:
+                for request, _tensors in group:
+                    request.fail(error)
+
+    def _inputs(self, request: ParcelRequest) -> dict[str, PlacedTensor]:
+        return {
+            place.name: self._on_device(request, place) if place.memory else request.input_array(place)
+            for place in request.head.inputs
+        }
+
+    def _on_device(self, request: ParcelRequest, place: TensorPlace) -> DeviceArray:
+        shape = request.input_shape(place)
+        if place.datatype not in DATATYPES or byte_size(place.datatype, shape) != place.byte_size:
+            raise Internal(f"input '{place.name}' does not have the bytes of its shape")
+        return DeviceArray(request.device_address(place, place.byte_size), shape, DATATYPES[place.datatype].numpy_dtype)
+
+    def _run_group(self, group: Sequence[_Placed], stamps: list[int]) -> None:
+        requests = [request for request, _tensors in group]
+        wanted = self._promised.wanted(requests)
+        results = self._instance.compute([tensors for _request, tensors in group], wanted)
+        stamps[1] = max(stamps[1], time.monotonic_ns())
+        total = sum(request.rows for request in requests)
+        shapes = {name: self._promised.client_shape(name, results.get(name), total) for name in wanted}
+        first = 0
+        answers: list[tuple[ParcelRequest, dict[str, tuple[str, Array]]]] = []
+        for request in requests:
+            own = {
+                name: results[name] if len(requests) == 1 else results[name].rows(first, request.rows)
+                for name in request.requested_outputs
+            }
+            first += request.rows
+            try:
+                answers.append((request, self._hand_over(request, own, shapes)))
+            except ServingError as error:
+                request.fail(error)
+        self._stream.synchronize()
+        stamps[2] = time.monotonic_ns()
+        for request, arrays in answers:
+            request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
+            request.reply(arrays)
+
+    def _hand_over(
+        self, request: ParcelRequest, outputs: Mapping[str, DeviceArray], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[str, Array]]:
+        """Begin to copy a request's outputs to where it wants them; return those that go to the host.
+
+        Raises:
+            Internal: one has less room than it needs (spec H-198).
+        """
+        targets = {target.name: target for target in request.head.targets}
+        hosts: dict[str, tuple[str, Array]] = {}
+        placed: list[TensorPlace] = []
+        for name, tensor in outputs.items():
+            datatype = self._promised.specs[name].datatype
+            shape = (request.rows, *shapes[name][1:]) if self._is_batching else shapes[name]
+            target = targets.get(name)
+            if target is None:
+                array = request.lend_array(datatype, shape)
+                if tensor.nbytes:
+                    self._stream.copy_out(array.ctypes.data, tensor.address, tensor.nbytes)
+                hosts[name] = (datatype, array)
+                continue
+            if tensor.nbytes > target.byte_size:
+                raise Internal(
+                    f"shared memory size specified with the request for output '{name}' ({target.byte_size} bytes) "
+                    f"should be at least {tensor.nbytes} bytes to hold the results"
+                )
+            address = request.device_address(target, tensor.nbytes)
+            if tensor.nbytes:
+                self._stream.copy_within(address, tensor.address, tensor.nbytes)
+            placed.append(TensorPlace(name, datatype, shape, target.offset, tensor.nbytes, memory=target.memory))
+        request.placed = tuple(placed)
+        return hosts
+
+
+def can_be_joined(separate: Sequence[Mapping[str, PlacedTensor]]) -> bool:
+    """Tell whether requests have the same inputs with the same shapes but for the batch dimension."""
+    if not separate:
+        return False
+    shapes = {name: tensor.shape[1:] for name, tensor in separate[0].items()}
+    return all(
+        len(tensors) == len(shapes)
+        and all(
+            name in shapes and tensor.ndim > 0 and tensor.shape[1:] == shapes[name] for name, tensor in tensors.items()
+        )
+        for tensors in separate
+    )

@@ -1,0 +1,178 @@
+"""Requests whose tensors lie in device memory of another process: one suite, for the host as a GPU and for CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from worker_harness import WorkerHarness, spec_from_config
+
+from forebay.engine.devices.base import Device, Memory, Stream
+from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
+from forebay.ipc.errors import Internal, InvalidArgument, ServingError
+from forebay.ipc.messages import CheckMemory, DeviceMemory, Loaded, MemoryChecked, MemoryClosed, MemoryDown, TensorPlace
+
+KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+ROW = np.arange(3, dtype=np.float32)
+
+
+class Client:
+    """A process with memory on the device: this one."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.device: Device = open_device(kind)
+        self.stream: Stream = self.device.make_stream()
+        self.memory: Memory = self.device.allocate(4096)
+        self.exported = DeviceMemory(0, 1, 0, 4096, self.device.export_memory(self.memory))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the worker, which is to take this for a GPU."""
+        return {PLAYED_GPUS_VARIABLE: "1"} if self.kind == "host" else {}
+
+    def put(self, offset: int, array: np.ndarray[Any, Any]) -> None:
+        self.stream.copy_in(self.memory.address + offset, array.ctypes.data, array.nbytes)
+        self.stream.synchronize()
+
+    def get(self, offset: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        array = np.empty(shape, np.float32)
+        self.stream.copy_out(array.ctypes.data, self.memory.address + offset, array.nbytes)
+        self.stream.synchronize()
+        return array
+
+    def close(self) -> None:
+        self.memory.close()
+        self.stream.close()
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def client(request: pytest.FixtureRequest) -> Iterator[Client]:
+    if request.param == "cuda":
+        pytest.importorskip("cupy")
+    made = Client(request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def worker(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerHarness]:
+    """Y = 2 * X on the device; -1 columns."""
+    directory: Path = tmp_path_factory.mktemp("double")
+    shape = ("n", "k")
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["X", "X"], ["Y"])],
+        "g",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, shape)],
+    )
+    (directory / "1").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, directory / "1" / "model.onnx")
+    config = {
+        "backend": "onnxruntime",
+        "max_batch_size": 8,
+        "input": [{"name": "X", "data_type": "TYPE_FP32", "dims": [-1]}],
+        "output": [{"name": "Y", "data_type": "TYPE_FP32", "dims": [-1]}],
+    }
+    spec = spec_from_config(config, model="double", model_path=str(directory), kind="GPU")
+    with WorkerHarness(spec, env=client.environment, load=False) as running:
+        assert isinstance(loaded := running.load(), Loaded)
+        assert loaded.device_id == 0
+        yield running
+
+
+def on_device(offset: int, rows: int, *, name: str = "X", columns: int = 3, memory: int = 1) -> TensorPlace:
+    return TensorPlace(name, "FP32", (rows, columns), offset, rows * columns * 4, memory=memory)
+
+
+def room(offset: int, byte_size: int) -> TensorPlace:
+    return TensorPlace("Y", "", (), offset, byte_size, memory=1)
+
+
+def test_input_and_output_stay_on_the_device(client: Client, worker: WorkerHarness) -> None:
+    client.put(256, np.tile(ROW, (2, 1)))
+    [response] = worker.infer({"X": on_device(256, 2)}, memories=(client.exported,), targets=(room(1024, 24),))
+    assert response.error is None
+    assert (response.outputs, response.datatypes) == ({}, {"Y": "FP32 on the device"})
+    np.testing.assert_array_equal(client.get(1024, (2, 3)), np.tile(2 * ROW, (2, 1)))
+
+
+def test_one_side_on_the_device_and_one_on_the_host(client: Client, worker: WorkerHarness) -> None:
+    client.put(0, ROW[np.newaxis])
+    [response] = worker.infer({"X": on_device(0, 1)}, memories=(client.exported,))
+    np.testing.assert_array_equal(response.outputs["Y"], [2 * ROW])
+    assert response.in_place
+    [response] = worker.infer(
+        {"X": np.full((1, 3), 7, np.float32)}, memories=(client.exported,), targets=(room(0, 12),)
+    )
+    assert response.error is None
+    np.testing.assert_array_equal(client.get(0, (1, 3)), np.full((1, 3), 14))
+
+
+def test_requests_are_joined_on_the_device(client: Client, worker: WorkerHarness) -> None:
+    client.put(0, np.stack([ROW, ROW + 1, ROW + 2]))
+    requests = [{"X": on_device(0, 1)}, {"X": ROW[np.newaxis] + 10}, {"X": on_device(12, 2)}]
+    worker.submit(*requests, memories=(client.exported,))
+    answers = {response.token: response.outputs["Y"] for response in worker.responses(*range_of(worker, 3))}
+    worker.wait_done()
+    first, second, third = (answers[token] for token in sorted(answers))
+    np.testing.assert_array_equal(first, [2 * ROW])
+    np.testing.assert_array_equal(second, [2 * (ROW + 10)])
+    np.testing.assert_array_equal(third, [2 * (ROW + 1), 2 * (ROW + 2)])
+
+
+def range_of(worker: WorkerHarness, count: int) -> list[int]:
+    return sorted(worker._heads)[-count:]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"place": on_device(4092, 1)}, InvalidArgument, "12 bytes at 4092 lies outside of its device memory"),
+        ({"place": on_device(0, 1, memory=2)}, Internal, "device memory that the request does not name"),
+        ({"number": 2, "device_id": 1}, InvalidArgument, "a tensor lies on device 1, the model on 0"),
+        ({"number": 3, "byte_size": 1 << 40}, ServingError, "."),
+        ({"number": 4, "handle": bytes(64)}, ServingError, "."),
+        ({"number": 5, "handle": b"short"}, ServingError, "64 bytes, not 5"),
+        ({"targets": (room(0, 8),)}, Internal, r"output 'Y' \(8 bytes\) should be at least 12 bytes to hold"),
+    ],
+)
+def test_what_cannot_be_used_fails_its_request_only(
+    client: Client, worker: WorkerHarness, change: dict[str, Any], error: type[ServingError], text: str
+) -> None:
+    place = change.pop("place", on_device(0, 1))
+    targets = change.pop("targets", ())
+    fields = {name: getattr(client.exported, name) for name in client.exported.__struct_fields__}
+    memory = DeviceMemory(**{**fields, **change})
+    [response] = worker.infer({"X": place}, memories=(memory,), targets=targets)
+    with pytest.raises(error, match=text):
+        raise response.error or AssertionError("answered")
+    [response] = worker.infer({"X": on_device(0, 1)}, memories=(client.exported,))
+    assert response.error is None
+
+
+def test_a_memory_that_is_taken_away_is_closed_and_not_opened_again(client: Client, worker: WorkerHarness) -> None:
+    memory = DeviceMemory(0, 77, 0, 4096, client.exported.handle)
+    worker.tell(CheckMemory(memory=memory))
+    assert worker._answer() == MemoryChecked()
+    worker.tell(MemoryDown(owner=0, number=77))
+    assert worker._answer() == MemoryClosed(owner=0, number=77)
+    [response] = worker.infer({"X": on_device(0, 1)}, memories=(memory,))
+    assert response.error is not None
+    assert "taken away" in response.error.text
+    worker.tell(CheckMemory(memory=DeviceMemory(0, 78, 0, 4096, bytes(64))))
+    answer = worker._answer()
+    assert isinstance(answer, MemoryChecked)
+    assert answer.text
+
+
+def test_requests_without_device_memory_run_as_ever(worker: WorkerHarness) -> None:
+    [response] = worker.infer({"X": ROW[np.newaxis]})
+    np.testing.assert_array_equal(response.outputs["Y"], [2 * ROW])
