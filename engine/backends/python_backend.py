@@ -172,10 +172,11 @@ class PythonInstance(RowsInstance):
                 f"InferenceRequest(s) size is:{len(requests)}, and InferenceResponse(s) size is:{len(responses)}\n"
             )
         for request, response in zip(requests, responses, strict=True):
-            self._check_type(request, response)
+            if not isinstance(response, InferenceResponse):
+                self._check_absence(request, response)
         again: list[InferenceRequest] = []
         for request, response in zip(requests, responses, strict=True):
-            if self._comes_again(request):
+            if request.is_rescheduled and self._comes_again(request):
                 again.append(request)
             elif response is not None and not request.is_closed:
                 self._deliver(request.source, response, True)
@@ -189,9 +190,8 @@ class PythonInstance(RowsInstance):
             request.hand_back()
         return []
 
-    def _check_type(self, request: InferenceRequest, response: Any) -> None:
-        if isinstance(response, InferenceResponse):
-            return
+    def _check_absence(self, request: InferenceRequest, response: Any) -> None:
+        """Check what stands where a response could be: None is right for requests that are answered otherwise."""
         if request.is_rescheduled:
             if response is not None:
                 raise self._failure(
