@@ -1,5 +1,7 @@
 """The regions of shared memory that clients register (spec H-190..H-203): opened here, handed to every frontend.
 
+A CUDA region is a handle that the courier of its GPU opens in our stead; frontends and workers get the handle.
+
 ::
 
     frontend -- region_register --> supervisor: open, check, remember
@@ -14,13 +16,16 @@ again. Regions are opened once and never by name again: clients unlink the name 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from forebay.ipc.log import log
-from forebay.ipc.messages import Message, RegionDown, RegionUp
+from forebay.ipc.messages import DeviceMemory, Message, RegionDown, RegionUp
 from forebay.ipc.regions import open_shared_memory
 
 #: Regions at most: each is a descriptor here and in every frontend.
@@ -35,6 +40,14 @@ _SEEN_TIMEOUT_S = 10.0
 _TITLES = {"system": "system", "cuda": "CUDA"}
 
 
+class DeviceOpener(Protocol):
+    """Opens device memory elsewhere: the couriers."""
+
+    async def open(self, memory: DeviceMemory) -> tuple[ModelEntry, str]: ...
+
+    async def close(self, memory: DeviceMemory) -> None: ...
+
+
 class Recipient(Protocol):
     """A frontend's process."""
 
@@ -43,14 +56,14 @@ class Recipient(Protocol):
 
 @dataclass(frozen=True)
 class _Registered:
-    """One region. Owns ``fd``."""
+    """One region of system memory. Owns ``fd``."""
 
     name: str
-    kind: str
     key: str
     offset: int
     byte_size: int
     fd: int
+    kind: ClassVar[str] = "system"
 
     @property
     def is_abandoned(self) -> bool:
@@ -60,12 +73,61 @@ class _Registered:
     def status(self) -> dict[str, Any]:
         return {"name": self.name, "key": self.key, "offset": self.offset, "byte_size": self.byte_size}
 
+    def announcement(self, generation: int) -> tuple[RegionUp, tuple[int, ...]]:
+        """Return what a frontend is told, and the descriptors that go with it."""
+        message = RegionUp(
+            generation=generation, name=self.name, kind=self.kind, offset=self.offset, byte_size=self.byte_size
+        )
+        return message, (self.fd,)
+
+    async def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class _RegisteredDevice:
+    """One region of device memory."""
+
+    name: str
+    memory: DeviceMemory
+    courier: ModelEntry
+    opener: DeviceOpener
+    kind: ClassVar[str] = "cuda"
+    #: Nobody but its GPU knows whether its client is still there.
+    is_abandoned: ClassVar[bool] = False
+
+    def status(self) -> dict[str, Any]:
+        return {"name": self.name, "device_id": self.memory.device_id, "byte_size": self.memory.byte_size}
+
+    def announcement(self, generation: int) -> tuple[RegionUp, tuple[int, ...]]:
+        """Return what a frontend is told; no descriptors."""
+        message = RegionUp(
+            generation=generation,
+            name=self.name,
+            kind=self.kind,
+            offset=0,
+            byte_size=self.memory.byte_size,
+            memory=self.memory,
+            courier=self.courier,
+        )
+        return message, ()
+
+    async def close(self) -> None:
+        try:
+            await asyncio.wait_for(self.opener.close(self.memory), _SEEN_TIMEOUT_S)
+        except TimeoutError:
+            log.warning(f"a worker has not closed the CUDA shared memory region '{self.name}' yet")
+
 
 class RegionRegistry:
     """All regions of a server, and which frontends know them."""
 
     def __init__(self) -> None:
-        self._regions: dict[str, _Registered] = {}
+        self._regions: dict[str, _Registered | _RegisteredDevice] = {}
+        #: Opens device memory; None: there are no GPUs.
+        self.device_opener: DeviceOpener | None = None
+        self._device_ids: tuple[int, ...] = ()
+        self._numbers = itertools.count(1)
         self._frontends: dict[int, Recipient] = {}
         #: Changes so far, and up to which one each frontend knows them.
         self._generation = 0
@@ -80,7 +142,7 @@ class RegionRegistry:
         self._frontends[number] = frontend
         self._seen[number] = self._generation
         for region in self._regions.values():
-            frontend.send(self._announcement(region), (region.fd,))
+            frontend.send(*region.announcement(self._generation))
 
     def detach(self, number: int) -> None:
         """A frontend's process is gone."""
@@ -100,15 +162,6 @@ class RegionRegistry:
             if generation <= known and not future.done():
                 future.set_result(None)
         self._waiting = [entry for entry in self._waiting if not entry[1].done()]
-
-    def _announcement(self, region: _Registered) -> RegionUp:
-        return RegionUp(
-            generation=self._generation,
-            name=region.name,
-            kind=region.kind,
-            offset=region.offset,
-            byte_size=region.byte_size,
-        )
 
     async def _announce(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Tell every frontend of the latest change and wait until they know it."""
@@ -133,16 +186,53 @@ class RegionRegistry:
         kind, name = _kind(arguments), _text(arguments, "name")
         if len(name.encode(errors="replace")) > _NAME_BYTES_MAX:
             raise InvalidArgument(f"the name of a shared memory region has at most {_NAME_BYTES_MAX} bytes")
-        if kind == "cuda":
+        if kind == "cuda" and self.device_opener is None:
             raise InvalidArgument(f"failed to register CUDA shared memory region: '{name}', GPUs not supported")
         await self._reclaim()
+        self._check_is_new(name)
+        region: _Registered | _RegisteredDevice
+        if self.device_opener is not None and kind == "cuda":
+            region = await self._open_device(self.device_opener, name, arguments)
+            self._check_is_new(name)
+        else:
+            region = _open(name, _text(arguments, "key"), _number(arguments, "offset"), _number(arguments, "byte_size"))
+        self._regions[name] = region
+        log.verbose(1, f"registered {_TITLES[kind]} shared memory region '{name}': {region.status()}")
+        self._generation += 1
+        await self._announce(*region.announcement(self._generation))
+
+    def _check_is_new(self, name: str) -> None:
         if name in self._regions:
             raise AlreadyExists(f"shared memory region '{name}' already in manager")
-        region = _open(name, _text(arguments, "key"), _number(arguments, "offset"), _number(arguments, "byte_size"))
-        self._regions[name] = region
-        log.verbose(1, f"registered shared memory region '{name}': {region.byte_size} bytes of '{region.key}'")
-        self._generation += 1
-        await self._announce(self._announcement(region), (region.fd,))
+
+    async def _open_device(self, opener: DeviceOpener, name: str, arguments: dict[str, Any]) -> _RegisteredDevice:
+        """Have a courier open a client's device memory (spec H-196).
+
+        Raises:
+            InvalidArgument: it leads nowhere, there is no such GPU, or it has fewer bytes than the client says.
+        """
+        raw_handle = arguments.get("raw_handle")
+        memory = DeviceMemory(
+            owner=0,
+            number=next(self._numbers),
+            device_id=_number(arguments, "device_id"),
+            byte_size=_number(arguments, "byte_size"),
+            handle=raw_handle if isinstance(raw_handle, bytes) else b"",
+        )
+        failure = f"failed to register CUDA shared memory region '{name}': "
+        if memory.byte_size <= 0:
+            raise InvalidArgument(f"{failure}invalid args")
+        if memory.device_id not in self._device_ids:
+            raise InvalidArgument(f"{failure}failed to open CUDA IPC handle: invalid device ordinal")
+        courier, problem = await opener.open(memory)
+        if problem:
+            raise InvalidArgument(f"{failure}failed to open CUDA IPC handle: {problem}")
+        return _RegisteredDevice(name, memory, courier, opener)
+
+    def use_devices(self, opener: DeviceOpener, device_ids: Iterable[int]) -> None:
+        """From now on clients may register memory of these GPUs."""
+        self._device_ids = tuple(device_ids)
+        self.device_opener = opener if self._device_ids else None
 
     async def status(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """Carry out ``region_status``: one region, or all of a kind (spec H-191, H-195, H-201)."""
@@ -151,9 +241,9 @@ class RegionRegistry:
             return [region.status() for _, region in sorted(self._regions.items()) if region.kind == kind]
         region = self._regions.get(name)
         if region is None:
-            raise NotFound(f"Unable to find {_TITLES[kind]} shared memory region: '{name}'")
+            raise NotFound(f"Unable to find {kind} shared memory region: '{name}'")
         if region.kind != kind:
-            raise InvalidArgument(
+            raise NotFound(
                 f"The region named '{name}' is registered as {_TITLES[region.kind]} shared memory, not {_TITLES[kind]} "
                 "shared memory"
             )
@@ -169,10 +259,11 @@ class RegionRegistry:
 
     async def _forget(self, names: list[str]) -> None:
         if names:
-            for name in names:
-                os.close(self._regions.pop(name).fd)
+            gone = [self._regions.pop(name) for name in names]
             self._generation += 1
             await self._announce(RegionDown(generation=self._generation, names=tuple(names)))
+            # Now that no further request uses them.
+            await asyncio.gather(*(region.close() for region in gone))
 
     async def _reclaim(self) -> None:
         """Make room: forget the regions of clients that are gone.
@@ -191,7 +282,8 @@ class RegionRegistry:
     def close(self) -> None:
         """Close every descriptor."""
         for region in self._regions.values():
-            os.close(region.fd)
+            if isinstance(region, _Registered):
+                os.close(region.fd)
         self._regions.clear()
 
 
@@ -201,7 +293,7 @@ def _open(name: str, key: str, offset: int, byte_size: int) -> _Registered:
     if byte_size <= 0 or offset < 0 or offset + byte_size > size:
         os.close(fd)
         raise InvalidArgument(f"failed to register shared memory region '{name}': invalid args")
-    return _Registered(name, "system", key, offset, byte_size, fd)
+    return _Registered(name, key, offset, byte_size, fd)
 
 
 def _kind(arguments: dict[str, Any]) -> str:
