@@ -1,13 +1,25 @@
 """Maps the folders at the repository root into one import package; metadata is in pyproject.toml."""
 
-from setuptools import find_namespace_packages, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 
 NAME = "forebay"
 #: Package to folder. The client is a frontend by its place in the code, and a package of its own to its users.
 TREES = {"engine": "engine", "frontend": "frontend", "client": "frontend/client", "ipc": "ipc", "conf": "conf"}
 
 #: What a package ships besides its modules: type markers, settings, protocol descriptors, the dashboard's pages.
-DATA = ["py.typed"] + [f"**/*.{suffix}" for suffix in ("toml", "binpb", "proto", "html", "css", "js", "svg", "json")]
+DATA = ["py.typed"] + [
+    f"**/*.{suffix}" for suffix in ("toml", "binpb", "proto", "html", "css", "js", "svg", "json", "pyi")
+]
+
+#: For Python 3.11 and later. Without a C compiler it is left out, and Python does its work.
+LANE = Extension(
+    f"{NAME}.engine.worker.rows_lane",
+    ["engine/worker/rows_lane.c"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")],
+    extra_compile_args=["-O2", "-std=c11", "-Wall", "-Wextra"],
+    py_limited_api=True,
+    optional=True,
+)
 
 #: Folders of data only, by tree. Without a module in them they are namespaces, which setuptools wants to see listed.
 DATA_FOLDERS = {"client": ["c"], "conf": ["models", "models.*"]}
@@ -32,5 +44,7 @@ setup(
     # The example model repository travels inside the wheel: `forebay demo` needs no checkout.
     package_data={f"{NAME}.{tree}": DATA for tree in TREES}
     | {f"{NAME}.conf": [*DATA, "models/**/*"], f"{NAME}.client": [*DATA, "c/*.[ch]", "c/Makefile"]},
+    ext_modules=[LANE],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     exclude_package_data={"": ["*.py[co]", "**/__pycache__/*"]},
 )

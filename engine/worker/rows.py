@@ -3,22 +3,29 @@
 A batch that is one run of consecutive rows is bound in place: the backend reads the slab's input areas and writes its
 output areas. The binding is kept, because the same rows come again. Several runs are gathered into staging arrays
 first, and the bytes are counted.
+
+What has been bound goes by way of the lane from then on (``rows_lane.c``), if the package was built with a C compiler.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, TensorInstance
 from forebay.engine.worker.places import Producers, row_shape
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews
+from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES, TensorSpec
 from forebay.ipc.wire import HEADER, NO_TIMES, RUN, TIMES, Kind, Run, unpack_runs
+
+if TYPE_CHECKING:
+    from forebay.engine.worker.rows_lane import RowsLane
 
 #: Bindings kept per producer; at the limit all of them are dropped, which costs less bookkeeping than an exact order
 #: of use.
@@ -40,6 +47,7 @@ class RowsRunner:
         self._counters = BatchCounters(counters)
         self._bells = RowBells(spec.instance, producers, self._counters)
         self._views = SlabViews(spec, producers)
+        self._lane: RowsLane | None = None
         #: By producer: one that comes and goes, or has a thousand slabs, costs the others nothing.
         self._bound: dict[int, dict[tuple[int, int, int, int], Callable[[], None]]] = {}
         self._staged: dict[int, Callable[[], None]] = {}
@@ -49,6 +57,27 @@ class RowsRunner:
     def forget_producer(self, producer: int) -> None:
         """Drop the bindings that look into its arena, which is about to be unmapped."""
         self._bound.pop(producer, None)
+        if self._lane is not None:
+            self._lane.forget(producer)
+
+    def open_lane(self, counters: memoryview, done: Bell) -> RowsLane | None:
+        """Return the lane for what will be bound; None if the package was built without it.
+
+        Args:
+            counters: uint64, this instance's block.
+            done: rings the scheduler.
+        """
+        try:
+            from forebay.engine.worker.rows_lane import RowsLane
+        except ImportError:
+            return None
+        self._lane = RowsLane(self._spec.instance, counters, done)
+        return self._lane
+
+    def failed(self, message: memoryview, start_ns: int, error: ServingError) -> bytes:
+        """Answer a batch that failed in the lane; returns what :meth:`execute` does."""
+        _kind, _flags, count, _sender, batch = HEADER.unpack_from(message)
+        return self._bells.fail(unpack_runs(message, count, HEADER.size), batch, start_ns, error)
 
     def execute(self, message: memoryview, batch_start_ns: int) -> bytes:
         """Run one RUNS message and ring its producers.
@@ -94,15 +123,22 @@ class RowsRunner:
         bound = None if own is None else own.get(key)
         if bound is None:
             bound = self._bind(Run._make(run))
-            own = self._bound.setdefault(producer, {})
-            if len(own) >= BINDINGS_MAX:
-                own.clear()
-            own[key] = bound
+            self._keep(run, key, bound)
         input_end_ns = time.monotonic_ns()
         bound()
         end_ns = time.monotonic_ns()
         self._counters.succeeded(requests, rows, enqueue_sum_ns, 1, (start_ns, input_end_ns, end_ns, end_ns))
         return TIMES.pack(start_ns, input_end_ns, end_ns, end_ns)
+
+    def _keep(self, run: tuple[int, ...], key: tuple[int, int, int, int], bound: Callable[[], None]) -> None:
+        producer = run[0]
+        own = self._bound.setdefault(producer, {})
+        if len(own) >= BINDINGS_MAX:
+            self.forget_producer(producer)
+            own = self._bound[producer] = {}
+        own[key] = bound
+        if self._lane is not None:
+            self._lane.keep(RUN.pack(*run), bound, self._producers.get(producer).bell)
 
     def _execute_gathered(self, runs: list[Run], start_ns: int) -> bytes:
         rows = sum(run.rows for run in runs)
