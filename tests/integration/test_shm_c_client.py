@@ -16,63 +16,10 @@ from shm_models import serve, write_models
 import forebay.client.shm
 
 SOURCES = Path(__file__).resolve().parents[2] / "frontend" / "client" / "c"
+PROGRAMS = Path(__file__).resolve().parents[1] / "support" / "c_client"
 COMPILER = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), "")
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C compiler: apt install gcc")
-
-#: What a client does wrong, and what it is told; run with the server's socket and prints one line per case.
-_MISTAKES = r"""
-#include "forebay_client.h"
-#include <stdio.h>
-static void show(int code) { printf("%d %s\n", code, forebay_error()); }
-int main(int count, char **arguments) {
-    forebay_client *client; forebay_model *model, *slow; forebay_request *request;
-    (void)count;
-    show(forebay_connect("/nowhere", 0, &client));
-    show(forebay_connect(arguments[1], (uint64_t)1 << 60, &client));
-    if (forebay_connect(arguments[1], 1 << 20, &client)) return 1;
-    show(forebay_open(client, "nobody", 0, &model));
-    show(forebay_open(client, "alpha_model", 9, &model));
-    show(forebay_open(client, "echo", 0, &slow));
-    if (forebay_open(client, "alpha_model", 1, &model)) return 1;
-    printf("%d %d %d %s %d\n", (int)forebay_version(model), forebay_input_count(model), forebay_max_batch_size(model),
-           forebay_input_at(model, 0)->name, (int)forebay_input_at(model, 0)->row_bytes);
-    show(forebay_prepare(model, 65, &request));
-    show(forebay_input(model, "nothing", 1) != NULL);
-    show(forebay_infer(model, 1, -1));
-    show(forebay_output(model, "prediction", NULL) != NULL);
-    for (int rows = 0; !forebay_prepare(model, 64, &request); rows++) {}
-    show(FOREBAY_NO_MEMORY);
-    forebay_close(client);
-    return 0;
-}
-"""
-
-#: Runs 2000 requests, many at a time, each with its own number, and prints the answers.
-_MANY = r"""
-#include "forebay_client.h"
-#include <stdio.h>
-enum { ALL = 2000, AT_ONCE = 300 };
-int main(int count, char **arguments) {
-    forebay_client *client; forebay_model *model; static forebay_request *requests[ALL];
-    (void)count;
-    if (forebay_connect(arguments[1], 0, &client) || forebay_open(client, "alpha_model", 0, &model)) return 1;
-    for (int i = 0, next = 0; i < ALL; i++) {
-        for (; next < ALL && next < i + AT_ONCE; next++) {
-            float *x;
-            if (forebay_prepare(model, 1, &requests[next])) return 2;
-            x = forebay_request_input(requests[next], 0);
-            for (int k = 0; k < 50; k++) x[k] = (float)next / ALL;
-            if (forebay_submit(requests[next])) return 3;
-        }
-        if (forebay_wait(requests[i], 60000000)) { fprintf(stderr, "%s\n", forebay_error()); return 4; }
-        printf("%.9g\n", (double)*(const float *)forebay_request_output(requests[i], 0));
-        forebay_release(requests[i]);
-    }
-    forebay_close(client);
-    return 0;
-}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +37,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def compile_program(build: Path, name: str, source: str) -> Path:
+def compile_program(build: Path, name: str) -> Path:
     """Compile with the sanitizers that the compiler has."""
-    (build / f"{name}.c").write_text(source)
     command = [COMPILER, "-std=c11", "-g", "-Wall", "-Wextra", f"-I{SOURCES}", "-o", str(build / name)]
-    files = [str(build / f"{name}.c"), str(SOURCES / "forebay_client.c")]
+    files = [str(PROGRAMS / f"{name}.c"), str(SOURCES / "forebay_client.c")]
     sanitized = [*command, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *files]
     if subprocess.run(sanitized, check=False, capture_output=True).returncode:
         subprocess.run([*command, *files], check=True)
@@ -103,11 +49,7 @@ def compile_program(build: Path, name: str, source: str) -> Path:
 
 def run(server: ForebayServer, *command: str | Path) -> list[str]:
     """Run a program and return its lines."""
-    environment = {
-        **os.environ,
-        "FOREBAY_RUNTIME_DIRECTORY": str(server.runtime_base),
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
+    environment = {**os.environ, "FOREBAY_RUNTIME_DIRECTORY": str(server.runtime_base)}
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -137,25 +79,86 @@ def test_latency_program(server: ForebayServer, build: Path, wait: str) -> None:
 
 
 def test_many_in_flight(server: ForebayServer, build: Path) -> None:
-    program = compile_program(build, "many", _MANY)
+    program = compile_program(build, "many")
     lines = [float(line) for line in run(server, program, str(server.runtime_base))]
     np.testing.assert_allclose(lines[::100], answers(server, [k / 2000 for k in range(0, 2000, 100)]), rtol=1e-5)
 
 
 def test_mistakes_are_told(server: ForebayServer, build: Path) -> None:
-    lines = run(server, compile_program(build, "mistakes", _MISTAKES), str(server.runtime_base))
+    lines = run(server, compile_program(build, "mistakes"), str(server.runtime_base))
     expected = [
         "100 no forebay server is running: there is no clients.sock of this user in /nowhere",
         "3 an arena may have ",
         "2 Request for unknown model: 'nobody' is not found",
         "2 Request for unknown model: 'alpha_model' version 9 is not found",
-        "5 model 'echo' takes inputs of varying size, which this client does not",
         "1 1 64 features 200",
         "3 model 'alpha_model' takes 1 to 64 rows at a time, not 65",
         "0 model 'alpha_model' has no input 'nothing'",
         "3 no input of 1 rows of model 'alpha_model' was filled",
         "0 model 'alpha_model' has no answer with 'prediction'",
+        "5 a request in rows carries a timeout and a priority only: use forebay_prepare_parcel",
+        "0 input 'features' of model 'alpha_model' cannot have this shape",
+        "3 input 'features' takes numbers, not strings",
+        "3 the request was not submitted",
+        "3 1 requests have not been released",
+        "0 input 'INPUT0' varies in size: use forebay_shape_input",
+        "3 model 'echo' needs input 'INPUT0', which was not filled",
+        "0 input 'INPUT0' of model 'echo' cannot have this shape",
+        "0 no room for 4194304 bytes of tensors in an arena of 1048576",
         "103 no room for ",
     ]
     assert len(lines) == len(expected)
     assert [line for line, start in zip(lines, expected, strict=True) if not line.startswith(start)] == []
+
+
+def test_inputs_of_varying_shapes(server: ForebayServer, build: Path) -> None:
+    lines = run(server, compile_program(build, "shapes"), str(server.runtime_base))
+    sizes = [1, 10, 91, 820, 7381, 66430]
+    assert lines == [f"OUTPUT0 11 1 {size} {4 * size} {size - 1}" for size in sizes]
+
+
+def test_strings(server: ForebayServer, build: Path) -> None:
+    lines = run(server, compile_program(build, "strings"), str(server.runtime_base))
+    assert lines == [f"3 {ord('e')}", "0 0", f"12 {ord('e')}", f"1 {ord('x')}", "2 2"]
+
+
+def test_any_number_of_responses(server: ForebayServer, build: Path) -> None:
+    lines = run(server, compile_program(build, "responses"), str(server.runtime_base))
+    end = "104 there is no further response"
+    assert lines == ["2 0", "20000 1", "2 2", "20000 3", "2 4", end, end]
+
+
+def test_waiting_cancelling_and_deadlines(server: ForebayServer, build: Path) -> None:
+    lines = run(server, compile_program(build, "limits"), str(server.runtime_base))
+    assert lines == [
+        "102 the deadline passed before the answer came",
+        "0 ",
+        "7 request was cancelled",
+        "0 ",
+        "3",
+        "0 ",
+        "0 ",
+        "7 request was cancelled: its deadline passed while it waited",
+        "0 ",
+        "0 ",
+        "0 ",
+    ]
+
+
+def test_reconnecting_to_the_next_server(tmp_path: Path, build: Path) -> None:
+    models, base = write_models(tmp_path / "models"), tmp_path / "run"
+    environment = {"FOREBAY_RUNTIME_DIRECTORY": str(base)}
+    program = compile_program(build, "reconnect")
+    gone = "101 the engine is gone: the server has ended"
+    with ForebayServer(models, protocols=("metrics",), environment=environment) as first:
+        process = subprocess.Popen([program, base], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        first.process.kill()
+    with ForebayServer(models, protocols=("metrics",), environment=environment):
+        out, _ = process.communicate("go on\n", timeout=PATIENCE_S)
+    assert process.returncode == 0, out
+    lines = out.splitlines()
+    assert lines[0].startswith(gone.partition(":")[0])
+    assert [line.partition(" ")[0] for line in lines[:5]] == ["101", "101", "3", "0", "0"]
+    assert np.isfinite(float(lines[5]))
