@@ -314,7 +314,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("runtime-directory", "process.runtime_directory", metavar="DIRECTORY"),
     Flag("worker-timeout-secs", "process.worker_timeout_secs", minimum=0),
     Flag("instances-per-process", "process.instances_per_process", minimum=1),
-    Flag("wait", "process.wait", NOT_YET, "processes sleep until there is work"),
+    Flag("wait", "process.wait", metavar="park|spin[=MICROSECONDS]", parse=values.parse_wait),
     Flag(
         "host-policy",
         "process.host_policies",

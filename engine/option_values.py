@@ -24,6 +24,9 @@ INT64_MAX = 2**63 - 1
 #: Bounds of a latency objective, ms.
 SLO_MS_MIN, SLO_MS_MAX = 0.1, 3_600_000.0
 
+#: `--wait spin`: microseconds, by default and at most.
+SPIN_US_DEFAULT, SPIN_US_MAX = 50, 10_000
+
 TRUE_WORDS = frozenset({"true", "on", "1"})
 FALSE_WORDS = frozenset({"false", "off", "0"})
 
@@ -127,6 +130,22 @@ def parse_batching(text: str) -> str:
     if name != "slo" or not separator:
         raise ValueError(f"--batching must be one of [triton, eager, slo=<milliseconds>]. Got {text}")
     return f"slo={parse_slo_ms(value):g}ms"
+
+
+def parse_wait(text: str) -> str:
+    """Return `park`, or `spin=<microseconds>`; `spin` alone means the default time."""
+    word = text.strip().lower()
+    if word == "park":
+        return word
+    name, separator, value = word.partition("=")
+    if name != "spin":
+        raise ValueError(f"--wait must be one of [park, spin, spin=<microseconds>]. Got {text}")
+    return f"spin={parse_int(value, 1, SPIN_US_MAX) if separator else SPIN_US_DEFAULT}"
+
+
+def spin_us(wait: str) -> int:
+    """Return how many microseconds a process looks for work before it sleeps, from a parsed `--wait`."""
+    return int(wait.partition("=")[2] or 0)
 
 
 def parse_slo_ms(text: str) -> float:

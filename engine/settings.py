@@ -20,7 +20,6 @@ TraceLevel = Literal["OFF", "TIMESTAMPS", "TENSORS"]
 TraceMode = Literal["triton", "opentelemetry"]
 GpuFallback = Literal["none", "cpu"]
 MpsMode = Literal["auto", "on", "off"]
-Wait = Literal["park", "spin"]
 
 #: The APIs that `--http-restricted-api` and `--grpc-restricted-protocol` can name (Triton's restricted_features.h).
 RESTRICTED_APIS = (
@@ -415,8 +414,9 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     backend allows it: each runs in a thread, on a GPU with a stream, of its own. One keeps a crash to itself. Backends
     that keep state for a whole process, such as Python models, have one instance in each."""
 
-    wait: Wait = "park"
-    """`park` sleeps until there is work; `spin` looks for it without end: faster, at the cost of a core each."""
+    wait: str = "park"
+    """How workers wait: `park` sleeps until there is work; `spin=<microseconds>` looks for it so long before it sleeps
+    (`spin`: 50), which saves a wake-up per batch where there is a core to spare for each worker."""
 
     host_policies: tuple[ConfigEntry, ...] = ()
     """Where instances of a host policy run, as `<policy>,numa-node=<n>` or `<policy>,cpu-cores=<a>-<b>`."""

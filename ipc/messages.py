@@ -557,6 +557,8 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     counter_offset: int = 0
     rows_mode: bool = False
     """True: requests come as RUNS, else as PARCELS."""
+    spin_us: int = 0
+    """How long the worker looks for work before it sleeps."""
 
 
 class Describe(Message, frozen=True, tag=33):

@@ -17,6 +17,7 @@ import msgspec
 
 from forebay.engine.backend_families import family_of, missing_library
 from forebay.engine.function_repository import BACKEND_NAME as FUNCTION_BACKEND
+from forebay.engine.option_values import spin_us
 from forebay.engine.repository.auto_complete import (
     DEFAULT_MAX_BATCH_SIZE,
     DescribedModel,
@@ -397,6 +398,7 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
                 **({"sequence": sequence} if sequence is not None else {}),
             },
             rows_mode=is_fixed and not prepared.wants_parcels,
+            spin_us=spin_us(plant.settings.process.wait),
         )
         for instance in spec.instances
     ]

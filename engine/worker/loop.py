@@ -33,6 +33,7 @@ from forebay.engine.worker.request_rows import RequestRowsRunner
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
 from forebay.engine.worker.sequences import SequencesRunner, sequence_policy, with_sequence_tensors
+from forebay.engine.worker.wait_styles import Park, wait_style
 from forebay.engine.worker.warmup import warm_up
 from forebay.ipc.counters import CountersFile, InstanceCounter, instance_words
 from forebay.ipc.doorbell import Bell
@@ -102,6 +103,7 @@ class Worker:
         self._parcels: ParcelsRunner | None = None
         self._sequences: SequencesRunner | None = None
         self._rings: Rings | None = None
+        self._wait = Park()
         #: Reads ahead while a batch of parcels runs, so that a model hears of cancellations.
         self._inbox = Inbox(doorbell, self._handle_early)
         #: Our counters; only for :attr:`InstanceCounter.RUNNING_SINCE_NS`, which tells the supervisor of a hung batch.
@@ -231,7 +233,8 @@ class Worker:
         self._parcels.take_signals = self._inbox.take_signals
         if policy is not None:
             self._sequences = SequencesRunner(spec, policy, instance, self._parcels)
-        self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring)
+        self._wait = wait_style(spec.spin_us)
+        self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring, self._wait)
         self._instance = instance
         for producer in self._producers:
             instance.attach_memory(producer.arena.address, producer.arena.byte_size)
@@ -263,7 +266,7 @@ class Worker:
         """Take batches until told to stop."""
         buffer = bytearray(MESSAGE_BYTES_MAX)
         view = memoryview(buffer)
-        receive = self._doorbell.recv_into
+        receive, doorbell = self._wait.receive, self._doorbell
         runs, parcels = Kind.RUNS, Kind.PARCELS
         self._doorbell.setblocking(True)
         rows_runner, rings, clock = self._rows, self._rings, self._clock
@@ -276,7 +279,7 @@ class Worker:
             elif self._producers.has_backlog() or self._done.backlog_count:
                 size = self._receive_with_retry(buffer)
             else:
-                size = receive(buffer)
+                size = receive(doorbell, buffer)
             if size < HEADER.size:
                 if size == 0:
                     return  # Every sender is gone.

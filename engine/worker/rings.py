@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from forebay.engine.worker.places import Producer, Producers
+from forebay.engine.worker.wait_styles import Park
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, Kind
 
@@ -43,8 +44,11 @@ class _Ring:
 class Rings:
     """Every ring of this worker, and the wait on those that are open together with the doorbell."""
 
-    def __init__(self, spec: InstanceSpec, producers: Producers, doorbell: socket.socket, execute: Execute) -> None:
+    def __init__(
+        self, spec: InstanceSpec, producers: Producers, doorbell: socket.socket, execute: Execute, wait: Park
+    ) -> None:
         """Watch the doorbell, which stays the caller's."""
+        self._wait = wait
         self._doorbell_fd = doorbell.fileno()
         self._execute = execute
         self._producers = producers
@@ -103,7 +107,7 @@ class Rings:
     def wait_doorbell(self, buffer: bytearray, timeout_ms: int | None) -> bool:
         """Wait, run what arrives on open rings, return True if the doorbell can be read."""
         is_ready = False
-        for fd, _events in self._poll.poll(timeout_ms):
+        for fd, _events in self._wait.poll(self._poll, timeout_ms):
             ring = self._open.get(fd)
             if ring is not None:
                 self._take(ring, buffer)

@@ -268,6 +268,7 @@ def test_false_has_several_spellings(text):
         ("--http-restricted-api=health", "--http-restricted-api option format is '<config name>:<setting>=<value>'."),
         ("--http-restricted-api=trace,trace:k=v", "restricted api 'trace' can not be specified in multiple config"),
         ("--grpc-restricted-protocol=x:k=v", "unknown restricted protocol 'x'"),
+        ("--wait=sleep", "--wait must be one of [park, spin, spin=<microseconds>]. Got sleep"),
     ],
 )
 def test_bad_value_is_refused_with_tritons_text(word, reason):
@@ -320,6 +321,9 @@ def test_bad_value_is_refused_with_tritons_text(word, reason):
         ("--trace-config=triton,file=/tmp/trace.json", "trace.file", "/tmp/trace.json"),
         ("--trace-config=triton,log-frequency=50", "trace.log_frequency", 50),
         ("--trace-level=max", "trace.level", ("TIMESTAMPS",)),
+        ("--wait=park", "process.wait", "park"),
+        ("--wait=spin", "process.wait", "spin=50"),
+        ("--wait=spin=200", "process.wait", "spin=200"),
     ],
 )
 def test_value_is_parsed(word, path, expected):
