@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ BUILD_FOLDER = HERE.parent.parent / "build" / "bench"
 #: How long to wait for the answers that are still missing when the time is up.
 DRAIN_TIMEOUT_S = 5.0
 
-Arrivals = Literal["constant", "poisson"]
+Arrivals = Literal["constant", "poisson", "bursty"]
 
 
 class LoadFailed(Exception):
@@ -58,6 +58,10 @@ class LoadResult:
     """Idle connections that the server closed."""
     client_cpu_us: float = 0.0
     """User and system time of the generator itself in the measured time."""
+    due_count: int = 0
+    """Open loop: requests that were due in the measured time (run_load only)."""
+    within_counts: tuple[int, ...] = ()
+    """Right answers within each of the limits that were given (run_load only)."""
     first_error: str = ""
     """Status and beginning of the first answer that was not 200."""
 
@@ -116,6 +120,7 @@ def run_load(
     rate_per_s: float | None = None,
     arrivals: Arrivals = "poisson",
     idle_connections: int = 0,
+    limits_us: Sequence[float] = (),
     host: str = "127.0.0.1",
     on_start: Callable[[], None] | None = None,
     on_end: Callable[[], None] | None = None,
@@ -127,8 +132,9 @@ def run_load(
         connections: keep-alive connections that send; each has at most one request under way.
         rate_per_s: None for a closed loop (the next request when the last is answered), else an open loop: requests
             are due at this rate, all connections together, and latency counts from the time a request was due.
-        arrivals: the distances between due times in an open loop.
+        arrivals: the distances between due times in an open loop; ``bursty`` is Poisson at a rate that changes.
         idle_connections: further connections that make one request each before the start and then stay silent.
+        limits_us: latencies for which to count the answers that are no later, sixteen at most.
         on_start: called when the warm-up is over; take the server's CPU time here.
         on_end: called when the measured time is over.
 
@@ -141,6 +147,7 @@ def run_load(
             host,
             *(str(port), str(path), str(connections), str(idle_connections), str(warmup_s), str(duration_s)),
             *(str(rate_per_s or 0), arrivals, str(DRAIN_TIMEOUT_S)),
+            *map(str, limits_us),
         ]
         callbacks = {"start": on_start, "end": on_end}
         last_line = ""
@@ -210,6 +217,7 @@ def _result_of(figures: dict[str, Any]) -> LoadResult:
     """Make a result of a generator's JSON object, leaving out what only the generator needs."""
     if figures.get("first_error_status"):
         figures["first_error"] = f"{figures['first_error_status']}: {figures['first_error']}"
+    figures["within_counts"] = tuple(figures.get("within_counts", ()))
     names = {field.name for field in fields(LoadResult)}
     return LoadResult(**{name: value for name, value in figures.items() if name in names})
 

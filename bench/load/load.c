@@ -1,10 +1,11 @@
 /* A load generator for one fixed HTTP/1.1 request over many keep-alive connections.
  *
- *   load HOST PORT REQUEST_FILE CONNECTIONS IDLE_CONNECTIONS WARMUP_S DURATION_S RATE ARRIVALS TIMEOUT_S
+ *   load HOST PORT REQUEST_FILE CONNECTIONS IDLE_CONNECTIONS WARMUP_S DURATION_S RATE ARRIVALS TIMEOUT_S [LIMIT_US...]
  *
  * REQUEST_FILE holds the bytes of one whole request, header and body. With RATE 0 the loop is closed: every connection
  * sends its next request when the answer to the last is there. With a RATE (requests per second, all connections
- * together) the loop is open: ARRIVALS "constant" or "poisson" fixes the time at which each request is meant to be sent,
+ * together) the loop is open: ARRIVALS "constant", "poisson" or "bursty" (Poisson at a rate that itself changes: on average
+ * 2.5 times the mean for 20 ms, then 0.625 times for 80 ms) fixes the time at which each request is meant to be sent,
  * whatever the server does; a request that finds no free connection waits, and its latency counts from the time at
  * which it was meant to be sent, so that a server which stalls cannot hide the requests it kept from being sent
  * (coordinated omission). Requests that were due but not sent when the time is up count with the time they waited.
@@ -12,6 +13,8 @@
  * It is one thread around epoll, and per request one recv, one send and a share of an epoll_wait. It writes the line
  * "start" when the warm-up is over, "end" when the measured time is over, and then one JSON object; times in it are
  * microseconds. IDLE_CONNECTIONS have each made one request before the start and are then left open and silent.
+ *
+ * For each LIMIT_US, right answers to what was due in the measured time are counted whose latency is at most that.
  *
  * Answers must carry Content-Length. An answer counts as right when its status is 200 and its body is as long as that of
  * the first answer.
@@ -57,6 +60,14 @@ static uint64_t bucket_top(int bucket) {
     return ((uint64_t)(bucket % STEPS + STEPS + 1) << shift) - 1;
 }
 
+enum { LIMITS_MAX = 16 };
+static uint64_t limits_ns[LIMITS_MAX], within_counts[LIMITS_MAX];
+static int limit_count;
+
+static void count_within(uint64_t ns) {
+    for (int i = 0; i < limit_count; i++) within_counts[i] += ns <= limits_ns[i];
+}
+
 static void record(uint64_t ns) {
     histogram[bucket_of(ns)]++;
     recorded_count++;
@@ -84,11 +95,11 @@ static struct sockaddr_in server;
 static char *request;
 static size_t request_bytes;
 static double rate_per_s;
-static bool poisson;
+static bool poisson, bursty;
 
 static uint64_t window_start_ns, window_end_ns; /* what is measured, monotonic clock */
 static uint64_t completed_count, non_200_count, length_mismatch_count, connection_error_count, idle_closed_count;
-static uint64_t unanswered_count, unsent_count;
+static uint64_t unanswered_count, unsent_count, due_count;
 static int64_t expected_body_bytes = -1;
 
 enum { HEADER_LIMIT = 8192, EXCERPT_LIMIT = 200 };
@@ -137,7 +148,31 @@ static double uniform(void) { /* (0, 1], xorshift64*: the same sequence in every
 
 static double next_due_ns; /* a double, so that a rate that does not divide a second keeps its fractions */
 
-static void advance_due(void) { next_due_ns += (poisson ? -log(uniform()) : 1.0) * 1e9 / rate_per_s; }
+static void advance_poisson(double rate) { next_due_ns += -log(uniform()) * 1e9 / rate; }
+
+static const double burst_rate = 2.5, lull_rate = 0.625; /* of the mean rate */
+static const double burst_ns = 20e6, lull_ns = 80e6;     /* mean lengths */
+
+static void advance_bursty(void) {
+    static bool in_burst;
+    static double state_end_ns;
+    for (;;) {
+        double from_ns = next_due_ns;
+        advance_poisson(rate_per_s * (in_burst ? burst_rate : lull_rate));
+        if (next_due_ns < state_end_ns) return;
+        /* Arrivals have no memory: draw anew from where the rate changes. */
+        next_due_ns = state_end_ns > from_ns ? state_end_ns : from_ns;
+        in_burst = !in_burst;
+        state_end_ns = next_due_ns - log(uniform()) * (in_burst ? burst_ns : lull_ns);
+    }
+}
+
+static void advance_due(void) {
+    if (next_due_ns >= (double)window_start_ns && next_due_ns < (double)window_end_ns) due_count++;
+    if (bursty) advance_bursty();
+    else if (poisson) advance_poisson(rate_per_s);
+    else next_due_ns += 1e9 / rate_per_s;
+}
 
 /* ---- Connections ---- */
 
@@ -241,7 +276,10 @@ static void finish_request(Connection *connection) {
     if (completed_inside) completed_count++;
     /* Open loop: what was due inside counts, however late it came; else the slowest would be left out. */
     bool due_inside = connection->due_ns >= window_start_ns && connection->due_ns < window_end_ns;
-    if (rate_per_s > 0 ? due_inside : completed_inside) record(now - connection->due_ns);
+    if (rate_per_s > 0 ? due_inside : completed_inside) {
+        record(now - connection->due_ns);
+        count_within(now - connection->due_ns);
+    }
 }
 
 /* Parse the status and Content-Length of a complete header; false if it has none. */
@@ -351,9 +389,9 @@ static void arm_timer(uint64_t at_ns) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 11) {
+    if (argc < 11 || argc > 11 + LIMITS_MAX) {
         fprintf(stderr, "usage: load HOST PORT REQUEST_FILE CONNECTIONS IDLE_CONNECTIONS WARMUP_S DURATION_S RATE "
-                        "constant|poisson TIMEOUT_S\n");
+                        "constant|poisson|bursty TIMEOUT_S [LIMIT_US...]\n");
         return 2;
     }
     server.sin_family = AF_INET;
@@ -367,6 +405,8 @@ int main(int argc, char **argv) {
     double warmup_s = atof(argv[6]), duration_s = atof(argv[7]), timeout_s = atof(argv[10]);
     rate_per_s = atof(argv[8]);
     poisson = strcmp(argv[9], "poisson") == 0;
+    bursty = strcmp(argv[9], "bursty") == 0;
+    for (int i = 11; i < argc; i++) limits_ns[limit_count++] = (uint64_t)(atof(argv[i]) * 1e3);
 
     struct rlimit files;
     getrlimit(RLIMIT_NOFILE, &files);
@@ -457,11 +497,14 @@ int main(int argc, char **argv) {
            "\"connection_error_count\": %lu, \"idle_closed_count\": %lu, \"unanswered_count\": %lu, \"unsent_count\": %lu, "
            "\"body_bytes\": %ld, \"first_error_status\": %d, \"first_error\": \"%s\", \"client_cpu_us\": %.1f, "
            "\"mean_us\": %.2f, \"min_us\": %.2f, \"max_us\": %.2f, "
-           "\"p50_us\": %.2f, \"p75_us\": %.2f, \"p90_us\": %.2f, \"p95_us\": %.2f, \"p99_us\": %.2f, \"p99_9_us\": %.2f}\n",
+           "\"p50_us\": %.2f, \"p75_us\": %.2f, \"p90_us\": %.2f, \"p95_us\": %.2f, \"p99_us\": %.2f, \"p99_9_us\": %.2f, "
+           "\"due_count\": %lu, \"within_counts\": [",
            duration_s, completed_count, non_200_count, length_mismatch_count, connection_error_count, idle_closed_count,
            unanswered_count, unsent_count, (long)expected_body_bytes, error_status, error_excerpt,
            cpu_end_us - cpu_start_us, recorded_count ? (double)recorded_sum_ns / 1e3 / (double)recorded_count : 0,
            recorded_count ? (double)recorded_min_ns / 1e3 : 0, (double)recorded_max_ns / 1e3, percentile_us(50),
-           percentile_us(75), percentile_us(90), percentile_us(95), percentile_us(99), percentile_us(99.9));
+           percentile_us(75), percentile_us(90), percentile_us(95), percentile_us(99), percentile_us(99.9), due_count);
+    for (int i = 0; i < limit_count; i++) printf("%s%lu", i ? ", " : "", within_counts[i]);
+    puts("]}");
     return 0;
 }

@@ -28,6 +28,12 @@ from forebay.ipc.messages import BatchingPolicy
 #: The share of its time that an instance may be busy for batches to be large enough.
 _BUSY_SHARE = 0.5
 
+#: The share of its time that a request may wait for others. The rest is for its batch, and for what is not seen here.
+_WAIT_SHARE = 0.25
+
+#: The share of its time that a request needs before it is seen here, and after its batch: in frontends and sockets.
+_WAY_SHARE = 0.1
+
 #: After so many mean distances between arrivals without one, nobody else is expected.
 _PATIENCE = 3.0
 
@@ -79,6 +85,23 @@ class _Running:
         self.started_ns = started_ns
 
 
+class _Batch:
+    """A batch that is being put together."""
+
+    __slots__ = ("closed", "due_ns", "head", "is_own_time", "most", "requests", "rows")
+
+    def __init__(self, head: Waiting, most: int) -> None:
+        self.head = head
+        #: Rows that it may have.
+        self.most = most
+        self.requests = self.rows = 0
+        #: When the first of its requests is to be answered, and whether that request says so itself.
+        self.due_ns = NEVER_NS
+        self.is_own_time = False
+        #: Why nobody else may join it.
+        self.closed: Reason | None = None
+
+
 class AdaptiveBatcher:
     """The policy of one model version."""
 
@@ -126,14 +149,19 @@ class AdaptiveBatcher:
 
     # --- times ---
 
+    def given_ns(self, item: Waiting) -> int:
+        """Return how long an item's requests may take from their arrival to their answers."""
+        own_ns = item.timeout_us * 1000
+        if item.deadline_ns:
+            left_ns = max(item.deadline_ns - item.enqueue_ns, 1)
+            own_ns = min(own_ns, left_ns) if own_ns else left_ns
+        return own_ns or self._objective_ns
+
     def due_ns(self, item: Waiting) -> int:
-        """Return by when the answers to an item's requests are to be there; :data:`NEVER_NS`: whenever."""
+        """Return when the batch of an item's requests is to be done; :data:`NEVER_NS`: whenever."""
         if item.attempt:
             return NEVER_NS  # It is late through no fault of its own.
-        own_ns = item.enqueue_ns + item.timeout_us * 1000 if item.timeout_us else NEVER_NS
-        if item.deadline_ns:
-            own_ns = min(own_ns, item.deadline_ns)
-        return own_ns if own_ns < NEVER_NS else item.enqueue_ns + self._objective_ns
+        return item.enqueue_ns + int(self.given_ns(item) * (1 - _WAY_SHARE))
 
     @property
     def has_idle(self) -> bool:
@@ -229,45 +257,45 @@ class AdaptiveBatcher:
             queue: items in the order in which they run.
         """
         cost = self._costs.get(instance)
-        if cost is None:
-            return NOTHING
-        most = min(self._max, cost.trusted_rows)
-        rows = requests = 0
-        due_ns = NEVER_NS
-        is_own_time = False
-        head: Waiting | None = None
-        closed: Reason | None = None
         items = iter(queue)
-        for item in items:
-            if head is None:
-                if item.attempt:
-                    return Decision(1, Reason.RETRY)
-                head = item
-            elif item.attempt or item.shape_key != head.shape_key or type(item) is not type(head):
-                closed = Reason.SHAPE
-                break
-            item_due_ns = self.due_ns(item)
-            room = min(most, cost.rows_within(min(due_ns, item_due_ns) - now_ns)) - rows
-            taken = min(room // item.rows_each, item.requests)
-            if taken <= 0 and not requests:
-                is_alone = item.requests == 1 and next(items, None) is None
-                return self._decide_tight(item, cost, now_ns, is_alone=is_alone)
-            if taken > 0 and item_due_ns < due_ns:
-                due_ns, is_own_time = item_due_ns, bool(item.deadline_ns or item.timeout_us)
-            requests += max(taken, 0)
-            rows += max(taken, 0) * item.rows_each
-            if taken < item.requests:
-                is_full = rows + item.rows_each > most
-                closed = Reason.FULL if is_full else Reason.DEADLINE if is_own_time else Reason.OBJECTIVE
-                break
-        if not requests:
+        head = next(items, None)
+        if cost is None or head is None:
             return NOTHING
-        if closed is None and rows < most:
-            until_ns, reason = self._wait_until(cost, rows, due_ns, now_ns)
+        if head.attempt:
+            return Decision(1, Reason.RETRY)
+        batch = _Batch(head, min(self._max, cost.trusted_rows))
+        self._fill(batch, head, cost, now_ns)
+        if not batch.requests:
+            is_alone = head.requests == 1 and next(items, None) is None
+            return self._decide_tight(head, cost, now_ns, is_alone=is_alone)
+        while batch.closed is None and (item := next(items, None)) is not None:
+            self._fill(batch, item, cost, now_ns)
+        if batch.closed is None:
+            until_ns, batch.closed = self._wait_until(cost, batch, now_ns)
             if until_ns > now_ns:
                 return Decision(0, Reason.WAIT, until_ns)
-            closed = reason if reason is not Reason.OBJECTIVE or not is_own_time else Reason.DEADLINE
-        return Decision(requests, closed or Reason.FULL)
+        if batch.closed is Reason.OBJECTIVE and batch.is_own_time:
+            batch.closed = Reason.DEADLINE
+        return Decision(batch.requests, batch.closed)
+
+    def _fill(self, batch: _Batch, item: Waiting, cost: CostModel, now_ns: int) -> None:
+        """Add as many of an item's requests as there is time for, and close the batch if that is not all."""
+        head = batch.head
+        if item.attempt or item.shape_key != head.shape_key or type(item) is not type(head):
+            batch.closed = Reason.SHAPE
+            return
+        due_ns = self.due_ns(item)
+        limit = min(batch.most, cost.rows_within(min(batch.due_ns, due_ns) - now_ns))
+        taken = min((limit - batch.rows) // item.rows_each, item.requests)
+        if taken > 0:
+            if due_ns < batch.due_ns:
+                batch.due_ns, batch.is_own_time = due_ns, bool(item.deadline_ns or item.timeout_us)
+            batch.requests += taken
+            batch.rows += taken * item.rows_each
+        if batch.rows >= batch.most or (taken < item.requests and batch.rows + item.rows_each > batch.most):
+            batch.closed = Reason.FULL
+        elif taken < item.requests:
+            batch.closed = Reason.OBJECTIVE
 
     def _decide_tight(self, head: Waiting, cost: CostModel, now_ns: int, *, is_alone: bool) -> Decision:
         """Decide about a request that not even a batch of its own on this instance answers in time."""
@@ -281,18 +309,18 @@ class AdaptiveBatcher:
         # It was not hopeless before an instance was taken by others a moment ago: look at it again.
         return Decision(0, Reason.WAIT, now_ns + 1)
 
-    def _wait_until(self, cost: CostModel, rows: int, due_ns: int, now_ns: int) -> tuple[int, Reason]:
+    def _wait_until(self, cost: CostModel, batch: _Batch, now_ns: int) -> tuple[int, Reason]:
         """Return until when more requests are worth waiting for, and why no longer; not after ``now_ns``: not at all.
 
         Args:
-            rows: what waits, all in one batch.
-            due_ns: when the first of their answers is to be there.
+            batch: all that waits.
         """
         rate = self._rate.at(now_ns)
         enough = self._enough_rows(cost, rate)
-        if rows >= enough or rate <= 0:
+        if batch.rows >= enough or rate <= 0:
             return 0, Reason.IDLE
-        latest_ns = due_ns - cost.ceiling_ns(enough)
+        wait_ns = int(self.given_ns(batch.head) * _WAIT_SHARE)
+        latest_ns = min(batch.due_ns - cost.ceiling_ns(enough), batch.head.enqueue_ns + wait_ns)
         last_ns = self._rate.last_ns
         alone_ns = last_ns + int(_PATIENCE / self._rate.at(last_ns))
         return (latest_ns, Reason.OBJECTIVE) if latest_ns <= alone_ns else (alone_ns, Reason.IDLE)

@@ -64,8 +64,10 @@ class AdaptiveLine(QueueLine):
         self.batcher.remove_instance(instance)
 
     def _too_late(self, item: Waiting, answer_ns: int) -> ServingError:
-        taken_ms = (answer_ns - item.enqueue_ns) / 1e6
-        given_ms = (self.batcher.due_ns(item) - item.enqueue_ns) / 1e6
+        given_ns = self.batcher.given_ns(item)
+        # As the client sees it: with the time that is kept for the way.
+        taken_ms = (given_ns + answer_ns - self.batcher.due_ns(item)) / 1e6
+        given_ms = given_ns / 1e6
         if item.timeout_us or item.deadline_ns:
             return Unavailable(
                 f"Exceeds request timeout: the answer would take {taken_ms:.1f} ms or more, and {given_ms:g} ms are "

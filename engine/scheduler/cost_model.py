@@ -16,15 +16,18 @@ _SLOPE_PULL = 0.25
 #: Weight of a new deviation in the mean deviation.
 _DEVIATION_SHARE = 0.05
 
-#: Mean deviations above the expectation within which nearly all batches end.
-_CEILING_DEVIATIONS = 3.0
+#: Mean deviations above the expectation within which most batches end. More would refuse what could well be in time:
+#: under noise a few late answers cost less than many refusals.
+_CEILING_DEVIATIONS = 1.0
 
-#: A batch further off than so many mean deviations, and this share of its expectation, is strange.
+#: A batch that is dearer by so many mean deviations, and this share of its expectation, is strange; so is one that is
+#: cheaper by this share.
 _STRANGE_DEVIATIONS = 5.0
 _STRANGE_SHARE = 0.5
 
-#: So many strange batches in a row, on the same side, are the new normal.
-_STRANGE_COUNT = 3
+#: So many strange batches in a row are the new normal. Cheaper ones are believed sooner: while an instance is thought
+#: to be slow, requests are refused that would teach better.
+_DEARER_COUNT, _CHEAPER_COUNT = 6, 3
 
 #: What :meth:`CostModel.rows_within` answers when any number of rows fits.
 UNLIMITED_ROWS = 1 << 30
@@ -78,7 +81,7 @@ class CostModel:
         return int(self._row_ns * rows + self._base_ns)
 
     def ceiling_ns(self, rows: int) -> int:
-        """Return what nearly all batches of so many rows stay below; never more than twice the expectation."""
+        """Return what most batches of so many rows stay below; never more than twice the expectation."""
         expected_ns = self._row_ns * rows + self._base_ns
         return int(expected_ns + min(_CEILING_DEVIATIONS * self._deviation_ns, expected_ns))
 
@@ -99,7 +102,9 @@ class CostModel:
         if self._weight:
             expected_ns = self._row_ns * rows + self._base_ns
             off_ns = cost - expected_ns
-            bound_ns = max(_STRANGE_DEVIATIONS * self._deviation_ns, _STRANGE_SHARE * expected_ns)
+            bound_ns = _STRANGE_SHARE * expected_ns
+            if off_ns > 0:
+                bound_ns = max(bound_ns, _STRANGE_DEVIATIONS * self._deviation_ns)
             if abs(off_ns) <= bound_ns:
                 self._strange = 0
             elif self._is_new_normal(off_ns > 0):
@@ -118,7 +123,7 @@ class CostModel:
             self._strange = max(self._strange, 0) + 1
         else:
             self._strange = min(self._strange, 0) - 1
-        return abs(self._strange) >= _STRANGE_COUNT
+        return self._strange >= _DEARER_COUNT or self._strange <= -_CHEAPER_COUNT
 
     def _scale(self, factor: float) -> None:
         """Start anew with a line of the same form."""

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bench.load.client import LoadFailed, run_load
+from bench.load.client import Arrivals, LoadFailed, run_load
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="load.c needs a C compiler")
 
@@ -116,6 +116,26 @@ def test_requests_that_never_found_a_connection_count_with_the_time_they_waited(
         result = run_load(port, REQUEST, connections=1, duration_s=0.5, warmup_s=0, rate_per_s=200)
     assert result.unsent_count > 0
     assert result.p50_us > 50_000
+
+
+@pytest.mark.parametrize("arrivals", ["poisson", "bursty"])
+def test_an_open_loop_asks_for_the_rate_that_was_given_and_counts_what_was_within_limits(arrivals: Arrivals) -> None:
+    with running_server(lambda number: (200, b"fine")) as port:
+        result = run_load(
+            port, REQUEST, connections=8, duration_s=1.0, warmup_s=0, rate_per_s=300, arrivals=arrivals,
+            limits_us=(0.001, 30_000_000),
+        )  # fmt: skip
+    assert 100 < result.due_count < 700
+    assert result.within_counts == (0, result.due_count)
+
+
+def test_refused_requests_are_within_no_limit() -> None:
+    with running_server(lambda number: (503, b"full")) as port:
+        result = run_load(
+            port, REQUEST, connections=2, duration_s=0.3, warmup_s=0, rate_per_s=100, limits_us=(30_000_000,)
+        )
+    assert result.due_count > 0
+    assert result.within_counts == (0,)
 
 
 def test_no_server_is_an_error_and_not_a_result() -> None:

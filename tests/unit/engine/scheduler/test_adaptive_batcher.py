@@ -11,7 +11,8 @@ from forebay.engine.scheduler.adaptive_batcher import NEVER_NS, AdaptiveBatcher,
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.messages import BatchingPolicy
 
-POLICY = BatchingPolicy(max_batch_size=64, dynamic=True, objective_us=10_000)
+#: A tenth of the time is for the way: batches have 10 ms.
+POLICY = BatchingPolicy(max_batch_size=64, dynamic=True, objective_us=11_112)
 
 #: When everything happens in these tests.
 NOW = 1_000 * MS
@@ -58,9 +59,9 @@ def test_the_batch_is_as_large_as_the_oldest_requests_time_allows() -> None:
 
 def test_a_timeout_of_its_own_takes_the_objectives_place() -> None:
     batcher = trained()
-    assert decide(batcher, [run(0, 100, at_ns=NOW, timeout_us=2_050)]) == (10, "deadline")
+    assert decide(batcher, [run(0, 100, at_ns=NOW, timeout_us=2_278)]) == (10, "deadline")
     assert decide(batcher, [run(0, 100, at_ns=NOW - 9 * MS, timeout_us=60_000)]) == (64, "full")
-    assert decide(batcher, [parcel(n, at_ns=NOW, deadline_ns=NOW + 2_050_000) for n in range(40)]) == (10, "deadline")
+    assert decide(batcher, [parcel(n, at_ns=NOW, deadline_ns=NOW + 2_278_000) for n in range(40)]) == (10, "deadline")
 
 
 def test_a_request_with_less_time_does_not_join_a_batch_that_is_too_long_for_it() -> None:
@@ -106,13 +107,23 @@ def test_waiting_ends_when_nobody_else_comes() -> None:
     assert decide(batcher, queue, decision.wait_until_ns) == (4, "instance idle")
 
 
-def test_waiting_ends_while_the_batch_that_is_waited_for_can_still_be_in_time() -> None:
+def test_nobody_waits_for_more_than_a_quarter_of_the_time() -> None:
     batcher = trained()
     arrive(batcher, every_us=500)
-    queue = [run(0, 4, at_ns=NOW - 8 * MS)]
+    queue = [run(0, 4, at_ns=NOW - 2 * MS)]
     decision = batcher.decide(queue_of(queue, POLICY), 1, NOW)
-    assert decision.wait_until_ns == pytest.approx(NOW + 2 * MS - 1.7 * MS, abs=0.02 * MS)
+    assert decision.wait_until_ns == NOW + 778_000
     assert decide(batcher, queue, decision.wait_until_ns) == (4, "objective")
+
+
+def test_waiting_ends_while_the_batch_that_is_waited_for_can_still_be_in_time() -> None:
+    """Of 2.5 ms a tenth is for the way, and a batch of 7 takes 1.7 ms."""
+    batcher = trained()
+    arrive(batcher, every_us=500)
+    queue = [run(0, 4, at_ns=NOW, timeout_us=2_500)]
+    decision = batcher.decide(queue_of(queue, POLICY), 1, NOW)
+    assert decision.wait_until_ns == pytest.approx(NOW + 0.55 * MS, abs=0.02 * MS)
+    assert decide(batcher, queue, decision.wait_until_ns) == (4, "deadline")
 
 
 def test_several_instances_share_the_load() -> None:

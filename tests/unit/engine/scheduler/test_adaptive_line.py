@@ -51,11 +51,11 @@ class Simulation:
         return self.in_time + self.late
 
     def _submit(self, item: Waiting) -> None:
-        is_free = self.line.is_empty and bool(self._idle)
+        must_run = self.line.is_empty and bool(self._idle) and item.requests == 1 and not self._has_own_time(item)
         try:
             self.line.append(item, item.enqueue_ns)
         except Unavailable as error:
-            assert not is_free or item.requests > 1 or self._has_own_time(item)
+            assert not must_run
             self.refused += item.requests
             self.errors.append(error)
 

@@ -62,7 +62,7 @@ def test_one_batch_that_took_far_longer_moves_little() -> None:
 
 def test_an_instance_that_has_changed_is_learned_anew_after_a_few_batches() -> None:
     model = learned(1.0, 0.2)
-    observe(model, 10.0, 2.0, batches=5)
+    observe(model, 10.0, 2.0, batches=8)
     assert is_near(model.expected_ns(16), 42.0, 0.2)
     observe(model, 1.0, 0.2, batches=5)
     assert is_near(model.expected_ns(16), 4.2, 0.2)
