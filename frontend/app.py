@@ -61,7 +61,8 @@ _TRACE: Mapping[str, Handler] = {"GET": trace_settings.trace_settings, "POST": t
 ROUTES = _routes(
     (r"/v2/models/stats", "statistics", {"GET": model_statistics.statistics}, JSON_TYPE),
     (r"/v2/logging", "logging", {"GET": log_settings.log_settings, "POST": log_settings.log_settings}, JSON_TYPE),
-    (rf"{_MODEL}/(?P<action>infer|generate|generate_stream)", "inference", {"POST": _infer}, TEXT_TYPE),
+    (rf"{_MODEL}/(?P<action>infer)", "inference", {"POST": _infer}, TEXT_TYPE),
+    (rf"{_MODEL}/(?P<action>generate|generate_stream)", "inference", {"POST": _infer}, JSON_TYPE),
     (rf"{_MODEL}/ready", "health", {"GET": health.model_ready}, TEXT_TYPE),
     (rf"{_MODEL}/config", "model-config", {"GET": metadata.model_config}, JSON_TYPE),
     (rf"{_MODEL}/stats", "statistics", {"GET": model_statistics.statistics}, JSON_TYPE),
@@ -175,7 +176,7 @@ def request_path(request: web.BaseRequest) -> str:
         _, _, rest = target.partition("://")
         _, slash, path = rest.partition("/")
         target = slash + path
-    path = re.split(r"[?#]", target, maxsplit=1)[0]
+    path = target.partition("?")[0]
     return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -26,6 +26,8 @@ class CatalogView:
         latest: dict[str, ModelEntry] = {}
         ambiguous: set[str] = set()
         for entry in catalog.models:
+            if not entry.version:
+                continue  # known by its directory alone: nobody can ask for it
             versions = by_name.setdefault(entry.name, {})
             known = next(iter(versions.values()), entry)
             if known.namespace != entry.namespace:

@@ -55,13 +55,13 @@ class MetricsHandler:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.method != hdrs.METH_GET:
-            return _text(error_body("Method Not Allowed"), status=405)
-        if request_path(request) != "/metrics":
+            return _text(error_body("Method Not Allowed"), status=405, content_type="text/plain")
+        if request_path(request) not in ("/metrics", "/metrics/"):
             return _text(b"")
-        return _text(self._page.render(), content_type=CONTENT_TYPE)
+        return _text(self._page.render())
 
 
-def _text(body: bytes, *, status: int = 200, content_type: str = "text/plain") -> web.Response:
+def _text(body: bytes, *, status: int = 200, content_type: str = CONTENT_TYPE) -> web.Response:
     return web.Response(body=body, status=status, headers={hdrs.CONTENT_TYPE: content_type})
 
 

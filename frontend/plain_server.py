@@ -22,6 +22,7 @@ class _PlainRequest(web.BaseRequest):
 
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         response.headers.popall(hdrs.SERVER, None)
+        response.headers.popall(hdrs.DATE, None)  # Triton sends none
 
 
 class PlainConnection(web.RequestHandler):

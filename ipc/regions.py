@@ -14,6 +14,7 @@ import stat
 from collections.abc import Sequence
 
 from forebay.ipc.errors import Internal, InvalidArgument
+from forebay.ipc.log import log
 
 #: Where POSIX shared memory objects are files (``shm_open(3)``).
 DIRECTORY = "/dev/shm"
@@ -41,7 +42,7 @@ def open_shared_memory(name: str, key: str) -> int:
 
     Raises:
         InvalidArgument: the key is reserved.
-        Internal: there is no such object, or it is none; the text begins as Triton's does (spec H-193).
+        Internal: there is no such object, or it is none, with Triton's text (spec H-193); the log says why.
     """
     file_name = key.lstrip("/")
     if file_name.startswith(RESERVED_PREFIX):
@@ -53,9 +54,10 @@ def open_shared_memory(name: str, key: str) -> int:
     try:
         raw = os.fsencode(file_name)
     except UnicodeError:
-        raise Internal(f"{failure}: a key is the name of a file") from None
+        raise Internal(failure) from None
     if not raw or raw in (b".", b"..") or b"/" in raw or b"\0" in raw or len(raw) > _NAME_BYTES_MAX:
-        raise Internal(f"{failure}: a key is one file name below {DIRECTORY}, with or without a slash before it")
+        log.warning(f"{failure}: a key is one file name below {DIRECTORY}, with or without a slash before it")
+        raise Internal(failure)
     path = os.path.join(os.fsencode(DIRECTORY), raw)
     try:
         # What is no regular file must neither block us nor lead us elsewhere.
@@ -63,11 +65,22 @@ def open_shared_memory(name: str, key: str) -> int:
     except OSError as error:
         number = errno.errorcode.get(error.errno or 0, str(error.errno))
         hint = f"; {_NAMESPACE_HINT}" if error.errno == errno.ENOENT else ""
-        raise Internal(f"{failure}: {DIRECTORY}/{file_name}: {error.strerror} ({number}){hint}") from None
+        log.warning(f"{failure}: {DIRECTORY}/{file_name}: {error.strerror} ({number}){hint}")
+        raise Internal(failure) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise Internal(f"{failure}: {DIRECTORY}/{file_name} is no shared memory object")
+        log.warning(f"{failure}: {DIRECTORY}/{file_name} is no shared memory object")
+        raise Internal(failure)
     return fd
+
+
+def check_place(name: str, region_bytes: int, offset: int, byte_size: int) -> None:
+    """Raise InvalidArgument unless a place lies in a region (spec H-200)."""
+    if offset < 0 or offset >= max(region_bytes, 1):
+        raise InvalidArgument(f"Invalid offset for shared memory region: '{name}'")
+    # Nothing at the beginning of a region is refused too: Triton looks at the last byte.
+    if byte_size < 0 or offset + byte_size > region_bytes or offset + byte_size == 0:
+        raise InvalidArgument(f"Invalid offset + byte size for shared memory region: '{name}'")
 
 
 class Region:
@@ -91,10 +104,7 @@ class Region:
 
     def check(self, offset: int, byte_size: int) -> None:
         """Raise InvalidArgument unless the place lies in the region (spec H-200)."""
-        if offset < 0 or offset >= max(self.byte_size, 1):
-            raise InvalidArgument(f"Invalid offset for shared memory region: '{self.name}'")
-        if byte_size < 0 or offset + byte_size > self.byte_size:
-            raise InvalidArgument(f"Invalid offset + byte size for shared memory region: '{self.name}'")
+        check_place(self.name, self.byte_size, offset, byte_size)
 
     def read_into(self, place: memoryview, offset: int) -> None:
         """Fill ``place`` from a checked place in the region.

@@ -1,8 +1,8 @@
 """Checks of a request against a model's signature, the same for HTTP, gRPC, ensembles and shared-memory clients. Pure.
 
-`InferenceRequest::Normalize` of Triton's infer_request.cc, in the order of spec appendix D: names, count, batch size,
-datatype, shape, byte size. Triton walks over its inputs in the order of a hash map, newest first for few inputs, and
-so do we: where two inputs are wrong, the later one is named.
+`InferenceRequest::Normalize` of Triton's infer_request.cc, in its order: output names, number of inputs, input names,
+batch size, datatype, shape, byte size. Triton walks over its inputs in the order of a hash map, newest first for few
+inputs, and so do we: where two inputs are wrong, the later one is named.
 """
 
 from __future__ import annotations
@@ -111,42 +111,55 @@ class _Check:
         self._specs = {spec.name: spec for spec in entry.inputs}
 
     def run(self, output_names: Sequence[str]) -> Validated:
-        self._check_names(output_names)
-        self._check_count()
+        self._check_output_names(output_names)
+        self._check_inputs()
         batch_size = self._check_batch_size()
         pairs = [(tensor, self._specs[tensor.name]) for tensor in reversed(self._inputs)]
         for tensor, spec in pairs:
             self._check_datatype(tensor, spec)
             self._check_shape(tensor, spec)
-        for tensor, _ in pairs:
-            self._check_content(tensor)
+        is_batched = self._entry.max_batch_size > 0
+        for tensor, spec in pairs:
+            # Triton leaves a batch dimension of 0 out of its sums, which is how such a request fails there.
+            is_empty_batch = is_batched and batch_size == 0 and not spec.is_shape_tensor
+            self._check_content(tensor, tensor.shape[1:] if is_empty_batch else tensor.shape)
+        if is_batched and batch_size == 0:
+            raise self._fault("inference request batch-size must be >= 1 for")
         return Validated(batch_size, tuple(tensor.byte_size for tensor in self._inputs))
 
-    def _check_names(self, output_names: Sequence[str]) -> None:
-        for tensor in reversed(self._inputs):
-            if tensor.name not in self._specs:
-                raise InvalidArgument(f"unexpected inference input '{tensor.name}' for model '{self._entry.name}'")
-        if output_names:
-            known = {spec.name for spec in self._entry.outputs}
-            for name in sorted(output_names):
-                if name not in known:
-                    raise InvalidArgument(f"unexpected inference output '{name}' for model '{self._entry.name}'")
+    def _check_output_names(self, output_names: Sequence[str]) -> None:
+        known = {spec.name for spec in self._entry.outputs}
+        for name in sorted(output_names):
+            if name not in known:
+                raise InvalidArgument(f"unexpected inference output '{name}' for model '{self._entry.name}'")
 
-    def _check_count(self) -> None:
+    def _check_inputs(self) -> None:
+        """Check how many inputs there are, then their names, then that no required one is missing.
+
+        The last Triton does not check where optional inputs make up the number; its backends meet such requests.
+        """
         required = [spec.name for spec in self._entry.inputs if not spec.optional]
         got = [tensor.name for tensor in reversed(self._inputs)]
         missing = [name for name in required if name not in got]
-        if not missing:  # and none is unknown or there twice, so the count is right as well
-            return
+        if not len(required) <= len(got) <= len(self._entry.inputs):
+            raise self._count_fault(required, got, missing)
+        for name in got:
+            if name not in self._specs:
+                raise InvalidArgument(f"unexpected inference input '{name}' for model '{self._entry.name}'")
+        if missing:
+            raise self._count_fault(required, got, missing)
+
+    def _count_fault(self, required: list[str], got: list[str], missing: list[str]) -> InvalidArgument:
         expected_count = len(self._entry.inputs)
         expected = (
             f"{expected_count} inputs"
             if len(required) == expected_count
             else f"number of inputs between {len(required)} and {expected_count}"
         )
-        raise InvalidArgument(
+        return InvalidArgument(
             f"{self._prefix}expected {expected} but got {len(got)} inputs for model '{self._entry.name}'. "
-            f"Got input(s) {_name_list(got)}, but missing required input(s) {_name_list(missing)}. "
+            # Triton loses the opening bracket of an empty list here.
+            f"Got input(s) {_name_list(got)}, but missing required input(s) {_name_list(missing) if missing else ']'}. "
             "Please provide all required input(s)."
         )
 
@@ -160,7 +173,7 @@ class _Check:
                 continue
             if not tensor.shape:
                 raise self._fault(f"input '{tensor.name}' has no shape but model requires batch dimension for")
-            if batch_size is None:
+            if not batch_size:
                 batch_size = tensor.shape[0]
             elif tensor.shape[0] != batch_size:
                 raise self._fault(f"input '{tensor.name}' batch size does not match other inputs for")
@@ -168,8 +181,6 @@ class _Check:
             return 1
         if batch_size > limit:
             raise self._fault(f"inference request batch-size must be <= {limit} for")
-        if batch_size < 1:
-            raise self._fault("inference request batch-size must be >= 1 for")
         return batch_size
 
     def _fault(self, text: str) -> InvalidArgument:
@@ -209,14 +220,14 @@ class _Check:
             f"Expected {_dims(expected)}, got {_dims(tensor.shape)}. {note}"
         )
 
-    def _check_content(self, tensor: InputFacts) -> None:
+    def _check_content(self, tensor: InputFacts, shape: tuple[int, ...]) -> None:
         name = tensor.name
         if tensor.datatype == "BYTES":
-            expected_count = tensor_element_count(name, tensor.shape)
+            expected_count = tensor_element_count(name, shape)
             if tensor.content is not None:
                 self._walk_elements(name, memoryview(tensor.content), expected_count)
             return
-        expected = tensor_byte_size(name, tensor.datatype, tensor.shape)
+        expected = tensor_byte_size(name, tensor.datatype, shape)
         if tensor.byte_size != expected:
             raise InvalidArgument(
                 f"{self._prefix}input byte size mismatch for input '{tensor.label or name}' "

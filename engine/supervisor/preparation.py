@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from forebay.engine.backend_families import family_of, missing_library
+from forebay.engine.backends.base import check_backend
 from forebay.engine.function_repository import BACKEND_NAME as FUNCTION_BACKEND
 from forebay.engine.option_values import spin_us
 from forebay.engine.repository.auto_complete import (
@@ -140,6 +141,8 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
     if not is_ensemble and not await asyncio.to_thread(os.path.isdir, found.version_path(version)):
         raise NotFound(f"failed to find version {version} of model '{found.name}'")
+    if not is_ensemble:
+        check_backend(backend)
     await asyncio.to_thread(_check_model_file, found, version, config)
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
         config = await _auto_complete(plant, found, version, config)

@@ -95,7 +95,8 @@ class TraceRegistry:
         """Set what is named, for a model or (empty) for the server; None takes a setting back.
 
         Raises:
-            InvalidArgument: a setting has the wrong type; a frontend has checked everything else.
+            InvalidArgument: a setting has the wrong type, or none of the requests that are to be traced would be (spec
+                H-253); a frontend has checked everything else.
         """
         group = self._models.get(model) if model else self._server
         so_far = group.override if group is not None else TraceOverride()
@@ -103,6 +104,7 @@ class TraceRegistry:
             changed = msgspec.convert({**msgspec.structs.asdict(so_far), **_known(settings)}, TraceOverride)
         except msgspec.ValidationError as error:
             raise InvalidArgument(f"invalid trace setting: {error}") from None
+        self._check(model, changed)
         if not model:
             self._renew(self._server, changed)
             if "trace_count" in settings:
@@ -122,6 +124,16 @@ class TraceRegistry:
                 count = changed.trace_count
                 group.remaining = self._server.remaining if count is None else count
         self._derive()
+
+    def _check(self, model: str, changed: TraceOverride) -> None:
+        """Raise InvalidArgument if something is to be traced, but at no rate; while nothing is, any rate will do."""
+        above = self._server.override if model else TraceOverride()
+        level, rate = (
+            self._value(above, name) if getattr(changed, name) is None else getattr(changed, name)
+            for name in ("trace_level", "trace_rate")
+        )
+        if _levels(level) and rate == 0:
+            raise InvalidArgument("Attempting to set invalid trace setting :sample rate must be non-zero")
 
     def _new_group(self, override: TraceOverride) -> _Group:
         self._last_group += 1

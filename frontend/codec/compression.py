@@ -45,15 +45,18 @@ def decompress(body: Buffer, encoding: Encoding, *, max_bytes: int) -> Buffer:
     Memory stays below ``max_bytes`` plus one buffer, whatever the body claims to hold.
 
     Raises:
-        InvalidArgument: more than ``max_bytes`` come out (spec H-143), or the stream is broken or cut short.
+        InvalidArgument: there is no body, more than ``max_bytes`` come out (spec H-143), or the stream is broken or cut
+            short.
     """
     if encoding == "identity":
         return body
+    if not len(body):
+        raise InvalidArgument("nothing to be decompressed")
     inflater = zlib.decompressobj(_READ_EITHER)
     try:
         content = inflater.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise InvalidArgument(f"unable to decompress request body: {error}") from None
+    except zlib.error:
+        raise InvalidArgument("unable to decompress request body: invalid data") from None
     if len(content) > max_bytes:
         raise InvalidArgument(
             f"decompressed request size exceeds the maximum allowed input size of {max_bytes} bytes. "

@@ -159,17 +159,16 @@ def parse_header_length(text: str | None, body_bytes: int) -> int:
 
 
 def decode_infer_request(
-    entry: ModelEntry, body: bytes | memoryview, header_length: str | None, *, max_json_bytes: int
+    entry: ModelEntry, body: bytes | memoryview, json_bytes: int, *, max_json_bytes: int
 ) -> ParsedInfer:
     """Return the request in a body, JSON with or without binary tensors, or raw.
 
     Args:
         entry: the model that is asked; only its name and its inputs are used.
         body: the whole body, decompressed. The result holds no reference to it.
-        header_length: value of ``Inference-Header-Content-Length`` or None.
+        json_bytes: how much of it is JSON, see :func:`parse_header_length`; 0: the body is raw.
         max_json_bytes: ``--http-max-input-size`` (spec H-013).
     """
-    json_bytes = parse_header_length(header_length, len(body))
     if json_bytes == 0:
         return raw_infer_request(entry, len(body), max_json_bytes=max_json_bytes)
     return parse_infer_request(body, json_bytes, model_name=entry.name, max_json_bytes=max_json_bytes)
@@ -275,8 +274,8 @@ def parsed(access: Callable[[Json], T], value: Json, key: str) -> T:
 
 
 def parse_request_id(document: Json) -> str:
-    """Return the member ``id``, or an empty string."""
-    return parsed(as_text, member(document, "id"), "id") if has(document, "id") else ""
+    """Return the member ``id``, or an empty string; it ends at a NUL, as strings of C do."""
+    return parsed(as_text, member(document, "id"), "id").partition("\0")[0] if has(document, "id") else ""
 
 
 def custom_parameter(key: str, value: Json) -> Parameter:
@@ -406,14 +405,13 @@ def _check_one_source(item: Json, parameters: Json) -> None:
 
 def _parse_region(parameters: Json) -> RegionData | None:
     """Return the region named in an input's or output's parameters, or None (spec H-197, H-198)."""
-    if not has(parameters, "shared_memory_region"):
-        return None
-    region = parsed(as_text, member(parameters, "shared_memory_region"), "shared_memory_region")
-    sizes = [
+    key = "shared_memory_region"
+    region = parsed(as_text, member(parameters, key), key) if has(parameters, key) else None
+    offset, byte_size = (
         parsed(as_uint, member(parameters, key), key) if has(parameters, key) else 0
         for key in ("shared_memory_offset", "shared_memory_byte_size")
-    ]
-    return RegionData(region=region, offset=sizes[0], byte_size=sizes[1])
+    )
+    return None if region is None else RegionData(region=region, offset=offset, byte_size=byte_size)
 
 
 def _parse_outputs(document: Json) -> tuple[ParsedOutput, ...]:

@@ -1,7 +1,7 @@
 """JSON as Triton reads and writes it: RapidJSON's dialect, its error texts, its escapes and its number layout.
 
 Reading goes through orjson; only what orjson refuses meets the scanner below, which knows the dialect (``NaN``,
-``Infinity``, raw bytes that are not UTF-8, anything after the first value) and names the same fault at the same
+``Infinity``, raw bytes that are not UTF-8, anything after a NUL) and names the same fault at the same
 byte as RapidJSON 1.1 does. Behaviour: spec H-002, H-014, H-015 and `triton_json.h` of triton-inference-server/common;
 the texts and offsets were compared with a running Triton 2.51.
 
@@ -34,6 +34,7 @@ MAX_DEPTH = 100
 SCANNER_LIMIT_BYTES = 64 * 1024
 
 _INT64_MIN, _INT64_MAX, _UINT64_MAX = -(2**63), 2**63 - 1, 2**64 - 1
+_EXPONENT_MAX = 308
 
 #: A string literal, or what there is of one that never ends: so a search over any bytes is linear in their number.
 _STRING_LITERAL = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
@@ -46,7 +47,7 @@ _LITERALS: dict[str, tuple[str, Json]] = {"n": ("null", None), "t": ("true", Tru
 
 
 def parse_json(buffer: bytes | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
-    """Return the first JSON value of ``buffer``; what follows it is ignored (spec H-015).
+    """Return the JSON value of ``buffer``, which ends where its bytes or a NUL do (spec H-015, H-113).
 
     Of equal keys in one object the last counts.
 
@@ -85,8 +86,7 @@ def _parse_large(text: str) -> Json:
     start = _first(text)
     try:
         value: Json
-        value, _ = json.JSONDecoder().raw_decode(text, start)
-        return value
+        value, end = json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
         message, at = _TRANSLATED.get(error.msg, "Invalid value."), error.pos
         if error.msg == "Expecting ',' delimiter":
@@ -95,6 +95,15 @@ def _parse_large(text: str) -> Json:
         _fail(text, message, len(text) if error.msg.startswith("Unterminated") else at)
     except (ValueError, RecursionError):  # an integer of more digits than Python converts
         _fail(text, "Number too big to be stored in double.", start)
+    _check_end(text, end)
+    return value
+
+
+def _check_end(text: str, at: int) -> None:
+    """Raise unless nothing but blanks follows, or a NUL, which RapidJSON takes for the end."""
+    at = _blank_end(text, at)
+    if text[at : at + 1] not in ("", "\0"):
+        _fail(text, "The document root must not be followed by other values.", at)
 
 
 _AFTER = {True: "object member", False: "array element"}
@@ -138,7 +147,9 @@ class _Scanner:
 
     def document(self) -> Json:
         self._at = _first(self._text)
-        return self._value()
+        value = self._value()
+        _check_end(self._text, self._at)
+        return value
 
     def _fail(self, message: str, at: int | None = None) -> NoReturn:
         _fail(self._text, message, self._at if at is None else at)
@@ -265,12 +276,14 @@ class _Scanner:
         if not self._take("0") and not self._digits():
             self._fail("Invalid value.")
         is_integer = True
+        exponent_at = 0
         if self._take("."):
             is_integer = False
             if not self._digits():
                 self._fail("Miss fraction part in number.")
         if self._take("e") or self._take("E"):
             is_integer = False
+            exponent_at = self._at
             if not self._take("+"):
                 self._take("-")
             if not self._digits():
@@ -279,7 +292,8 @@ class _Scanner:
         if is_integer and len(token) <= 20 and _INT64_MIN <= (whole := int(token)) <= _UINT64_MAX:
             return whole
         value = float(token)
-        if math.isinf(value):
+        # With an exponent that a double can have, RapidJSON multiplies and gets an infinity.
+        if math.isinf(value) and not (exponent_at and int(self._text[exponent_at : self._at]) <= _EXPONENT_MAX):
             self._fail("Number too big to be stored in double.", start)
         return value
 

@@ -14,7 +14,7 @@ from forebay.frontend.codec.rapid_json import Json, as_bool, as_string, as_uint,
 from forebay.frontend.handlers.context import Call, ControlContext, Reply
 from forebay.ipc.errors import Unavailable, Unsupported
 
-_INT32_MAX = 2**31 - 1
+_INT32_RANGE = 2**32
 
 
 async def log_settings(context: ControlContext, call: Call) -> Reply:
@@ -45,10 +45,16 @@ def _parse_format(value: Json) -> str:
     return text
 
 
+def _parse_verbose_level(value: Json) -> int:
+    """Return what is left of the number in 32 bits with a sign, at least 0."""
+    half = _INT32_RANGE // 2
+    return max(0, (as_uint(value) + half) % _INT32_RANGE - half)
+
+
 _PARSERS: dict[str, Callable[[Json], object]] = {
     "log_info": as_bool,
     "log_warning": as_bool,
     "log_error": as_bool,
-    "log_verbose_level": lambda value: min(as_uint(value), _INT32_MAX),
+    "log_verbose_level": _parse_verbose_level,
     "log_format": _parse_format,
 }

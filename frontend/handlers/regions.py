@@ -10,10 +10,9 @@ Commands that go to the supervisor, which opens and keeps the regions; ``kind`` 
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any
 
+from forebay.frontend.codec.lenient_base64 import decode_base64
 from forebay.frontend.codec.rapid_json import Json, as_string, as_text, as_uint, dump_json, find, has, member
 from forebay.frontend.handlers.context import Call, ControlContext, Reply
 from forebay.ipc.errors import InvalidArgument, Unsupported
@@ -76,10 +75,7 @@ def _cuda_fields(document: Json) -> dict[str, object]:
     encoded = as_string(member(find(document, "raw_handle"), "b64"))
     byte_size = as_uint(member(document, "byte_size"))
     device_id = as_uint(member(document, "device_id"))
-    try:
-        raw_handle = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        raw_handle = b""
-    if len(raw_handle) != _CUDA_HANDLE_BYTES:
+    raw_handle = decode_base64(encoded)
+    if raw_handle is None or len(raw_handle) != _CUDA_HANDLE_BYTES:
         raise InvalidArgument("'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t")
     return {"raw_handle": raw_handle, "device_id": device_id, "byte_size": byte_size}

@@ -9,11 +9,10 @@ Commands that go to the supervisor::
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any
 
-from forebay.frontend.codec.rapid_json import Json, as_bool, as_string, as_text, dump_json, find, has
+from forebay.frontend.codec.lenient_base64 import decode_base64
+from forebay.frontend.codec.rapid_json import Json, as_bool, as_string, as_text, dump_json, find, has, member
 from forebay.frontend.handlers.context import Call, ControlContext, Reply
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError, Unsupported
 
@@ -42,10 +41,11 @@ async def load(context: ControlContext, call: Call) -> Reply:
     name = _model_name(call)
     config: str | None = None
     files: dict[str, bytes] = {}
-    parameters = find(call.optional_json(), "parameters")
-    if parameters is not None and not isinstance(parameters, dict):
+    document = call.optional_json()
+    parameters = member(document, "parameters") if has(document, "parameters") else {}
+    if not isinstance(parameters, dict):
         raise Internal("attempt to get members for non-object")
-    for key, value in (parameters or {}).items():
+    for key, value in parameters.items():
         text = as_string(value)
         if key == "config":
             config = as_text(value)
@@ -85,9 +85,7 @@ def _model_name(call: Call) -> str:
 
 
 def _decode_file(key: str, text: str) -> bytes:
-    try:
-        # Clients break lines and leave padding out; Triton's decoder minds neither.
-        bare = text.encode("ascii", "replace").translate(None, b"\r\n\t =")
-        return base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidArgument(f"load parameter '{key[:256]}' is not valid base64") from None
+    content = decode_base64(text)
+    if content is None:
+        raise InvalidArgument(f"load parameter '{key[:256]}' is not valid base64")
+    return content

@@ -19,7 +19,8 @@ from forebay.frontend.handlers.context import Call, ControlContext, Reply
 from forebay.ipc.errors import InvalidArgument, Unsupported
 
 _UINT32_MAX = 2**32 - 1
-_INT32_MAX = 2**31 - 1
+#: What std::stoi can return; negative numbers become large ones where Triton then takes them for unsigned.
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 #: `TraceManager::MIN_TRACE_COUNT_VALUE`: unlimited.
 _COUNT_MIN = -1
 
@@ -55,9 +56,6 @@ def parse_trace_settings(document: Json) -> dict[str, object]:
         if has(document, name):
             value = find(document, name)
             settings[name] = None if value is None else parse(value)
-    # Triton checks this one when it applies the settings, after all of them were parsed.
-    if settings.get("trace_rate", 1) == 0:
-        raise InvalidArgument("Attempting to set invalid trace setting :sample rate must be non-zero")
     if settings.get("trace_level") == []:
         del settings["trace_level"]
     return settings
@@ -78,16 +76,25 @@ def _parse_number(name: str, value: Json, minimum: int, maximum: int) -> int:
     if match is None:
         raise InvalidArgument(f"Unable to parse '{name}', got: {text}")
     number = int(match.group(1))
-    if name == "trace_count" and -_INT32_MAX - 1 <= number < minimum:
-        raise InvalidArgument(f"Unable to parse 'trace_count'. Expecting value >= {minimum}, got:{text}")
-    if not minimum <= number <= maximum:
+    if not _INT32_MIN <= number <= _INT32_MAX:
         raise InvalidArgument(f"Unable to parse '{name}', value is out of range [ {minimum}, {maximum} ], got: {text}")
+    return number
+
+
+def _parse_unsigned(name: str, value: Json) -> int:
+    return _parse_number(name, value, 0, _UINT32_MAX) & _UINT32_MAX
+
+
+def _parse_count(value: Json) -> int:
+    number = _parse_number("trace_count", value, _COUNT_MIN, _INT32_MAX)
+    if number < _COUNT_MIN:
+        raise InvalidArgument(f"Unable to parse 'trace_count'. Expecting value >= {_COUNT_MIN}, got:{value}")
     return number
 
 
 _PARSERS: dict[str, Callable[[Json], object]] = {
     "trace_level": _parse_level,
-    "trace_rate": lambda value: _parse_number("trace_rate", value, 0, _UINT32_MAX),
-    "trace_count": lambda value: _parse_number("trace_count", value, _COUNT_MIN, _INT32_MAX),
-    "log_frequency": lambda value: _parse_number("log_frequency", value, 0, _UINT32_MAX),
+    "trace_rate": lambda value: _parse_unsigned("trace_rate", value),
+    "trace_count": _parse_count,
+    "log_frequency": lambda value: _parse_unsigned("log_frequency", value),
 }

@@ -14,6 +14,7 @@ from forebay.frontend.codec.infer_request import (
     ParsedInput,
     RegionData,
     decode_infer_request,
+    parse_header_length,
     parse_infer_request,
     raw_infer_request,
 )
@@ -34,6 +35,9 @@ from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
 if TYPE_CHECKING:
     from forebay.frontend.http.connection import Connection
     from forebay.frontend.http.server import HttpFrontend
+
+#: Errors of requests that waited and never ran; they are answered as text, like those of requests that ran (H-003).
+_QUEUED_TEXTS = ("Request timeout expired", "timeout of the corresponding sequence has been expired")
 
 
 def request_meta(request: ParsedInfer, head: Head, trace: Trace | None = None) -> RequestMeta:
@@ -137,20 +141,19 @@ class GeneralCall(Call):
         frontend, head = self._frontend, self._head
         self._complete_ns = self._received_ns
         try:
-            # Checked before the body is looked at; Triton answers these as text (spec H-003, H-060).
+            # Checked before the request itself is looked at; Triton answers these as text (spec H-003, H-060).
             entry = self.find_model()
+            encoding = request_encoding(head.content_encoding)
+            plain: memoryview = body
+            if encoding != "identity":
+                plain = memoryview(decompress(body, encoding, max_bytes=frontend.settings.max_input_size))
+            json_bytes = parse_header_length(head.header_length, len(plain))
         except ServingError as error:
             self.fail(error, TEXT_TYPE)
             return
         inference: PlacedInference | None = None
         try:
-            encoding = request_encoding(head.content_encoding)
-            plain: memoryview = body
-            if encoding != "identity":
-                plain = memoryview(decompress(body, encoding, max_bytes=frontend.settings.max_input_size))
-            request = decode_infer_request(
-                entry, plain, head.header_length, max_json_bytes=frontend.settings.max_input_size
-            )
+            request = decode_infer_request(entry, plain, json_bytes, max_json_bytes=frontend.settings.max_input_size)
             self.use_regions(request)
             batch_size = validate_infer(entry, request, plain).batch_size
             is_bare = request.is_bare(entry) and not head.forwarded
@@ -209,7 +212,8 @@ class GeneralCall(Call):
 
     def _on_response(self, response: Response) -> None:
         if response.error is not None:
-            self.fail(response.error, TEXT_TYPE if response.ran else "application/json")
+            was_queued = response.ran or response.error.text in _QUEUED_TEXTS
+            self.fail(response.error, TEXT_TYPE if was_queued else "application/json")
             return
         assert self._entry is not None
         assert self._request is not None

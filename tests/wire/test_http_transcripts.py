@@ -2,7 +2,7 @@
 
 ``http_transcripts.md`` is the recording. Each run is replayed once against one server, in order, because rows that load
 models or change settings matter for later ones; what rows that are not in the recording did is in ``BEFORE``. Rows that
-we answer otherwise stand in ``ON_PURPOSE`` with our answer and the reason; what is not there yet, in ``NOT_YET``.
+we answer otherwise stand in ``ON_PURPOSE`` with our answer and the reason.
 """
 
 from __future__ import annotations
@@ -113,12 +113,6 @@ ON_PURPOSE: dict[str, Ours] = {
 
 #: Rows about an instance that died: what we answer depends on how far its replacement is.
 WHILE_REPLACED = dict.fromkeys(("E-189", "E-190", "E-191"), _REPLACED)
-
-#: What is not there yet; the tests say so when it is.
-NOT_YET: dict[str, str] = {
-    "E-070": "sequences: identifiers that are strings are not refused by models with numeric controls",
-    "E-103": "the backend is looked for only after the tensors",
-}
 
 
 def copy_model(name: str, repository: Path) -> None:
@@ -262,28 +256,21 @@ def check(row: Row, replay: Replay) -> None:
         assert body == comparable(row.body).rstrip("\n")
 
 
-def with_marks(rows: list[Row]) -> list[object]:
-    return [
-        pytest.param(
-            row,
-            id=f"{row.id} {row.request[:60]}",
-            marks=[pytest.mark.xfail(reason=NOT_YET[row.id])] if row.id in NOT_YET else [],
-        )
-        for row in rows
-    ]
+def with_ids(rows: list[Row]) -> list[object]:
+    return [pytest.param(row, id=f"{row.id} {row.request[:60]}") for row in rows]
 
 
-@pytest.mark.parametrize("row", with_marks([row for row in ROWS if row.number < 160]))
+@pytest.mark.parametrize("row", with_ids([row for row in ROWS if row.number < 160]))
 def test_first_run(first: Replay, row: Row) -> None:
     check(row, first)
 
 
-@pytest.mark.parametrize("row", with_marks([row for row in ROWS if row.number >= 160]))
+@pytest.mark.parametrize("row", with_ids([row for row in ROWS if row.number >= 160]))
 def test_second_run(second: Replay, row: Row) -> None:
     check(row, second)
 
 
 def test_the_recording_was_read_whole() -> None:
     assert len(ROWS) == RECORDING.read_text().count("\n| E-")
-    assert set(ON_PURPOSE) | set(NOT_YET) <= {row.id for row in ROWS}
+    assert set(ON_PURPOSE) <= {row.id for row in ROWS}
     assert json.loads(ROWS[0].body)["name"] == "triton"

@@ -44,10 +44,15 @@ def test_bombs_are_bounded():
         decompress(bomb, "gzip", max_bytes=1000)
 
 
-@pytest.mark.parametrize("body", [BODY, gzip.compress(BODY)[:-12], b"", gzip.compress(BODY)[:5]])
+@pytest.mark.parametrize("body", [BODY, gzip.compress(BODY)[:-12], gzip.compress(BODY)[:5]])
 def test_broken_streams_are_refused(body):
     with pytest.raises(InvalidArgument, match=r"^unable to decompress request body: "):
         decompress(body, "gzip", max_bytes=1000)
+
+
+def test_no_body_is_not_compressed():
+    with pytest.raises(InvalidArgument, match=r"^nothing to be decompressed$"):
+        decompress(b"", "deflate", max_bytes=1000)
 
 
 @given(st.binary(max_size=60), st.sampled_from([b"", b"\x1f\x8b\x08\0\0\0\0\0\0\xff", b"\x78\x9c"]))

@@ -134,7 +134,7 @@ def test_binary_bytes_must_add_up():
     short = "unexpected size for input 'IN0', expecting 2 additional bytes for model 'm'"
     assert fault(InvalidArgument, document, b"\0" * 6) == short
     assert fault(InvalidArgument, document, b"\0" * 9) == "unexpected additional input data for model 'm'"
-    body = json.dumps(document).encode() + b"\x01" * 8
+    body = json.dumps(document).encode() + b"\0" * 8
     with pytest.raises(InvalidArgument, match=r"^unexpected size for input 'IN0', expecting 8 additional bytes"):
         parse_infer_request(body, None, model_name="m", max_json_bytes=LIMIT)
 
@@ -281,14 +281,14 @@ def test_header_length_out_of_range(text):
 def test_raw_requests(model):
     """Spec H-130..H-134."""
     entry = model("m", [("FP32", (-1, 2))], max_batch_size=4)
-    parsed = decode_infer_request(entry, b"\0" * 16, "0", max_json_bytes=LIMIT)
+    parsed = decode_infer_request(entry, b"\0" * 16, 0, max_json_bytes=LIMIT)
     assert (parsed.inputs[0].name, parsed.inputs[0].shape, parsed.is_raw) == ("IN0", (1, 2, 2), True)
     assert parsed.binary_data_output
     assert validate_infer(entry, parsed, b"\0" * 16).batch_size == 1
     element = raw_infer_request(model("b", [("BYTES", (1,))]), 5).inputs[0]
     assert element.source == BinaryData(0, 5, b"\5\0\0\0")
     assert element.source.byte_size == 9
-    assert decode_infer_request(model("e", [("FP32", (-1,))]), b"", None, max_json_bytes=9).inputs[0].shape == (0,)
+    assert decode_infer_request(model("e", [("FP32", (-1,))]), b"", 0, max_json_bytes=9).inputs[0].shape == (0,)
     assert raw_infer_request(model("z", [("FP32", (0, -1))]), 5).inputs[0].shape == (0, 0)
 
 
@@ -362,12 +362,14 @@ def test_any_request_is_valid_or_refused(document, tail, has_header):
     text = json.dumps(document).encode()
     body = text + tail
     with suppress(ServingError):
-        parsed = decode_infer_request(ENTRY, body, str(len(text)) if has_header else None, max_json_bytes=LIMIT)
+        json_bytes = len(text) if has_header else len(body)
+        parsed = decode_infer_request(ENTRY, body, json_bytes, max_json_bytes=LIMIT)
         assert validate_infer(ENTRY, parsed, body).row_count >= 1
 
 
 @given(st.binary(max_size=80), st.none() | st.text(max_size=4))
 def test_any_bytes_are_valid_or_refused(body, header_length):
     with suppress(ServingError):
-        parsed = decode_infer_request(ENTRY, body, header_length, max_json_bytes=LIMIT)
+        json_bytes = parse_header_length(header_length, len(body))
+        parsed = decode_infer_request(ENTRY, body, json_bytes, max_json_bytes=LIMIT)
         validate_infer(ENTRY, parsed, body)

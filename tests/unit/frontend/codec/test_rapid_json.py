@@ -66,6 +66,9 @@ def fault(data):
         (b"[2,1e400]", "Number too big to be stored in double. at 3"),
         (b"Infinit", "Invalid value. at 7"),
         (b"nul", "Invalid value. at 3"),
+        (b"{}x", "The document root must not be followed by other values. at 2"),
+        (b"[1] {}", "The document root must not be followed by other values. at 4"),
+        (b"1e309", "Number too big to be stored in double. at 0"),
         (b"[1\x00]", "Missing a comma or ']' after an array element. at 2"),
         ('["é", x]'.encode(), "Invalid value. at 7"),  # offsets count bytes
     ],
@@ -77,18 +80,19 @@ def test_faults_have_the_text_and_offset_of_rapidjson(data, text):
 @pytest.mark.parametrize(
     ("data", "value"),
     [
-        (b'{"a":1} trailing', {"a": 1}),
+        (b'{"a":1} \x00trailing', {"a": 1}),
         (b"[1]\x00\x01", [1]),
         (b"[Infinity,-Infinity,Inf,-Inf,1e39]", [math.inf, -math.inf, math.inf, -math.inf, 1e39]),
+        (b"[2e308,-11111111111111111111e300]", [math.inf, -math.inf]),
         (b"\xef\xbb\xbf{}", {}),
-        (b"[18446744073709551615,-9223372036854775808]x", [2**64 - 1, -(2**63)]),
+        (b"[18446744073709551615,-9223372036854775808]\x00", [2**64 - 1, -(2**63)]),
         (b"[1,1.0,true]", [1, 1.0, True]),
-        (b'["\\u00e9\\ud83d\\ude00\\/\\n"]x', ["é😀/\n"]),
-        (b'{"a":[],"b":{},"c":[null,false]}x', {"a": [], "b": {}, "c": [None, False]}),
+        (b'["\\u00e9\\ud83d\\ude00\\/\\n"]\x00', ["é😀/\n"]),
+        (b'{"a":[],"b":{},"c":[null,false]}\x00', {"a": [], "b": {}, "c": [None, False]}),
     ],
 )
 def test_dialect_values(data, value):
-    """Spec H-015: NaN and Infinity are numbers, what follows the first value is ignored."""
+    """Spec H-015: NaN and Infinity are numbers, a NUL ends the document."""
     parsed = parse_json(data)
     assert parsed == value
     assert json.dumps(parsed) == json.dumps(value)  # 1, 1.0 and true are equal, but not the same
@@ -102,7 +106,7 @@ def test_nan_is_a_number():
 
 def test_integers_beyond_64_bits_are_doubles():
     assert parse_json(b"[18446744073709551616]") == [2.0**64]
-    assert isinstance(as_array(parse_json(b"[18446744073709551616]x"))[0], float)
+    assert isinstance(as_array(parse_json(b"[18446744073709551616]\x00"))[0], float)
 
 
 @pytest.mark.parametrize("data", [b'["a\xff\xc3"]', b'["a\xff\xc3"]' + b" " * SCANNER_LIMIT_BYTES])
@@ -158,7 +162,7 @@ def test_faults_of_large_documents_are_translated(tail, text):
 
 
 def test_large_documents_may_use_the_dialect():
-    values = as_array(parse_json(b"[" + b"1.5," * SCANNER_LIMIT_BYTES + b"NaN] trailing"))
+    values = as_array(parse_json(b"[" + b"1.5," * SCANNER_LIMIT_BYTES + b"NaN] \x00trailing"))
     assert len(values) == SCANNER_LIMIT_BYTES + 1
 
 
@@ -177,10 +181,10 @@ JSON_VALUES = st.recursive(
 
 @given(JSON_VALUES)
 def test_written_json_reads_back(value):
-    """Also through the scanner, which a trailing byte forces."""
+    """Also through the scanner, which a trailing NUL forces."""
     text = dump_json(value)
     assert parse_json(text) == value
-    assert parse_json(text + b"\x01") == value
+    assert parse_json(text + b"\x00") == value
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from forebay.frontend.codec.generate import (
     render_generate_reply,
     server_sent_event,
 )
-from forebay.frontend.codec.infer_request import JsonData, RegionData, decode_infer_request
+from forebay.frontend.codec.infer_request import JsonData, RegionData, decode_infer_request, parse_header_length
 from forebay.frontend.codec.infer_response import OutputTensor, classify, render_infer_response
 from forebay.frontend.codec.validation import validate_infer
 from forebay.frontend.errors import error_body, http_status
@@ -40,7 +40,8 @@ MODELS = {
 
 def infer(entry, body, headers):
     body = decompress(body, request_encoding(headers.get("Content-Encoding")), max_bytes=LIMIT)
-    request = decode_infer_request(entry, body, headers.get("Inference-Header-Content-Length"), max_json_bytes=LIMIT)
+    json_bytes = parse_header_length(headers.get("Inference-Header-Content-Length"), len(body))
+    request = decode_infer_request(entry, body, json_bytes, max_json_bytes=LIMIT)
     sources = [tensor.source for tensor in request.inputs] + [output.region for output in request.outputs]
     for source in sources:
         if isinstance(source, RegionData):

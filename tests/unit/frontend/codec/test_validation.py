@@ -51,9 +51,10 @@ def test_without_batching(model):
 
 
 def test_unknown_names(model):
-    """Spec H-082, H-083: no prefix, and before the count."""
+    """Spec H-082, H-083: no prefix; outputs before the number of inputs, inputs after it."""
     entry = model("m", [("FP32", (1,))] * 2)
-    assert fault(entry, [facts("INX", (1,))]) == "unexpected inference input 'INX' for model 'm'"
+    both = [facts("IN0", (1,)), facts("INX", (1,))]
+    assert fault(entry, both) == "unexpected inference input 'INX' for model 'm'"
     assert fault(entry, [], ["Q", "OUT0"]) == "unexpected inference output 'Q' for model 'm'"
 
 
@@ -67,6 +68,10 @@ def test_wrong_count(model):
     assert fault(model("n", [("FP32", (1,))] * 5, optional_from=1), [], request_id="r") == (
         "[request id: r] expected number of inputs between 1 and 5 but got 0 inputs for model 'n'. Got input(s) [], "
         "but missing required input(s) ['IN0']. Please provide all required input(s)."
+    )
+    assert fault(entry, [facts("IN0", (1,)), facts("IN1", (1,)), facts("INX", (1,))]) == (
+        f"{UNKNOWN}expected 2 inputs but got 3 inputs for model 'm'. Got input(s) ['INX','IN1','IN0'], but missing "
+        "required input(s) ]. Please provide all required input(s)."
     )
 
 
@@ -84,9 +89,12 @@ def test_batch_sizes(model):
         return fault(entry, [facts("IN0", first), facts("IN1", second)])
 
     assert batches((5, 1), (5, 1)) == f"{UNKNOWN}inference request batch-size must be <= 4 for 'm'"
-    assert batches((0, 1), (0, 1)) == f"{UNKNOWN}inference request batch-size must be >= 1 for 'm'"
+    mismatch = f"{UNKNOWN}input byte size mismatch for input 'IN1' for model 'm'. Expected 4, got 0"
+    assert batches((0, 1), (0, 1)) == mismatch
+    open_entry = model("m", [("FP32", (-1,))], max_batch_size=4)
+    assert fault(open_entry, [facts("IN0", (0, 0))]) == f"{UNKNOWN}inference request batch-size must be >= 1 for 'm'"
     assert batches((2, 1), (1, 1)) == f"{UNKNOWN}input 'IN0' batch size does not match other inputs for 'm'"
-    assert batches((5, 1), (0, 1)) == f"{UNKNOWN}input 'IN0' batch size does not match other inputs for 'm'"
+    assert batches((0, 1), (3, 1)) == f"{UNKNOWN}input 'IN0' batch size does not match other inputs for 'm'"
     assert batches((), (1, 1)) == f"{UNKNOWN}input 'IN0' has no shape but model requires batch dimension for 'm'"
 
 

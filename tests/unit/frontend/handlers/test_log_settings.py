@@ -33,7 +33,8 @@ def test_get() -> None:
         (b'{"log_verbose_level":1,"log_info":false}', {"log_verbose_level": 1, "log_info": False}),  # E-141
         (b'{"log_format":"ISO8601"}', {"log_format": "ISO8601"}),  # E-142
         (b'{"foo":1,"log_error":null,"log_file":null}', {}),  # E-146
-        (b'{"log_verbose_level":99999999999}', {"log_verbose_level": 2**31 - 1}),
+        (b'{"log_verbose_level":4294967301}', {"log_verbose_level": 5}),
+        (b'{"log_verbose_level":2147483648}', {"log_verbose_level": 0}),
     ],
 )
 def test_post_changes_what_is_named(body: bytes, settings: dict[str, object]) -> None:

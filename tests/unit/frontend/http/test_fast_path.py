@@ -34,7 +34,7 @@ def request(**changes: Any) -> tuple[ParsedInfer, int]:
         "parameters": {"binary_data_output": True},
     }
     head = json.dumps(document | changes).encode()
-    return decode_infer_request(ENTRY, head + bytes(18), str(len(head)), max_json_bytes=10_000), len(head)
+    return decode_infer_request(ENTRY, head + bytes(18), len(head), max_json_bytes=10_000), len(head)
 
 
 def plan(parsed: ParsedInfer) -> InferPlan | None:
