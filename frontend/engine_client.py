@@ -77,6 +77,8 @@ class EngineClient:
         self.view = arena.view
         self.slabs: dict[int, tuple[RouteClient, OwnedSlab]] = {}
         self.routes: dict[int, RouteClient] = {}
+        #: Of couriers, which stand in no catalog: they carry tensors between shared and device memory.
+        self.couriers: dict[int, RouteClient] = {}
         #: By model name, what its routes' requests are traced by.
         self.sampler_of: Callable[[str], Sampler | None] = _no_sampler
         #: Whether any model's requests are traced.

@@ -20,7 +20,7 @@ import zmq
 
 from forebay.frontend.control_client import ControlClient
 from forebay.frontend.engine_client import EngineClient
-from forebay.frontend.regions import RegionTable
+from forebay.frontend.regions import RegionTable, open_region
 from forebay.frontend.response_cache import ResponseCache
 from forebay.frontend.tracing import Tracer
 from forebay.ipc.arena import Arena
@@ -45,7 +45,6 @@ from forebay.ipc.messages import (
     SupervisorToFrontend,
 )
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
-from forebay.ipc.regions import Region
 from forebay.ipc.trace import TraceRules
 
 #: Seconds between looks at whether the last request has been answered while stopping.
@@ -145,7 +144,7 @@ class FrontendProcess:
                     with contextlib.suppress(TypeError, ValueError):
                         log.configure(LogOptions(**message.options))
                 case RegionUp():
-                    self.regions.add(Region(message.name, message.kind, fds[0], message.offset, message.byte_size))
+                    self.regions.add(open_region(message, fds))
                     self._confirm_regions(message.generation)
                 case RegionDown():
                     for name in message.names:

@@ -13,12 +13,13 @@ import msgspec
 
 from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
 from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.device_places import NO_TARGETS, DevicePlace, HeadMemories, Targets
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import QUEUE_FULL_TEXT, NotReady, ServingError, from_wire
-from forebay.ipc.messages import ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
+from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import byte_size
 from forebay.ipc.validation import id_prefix
 
@@ -39,6 +40,8 @@ class InputTensor(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     """Batch dimension included."""
     byte_size: int
+    device: DevicePlace | None = None
+    """Where it lies in device memory, and stays; None: it is placed in the arena."""
 
 
 class RequestMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +68,7 @@ class OutputView(msgspec.Struct, frozen=True):
     datatype: str
     shape: tuple[int, ...]
     data: memoryview | bytes
-    """In shared memory; valid during the callback only."""
+    """In shared memory; valid during the callback only. Empty if it is in device memory, where the client wants it."""
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -104,6 +107,8 @@ def make_parcel(
     rows: int,
     reply: tuple[int, int],
     meta: RequestMeta,
+    memories: Sequence[DeviceMemory] = (),
+    targets: tuple[TensorPlace, ...] = (),
 ) -> ParcelSubmit:
     """Return the message that submits a request outside slabs.
 
@@ -111,6 +116,8 @@ def make_parcel(
         places: where the inputs lie, filled.
         rows: batch items, at least 1.
         reply: offset and bytes of the block lent for the outputs.
+        memories: on devices, that places and targets lie in.
+        targets: of outputs that go there.
     """
     engine = route.engine
     head = ParcelHead(
@@ -127,6 +134,8 @@ def make_parcel(
         timeout_us=meta.timeout_us,
         deadline_ns=meta.deadline_ns,
         trace_context="" if meta.trace is None else meta.trace.context,
+        memories=tuple(memories),
+        targets=targets,
     )
     return ParcelSubmit(
         route=route.route,
@@ -183,6 +192,7 @@ class Inference:
         "_reply_bytes",
         "_reply_offset",
         "_slab",
+        "_targets",
         "_token",
         "is_cancelled",
         "is_done",
@@ -200,6 +210,7 @@ class Inference:
         *,
         direct: bool = False,
         is_bare: bool = False,
+        targets: Targets = NO_TARGETS,
     ) -> None:
         """Take room for the inputs.
 
@@ -209,6 +220,7 @@ class Inference:
             batch_size: as validated; 0 for a model that does not batch.
             direct: the bytes are received straight into the places, which may take long: never use slab rows.
             is_bare: it carries nothing but tensors.
+            targets: outputs that go to device memory, where the model lives.
 
         Raises:
             NotReady: the model version has just gone.
@@ -218,6 +230,7 @@ class Inference:
         if route is None:
             raise NotReady("the model version was unloaded before the request could run")
         self._engine = engine
+        self._targets = targets
         self.route: RouteClient = route
         self.rows = max(batch_size, 1)
         self._inputs = inputs
@@ -232,7 +245,8 @@ class Inference:
         self.is_done = False
         #: Where each input's bytes go, writable, in the order of the inputs.
         self.places: list[memoryview] = []
-        if not direct and route.takes_rows(is_bare=is_bare):
+        on_device = bool(targets) or any(tensor.device is not None for tensor in inputs)
+        if not direct and not on_device and route.takes_rows(is_bare=is_bare):
             self._place_rows(route)
         else:
             self._place_block()
@@ -245,7 +259,8 @@ class Inference:
         ]
 
     def _place_block(self) -> None:
-        engine, total = self._engine, sum(align(tensor.byte_size) for tensor in self._inputs)
+        engine = self._engine
+        total = sum(align(tensor.byte_size) for tensor in self._inputs if tensor.device is None)
         self._reply_bytes = expected_reply_bytes(self.route, self.rows)
         self._block_bytes = total + self._reply_bytes
         self._block = engine.allocate(self._block_bytes)
@@ -254,8 +269,9 @@ class Inference:
         self._reply_offset = self._block + total
         offset = self._block
         for tensor in self._inputs:
-            self.places.append(engine.view[offset : offset + tensor.byte_size])
-            offset += align(tensor.byte_size)
+            size = 0 if tensor.device is not None else tensor.byte_size
+            self.places.append(engine.view[offset : offset + size])
+            offset += align(size)
 
     @property
     def rows_route(self) -> RouteClient | None:
@@ -278,11 +294,17 @@ class Inference:
         self._token = self._engine.next_token()
         offset = self._block
         places: list[TensorPlace] = []
+        memories = HeadMemories()
         for tensor in self._inputs:
+            if tensor.device is not None:
+                places.append(memories.place(tensor.name, tensor.datatype, tensor.shape, tensor.device))
+                continue
             places.append(TensorPlace(tensor.name, tensor.datatype, tensor.shape, offset, tensor.byte_size))
             offset += align(tensor.byte_size)
         reply = (self._reply_offset, self._reply_bytes)
-        self.route.submit_parcel(make_parcel(self.route, self._token, places, self.rows, reply, meta), self)
+        targets = memories.targets(self._targets)
+        parcel = make_parcel(self.route, self._token, places, self.rows, reply, meta, memories.memories, targets)
+        self.route.submit_parcel(parcel, self)
 
     # --- answers ---
 
@@ -340,7 +362,12 @@ class Inference:
             return
         view = self._engine.view
         outputs = tuple(
-            OutputView(place.name, place.datatype, place.shape, view[place.offset : place.offset + place.byte_size])
+            OutputView(
+                place.name,
+                place.datatype,
+                place.shape,
+                b"" if place.memory else view[place.offset : place.offset + place.byte_size],
+            )
             for place in reply.outputs
         ) + tuple(OutputView(tensor.name, tensor.datatype, tensor.shape, tensor.data) for tensor in reply.inline)
         if trace is not None and trace.shows_tensors:

@@ -6,20 +6,33 @@ protocol when ``register`` has been answered (spec H-192, H-194).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
-from forebay.frontend.codec.infer_request import RegionData
+from forebay.frontend.codec.infer_request import ParsedInfer, ParsedOutput, RegionData
+from forebay.frontend.device_places import NO_TARGETS, DevicePlace, DeviceRegion, Targets
+from forebay.frontend.inference import InputTensor
 from forebay.ipc.errors import Internal, NotFound
+from forebay.ipc.messages import RegionUp
 from forebay.ipc.regions import Region
+
+AnyRegion: TypeAlias = Region | DeviceRegion
+
+
+def open_region(message: RegionUp, fds: Sequence[int]) -> AnyRegion:
+    """Return the region that the supervisor announces; takes ownership of its descriptors."""
+    if message.memory is not None and message.courier is not None:
+        return DeviceRegion(message.name, message.memory, message.courier)
+    return Region(message.name, message.kind, fds[0], message.offset, message.byte_size)
 
 
 class RegionTable:
     """Every usable region by name."""
 
     def __init__(self) -> None:
-        self._regions: dict[str, Region] = {}
+        self._regions: dict[str, AnyRegion] = {}
 
-    def add(self, region: Region) -> None:
+    def add(self, region: AnyRegion) -> None:
         """Make a region usable; takes ownership."""
         self.remove(region.name)
         self._regions[region.name] = region
@@ -30,7 +43,7 @@ class RegionTable:
         if region is not None:
             region.retire()
 
-    def find(self, name: str) -> Region:
+    def find(self, name: str) -> AnyRegion:
         """Return a region.
 
         Raises:
@@ -54,7 +67,7 @@ class RegionUse:
             NotFound: one is not registered.
             InvalidArgument: a place lies outside of its region.
         """
-        self._regions: dict[str, Region] = {}
+        self._regions: dict[str, AnyRegion] = {}
         for place in places:
             region = table.find(place.region)
             region.check(place.offset, place.byte_size)
@@ -62,30 +75,72 @@ class RegionUse:
         for region in self._regions.values():
             region.acquire()
 
+    def device_place(self, source: RegionData) -> DevicePlace | None:
+        """Return where a tensor is in device memory; None: it is not there."""
+        region = self._regions[source.region]
+        if not isinstance(region, DeviceRegion):
+            return None
+        return DevicePlace(region.memory, source.offset, source.byte_size, region.courier)
+
+    def targets(self, outputs: Iterable[ParsedOutput]) -> Targets:
+        """Return those outputs that go to device memory; classes never do."""
+        found = {
+            output.name: self.device_place(output.region)
+            for output in outputs
+            if output.region is not None and not output.classification
+        }
+        return {name: place for name, place in found.items() if place is not None}
+
     def fill(self, place: memoryview, source: RegionData) -> None:
-        """Read an input; ``place`` has its byte size.
+        """Read an input; ``place`` has its byte size. What is in device memory stays there.
 
         Raises:
             InvalidArgument: the client has truncated the region.
         """
-        self._regions[source.region].read_into(place, source.offset)
+        region = self._regions[source.region]
+        if isinstance(region, Region):
+            region.read_into(place, source.offset)
 
     def store(self, name: str, data: memoryview | bytes, target: RegionData) -> None:
-        """Write output ``name``.
+        """Write output ``name``. What goes to device memory is there already.
 
         Raises:
             Internal: the client has left less room than it needs (spec H-198).
             InvalidArgument: the client has truncated the region.
         """
+        region = self._regions[target.region]
+        if not isinstance(region, Region):
+            return
         if len(data) > target.byte_size:
             raise Internal(
                 f"shared memory size specified with the request for output '{name}' ({target.byte_size} bytes) should "
                 f"be at least {len(data)} bytes to hold the results"
             )
-        self._regions[target.region].write_from([data], target.offset)
+        region.write_from([data], target.offset)
 
     def release(self) -> None:
         """The request has ended, one way or another; may be called again."""
         regions, self._regions = self._regions, {}
         for region in regions.values():
             region.release()
+
+
+def targets_of(request: ParsedInfer, regions: RegionUse | None) -> Targets:
+    """Return which outputs go to device memory."""
+    return NO_TARGETS if regions is None else regions.targets(request.outputs)
+
+
+def take_places(request: ParsedInfer, regions: RegionUse | None = None) -> list[InputTensor]:
+    """Return the inputs as the engine places them."""
+    return [
+        InputTensor(
+            tensor.name,
+            tensor.datatype,
+            tensor.shape,
+            tensor.source.byte_size,
+            regions.device_place(tensor.source)
+            if isinstance(tensor.source, RegionData) and regions is not None
+            else None,
+        )
+        for tensor in request.inputs
+    ]

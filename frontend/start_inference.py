@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
+import msgspec
+
 from forebay.frontend.cached_inference import CachedInference
 from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.device_places import NO_TARGETS, Targets
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.ensemble.chain import ChainRoute
 from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference
@@ -61,6 +64,7 @@ def start_inference(
     *,
     direct: bool = False,
     is_bare: bool = False,
+    targets: Targets = NO_TARGETS,
 ) -> PlacedInference:
     """Take room for a request's inputs.
 
@@ -70,6 +74,7 @@ def start_inference(
         batch_size: as validated; 0 for a model that does not batch.
         direct: the bytes are received straight into the places, which may take long: never use slab rows.
         is_bare: it carries nothing but tensors.
+        targets: outputs that go to device memory.
 
     Raises:
         NotReady: the model version has just gone.
@@ -79,6 +84,16 @@ def start_inference(
     route = engine.routes.get(route_number)
     if route is None:
         raise NotReady("the model version was unloaded before the request could run")
+    devices = {place.memory.device_id for place in targets.values()}
+    devices |= {tensor.device.memory.device_id for tensor in inputs if tensor.device is not None}
+    if devices == {route.entry.device_id}:
+        return Inference(engine, route_number, inputs, batch_size, targets=targets)
+    if devices:
+        from forebay.frontend.courier_inference import CourierInference
+
+        in_host_memory = [msgspec.structs.replace(tensor, device=None) for tensor in inputs]
+        inner = start_inference(engine, route_number, in_host_memory, batch_size, direct=direct)
+        return CourierInference(engine, inner, inputs, targets)
     inference = _uncached(engine, route, inputs, batch_size, direct=direct, is_bare=is_bare)
     if route.entry.response_cache and engine.response_cache is not None:
         return CachedInference(engine.response_cache, inference, inputs)

@@ -15,8 +15,8 @@ from forebay.frontend.codec.validation import InputFacts, validate_infer, valida
 from forebay.frontend.grpc.infer_message import InferMessage, WireRequest, read_request
 from forebay.frontend.grpc.infer_plan import make_plan
 from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
-from forebay.frontend.inference import InputTensor, RequestMeta, Response
-from forebay.frontend.regions import RegionUse
+from forebay.frontend.inference import RequestMeta, Response
+from forebay.frontend.regions import RegionUse, take_places, targets_of
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.frontend.tracing import REQUEST_START, Trace
 from forebay.ipc.catalog import ModelEntry
@@ -62,7 +62,7 @@ class PlacedRequest(msgspec.Struct, frozen=True):
         if all(tensor.datatype != "BYTES" for tensor in request.inputs):
             return
         facts = [
-            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place)
+            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place or None)
             for tensor, place in zip(request.inputs, self.inference.places, strict=True)
         ]
         validate_request(self.entry, request.id, facts, [output.name for output in request.outputs])
@@ -140,11 +140,15 @@ def _place(
     direct: bool,
 ) -> PlacedRequest:
     request = found.request
-    tensors = [
-        InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
-    ]
-    is_bare = request.is_bare(entry)
-    inference = start_inference(frontend.engine, entry.route, tensors, batch_size, direct=direct, is_bare=is_bare)
+    inference = start_inference(
+        frontend.engine,
+        entry.route,
+        take_places(request, regions),
+        batch_size,
+        direct=direct,
+        is_bare=request.is_bare(entry),
+        targets=targets_of(request, regions),
+    )
     try:
         for tensor, place in zip(request.inputs, inference.places, strict=True):
             if isinstance(tensor.source, JsonData):

@@ -25,8 +25,8 @@ from forebay.frontend.http.connection import Call
 from forebay.frontend.http.fast_path import PLAN_JSON_BYTES_MAX, PLANS_PER_HEAD_MAX, make_plan
 from forebay.frontend.http.head import Head
 from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
-from forebay.frontend.inference import InputTensor, RequestMeta, Response
-from forebay.frontend.regions import RegionUse
+from forebay.frontend.inference import RequestMeta, Response
+from forebay.frontend.regions import RegionUse, take_places, targets_of
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.frontend.tracing import REQUEST_END, REQUEST_START, RESPONSE_COMPLETE, Trace
 from forebay.ipc.catalog import ModelEntry
@@ -157,7 +157,14 @@ class GeneralCall(Call):
             self.use_regions(request)
             batch_size = validate_infer(entry, request, plain).batch_size
             is_bare = request.is_bare(entry) and not head.forwarded
-            inference = start_inference(frontend.engine, entry.route, take_places(request), batch_size, is_bare=is_bare)
+            inference = start_inference(
+                frontend.engine,
+                entry.route,
+                take_places(request, self._regions),
+                batch_size,
+                is_bare=is_bare,
+                targets=targets_of(request, self._regions),
+            )
             copied = 0
             for tensor, place in zip(request.inputs, inference.places, strict=True):
                 copied += fill(place, tensor, plain, self._regions)
@@ -272,13 +279,6 @@ class GeneralCall(Call):
             self._inference.route.copied_out_bytes += count
 
 
-def take_places(request: ParsedInfer) -> list[InputTensor]:
-    """Return the inputs as the engine places them."""
-    return [
-        InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
-    ]
-
-
 def check_strings(entry: ModelEntry, request: ParsedInfer, places: Sequence[memoryview]) -> None:
     """Check the framing of BYTES that could not be looked at before they were in their places.
 
@@ -288,7 +288,7 @@ def check_strings(entry: ModelEntry, request: ParsedInfer, places: Sequence[memo
     if all(tensor.datatype != "BYTES" for tensor in request.inputs):
         return
     facts = [
-        InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place)
+        InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place or None)
         for tensor, place in zip(request.inputs, places, strict=True)
     ]
     validate_request(entry, request.id, facts, [output.name for output in request.outputs])
@@ -357,7 +357,12 @@ class DirectUpload:
         regions = self._call.use_regions(request)
         validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
         inference = start_inference(
-            self._frontend.engine, entry.route, take_places(request), validated.batch_size, direct=True
+            self._frontend.engine,
+            entry.route,
+            take_places(request, regions),
+            validated.batch_size,
+            direct=True,
+            targets=targets_of(request, regions),
         )
         self._request = request
         self._inference = inference

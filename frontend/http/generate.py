@@ -17,10 +17,11 @@ from forebay.frontend.codec.infer_response import JSON_TYPE, OutputTensor
 from forebay.frontend.codec.validation import validate_infer
 from forebay.frontend.errors import error_body, http_status
 from forebay.frontend.http.connection import Call
-from forebay.frontend.http.general_path import begin_trace, fill, take_places
+from forebay.frontend.http.general_path import begin_trace, fill
 from forebay.frontend.http.head import Head, Target
 from forebay.frontend.http.replies import error_reply, head_bytes, stream_head
 from forebay.frontend.inference import RequestMeta, Response
+from forebay.frontend.regions import take_places
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.frontend.tracing import REQUEST_END, RESPONSE_COMPLETE, Trace
 from forebay.ipc.catalog import ModelEntry
