@@ -6,13 +6,15 @@ The door, a listening Unix socket in the runtime directory (control; the client'
 
     header   kind u16 | flags u16 | request u32                                                        8 bytes
     HELLO    header + HELLO + name                           ->  WELCOME or REFUSED
-    OPEN     header + OPEN + model name                      ->  MODEL or REFUSED
+    OPEN     header + OPEN + model name [+ NUL + namespace]  ->  MODEL or REFUSED
     LIST     header                                          ->  MODELS, one or more
     WELCOME  header + WELCOME                                +3 descriptors: arena, completions, submissions
     MODEL    header + MODEL + count * instance u32 + tensors +count descriptors: one ring per instance
+             [+ ENSEMBLE, MessagePack, with FLAG_ENSEMBLE]
     REFUSED  header + code u32 + text
     MODELS   header + lines of ``name TAB version TAB state``; the last one has FLAG_LAST
     INSTANCE header + route u32 + instance u32               +1 descriptor; unasked: a worker was started (again)
+    GONE     header + route u32                              unasked: what was opened there has another one now
 
 Submissions, to the scheduler; the header is that of doorbells (:mod:`forebay.ipc.wire`), ``batch`` is the epoch::
 
@@ -34,6 +36,9 @@ from __future__ import annotations
 import enum
 import struct
 
+import msgspec
+
+from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.tensor import DATATYPES, TensorSpec
 
 #: The first bytes of HELLO.
@@ -74,6 +79,7 @@ class DoorKind(enum.IntEnum):
     INSTANCE = 6
     LIST = 7
     MODELS = 8
+    GONE = 9
 
 
 class SubmitKind(enum.IntEnum):
@@ -91,6 +97,10 @@ class SubmitKind(enum.IntEnum):
 FLAG_ROWS = 1
 #: Flag of MODEL: a request may have any number of responses.
 FLAG_DECOUPLED = 2
+#: Flag of MODEL: an ensemble, which the client runs itself: its steps follow the tensors.
+FLAG_ENSEMBLE = 4
+#: Flag of OPEN: the client can run ensembles.
+FLAG_RUNS_ENSEMBLES = 1
 #: Flag of MODELS: nothing follows.
 FLAG_LAST = 1
 #: Flags of SUBMIT_PARCEL.
@@ -125,6 +135,14 @@ SUBMIT_PARCEL = struct.Struct("<IIQQQQQQIIIIII")
 CANCEL_RUN = struct.Struct("<IIQ")
 
 _BY_NUMBER = {datatype.number: name for name, datatype in DATATYPES.items()}
+
+
+class EnsemblePlan(msgspec.Struct, frozen=True, array_like=True):
+    """How an ensemble is run: the end of a MODEL message."""
+
+    max_inflight_requests: int = 0
+    """Responses of a decoupled step that are worked on at a time (spec S-110); 0: unlimited."""
+    steps: tuple[EnsembleStep, ...] = ()
 
 
 def pack_tensor(spec: TensorSpec) -> bytes:

@@ -18,6 +18,8 @@ import socket
 import struct
 from collections.abc import Callable
 
+import msgspec
+
 from forebay.engine.supervisor.switchboard import Producer, Switchboard
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.catalog import Catalog, ModelEntry, no_ready_version
@@ -28,8 +30,10 @@ from forebay.ipc.client_wire import (
     DOOR_REPLY_BYTES_MAX,
     DOOR_REQUEST_BYTES_MAX,
     FLAG_DECOUPLED,
+    FLAG_ENSEMBLE,
     FLAG_LAST,
     FLAG_ROWS,
+    FLAG_RUNS_ENSEMBLES,
     HELLO,
     INSTANCE,
     MAGIC,
@@ -40,6 +44,7 @@ from forebay.ipc.client_wire import (
     PROTOCOL_VERSION,
     WELCOME,
     DoorKind,
+    EnsemblePlan,
     pack_tensor,
 )
 from forebay.ipc.doorbell import create_doorbell
@@ -63,6 +68,9 @@ ARENA_BYTES_MIN = 64 * 1024
 
 #: Lines of a MODELS message take so many bytes at most.
 _LIST_BYTES_MAX = 32 * 1024
+
+#: Name, version (0: the newest), namespace (None: any).
+_Wanted = tuple[str, int, str | None]
 
 _UCRED = struct.Struct("3i")
 
@@ -152,7 +160,7 @@ class ClientDoor:
     # --- requests ---
 
     def _serve(self, visitor: _Visitor, message: memoryview) -> None:
-        kind, _flags, request = DOOR_HEADER.unpack_from(message)
+        kind, flags, request = DOOR_HEADER.unpack_from(message)
         body = message[DOOR_HEADER.size :]
         try:
             if kind == DoorKind.HELLO:
@@ -160,7 +168,7 @@ class ClientDoor:
             elif not visitor.number:
                 raise InvalidArgument("the first message must be HELLO")
             elif kind == DoorKind.OPEN:
-                self._open_model(visitor, request, body)
+                self._open_model(visitor, request, body, runs_ensembles=bool(flags & FLAG_RUNS_ENSEMBLES))
             elif kind == DoorKind.LIST:
                 self._list_models(visitor, request)
             else:
@@ -206,14 +214,24 @@ class ClientDoor:
             )
         log.verbose(1, f"shared-memory client {number} is process {visitor.pid} {name}")
 
-    def _open_model(self, visitor: _Visitor, request: int, body: memoryview) -> None:
+    def _open_model(self, visitor: _Visitor, request: int, body: memoryview, *, runs_ensembles: bool) -> None:
         (version,) = OPEN.unpack_from(body)
-        entry = find_entry(self._catalog(), bytes(body[OPEN.size :]).decode(), version)
+        name, separator, namespace = bytes(body[OPEN.size :]).decode().partition("\0")
+        wanted = (name, version, namespace if separator else None)
+        entry = find_entry(self._catalog(), *wanted)
         if entry.is_ensemble:
-            raise Unsupported(
-                f"model '{entry.name}' is an ensemble, which the HTTP and gRPC frontends run; "
-                "open the models that it is made of"
-            )
+            if not runs_ensembles:
+                raise Unsupported(
+                    f"model '{entry.name}' is an ensemble, which this client cannot run; "
+                    "open the models that it is made of"
+                )
+            visitor.watched[wanted] = entry.route
+            flags = FLAG_ENSEMBLE | entry.decoupled * FLAG_DECOUPLED
+            visitor.send(DoorKind.MODEL, request, pack_entry(entry, []), flags=flags)
+            return
+        if not version:
+            # Requests for a certain version hear from the scheduler that it is not served any more.
+            visitor.watched[wanted] = entry.route
         # Descriptors beyond what a message can carry: those instances are reached by way of the scheduler only.
         rings = self._switchboard.open_route(visitor.number, entry.route)
         try:
@@ -227,6 +245,24 @@ class ClientDoor:
         finally:
             for _instance, ring in rings:
                 ring.close()
+
+    def catalog_changed(self) -> None:
+        """Tell everybody for whose models there are others now, or none."""
+        routes: dict[_Wanted, int] = {}
+        for visitor in self._visitors:
+            for wanted, route in list(visitor.watched.items()):
+                if wanted not in routes:
+                    routes[wanted] = self._route_of(wanted)
+                if routes[wanted] != route:
+                    del visitor.watched[wanted]
+                    visitor.send(DoorKind.GONE, 0, NUMBER.pack(route))
+
+    def _route_of(self, wanted: _Wanted) -> int:
+        """Return the route that a client would get; 0: none."""
+        try:
+            return find_entry(self._catalog(), *wanted).route
+        except ServingError:
+            return 0
 
     def _list_models(self, visitor: _Visitor, request: int) -> None:
         lines = [f"{entry.name}\t{entry.version}\t{entry.state}\n".encode() for entry in self._catalog().models]
@@ -252,6 +288,8 @@ class _Visitor:
         self.pid = pid
         #: Its producer number; 0: not introduced yet.
         self.number = 0
+        #: What it has opened and is to be told of when it changes, and the routes that it got.
+        self.watched: dict[_Wanted, int] = {}
         self._sock = sock
         self._on_message = on_message
         self._on_gone = on_gone
@@ -313,15 +351,18 @@ class _Visitor:
         self._on_message(self, memoryview(message))
 
 
-def find_entry(catalog: Catalog, name: str, version: int) -> ModelEntry:
+def find_entry(catalog: Catalog, name: str, version: int, namespace: str | None = None) -> ModelEntry:
     """Return a READY version of a model: the one asked for, or the newest for 0 (spec H-062).
+
+    Args:
+        namespace: None: any, if only one has a model of that name.
 
     Raises:
         Draining, NotFound, NotReady, InvalidArgument: why there is none; texts as for requests over HTTP.
     """
     if not catalog.live:
         raise Draining("the server is stopping")
-    entries = [entry for entry in catalog.models if entry.name == name]
+    entries = [entry for entry in catalog.models if entry.name == name and namespace in (None, entry.namespace)]
     if not entries:
         raise NotFound(f"Request for unknown model: '{name}' is not found")
     if len({entry.namespace for entry in entries}) > 1:
@@ -345,4 +386,6 @@ def pack_entry(entry: ModelEntry, instances: list[int]) -> bytes:
         entry.route, entry.max_batch_size, entry.version, len(entry.inputs), len(entry.outputs), len(instances), 0
     )
     numbers = b"".join(NUMBER.pack(instance) for instance in instances)
-    return b"".join((head, numbers, *(pack_tensor(spec) for spec in (*entry.inputs, *entry.outputs))))
+    tensors = b"".join(pack_tensor(spec) for spec in (*entry.inputs, *entry.outputs))
+    plan = EnsemblePlan(entry.max_inflight_requests, entry.steps)
+    return head + numbers + tensors + (msgspec.msgpack.encode(plan) if entry.is_ensemble else b"")

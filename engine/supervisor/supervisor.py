@@ -204,7 +204,7 @@ class Supervisor:
         self._lifecycle = ModelLifecycle(
             plant,
             repository,
-            announce=self._control.publish,
+            announce=self._announce_catalog,
             wait_seen=self._control.wait_seen,
             progress=self._display.show_progress,
         )
@@ -348,6 +348,10 @@ class Supervisor:
         slots = tuple(role.name for role in self._frontends if role.submits)
         slot = next((role.name for role in self._frontends if role.number == producer), "")
         return self._lifecycle.catalog(slot, slots)
+
+    async def _announce_catalog(self) -> None:
+        await self._control.publish()
+        self._door.catalog_changed()
 
     def _catalog_for_clients(self) -> Catalog:
         # Clients ask once per model and count nothing; the catalog is built anew only when something has changed.

@@ -7,23 +7,27 @@ whichever thread waits (:mod:`forebay.client.completions`).
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 
 from forebay.client.completions import Completions
 from forebay.client.door import Door
-from forebay.client.errors import EngineGone, WrongProcess
+from forebay.client.ensembles import ClientSteps, PendingEnsemble
+from forebay.client.errors import EngineGone, ModelChanged, WrongProcess, changed_text
 from forebay.client.grants import Grants
 from forebay.client.in_flight import InFlight
 from forebay.client.memory import Memory
+from forebay.client.models import Models
 from forebay.client.opened import Opened
+from forebay.client.options import Options
 from forebay.client.pending import BlockLease, Pending, RowsLease
 from forebay.client.submissions import Submissions
 from forebay.ipc.arena import Arena
 from forebay.ipc.errors import ArenaFull
+from forebay.ipc.messages import TensorPlace
 
 #: Once in so many requests (a power of two, less one), look for workers that were started since.
 _LOOK_MASK = 0xFF
@@ -54,23 +58,21 @@ class Connection:
             self._door.close()
             raise
         self.producer = welcome.producer
-        self._outstanding_max = welcome.outstanding_max
         self.arena = Arena(welcome.arena_fd, welcome.arena_bytes)
         os.close(welcome.arena_fd)
         #: uint8 [arena bytes]
         self.view = self.arena.view
         self._lock = threading.Lock()
-        self._models: dict[tuple[str, int], Opened] = {}
-        self._memory = Memory(self.arena)
+        self.memory = Memory(self.arena)
         self._grants = Grants()
         self._submissions = Submissions(welcome.submissions, welcome.producer, welcome.epoch, self._grants)
-        self._in_flight = InFlight(self.arena, self._memory, self._grants, self._submissions, self._door, self._models)
+        self._models = Models(self._door, self.memory, self._grants, self._submissions)
+        self._in_flight = InFlight(
+            self.arena, self.memory, self._grants, self._submissions, self._models, welcome.outstanding_max
+        )
         #: Where callers wait for answers.
         self.completions = Completions(welcome.completions, self._lock, self._in_flight, spins=spins)
-        self._tokens = itertools.count(1)
         self._is_closed = False
-        #: Bytes of tensors copied in user space.
-        self.copied_bytes = 0
         self._submit_count = 0
         _alive.add(self)
 
@@ -83,19 +85,13 @@ class Connection:
             ServingError: there is no such model or version.
         """
         self.check_usable()
+        key = (name, version, "")
         with self._lock:
-            model = self._models.get((name, version))
+            model = self._models.get(key)
         if model is None:
-            found = self._door.open_model(name, version)
+            found = self._door.open_model(*key)
             with self._lock:
-                known = self._models.get((name, version))
-                if known is not None:
-                    # Another thread was faster; the worker serves the newest ring.
-                    known.close_rings()
-                    known.rings = dict(found.rings)
-                model = self._models.setdefault((name, version), known or Opened(name, version, found))
-                self._submissions.announce_rings(found.rings)
-                self._take_news()
+                model = self._models.add(key, found)
         return model
 
     def list_models(self) -> list[tuple[str, int, str]]:
@@ -103,25 +99,11 @@ class Connection:
         self.check_usable()
         return self._door.list_models()
 
-    def _take_news(self) -> None:
-        """Keep the rings to workers that were started since; the lock is held."""
-        news = self._door.news
-        while news:
-            route, instance, ring = news.popleft()
-            model = next((model for model in self._models.values() if model.route == route), None)
-            if model is None:
-                ring.close()
-                continue
-            if (old := model.rings.pop(instance, None)) is not None:
-                old.close()
-            model.rings[instance] = ring
-            self._submissions.announce_rings([instance])
-
     def _look_at_door(self) -> None:
         self._door.look()
         if self._door.news:
             with self._lock:
-                self._take_news()
+                self._models.take_news()
 
     # --- memory ---
 
@@ -134,7 +116,7 @@ class Connection:
         while True:
             with self._lock:
                 try:
-                    return self._memory.loan_rows(model, rows)
+                    return self.memory.loan_rows(model, rows)
                 except ArenaFull:
                     if not self.in_flight:
                         raise
@@ -149,7 +131,7 @@ class Connection:
         while True:
             with self._lock:
                 try:
-                    return self._memory.loan_block(byte_size)
+                    return self.memory.loan_block(byte_size)
                 except ArenaFull:
                     if not self.in_flight:
                         raise
@@ -159,7 +141,7 @@ class Connection:
     def used_bytes(self) -> int:
         """Bytes of the arena in use, slabs as a whole."""
         with self._lock:
-            return self._memory.used_bytes()
+            return self.memory.used_bytes()
 
     # --- requests ---
 
@@ -177,12 +159,28 @@ class Connection:
         self._make_way(pending.model)
         with self._lock:
             self.check_usable()
-            pending.enqueue_ns = time.monotonic_ns()
-            self._in_flight.submit(pending)
+            if pending.edition != pending.model.edition:
+                raise ModelChanged(changed_text(pending.model.name))
+            if isinstance(pending, PendingEnsemble):
+                pending.start()
+            else:
+                pending.enqueue_ns = time.monotonic_ns()
+                self._in_flight.submit(pending)
+
+    def ensemble_request(
+        self, model: Opened, inputs: Sequence[tuple[TensorPlace, BlockLease]], rows: int, options: Options
+    ) -> PendingEnsemble:
+        """Return a request to an ensemble, to be submitted."""
+        host = ClientSteps(self._in_flight, self._models, self.memory, options)
+        return PendingEnsemble(host, model, inputs, rows)
 
     def _make_way(self, model: Opened) -> None:
         """Wait until one more request may be in flight, and see what has come in the meantime."""
-        if not model.grants and model.rings:
+        if model.ensemble is not None:
+            # Nobody but the door tells that an ensemble was loaded anew.
+            self._look_at_door()
+            self.completions.read_nowait()
+        elif not model.grants and model.rings:
             # A grant follows the answer that earned it. Going to the scheduler without having seen it would end it.
             self.completions.read_nowait()
         while self.is_crowded:
@@ -190,14 +188,20 @@ class Connection:
         self._submit_count += 1
         if not self._submit_count & _LOOK_MASK:
             self._look_at_door()
+        if self._door.gone:
+            with self._lock:
+                self._models.refresh(model)
 
     def next_token(self) -> int:
-        return next(self._tokens)
+        return self._in_flight.next_token()
 
     def cancel(self, pending: Pending) -> None:
         """Nobody waits for the request any more; what it lives in comes back when the engine has let go of it."""
         with self._lock:
-            self._in_flight.cancel(pending)
+            if isinstance(pending, PendingEnsemble):
+                pending.cancel()
+            else:
+                self._in_flight.cancel(pending)
 
     @property
     def in_flight(self) -> int:
@@ -207,7 +211,7 @@ class Connection:
     @property
     def is_crowded(self) -> bool:
         """True if submitting would have to wait for answers first."""
-        return self.in_flight >= self._outstanding_max
+        return self.in_flight >= self._in_flight.count_max
 
     @property
     def grant_count(self) -> int:
@@ -229,7 +233,7 @@ class Connection:
             self._in_flight.broken("the connection was closed")
             self.completions.shutdown()
             self.abandon()
-            self._memory.close()
+            self.memory.close()
         _alive.discard(self)
 
     def abandon(self) -> None:
@@ -237,7 +241,7 @@ class Connection:
         self._door.close()
         self.completions.close()
         self._submissions.close()
-        for model in self._models.values():
+        for model in self._models:
             model.close_rings()
 
 

@@ -15,13 +15,16 @@ from collections import deque
 import msgspec
 
 from forebay.client.errors import EngineGone, NoServer
+from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.client_wire import (
     DOOR_FDS_MAX,
     DOOR_HEADER,
     DOOR_REPLY_BYTES_MAX,
     FLAG_DECOUPLED,
+    FLAG_ENSEMBLE,
     FLAG_LAST,
     FLAG_ROWS,
+    FLAG_RUNS_ENSEMBLES,
     HELLO,
     INSTANCE,
     MAGIC,
@@ -31,6 +34,7 @@ from forebay.ipc.client_wire import (
     PROTOCOL_VERSION,
     WELCOME,
     DoorKind,
+    EnsemblePlan,
     unpack_tensor,
 )
 from forebay.ipc.errors import Internal, from_wire
@@ -62,6 +66,7 @@ class Signature(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...]
     uses_rows: bool
     is_decoupled: bool
+    is_ensemble: bool = False
 
 
 class OpenedModel(msgspec.Struct, frozen=True):
@@ -72,6 +77,24 @@ class OpenedModel(msgspec.Struct, frozen=True):
     signature: Signature
     rings: dict[int, socket.socket]
     """Instance to the sending end of its ring."""
+    plan: EnsemblePlan = EnsemblePlan()
+    """Of an ensemble."""
+
+    def entry(self, name: str) -> ModelEntry:
+        """Return it as a catalog describes it."""
+        return ModelEntry(
+            name=name,
+            version=self.version,
+            state="READY",
+            route=self.route,
+            max_batch_size=self.signature.max_batch_size,
+            inputs=self.signature.inputs,
+            outputs=self.signature.outputs,
+            decoupled=self.signature.is_decoupled,
+            is_ensemble=self.signature.is_ensemble,
+            steps=self.plan.steps,
+            max_inflight_requests=self.plan.max_inflight_requests,
+        )
 
 
 class Door:
@@ -86,6 +109,8 @@ class Door:
         self.path = path
         #: Workers that were started later: route, instance and ring, which is whoever's takes it out.
         self.news: deque[tuple[int, int, socket.socket]] = deque()
+        #: Routes of opened models that others have taken the place of.
+        self.gone: set[int] = set()
         self._requests = itertools.count(1)
         self._lock = threading.Lock()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -121,13 +146,15 @@ class Door:
             submissions=socket.socket(fileno=submissions),
         )
 
-    def open_model(self, name: str, version: int) -> OpenedModel:
-        """Return the version asked for, or the newest for 0.
+    def open_model(self, name: str, version: int, namespace: str = "") -> OpenedModel:
+        """Return the version asked for, or the newest for 0; in a namespace, or wherever there is one for "".
 
         Raises:
             ServingError: there is none; texts as over HTTP.
         """
-        flags, body, fds = self._ask(DoorKind.OPEN, OPEN.pack(version) + name.encode(), DoorKind.MODEL)
+        wanted = f"{name}\0{namespace}" if namespace else name
+        request = OPEN.pack(version) + wanted.encode()
+        flags, body, fds = self._ask(DoorKind.OPEN, request, DoorKind.MODEL, FLAG_RUNS_ENSEMBLES)
         rings = [socket.socket(fileno=fd) for fd in fds]
         route, max_batch_size, found, input_count, output_count, instance_count, _zero = MODEL.unpack_from(body)
         offset = MODEL.size
@@ -143,9 +170,11 @@ class Door:
             outputs=tuple(tensors[input_count:]),
             uses_rows=bool(flags & FLAG_ROWS),
             is_decoupled=bool(flags & FLAG_DECOUPLED),
+            is_ensemble=bool(flags & FLAG_ENSEMBLE),
         )
+        plan = msgspec.msgpack.decode(body[offset:], type=EnsemblePlan) if signature.is_ensemble else EnsemblePlan()
         return OpenedModel(
-            route=route, version=found, signature=signature, rings=dict(zip(instances, rings, strict=False))
+            route=route, version=found, signature=signature, rings=dict(zip(instances, rings, strict=False)), plan=plan
         )
 
     def list_models(self) -> list[tuple[str, int, str]]:
@@ -186,15 +215,17 @@ class Door:
         with contextlib.suppress(OSError):
             self._sock.close()
 
-    def _ask(self, kind: DoorKind, body: bytes, expected: DoorKind) -> tuple[int, memoryview, list[int]]:
+    def _ask(
+        self, kind: DoorKind, body: bytes, expected: DoorKind, flags: int = 0
+    ) -> tuple[int, memoryview, list[int]]:
         request = next(self._requests)
         with self._lock:
-            self._send(kind, request, body)
+            self._send(kind, request, body, flags)
             return self._receive(request, expected)
 
-    def _send(self, kind: DoorKind, request: int, body: bytes) -> None:
+    def _send(self, kind: DoorKind, request: int, body: bytes, flags: int = 0) -> None:
         try:
-            self._sock.send(DOOR_HEADER.pack(kind, 0, request) + body)
+            self._sock.send(DOOR_HEADER.pack(kind, flags, request) + body)
         except OSError as error:
             raise EngineGone(f"the server at '{self.path}' is gone: {error.strerror or error}") from None
 
@@ -234,5 +265,8 @@ class Door:
         if message == DoorKind.INSTANCE and len(fds) == 1:
             route, instance = INSTANCE.unpack_from(body)
             self.news.append((route, instance, socket.socket(fileno=fds[0])))
+            return message, flag_bits, 0, body, []
+        if message == DoorKind.GONE:
+            self.gone.add(NUMBER.unpack_from(body)[0])
             return message, flag_bits, 0, body, []
         return message, flag_bits, request, body, list(fds)

@@ -36,3 +36,8 @@ class DeadlineExceeded(Cancelled):
 
 class ModelChanged(NotReady):
     """The model was loaded anew with another signature; open it again."""
+
+
+def changed_text(model: str) -> str:
+    """Return the text of :class:`ModelChanged`."""
+    return f"model '{model}' was loaded anew with other inputs or outputs; open it again"

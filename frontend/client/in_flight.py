@@ -5,19 +5,21 @@ The connection's lock is held in every call.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import struct
+from collections import deque
 
 import msgspec
 
-from forebay.client.door import Door
-from forebay.client.errors import EngineGone, ModelChanged
+from forebay.client.errors import EngineGone, ModelChanged, changed_text
 from forebay.client.grants import Grants
 from forebay.client.memory import Memory
-from forebay.client.opened import Opened
+from forebay.client.models import Models
 from forebay.client.pending import Pending, PendingParcel
 from forebay.client.submissions import Submissions
 from forebay.ipc.arena import Arena
-from forebay.ipc.errors import ArenaFull, Cancelled, Internal, NotReady, ServingError, WorkerDied, from_wire
+from forebay.ipc.errors import ArenaFull, Cancelled, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ReplyHead
 from forebay.ipc.wire import (
     FLAG_FINAL,
@@ -27,14 +29,19 @@ from forebay.ipc.wire import (
     GRANT,
     HEADER,
     RUN,
+    TIMES,
     TIMES_END,
     TOKEN,
     Kind,
+    Times,
     unpack_runs,
 )
 
 #: Times a request is handed to another worker after its worker died.
 ATTEMPTS_MAX = 1
+
+#: What is acted on when nothing is.
+NO_REPLY = bytes(TIMES_END)
 
 #: Larger reply blocks are not lent to begin with.
 _REPLY_GUESS_MAX = 1 << 20
@@ -49,10 +56,14 @@ class InFlight:
         memory: Memory,
         grants: Grants,
         submissions: Submissions,
-        door: Door,
-        models: dict[tuple[str, int], Opened],
+        models: Models,
+        count_max: int,
     ) -> None:
-        """Begin with none; ``models``: those that the connection has opened, by name and wanted version."""
+        """Begin with none.
+
+        Args:
+            count_max: how many there may be.
+        """
         #: How many there are.
         self.count = 0
         #: What ended the connection.
@@ -61,10 +72,19 @@ class InFlight:
         self._memory = memory
         self._grants = grants
         self._submissions = submissions
-        self._door = door
         self._models = models
+        self.count_max = count_max
         self._parcels: dict[int, PendingParcel] = {}
+        #: Steps of ensembles that have to wait until there are fewer.
+        self._waiting_steps: deque[PendingParcel] = deque()
+        self._tokens = itertools.count(1)
+        #: The message that is acted on.
+        self._message = memoryview(NO_REPLY)
         self._decode_reply = msgspec.msgpack.Decoder(ReplyHead).decode
+
+    def next_token(self) -> int:
+        """Return a number that no parcel has had."""
+        return next(self._tokens)
 
     def submit(self, pending: Pending) -> None:
         """Hand over a request that is filled.
@@ -91,6 +111,31 @@ class InFlight:
             except EngineGone as error:
                 raise self.broken(error.text) from None
 
+    def submit_step(self, pending: PendingParcel) -> None:
+        """Hand over a step of an ensemble, as soon as there is room for another request.
+
+        Raises:
+            EngineGone: the server is gone.
+        """
+        if self.failure is not None:
+            raise EngineGone(self.failure.text)
+        if self.count < self.count_max:
+            self.submit(pending)
+        else:
+            self._waiting_steps.append(pending)
+
+    def cancel_step(self, pending: PendingParcel) -> None:
+        """The run of the ensemble is over; a server that is gone is told to nobody."""
+        with contextlib.suppress(EngineGone):
+            if pending in self._waiting_steps:
+                self._waiting_steps.remove(pending)
+            else:
+                self.cancel(pending)
+
+    def _submit_waiting_steps(self) -> None:
+        while self._waiting_steps and self.count < self.count_max:
+            self.submit(self._waiting_steps.popleft())
+
     def take(self, message: memoryview) -> None:
         """Act on a message of the completion doorbell.
 
@@ -103,8 +148,11 @@ class InFlight:
                 "not read"
             )
         kind, flags, count, instance, batch = HEADER.unpack_from(message)
+        self._message = message
         try:
             self._act(kind, flags, count, instance, batch, message)
+            if self._waiting_steps:
+                self._submit_waiting_steps()
         except EngineGone as error:
             raise self.broken(error.text) from None
         except struct.error:
@@ -140,6 +188,18 @@ class InFlight:
             self._resync(batch, {token for (token,) in TOKEN.iter_unpack(message[HEADER.size : end])})
 
     # --- answers ---
+
+    @property
+    def reply_ran(self) -> bool:
+        """Whether a worker had the request whose answer is acted on."""
+        instance: int = HEADER.unpack_from(self._message)[3]
+        return instance != 0
+
+    def reply_times(self) -> Times:
+        """Return when the execution whose answer is acted on passed its stages; zeros: there was none."""
+        if self._message[0] != Kind.PARCEL_REPLY:
+            return Times(0, 0, 0, 0)
+        return Times._make(TIMES.unpack_from(self._message, HEADER.size))
 
     def _owners(self, base: int, first: int, rows: int) -> list[Pending]:
         """Return the requests in flight that begin in these rows."""
@@ -208,8 +268,7 @@ class InFlight:
         if (error is None and is_response) or (error is not None and not is_final):
             # An answer lies in the block that was lent for it; the first one, else, in that of the request.
             held = (pending.lent.popleft(),) if pending.lent else tuple(pending.blocks)
-            pending.responses.append((reply, held))
-            pending.response_count += 1
+            pending.respond(reply, held)
         if is_final:
             del self._parcels[pending.token]
             self.count -= 1
@@ -263,23 +322,13 @@ class InFlight:
         model = pending.model
         try:
             if model.route == pending.route:
-                self._reopen(model, error)
+                self._models.reopen(model, error)
             if model.edition != pending.edition:
-                raise ModelChanged(f"model '{model.name}' was loaded anew with other inputs or outputs; open it again")
+                raise ModelChanged(changed_text(model.name))
         except ServingError as reason:
             self._finish(pending, reason)
         else:
             self._send_again(pending)
-
-    def _reopen(self, model: Opened, error: ServingError) -> None:
-        found = self._door.open_model(model.name, model.wanted_version)
-        if found.route == model.route:
-            for ring in found.rings.values():
-                ring.close()
-            raise NotReady(error.text)
-        self._grants.drop_all(model)
-        self._memory.retire(model.replace(found))
-        self._submissions.announce_rings(found.rings)
 
     def _resync(self, epoch: int, running: set[int]) -> None:
         """A new scheduler is up and every worker has finished what the old one had sent: hand in again what is left.
@@ -288,7 +337,7 @@ class InFlight:
             running: parcels that workers have run and not answered for good, which is no loss.
         """
         self._submissions.epoch = epoch
-        for model in self._models.values():
+        for model in self._models:
             self._grants.drop_all(model)
             self._submissions.announce_rings(model.rings)
         left: list[Pending] = [parcel for token, parcel in self._parcels.items() if token not in running]
@@ -300,10 +349,9 @@ class InFlight:
 
     def _granted(self, message: memoryview, ticket: int) -> None:
         route, instance, _generation, _rows_max = GRANT.unpack_from(message, HEADER.size)
-        for model in self._models.values():
-            if model.route == route:
-                self._grants.open(model, instance, ticket)
-                return
+        model = self._models.on_route(route)
+        if model is not None:
+            self._grants.open(model, instance, ticket)
 
     def _revoked(self, message: memoryview, flags: int, ticket: int) -> None:
         _route, instance, _generation, _rows_max = GRANT.unpack_from(message, HEADER.size)
@@ -323,9 +371,10 @@ class InFlight:
         """Fail everything in flight, and every later request; return the error to raise."""
         if self.failure is None:
             self.failure = EngineGone(text)
-            left: list[Pending] = [*self._parcels.values(), *self._memory.owners()]
+            left: list[Pending] = [*self._parcels.values(), *self._waiting_steps, *self._memory.owners()]
             self._memory.forget_owners()
             self._parcels.clear()
+            self._waiting_steps.clear()
             self.count = 0
             for pending in left:
                 pending.finish(EngineGone(text))

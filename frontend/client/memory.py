@@ -28,6 +28,8 @@ class Memory:
         #: Slabs of signatures of the past, by base; freed when nobody has rows in them.
         self._retired: dict[int, Slab[Pending]] = {}
         self._is_closed = False
+        #: Bytes of tensors copied in user space.
+        self.copied_bytes = 0
 
     def loan_rows(self, model: Opened, rows: int) -> RowsLease:
         """Return free rows of a slab of the model.
@@ -54,6 +56,11 @@ class Memory:
         """
         self._take_returns()
         return BlockLease(self._block_returns, self._blocks.allocate(byte_size), byte_size)
+
+    def write(self, lease: BlockLease, data: bytes) -> None:
+        """Copy bytes to the beginning of a block."""
+        self._arena.view[lease.offset : lease.offset + len(data)] = data
+        self.copied_bytes += len(data)
 
     def retire(self, slabs: Iterable[Slab[Pending]]) -> None:
         """Nobody will take rows of these slabs any more: free each as soon as nobody has any."""

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay.client.opened import Opened
-from forebay.client.pending import Array, Pending, PendingParcel
-from forebay.client.placement import NO_OPTIONS, BlockPlacement, Options, Placement, RowsPlacement, unknown_tensor
+from forebay.client.options import NO_OPTIONS, Options
+from forebay.client.pending import Array, Pending, PendingResponses
+from forebay.client.placement import BlockPlacement, Placement, RowsPlacement, unknown_tensor
 from forebay.ipc.errors import Cancelled, InvalidArgument, from_wire
 from forebay.ipc.tensor import TensorSpec
 
@@ -272,7 +273,7 @@ class Model:
         self._local.placement = None
         deadline_ns = deadline_after(timeout_s)
         pending = placement.submit(with_deadline(options, deadline_ns) if deadline_ns else options)
-        if not isinstance(placement, BlockPlacement) or not isinstance(pending, PendingParcel):
+        if not isinstance(placement, BlockPlacement) or not isinstance(pending, PendingResponses):
             yield Future(self._connection, placement, pending).outputs(timeout_s)
             return
         try:

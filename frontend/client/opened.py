@@ -6,6 +6,7 @@ import socket
 
 from forebay.client.door import OpenedModel, Signature
 from forebay.client.pending import Pending
+from forebay.ipc.ensemble.run import Ensemble
 from forebay.ipc.slabs import Slab, SlabLayout
 
 #: Bytes of a model's first slab, if it is to have more than a few rows.
@@ -30,21 +31,32 @@ class Grant:
 class Opened:
     """One model name and version, as asked for. The route behind it changes when the server loads it anew."""
 
-    def __init__(self, name: str, version: int, found: OpenedModel) -> None:
-        """Describe what the door answered; ``version`` 0 stands for the newest."""
-        self.name = name
-        self.wanted_version = version
-        self.route = found.route
-        self.version = found.version
-        self.signature: Signature = found.signature
+    def __init__(self, key: tuple[str, int, str], found: OpenedModel) -> None:
+        """Describe what the door answered to ``key``: name, version (0: the newest) and namespace (empty: any)."""
+        self.key = key
+        self.name = key[0]
+        self._take(found)
         #: Counts changes of the signature: slots made for an earlier one are worth nothing.
         self.edition = 0
         self.rings = dict(found.rings)
         self.grants: list[Grant] = []
         self.slabs: list[Slab[Pending]] = []
-        self.row_bytes = _row_bytes(found.signature)
         #: Bytes that answers of unknown size took so far, at most.
         self.reply_guess_bytes = 4096
+
+    def _take(self, found: OpenedModel) -> None:
+        self.route = found.route
+        self.version = found.version
+        self.signature: Signature = found.signature
+        self.row_bytes = _row_bytes(found.signature)
+        outputs = found.signature.outputs
+        #: Bytes per row of every output; None: not all have a fixed size.
+        self.reply_row_bytes = [spec.row_bytes for spec in outputs] if all(spec.is_fixed for spec in outputs) else None
+        self.has_fixed_inputs = all(spec.is_fixed for spec in found.signature.inputs)
+        #: As a catalog describes it.
+        self.entry = found.entry(self.name)
+        #: What all requests of an ensemble share.
+        self.ensemble = Ensemble(self.entry) if found.signature.is_ensemble else None
 
     @property
     def rows_max(self) -> int:
@@ -71,14 +83,12 @@ class Opened:
             The slabs that are of no use any more, because the signature is another one.
         """
         self.close_rings()
-        self.route = found.route
-        self.version = found.version
+        is_same = found.signature == self.signature
+        self._take(found)
         self.rings = dict(found.rings)
-        if found.signature == self.signature:
+        if is_same:
             return []
-        self.signature = found.signature
         self.edition += 1
-        self.row_bytes = _row_bytes(found.signature)
         retired, self.slabs = self.slabs, []
         return retired
 

@@ -59,6 +59,10 @@ class BlockLease:
     def __del__(self) -> None:
         self._returns.append((self.offset, self.byte_size))
 
+    def contains(self, offset: int, byte_size: int) -> bool:
+        """Whether these bytes lie in it."""
+        return self.offset <= offset and offset + byte_size <= self.offset + self.byte_size
+
 
 def leased_array(view: memoryview, offset: int, datatype: str, shape: tuple[int, ...], lease: object) -> Array:
     """Return a view of the arena that keeps ``lease`` and the mapping alive as long as any array made from it."""
@@ -131,25 +135,15 @@ class Pending:
             waiter()
 
 
-class PendingParcel(Pending):
-    """A request outside slabs, with its blocks."""
+class PendingResponses(Pending):
+    """A request whose inputs and answers lie in blocks; it may have several answers."""
 
-    __slots__ = ("blocks", "head", "inputs", "lent", "response_count", "responses", "sequence", "shape_key", "token")
+    __slots__ = ("inputs", "response_count", "responses")
 
-    def __init__(self, model: Opened, rows: int, token: int) -> None:
+    def __init__(self, model: Opened, rows: int) -> None:
         super().__init__(model, None, rows)
-        self.token = token
-        #: An encoded ``ParcelHead``.
-        self.head = b""
-        self.shape_key = 0
-        #: Correlation id as text, or empty; as a number; flags of SUBMIT_PARCEL.
-        self.sequence: tuple[str, int, int] = ("", 0, 0)
         #: What the inputs lie in: not given back while a worker may read it.
         self.inputs: tuple[BlockLease, ...] = ()
-        #: The reply block that came with the request.
-        self.blocks: list[BlockLease] = []
-        #: Reply blocks lent since, for responses that have not come yet.
-        self.lent: deque[BlockLease] = deque()
         #: Responses that nobody has taken yet, each with what its outputs lie in.
         self.responses: deque[tuple[ReplyHead, tuple[BlockLease, ...]]] = deque()
         #: Responses that have come so far.
@@ -158,3 +152,27 @@ class PendingParcel(Pending):
     @property
     def has_news(self) -> bool:
         return self.is_done or bool(self.responses)
+
+    def respond(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> None:
+        """Keep a response until somebody takes it; nobody is woken yet."""
+        self.responses.append((reply, held))
+        self.response_count += 1
+
+
+class PendingParcel(PendingResponses):
+    """A request outside slabs, as the engine knows it."""
+
+    __slots__ = ("blocks", "head", "lent", "sequence", "shape_key", "token")
+
+    def __init__(self, model: Opened, rows: int, token: int) -> None:
+        super().__init__(model, rows)
+        self.token = token
+        #: An encoded ``ParcelHead``.
+        self.head = b""
+        self.shape_key = 0
+        #: Correlation id as text, or empty; as a number; flags of SUBMIT_PARCEL.
+        self.sequence: tuple[str, int, int] = ("", 0, 0)
+        #: The reply block that came with the request.
+        self.blocks: list[BlockLease] = []
+        #: Reply blocks lent since, for responses that have not come yet.
+        self.lent: deque[BlockLease] = deque()

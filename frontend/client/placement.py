@@ -6,46 +6,18 @@ the answer. Both kinds have the same methods, so that a model handle need not kn
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import numpy as np
 
 from forebay.client.connection import Connection
 from forebay.client.opened import Opened
-from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, leased_array
-from forebay.ipc.arena import align
-from forebay.ipc.client_wire import FLAG_SEQUENCE_END, FLAG_SEQUENCE_START
+from forebay.client.options import NO_OPTIONS, Options
+from forebay.client.parcels import describe, reply_bytes
+from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, PendingResponses, leased_array
 from forebay.ipc.errors import InvalidArgument, Unsupported
-from forebay.ipc.messages import ParameterValue, ParcelHead, ReplyHead, TensorPlace
+from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, datatype_of, decode_bytes, encode_bytes, view_tensor
-
-_encode_head = msgspec.msgpack.Encoder().encode
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request carries besides its tensors. Names and meanings as in the KServe protocol."""
-
-    request_id: str = ""
-    outputs: tuple[str, ...] = ()
-    """Outputs wanted; empty: all."""
-    parameters: dict[str, ParameterValue] = {}
-    sequence_id: int | str = 0
-    sequence_start: bool = False
-    sequence_end: bool = False
-    priority: int = 0
-    timeout_us: int = 0
-    """For the model's queue policy; how long the caller waits is another matter."""
-    deadline_ns: int = 0
-    """Monotonic time after which nobody waits."""
-
-    @property
-    def needs_parcel(self) -> bool:
-        return bool(self.sequence_id or self.parameters)
-
-
-NO_OPTIONS = Options()
 
 
 def full_shape(spec: TensorSpec, rows: int, max_batch_size: int) -> tuple[int, ...]:
@@ -115,7 +87,7 @@ class RowsPlacement:
         if array.dtype != values.dtype:
             raise _wrong_datatype(spec, values)
         np.copyto(array, values)
-        self._connection.copied_bytes += array.nbytes
+        self._connection.memory.copied_bytes += array.nbytes
 
     def submit(self, options: Options) -> Pending:
         """Hand the request over; the placement is the engine's until the answer."""
@@ -185,12 +157,12 @@ class BlockPlacement:
             data = encode_bytes(values)
             place = self._place(spec, shape, len(data))
             self._connection.view[place.offset : place.offset + len(data)] = data
-            self._connection.copied_bytes += len(data)
+            self._connection.memory.copied_bytes += len(data)
             return
         if values.dtype != DATATYPES[spec.datatype].numpy_dtype:
             raise _wrong_datatype(spec, values)
         np.copyto(self.input(spec, shape), values)
-        self._connection.copied_bytes += values.nbytes
+        self._connection.memory.copied_bytes += values.nbytes
 
     def _shape_of(self, spec: TensorSpec, shape: Sequence[int] | None) -> tuple[int, ...]:
         expected = full_shape(spec, -1, self.model.signature.max_batch_size)
@@ -219,7 +191,7 @@ class BlockPlacement:
         self._inputs[spec.name] = (place, lease)
         return place
 
-    def submit(self, options: Options) -> PendingParcel:
+    def submit(self, options: Options) -> PendingResponses:
         """Hand the request over; the placement is the engine's until the answer.
 
         Raises:
@@ -235,52 +207,18 @@ class BlockPlacement:
         if len(rows) > 1:
             raise InvalidArgument(f"the inputs of a request must have the same number of rows, not {sorted(rows)}")
         count = max(rows, default=1)
-        reply = connection.loan_block(self._reply_bytes(count))
-        pending = PendingParcel(model, count, connection.next_token())
-        pending.blocks = [reply]
-        pending.inputs = tuple(lease for _place, lease in self._inputs.values())
-        pending.shape_key = self._shape_key(places)
-        pending.priority, pending.timeout_us = options.priority, options.timeout_us
-        pending.deadline_ns = options.deadline_ns
-        text, number = (options.sequence_id, 0) if isinstance(options.sequence_id, str) else ("", options.sequence_id)
-        flags = options.sequence_start * FLAG_SEQUENCE_START | options.sequence_end * FLAG_SEQUENCE_END
-        pending.sequence = (text, number, flags)
-        pending.head = _encode_head(
-            ParcelHead(
-                inputs=tuple(places),
-                reply_offset=reply.offset,
-                reply_bytes=reply.byte_size,
-                outputs=options.outputs,
-                id=options.request_id,
-                parameters=options.parameters,
-                correlation_id=options.sequence_id,
-                sequence_start=options.sequence_start,
-                sequence_end=options.sequence_end,
-                priority=options.priority,
-                timeout_us=options.timeout_us,
-                deadline_ns=options.deadline_ns,
-            )
-        )
+        leases = tuple(lease for _place, lease in self._inputs.values())
+        pending: PendingResponses
+        if signature.is_ensemble:
+            pending = connection.ensemble_request(model, [self._inputs[place.name] for place in places], count, options)
+        else:
+            reply = connection.loan_block(reply_bytes(model, count))
+            pending = PendingParcel(model, count, connection.next_token())
+            describe(pending, places, reply, options)
+        pending.inputs = leases
         self._reply, self._held = None, ()
         connection.submit(pending)
         return pending
-
-    def _reply_bytes(self, rows: int) -> int:
-        total = 0
-        for spec in self.model.signature.outputs:
-            if not spec.is_fixed:
-                return self.model.reply_guess_bytes
-            total += align(byte_size(spec.datatype, full_shape(spec, rows, self.model.signature.max_batch_size)))
-        return max(total, 64)
-
-    def _shape_key(self, places: Sequence[TensorPlace]) -> int:
-        """Return a number that is equal for requests that may share a batch, in every producer (spec S-011)."""
-        if all(spec.is_fixed for spec in self.model.signature.inputs):
-            return 0
-        skip = 1 if self.model.signature.max_batch_size > 0 else 0
-        ragged = {spec.name for spec in self.model.signature.inputs if spec.allow_ragged_batch} if skip else ()
-        signature = sorted((place.name, () if place.name in ragged else place.shape[skip:]) for place in places)
-        return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
 
     def output(self, pending: Pending, name: str | None) -> Array:
         """Return an output, valid until the placement is used again (BYTES: a copy, for good)."""
@@ -288,7 +226,7 @@ class BlockPlacement:
 
     def leased_output(self, pending: Pending, name: str | None) -> Array:
         """Return an output; its block is not used again as long as it lives."""
-        assert isinstance(pending, PendingParcel)
+        assert isinstance(pending, PendingResponses)
         if self._reply is None:
             self._reply, self._held = pending.responses.popleft()
         outputs = self.outputs_of(self._reply, self._held)
@@ -305,7 +243,7 @@ class BlockPlacement:
             if place.datatype == "BYTES":
                 raw = self._connection.view[place.offset : place.offset + place.byte_size]
                 arrays[place.name] = decode_bytes(raw, place.shape)
-                self._connection.copied_bytes += place.byte_size
+                self._connection.memory.copied_bytes += place.byte_size
             elif byte_size(place.datatype, place.shape) != place.byte_size:
                 raise Unsupported("the model's answer does not have the bytes of its shape")
             else:

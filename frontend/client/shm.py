@@ -33,7 +33,7 @@ from forebay.client.connection import Connection
 from forebay.client.discovery import door_paths
 from forebay.client.errors import DeadlineExceeded, EngineGone, ModelChanged, NoServer, WrongProcess
 from forebay.client.model import Future, Model
-from forebay.client.placement import Options
+from forebay.client.options import Options
 from forebay.ipc.errors import (
     ArenaFull,
     Cancelled,
@@ -115,7 +115,7 @@ class Engine:
     def statistics(self) -> Statistics:
         connection = self.connection
         return Statistics(
-            copied_bytes=connection.copied_bytes,
+            copied_bytes=connection.memory.copied_bytes,
             in_flight=connection.in_flight,
             arena_bytes=connection.arena.byte_size,
             arena_used_bytes=connection.used_bytes,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ensemble_models
 import numpy as np
 import pytest
 import tritonclient.http as httpclient
@@ -101,6 +102,28 @@ class TritonPythonModel:
         )
         return request.exec().error().message()
 
+    def wrong_shape(self):
+        return call("double", np.zeros((2, 2), np.float32)).exec().error().message()
+
+    def wrong_output(self):
+        return call("double", np.zeros(1, np.float32), "NOPE").exec().error().message()
+
+    def ensemble(self):
+        return [value(call("four_times", np.array([n], np.float32)).exec()) for n in (1, 2)]
+
+    def ensemble_failing(self):
+        error = call("four_times", np.array([-1], np.float32)).exec().error()
+        return [error.code(), error.message()]
+
+    def ensemble_stream(self):
+        responses = call("doubled_counts", np.array([3], np.float32)).exec(decoupled=True)
+        return [value(response) for response in responses if response.output_tensors()]
+
+    def ensembles_side_by_side(self):
+        async def all_of_them():
+            return await asyncio.gather(*(call("four_times", np.array([n], np.float32)).async_exec() for n in range(8)))
+        return [value(response) for response in asyncio.run(all_of_them())]
+
     def ready(self):
         return [pb_utils.is_model_ready("double"), pb_utils.is_model_ready("nope")]
 """
@@ -122,6 +145,22 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )
     write_model(repository, "double", DOUBLE, floats)
     write_model(repository, "counting", COUNTING, floats, "model_transaction_policy { decoupled: true }")
+    ensemble_models.write_ensemble(
+        repository,
+        "four_times",
+        floats,
+        ensemble_models.step("double", {"X": "X"}, {"Y": "half"}),
+        ensemble_models.step("double", {"X": "half"}, {"Y": "Y"}),
+        batch=0,
+    )
+    ensemble_models.write_ensemble(
+        repository,
+        "doubled_counts",
+        floats,
+        ensemble_models.step("counting", {"X": "X"}, {"Y": "count"}),
+        ensemble_models.step("double", {"X": "count"}, {"Y": "Y"}),
+        batch=0,
+    )
     strings = (
         'input [ { name: "WHAT" data_type: TYPE_STRING dims: [ 1 ] } ] '
         'output [ { name: "RESULT" data_type: TYPE_STRING dims: [ 1 ] } ]'
@@ -180,3 +219,25 @@ def test_error_of_the_other_model_comes_back(client: Any) -> None:
 def test_readiness_of_other_models(client: Any) -> None:
     """P-098"""
     assert ask(client, "ready") == [True, False]
+
+
+def test_what_does_not_fit_is_named_as_for_a_client(client: Any) -> None:
+    """P-093: the texts of a request's validation."""
+    prefix = "Model double - Error when running inference: "
+    shape = "[request id: <id_unknown>] unexpected shape for input 'X' for model 'double'. Expected [-1], got [2,2]. "
+    assert ask(client, "wrong_shape") == prefix + shape
+    assert ask(client, "wrong_output") == prefix + "unexpected inference output 'NOPE' for model 'double'"
+
+
+def test_ensembles_can_be_called(client: Any) -> None:
+    """P-100."""
+    assert ask(client, "ensemble") == [4.0, 8.0]
+    assert ask(client, "ensembles_side_by_side") == [4.0 * n for n in range(8)]
+    assert ask(client, "ensemble_stream") == [0.0, 2.0, 4.0]
+
+
+def test_an_ensembles_error_keeps_code_and_text(client: Any) -> None:
+    code, text = ask(client, "ensemble_failing")
+    assert text.startswith("in ensemble 'four_times', ")
+    assert "negative" in text
+    assert code == 1

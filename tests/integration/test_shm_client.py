@@ -249,7 +249,7 @@ def test_options_travel(engine: Engine) -> None:
     options = Options(request_id="r1", parameters={"a": 1}, sequence_id=7, sequence_start=True, outputs=("OUTPUT0",))
     assert model.infer(options=options).shape == (2,)
     model.input("INPUT0", shape=(2,))[:] = 1
-    assert model.infer(options=Options(sequence_id="by name", sequence_end=True)).shape == (2,)
+    assert model.infer(options=Options(sequence_id=7, sequence_end=True)).shape == (2,)
 
 
 # --- time ---

@@ -16,17 +16,28 @@ import zmq
 
 from forebay.client import shm
 from forebay.client.errors import EngineGone
-from forebay.client.pending import BlockLease, Pending, PendingParcel
-from forebay.client.placement import BlockPlacement, Options, Placement, RowsPlacement
-from forebay.engine.backends.base import Array
+from forebay.client.opened import Opened
+from forebay.client.options import Options
+from forebay.client.pending import BlockLease, Pending, PendingResponses
+from forebay.client.placement import BlockPlacement, Placement, RowsPlacement
 from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest, NestedResponse
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.channel import TypedCodec, control_address
-from forebay.ipc.errors import Internal, InvalidArgument, ServingError, Unavailable, Unsupported, from_wire
+from forebay.ipc.errors import Internal, ServingError, Unavailable, Unsupported, from_wire
 from forebay.ipc.messages import Command, CommandReply, ControlToFrontend, ReplyHead
-from forebay.ipc.tensor import DATATYPES, TensorSpec, datatype_of
+from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.validation import InputFacts, validate_request
 
 _START, _END = 1, 2
+
+#: Forms of requests that are known to fit their model; at the limit all are forgotten.
+_CHECKED_MAX = 256
+
+_DATATYPE_NAMES = {datatype.number: name for name, datatype in DATATYPES.items()}
+
+#: Name, datatype, shape, and bytes (0 for BYTES) of an input.
+_Facts = tuple[str, str, tuple[int, ...], int]
+
 #: Seconds that a model control call may take; a load may have to read gigabytes.
 _CONTROL_SECS_MAX = 3600.0
 
@@ -55,7 +66,7 @@ class _Call:
     def take(self) -> list[NestedResponse]:
         pending = self._pending
         is_done = pending.is_done
-        found = self._answers() if isinstance(pending, PendingParcel) or is_done else []
+        found = self._answers() if isinstance(pending, PendingResponses) or is_done else []
         if not is_done:
             return found
         if pending.error is not None:
@@ -69,7 +80,7 @@ class _Call:
     def _answers(self) -> list[NestedResponse]:
         """Return the answers that nobody has taken."""
         pending, placement = self._pending, self._placement
-        if isinstance(pending, PendingParcel) and isinstance(placement, BlockPlacement):
+        if isinstance(pending, PendingResponses) and isinstance(placement, BlockPlacement):
             found: list[NestedResponse] = []
             while pending.responses:
                 found.append(_response(placement, *pending.responses.popleft()))
@@ -143,6 +154,8 @@ class ShmEngineAccess:
         self._lock = threading.Lock()
         self._link: _Link | None = None
         self._requests = itertools.count(1)
+        #: Rows of forms of requests that are known to fit their model.
+        self._checked: dict[tuple[int, tuple[_Facts, ...], tuple[str, ...]], int] = {}
 
     # --- inference ---
 
@@ -151,9 +164,7 @@ class ShmEngineAccess:
         connection = link.connection
         try:
             model = connection.open_model(request.model, max(request.version, 0))
-        except ServingError as error:
-            if error.code == Unsupported.code:
-                raise
+        except ServingError:
             # Triton's words for whatever is wrong with the model (spec P-093).
             raise Internal(f"Failed for execute the inference request. Model '{request.model}' is not ready.") from None
         signature = model.signature
@@ -163,14 +174,7 @@ class ShmEngineAccess:
                 "using the decoupled transaction policy. Please use 'decoupled=True' argument to the 'exec' or "
                 "'async_exec' calls for decoupled models.'"
             )
-        specs = {spec.name: spec for spec in signature.inputs}
-        for tensor in request.inputs:
-            if tensor.name() not in specs:
-                raise InvalidArgument(f"unexpected inference input '{tensor.name()}' for model '{request.model}'")
-        known = {spec.name for spec in signature.outputs}
-        for name in request.outputs:
-            if name not in known:
-                raise InvalidArgument(f"unexpected inference output '{name}' for model '{request.model}'")
+        rows = self._checked_rows(model, request)
         options = Options(
             request_id=request.id,
             outputs=request.outputs,
@@ -180,16 +184,33 @@ class ShmEngineAccess:
             sequence_end=bool(request.flags & _END),
             timeout_us=request.timeout_us,
         )
-        arrays = [(specs[tensor.name()], tensor.data) for tensor in request.inputs]
         placement: Placement
-        if signature.uses_rows and not options.needs_parcel and len(arrays) == len(signature.inputs):
-            rows = arrays[0][1].shape[0] if signature.max_batch_size > 0 and arrays[0][1].ndim else 1
+        if signature.uses_rows and not options.needs_parcel and len(request.inputs) == len(signature.inputs):
             placement = RowsPlacement(connection, model, rows)
         else:
             placement = BlockPlacement(connection, model)
-        for spec, array in arrays:
-            placement.put(spec, _typed(spec, array))
+        for tensor in request.inputs:
+            spec = model.entry.input_named(tensor.name())
+            assert spec is not None
+            placement.put(spec, tensor.data)
         return _Call(link, placement, placement.submit(options), request.outputs)
+
+    def _checked_rows(self, model: Opened, request: NestedRequest) -> int:
+        """Return the rows of a request that fits its model; each form of requests is checked once.
+
+        Raises:
+            InvalidArgument: it does not; Triton's text.
+        """
+        facts = tuple(_facts(tensor) for tensor in request.inputs)
+        key = (model.route, facts, request.outputs)
+        rows = self._checked.get(key)
+        if rows is None:
+            inputs = [InputFacts(name, datatype, shape, byte_size) for name, datatype, shape, byte_size in facts]
+            rows = validate_request(model.entry, request.id, inputs, request.outputs).row_count
+            if len(self._checked) >= _CHECKED_MAX:
+                self._checked.clear()
+            self._checked[key] = rows
+        return rows
 
     def _connect(self) -> _Link:
         with self._lock:
@@ -233,15 +254,6 @@ class ShmEngineAccess:
             context.term()
 
 
-def _typed(spec: TensorSpec, array: Array) -> Array:
-    """Return the array if the model takes its datatype.
-
-    Raises:
-        InvalidArgument: with Triton's text (spec H-085).
-    """
-    if spec.datatype != "BYTES" and array.dtype != DATATYPES[spec.datatype].numpy_dtype:
-        raise InvalidArgument(
-            f"inference input '{spec.name}' data-type is '{datatype_of(array)}', "
-            f"but the model expects '{spec.datatype}'"
-        )
-    return array
+def _facts(tensor: Tensor) -> _Facts:
+    datatype, array = _DATATYPE_NAMES[tensor.triton_dtype()], tensor.data
+    return tensor.name(), datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes

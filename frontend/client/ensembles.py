@@ -1,0 +1,240 @@
+"""Ensembles as a client runs them: the steps are requests of its own, and tensors pass by place in its arena.
+
+Whoever reads the completion doorbell starts the next steps, so an ensemble makes progress as long as somebody waits. A
+step's output block is the next step's input block: nothing is copied on the way (spec L-030).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from forebay.client.in_flight import InFlight
+from forebay.client.memory import Memory
+from forebay.client.models import Models
+from forebay.client.opened import Opened
+from forebay.client.options import Options
+from forebay.client.parcels import describe, reply_bytes
+from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
+from forebay.ipc.catalog import EnsembleStep
+from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
+from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest, StepTimes
+from forebay.ipc.ensemble.tensors import Tensor
+from forebay.ipc.errors import Cancelled, Internal, ServingError, Unavailable, from_wire
+from forebay.ipc.messages import InlineTensor, ReplyHead, TensorPlace
+
+
+class KeptBlock:
+    """A block between steps. It is given back when nobody refers to it any more, so users need not be counted."""
+
+    __slots__ = ("lease",)
+
+    def __init__(self, lease: BlockLease) -> None:
+        self.lease = lease
+
+    def hold(self) -> None:
+        """Nothing to do."""
+
+    def release(self) -> None:
+        """Nothing to do."""
+
+
+class PendingEnsemble(PendingResponses):
+    """A request to an ensemble. Its run is changed under the connection's lock only."""
+
+    __slots__ = ("_host", "_run", "_tensors")
+
+    def __init__(
+        self,
+        host: ClientSteps,
+        model: Opened,
+        inputs: Sequence[tuple[TensorPlace, BlockLease]],
+        rows: int,
+    ) -> None:
+        """Prepare; nothing runs before :meth:`start`."""
+        super().__init__(model, rows)
+        self._host = host
+        self._tensors = {
+            place.name: Tensor(place.datatype, place.shape, place.byte_size, place.offset, KeptBlock(lease))
+            for place, lease in inputs
+        }
+        #: None when it is over: run and request refer to each other, and blocks are to come back at once.
+        self._run: EnsembleRun[Opened] | None = None
+
+    def start(self) -> None:
+        """Run the steps that can run."""
+        self._run = self._host.run(self.model, self._tensors, self.rows, self._take)
+        self._run.start()
+
+    def cancel(self) -> None:
+        """Nobody waits any more: steps that wait are taken out, steps that run are told, no further ones start."""
+        if self._run is not None:
+            self.is_cancelled = True
+            self._run.cancel()
+            self._run = None
+            self.finish(Cancelled("request was cancelled"))
+
+    def _take(self, reply: StepReply) -> None:
+        if reply.error is None and reply.has_response:
+            places = tuple(
+                TensorPlace(name, tensor.datatype, tensor.shape, tensor.offset, tensor.byte_size)
+                for name, tensor in reply.outputs.items()
+                if tensor.block is not None
+            )
+            inline = tuple(
+                InlineTensor(name, tensor.datatype, tensor.shape, tensor.data)
+                for name, tensor in reply.outputs.items()
+                if tensor.block is None
+            )
+            held = tuple(tensor.block.lease for tensor in reply.outputs.values() if isinstance(tensor.block, KeptBlock))
+            self.respond(ReplyHead(outputs=places, inline=inline, parameters=dict(reply.parameters)), held)
+        if reply.final:
+            self._run = None
+            self.finish(reply.error)
+        else:
+            self.wake()
+
+
+class ClientSteps:
+    """Runs the steps of one request: a :class:`forebay.ipc.ensemble.steps.StepHost`."""
+
+    def __init__(self, in_flight: InFlight, models: Models, memory: Memory, options: Options, depth: int = 0) -> None:
+        """
+        Args:
+            options: of the request to the ensemble.
+            depth: how many ensembles this one runs inside of.
+        """
+        self._in_flight = in_flight
+        self._models = models
+        self._memory = memory
+        self._options = options
+        self._depth = depth
+
+    def run(self, model: Opened, inputs: Mapping[str, Tensor], rows: int, on_reply: OnStepReply) -> EnsembleRun[Opened]:
+        """Return the run of a request, not yet started."""
+        assert model.ensemble is not None
+        options = self._options
+        sequence = (options.sequence_id, options.sequence_start, options.sequence_end)
+        request = EnsembleRequest(options.request_id, options.outputs, sequence)
+        return EnsembleRun(model.ensemble, model.entry, self, inputs, rows, request, on_reply)
+
+    def find(self, step: EnsembleStep) -> Opened | None:
+        if self._depth > DEPTH_MAX:
+            raise Unavailable(f"ensembles are nested more than {DEPTH_MAX} deep")
+        try:
+            model = self._models.open((step.model, max(step.version, 0), step.namespace))
+            self._models.refresh(model)
+        except ServingError:
+            return None
+        return model
+
+    def let_go(self, model: Opened) -> None:
+        """Nothing to do: a step whose model was loaded anew follows it."""
+
+    def place(self, tensor: Tensor) -> Tensor:
+        lease = self._memory.loan_block(tensor.byte_size)
+        self._memory.write(lease, tensor.data)
+        return tensor._replace(offset=lease.offset, block=KeptBlock(lease), data=b"")
+
+    def call(self, model: Opened, request: StepRequest, on_reply: OnStepReply) -> StepCall:
+        sequence_id, is_start, is_end = request.sequence
+        options = msgspec.structs.replace(
+            self._options,
+            outputs=request.outputs,
+            sequence_id=sequence_id,
+            sequence_start=is_start,
+            sequence_end=is_end,
+        )
+        if model.ensemble is not None:
+            host = ClientSteps(self._in_flight, self._models, self._memory, options, self._depth + 1)
+            return host.run(model, request.inputs, request.rows, on_reply)
+        return _ModelCall(self._in_flight, self._memory, model, request, options, on_reply)
+
+    def ended(self, rows: int, began_ns: int, reply: StepReply) -> None:
+        """Nothing to do yet."""
+
+
+class _ModelCall:
+    """A step's request to a model that is no ensemble."""
+
+    def __init__(
+        self,
+        in_flight: InFlight,
+        memory: Memory,
+        model: Opened,
+        request: StepRequest,
+        options: Options,
+        on_reply: OnStepReply,
+    ) -> None:
+        self._in_flight = in_flight
+        self._memory = memory
+        self._request = request
+        self._options = options
+        self._on_reply = on_reply
+        self._pending = _StepParcel(model, request.rows, in_flight.next_token(), self)
+
+    def start(self) -> None:
+        pending, tensors = self._pending, self._request.inputs.values()
+        reply = self._memory.loan_block(reply_bytes(pending.model, pending.rows))
+        describe(pending, self._request.places, reply, self._options)
+        pending.inputs = tuple(tensor.block.lease for tensor in tensors if isinstance(tensor.block, KeptBlock))
+        pending.enqueue_ns = time.monotonic_ns()
+        self._in_flight.submit_step(pending)
+
+    def cancel(self) -> None:
+        self._in_flight.cancel_step(self._pending)
+
+    def take(self) -> None:
+        """Pass on what has come."""
+        pending = self._pending
+        is_done, error = pending.is_done, pending.error
+        while pending.responses:
+            reply, held = pending.responses.popleft()
+            is_last = is_done and error is None and not pending.responses
+            self._pass_on(self._read(reply, held, is_final=is_last))
+            if is_last:
+                return
+        if is_done:
+            ran, times = self._in_flight.reply_ran, self._times()
+            self._pass_on(StepReply(error=error, ran=ran, has_response=error is not None, times=times))
+
+    def _pass_on(self, reply: StepReply) -> None:
+        if not self._pending.is_cancelled:
+            self._on_reply(reply)
+
+    def _read(self, reply: ReplyHead, held: tuple[BlockLease, ...], *, is_final: bool) -> StepReply:
+        if reply.text or reply.code:
+            return StepReply(error=from_wire(reply.code, reply.text), final=is_final)
+        outputs: dict[str, Tensor] = {}
+        for place in reply.outputs:
+            lease = next((lease for lease in held if lease.contains(place.offset, place.byte_size)), None)
+            if lease is None:
+                return StepReply(error=Internal("the model's answer could not be read"))
+            outputs[place.name] = Tensor(place.datatype, place.shape, place.byte_size, place.offset, KeptBlock(lease))
+        for inline in reply.inline:
+            outputs[inline.name] = Tensor(inline.datatype, inline.shape, len(inline.data), data=inline.data)
+        times = self._times() if is_final else StepTimes()
+        return StepReply(outputs, reply.parameters, final=is_final, times=times)
+
+    def _times(self) -> StepTimes:
+        return StepTimes.since(self._pending.enqueue_ns, self._in_flight.reply_times())
+
+
+class _StepParcel(PendingParcel):
+    """A step's request in flight: its news go to the run of the ensemble instead of to somebody who waits."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, model: Opened, rows: int, token: int, call: _ModelCall) -> None:
+        super().__init__(model, rows, token)
+        #: None: it is over. They refer to each other.
+        self._call: _ModelCall | None = call
+
+    def wake(self) -> None:
+        call = self._call
+        if self.is_done:
+            self._call = None
+        if call is not None:
+            call.take()

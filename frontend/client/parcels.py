@@ -1,0 +1,63 @@
+"""How a request outside slabs is described to the engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import msgspec
+
+from forebay.client.opened import Opened
+from forebay.client.options import Options
+from forebay.client.pending import BlockLease, PendingParcel
+from forebay.ipc.arena import align
+from forebay.ipc.client_wire import FLAG_SEQUENCE_END, FLAG_SEQUENCE_START
+from forebay.ipc.messages import ParcelHead, TensorPlace
+
+_encode_head = msgspec.msgpack.Encoder().encode
+
+
+def describe(pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options) -> None:
+    """Fill in a request whose inputs lie in ``places`` and whose answer goes to ``reply``."""
+    pending.blocks = [reply]
+    pending.shape_key = shape_key(pending.model, places)
+    pending.priority, pending.timeout_us = options.priority, options.timeout_us
+    pending.deadline_ns = options.deadline_ns
+    text, number = (options.sequence_id, 0) if isinstance(options.sequence_id, str) else ("", options.sequence_id)
+    flags = options.sequence_start * FLAG_SEQUENCE_START | options.sequence_end * FLAG_SEQUENCE_END
+    pending.sequence = (text, number, flags)
+    pending.head = _encode_head(
+        ParcelHead(
+            inputs=tuple(places),
+            reply_offset=reply.offset,
+            reply_bytes=reply.byte_size,
+            outputs=options.outputs,
+            id=options.request_id,
+            parameters=options.parameters,
+            correlation_id=options.sequence_id,
+            sequence_start=options.sequence_start,
+            sequence_end=options.sequence_end,
+            priority=options.priority,
+            timeout_us=options.timeout_us,
+            deadline_ns=options.deadline_ns,
+        )
+    )
+
+
+def reply_bytes(model: Opened, rows: int) -> int:
+    """Return how large a block to lend for the answer: exact for outputs of fixed shapes, else what has been seen."""
+    fixed = model.reply_row_bytes
+    if fixed is None:
+        return model.reply_guess_bytes
+    return max(sum(align(row_bytes * rows) for row_bytes in fixed), 64)
+
+
+def shape_key(model: Opened, places: Sequence[TensorPlace]) -> int:
+    """Return a number that is equal for requests that may share a batch, in every producer (spec S-011)."""
+    signature = model.signature
+    if model.has_fixed_inputs:
+        return 0
+    skip = 1 if signature.max_batch_size > 0 else 0
+    ragged = {spec.name for spec in signature.inputs if spec.allow_ragged_batch} if skip else set[str]()
+    shapes = sorted((place.name, () if place.name in ragged else place.shape[skip:]) for place in places)
+    return int.from_bytes(hashlib.blake2b(repr(shapes).encode(), digest_size=7).digest(), "little")
