@@ -131,6 +131,9 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._refuse(refused, head)
         return refused
 
+    def are_trailers(self, head: RequestHead) -> bool:
+        return head.is_trailers
+
     def _refuse(self, call: FailedCall, head: RequestHead) -> None:
         if head.is_malformed:
             self._http2.abort(call, Http2Code.PROTOCOL_ERROR)

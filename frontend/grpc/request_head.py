@@ -62,6 +62,8 @@ class RequestHead(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Not 200: this is no gRPC request."""
     is_malformed: bool = False
     """It breaks HTTP/2's own rules: the stream is reset."""
+    is_trailers: bool = False
+    """It could stand behind a request's data, and only there."""
 
 
 class HeadReader:
@@ -97,6 +99,8 @@ class HeadReader:
                 return RequestHead(is_malformed=True)
             # Repeated metadata count as one list.
             values[name] = values[name] + b"," + value if name in values else value
+        if not pseudo:
+            return RequestHead(is_malformed=True, is_trailers=True)
         if not (b":method" in pseudo and b":scheme" in pseudo and pseudo.get(b":path")):
             return RequestHead(is_malformed=True)
         if values.get(b"te", b"trailers") != b"trailers":

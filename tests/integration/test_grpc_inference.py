@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import shutil
-import signal
-import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
-import numpy.typing as npt
-import onnxruntime
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
-from forebay_server import CONF_MODELS, PATIENCE_S, ForebayServer, wait_until
+from forebay_server import PATIENCE_S, ForebayServer, wait_until
+from grpc_clients import Stream, alpha_model_of, features, is_final, tensor, url_of
 from grpc_wire import INFER, connect, frame
 from http_models import copied_bytes, wait_nothing_in_use, write_identity, write_models
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import InferenceServerException, shared_memory
+from tritonclient.utils import InferenceServerException
 
 TRANSCRIPT_MODELS = Path(__file__).resolve().parents[1] / "data" / "transcript_models"
 
-FloatArray = npt.NDArray[np.float32]
-
 SERVICE = "/inference.GRPCInferenceService"
-
-
-def url_of(server: ForebayServer) -> str:
-    return f"127.0.0.1:{server.ports()['GRPCInferenceService']}"
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +50,9 @@ def channel(server: ForebayServer) -> Iterator[grpc.Channel]:
         yield opened
 
 
-def tensor(name: str, value: npt.NDArray[Any], datatype: str = "FP32") -> grpcclient.InferInput:
-    made = grpcclient.InferInput(name, list(value.shape), datatype)
-    made.set_data_from_numpy(value)
-    return made
-
-
-def features(rows: int, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(seed).standard_normal((rows, 50)).astype(np.float32)
-
-
 @pytest.fixture(scope="module")
 def expected() -> Any:
-    """Runs version 2 of the model in this process."""
-    session = onnxruntime.InferenceSession(str(CONF_MODELS / "alpha_model/2/model.onnx"))
-    return lambda rows: session.run(["prediction"], {"features": rows})[0]
+    return alpha_model_of(2)
 
 
 def test_results_are_the_models(client: grpcclient.InferenceServerClient, expected: Any) -> None:
@@ -295,31 +272,10 @@ def test_asyncio_client(server: ForebayServer, expected: Any) -> None:
 # --- streams ---
 
 
-class Stream:
-    """tritonclient's stream, with its answers in a queue."""
-
-    def __init__(self, client: grpcclient.InferenceServerClient, **options: Any) -> None:
-        self.client = client
-        self.answers: queue.Queue[Any] = queue.Queue()
-        client.start_stream(callback=lambda result, error: self.answers.put((result, error)), **options)
-
-    def ask(self, model: str, inputs: list[Any], **options: Any) -> None:
-        self.client.async_stream_infer(model, inputs, **options)
-
-    def take(self) -> Any:
-        result, error = self.answers.get(timeout=PATIENCE_S)
-        assert error is None, error
-        return result.get_response()
-
-
 @pytest.fixture
 def stream(client: grpcclient.InferenceServerClient) -> Iterator[Stream]:
     yield Stream(client)
     client.stop_stream()
-
-
-def is_final(response: Any) -> bool:
-    return bool(response.parameters["triton_final_response"].bool_param)
 
 
 def test_replies_of_a_stream_keep_the_order_of_the_requests(stream: Stream) -> None:
@@ -483,326 +439,3 @@ def test_what_is_no_request(channel: grpc.Channel, path: str, body: bytes, code:
         channel.unary_unary(path)(body, timeout=PATIENCE_S)
     failed: Any = caught.value
     assert (failed.code(), failed.details()) == (code, details)
-
-
-def test_other_http_clients_get_an_answer(server: ForebayServer) -> None:
-    """nghttp and curl speak HTTP/2 without gRPC; a plain HTTP/1 request is turned away."""
-    curl = shutil.which("curl")
-    if curl is None:
-        pytest.skip("curl is not installed")
-    for arguments, status in ((["-X", "GET"], "405"), (["-d", "x"], "415")):
-        found = subprocess.run(
-            [curl, "-s", "--http2-prior-knowledge", *arguments, "-o", "/dev/null", "-w", "%{http_code}",
-             f"http://{url_of(server)}/inference.GRPCInferenceService/ServerLive"],
-            capture_output=True, text=True, check=True, timeout=PATIENCE_S,
-        )  # fmt: skip
-        assert found.stdout == status
-    host, port = url_of(server).split(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as plain:
-        plain.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b"does not speak HTTP/2" in b"".join(iter(lambda: plain.recv(4096), b""))
-
-
-# --- servers with other settings ---
-
-
-@pytest.fixture
-def alpha(tmp_path: Path) -> Path:
-    shutil.copytree(CONF_MODELS / "alpha_model", tmp_path / "models" / "alpha_model")
-    return tmp_path / "models"
-
-
-def test_restricted_protocols(alpha: Path) -> None:
-    """Spec G-080."""
-    with (
-        ForebayServer(alpha, "--grpc-restricted-protocol=inference,health:admin=secret", protocols=("grpc",)) as server,
-        grpcclient.InferenceServerClient(url_of(server)) as client,
-    ):
-        text = "This protocol is restricted, expecting header 'triton-grpc-protocol-admin'"
-        key = {"triton-grpc-protocol-admin": "secret"}
-        inputs = [tensor("features", features(1))]
-        for _ in range(2):
-            for headers in ({}, {"triton-grpc-protocol-admin": "wrong"}):
-                with pytest.raises(InferenceServerException, match=text) as caught:
-                    client.infer("alpha_model", inputs, headers=headers)
-                assert caught.value.status() == "StatusCode.UNAVAILABLE"
-            client.infer("alpha_model", inputs, headers=key)
-        with pytest.raises(InferenceServerException, match=text):
-            client.is_server_live()
-        assert client.is_server_live(headers=key)
-        assert client.get_server_metadata().name == "triton"
-
-
-def test_compressed_replies(alpha: Path, expected: Any) -> None:
-    """Spec G-084."""
-    with (
-        ForebayServer(alpha, "--grpc-infer-response-compression-level=high", protocols=("grpc",)) as server,
-        grpcclient.InferenceServerClient(url_of(server)) as client,
-    ):
-        given = features(64)
-        for _ in range(2):
-            result = client.infer("alpha_model", [tensor("features", given)])
-            np.testing.assert_allclose(result.as_numpy("prediction"), expected(given), rtol=1e-5)
-        stream = Stream(client)
-        stream.ask("alpha_model", [tensor("features", given)])
-        assert is_final(stream.take())
-        client.stop_stream()
-
-
-def test_a_stopping_server_finishes_what_it_was_asked(tmp_path: Path) -> None:
-    """Spec G-087: SIGTERM while a call runs."""
-    models = write_models(tmp_path / "models")
-    with ForebayServer(models, protocols=("grpc",)) as server:
-        with grpcclient.InferenceServerClient(url_of(server)) as client:
-            done: queue.Queue[Any] = queue.Queue()
-            one = [tensor("INPUT0", np.ones(1, np.float32))]
-            client.infer("slow", one)
-            client.async_infer("slow", one, callback=lambda result, error: done.put(error))
-            time.sleep(0.2)
-            server.process.send_signal(signal.SIGTERM)
-            assert done.get(timeout=PATIENCE_S) is None
-        assert server.process.wait(PATIENCE_S) == 0
-
-
-def test_streams_end_with_the_server(alpha: Path) -> None:
-    """Spec G-087: an idle stream ends well; who watches the health is told."""
-    with ForebayServer(alpha, protocols=("grpc",)) as server, grpc.insecure_channel(url_of(server)) as channel:
-        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
-        assert next(watch) == b"\x08\x01"
-        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        stop = threading.Event()
-        stream = stub.ModelStreamInfer(iter(lambda: stop.wait(PATIENCE_S), True))
-        # The header is out as soon as the stream is taken.
-        stream.initial_metadata()
-        server.process.send_signal(signal.SIGTERM)
-        assert list(stream) == []
-        assert stream.code() is grpc.StatusCode.OK
-        stop.set()
-        assert next(watch) == b"\x08\x02"
-        with pytest.raises(grpc.RpcError) as caught:
-            next(watch)
-        failed: Any = caught.value
-        assert failed.code() is grpc.StatusCode.UNAVAILABLE
-        assert server.process.wait(PATIENCE_S) == 0
-
-
-def make_certificates(folder: Path) -> dict[str, Path]:
-    """Make an authority and certificates for server and client with the openssl program."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("the openssl program is not installed")
-
-    def run(*arguments: str) -> None:
-        subprocess.run([openssl, *arguments], check=True, capture_output=True, cwd=folder, timeout=PATIENCE_S)
-
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    run("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=test authority", "-days", "2")
-    for name in ("server", "client"):
-        run("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-        run("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
-            "-out", f"{name}.crt", "-days", "2", "-extfile", "names")  # fmt: skip
-    return {path.name: path for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("mutual", [False, True])
-def test_tls(alpha: Path, tmp_path: Path, mutual: bool, expected: Any) -> None:
-    """Spec G-081."""
-    folder = tmp_path / "certificates"
-    folder.mkdir()
-    files = make_certificates(folder)
-    flags = [f"--grpc-server-cert={files['server.crt']}", f"--grpc-server-key={files['server.key']}"]
-    if mutual:
-        flags += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={files['ca.crt']}"]
-    else:
-        flags += ["--grpc-use-ssl=true"]
-    with ForebayServer(alpha, *flags, protocols=("grpc",)) as server:
-        own = {"private_key": str(files["client.key"]), "certificate_chain": str(files["client.crt"])}
-
-        def open_client(**more: str) -> grpcclient.InferenceServerClient:
-            return grpcclient.InferenceServerClient(
-                url_of(server), ssl=True, root_certificates=str(files["ca.crt"]), **more
-            )
-
-        with open_client(**(own if mutual else {})) as client:
-            given = features(3)
-            result = client.infer("alpha_model", [tensor("features", given)])
-            np.testing.assert_allclose(result.as_numpy("prediction"), expected(given), rtol=1e-5)
-        if mutual:
-            with open_client() as stranger, pytest.raises(InferenceServerException):
-                stranger.is_server_live(client_timeout=5)
-
-
-def test_tensors_in_shared_memory(tmp_path: Path) -> None:
-    """Spec G-013, G-014, G-038, G-043, G-046: inputs and outputs in a region, nothing in the messages."""
-    models = write_models(tmp_path / "models")
-    given = np.arange(1000, dtype=np.float32)
-    size = given.nbytes
-    region = shared_memory.create_shared_memory_region("both", f"/forebay_test_{tmp_path.name}", 2 * size)
-    try:
-        shared_memory.set_shared_memory_region(region, [given])
-        with (
-            ForebayServer(models, "--allow-client-shm=true", protocols=("grpc",)) as server,
-            grpcclient.InferenceServerClient(url_of(server)) as client,
-        ):
-            source = grpcclient.InferInput("INPUT0", [1000], "FP32")
-            source.set_shared_memory("both", size)
-            target = grpcclient.InferRequestedOutput("OUTPUT0")
-            target.set_shared_memory("both", size, offset=size)
-            with pytest.raises(InferenceServerException, match="Unable to find shared memory region: 'both'"):
-                client.infer("echo", [source], outputs=[target])
-            client.register_system_shared_memory("both", f"/forebay_test_{tmp_path.name}", 2 * size)
-            assert client.get_system_shared_memory_status().regions["both"].byte_size == 2 * size
-            for _ in range(2):
-                response = client.infer("echo", [source], outputs=[target]).get_response()
-                assert list(response.raw_output_contents) == [b""]
-                found = shared_memory.get_contents_as_numpy(region, np.float32, [1000], offset=size)
-                np.testing.assert_array_equal(found, given)
-            stream = Stream(client)
-            stream.ask("echo", [source], outputs=[target])
-            assert list(stream.take().raw_output_contents) == [b""]
-            client.stop_stream()
-            source.set_shared_memory("both", size, offset=2 * size)
-            with pytest.raises(InferenceServerException, match=r"[Ii]nvalid offset"):
-                client.infer("echo", [source])
-            client.unregister_system_shared_memory("both")
-            assert not client.get_system_shared_memory_status().regions
-    finally:
-        shared_memory.destroy_shared_memory_region(region)
-
-
-def test_too_many_pings(alpha: Path) -> None:
-    """Spec G-082: a client that pings too often is told so."""
-    limits = ["--grpc-http2-min-recv-ping-interval-without-data=300000", "--grpc-http2-max-ping-strikes=2"]
-    with ForebayServer(alpha, *limits, protocols=("grpc",)) as server:
-        host, port = url_of(server).split(":")
-        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as wire:
-            ping = b"\0\0\x08\x06\0\0\0\0\0" + bytes(8)
-            wire.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
-            for _ in range(4):
-                wire.sendall(ping)
-                time.sleep(0.05)
-            assert b"too_many_pings" in b"".join(iter(lambda: wire.recv(4096), b""))
-
-
-def test_connections_grow_old(alpha: Path) -> None:
-    """Spec G-083: connections end, calls do not fail."""
-    with (
-        ForebayServer(alpha, "--grpc-max-connection-age=300", protocols=("grpc",)) as server,
-        grpcclient.InferenceServerClient(url_of(server)) as client,
-    ):
-        end_s = time.monotonic() + 1.5
-        while time.monotonic() < end_s:
-            client.infer("alpha_model", [tensor("features", features(1))])
-
-
-# --- clients that misbehave ---
-
-
-def memory_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1])
-    raise AssertionError("no memory")
-
-
-def rapid_reset(wire: socket.socket) -> None:
-    for number in range(1, 200_000, 2):
-        wire.sendall(frame(1, 4, number, INFER) + frame(3, 0, number, bytes(4)))
-
-
-def endless_header(wire: socket.socket) -> None:
-    wire.sendall(frame(1, 0, 1, INFER))
-    for _ in range(100_000):
-        wire.sendall(frame(9, 0, 1, b"\0\x01a\x7f\x81\x1e" + b"v" * 4000))
-
-
-def settings_flood(wire: socket.socket) -> None:
-    for _ in range(100_000):
-        wire.sendall(frame(4, 0, 0, b"\0\4\0\0\0\0" * 8))
-
-
-def ping_flood(wire: socket.socket) -> None:
-    for _ in range(100_000):
-        wire.sendall(frame(6, 0, 0, bytes(8)) * 10)
-
-
-@pytest.mark.parametrize("attack", [rapid_reset, endless_header, settings_flood, ping_flood])
-def test_a_flood_ends_its_connection_and_nothing_else(
-    server: ForebayServer, client: grpcclient.InferenceServerClient, attack: Callable[[socket.socket], None]
-) -> None:
-    client.is_server_live()
-    pid = server.pid_of("grpc")
-    before = memory_kib(pid)
-    with (
-        connect(server.ports()["GRPCInferenceService"]) as wire,
-        pytest.raises((BrokenPipeError, ConnectionResetError)),
-    ):
-        attack(wire)
-    client.infer("alpha_model", [tensor("features", features(1))])
-    assert server.pid_of("grpc") == pid
-    assert memory_kib(pid) - before < 50_000
-
-
-def test_a_client_that_takes_no_reply_costs_bounded_memory(
-    server: ForebayServer, client: grpcclient.InferenceServerClient
-) -> None:
-    """A window of zero: replies wait, until calls are refused."""
-    client.is_server_live()
-    message = service_pb2.ModelInferRequest(model_name="echo", raw_input_contents=[bytes(1_000_000)])
-    message.inputs.add(name="INPUT0", datatype="FP32", shape=[250_000])
-    body = message.SerializeToString()
-    data = b"\0" + len(body).to_bytes(4, "big") + body
-    pid = server.pid_of("grpc")
-    before = memory_kib(pid)
-    refused = threading.Event()
-
-    def read(wire: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while received := wire.recv(65536):
-                if b"\0\0\4\3\0" in received:
-                    refused.set()
-
-    with connect(server.ports()["GRPCInferenceService"]) as wire:
-        wire.sendall(frame(4, 0, 0, b"\0\4\0\0\0\0"))
-        reader = threading.Thread(target=read, args=(wire,))
-        reader.start()
-        number = 1
-        while not refused.is_set() and number < 10_000:
-            wire.sendall(frame(1, 4, number, INFER))
-            pieces = [data[start : start + 16_384] for start in range(0, len(data), 16_384)]
-            wire.sendall(b"".join(frame(0, 0, number, piece) for piece in pieces[:-1]))
-            wire.sendall(frame(0, 1, number, pieces[-1]))
-            number += 2
-        assert refused.wait(PATIENCE_S)
-        grown = memory_kib(pid) - before
-        wire.shutdown(socket.SHUT_RDWR)
-        reader.join(PATIENCE_S)
-    assert grown < 200_000
-    client.infer("alpha_model", [tensor("features", features(1))])
-
-
-def test_a_thousand_idle_connections_are_in_nobodys_way(
-    server: ForebayServer, client: grpcclient.InferenceServerClient
-) -> None:
-    client.is_server_live()
-    pid = server.pid_of("grpc")
-    before = memory_kib(pid)
-    wires = [connect(server.ports()["GRPCInferenceService"]) for _ in range(500)]
-    try:
-        client.infer("alpha_model", [tensor("features", features(1))])
-        assert (memory_kib(pid) - before) / len(wires) < 64
-    finally:
-        for wire in wires:
-            wire.close()
-
-
-def test_half_a_message_holds_nothing(server: ForebayServer, client: grpcclient.InferenceServerClient) -> None:
-    """Lengths that lie: a message of 2 GB is announced, and a few bytes of it sent."""
-    with connect(server.ports()["GRPCInferenceService"]) as wire:
-        wire.sendall(frame(1, 4, 1, INFER) + frame(0, 1, 1, b"\0\x7f\xff\xff\xff" + b"few bytes"))
-        received = b""
-        while b"grpc-status" not in received:
-            received += wire.recv(4096)
-        assert b"the request ends within a message" in received
-    client.infer("alpha_model", [tensor("features", features(1))])

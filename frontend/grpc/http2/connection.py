@@ -371,7 +371,7 @@ class Connection(SendingSide[Head]):
         # Every block is decoded, wanted or not: it may change the table.
         head = self._decoder.decode(block)
         if number <= self.last_stream:
-            self._late_headers(number, is_end=is_end)
+            self._late_headers(number, head, is_end=is_end)
             return
         self.last_stream = number
         if self.is_draining:
@@ -391,7 +391,7 @@ class Connection(SendingSide[Head]):
         if is_end:
             stream.is_remote_closed = True
 
-    def _late_headers(self, number: int, *, is_end: bool) -> None:
+    def _late_headers(self, number: int, head: Head, *, is_end: bool) -> None:
         """Trailers of a request, or headers where none may be."""
         stream = self.streams.get(number)
         if stream is None:
@@ -400,7 +400,7 @@ class Connection(SendingSide[Head]):
             raise Http2Error(Http2Code.STREAM_CLOSED, "HEADERS on a stream that has ended")
         if stream.is_remote_closed:
             self._stream_error(stream, Http2Code.STREAM_CLOSED)
-        elif not is_end:
+        elif not is_end or not self._application.are_trailers(head):
             self._stream_error(stream, Http2Code.PROTOCOL_ERROR)
         else:
             stream.is_remote_closed = True

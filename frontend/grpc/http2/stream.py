@@ -68,6 +68,10 @@ class Application(Protocol[HeadIn]):
         """A request's header has arrived; return the stream object, which may have answered already."""
         ...
 
+    def are_trailers(self, head: HeadIn) -> bool:
+        """Return whether a block behind a request's data may stand there: it has no pseudo-fields (RFC 9113, 8.1)."""
+        ...
+
     def on_ping(self) -> None:
         """The client has sent a PING, which has been answered."""
         ...

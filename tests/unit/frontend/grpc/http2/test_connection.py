@@ -99,6 +99,9 @@ class Server:
             stream.on_data(memoryview(b""), is_end=True)
         return stream
 
+    def are_trailers(self, head: Fields) -> bool:
+        return not any(name.startswith(b":") for name, _value in head)
+
     def on_ping(self) -> None:
         self.pings += 1
 
@@ -424,6 +427,7 @@ STREAM_ERRORS = {
     "WINDOW_UPDATE by 0": (frame(WINDOW_UPDATE, 0, 1, bytes(4)), Http2Code.PROTOCOL_ERROR),
     "WINDOW_UPDATE too far": (frame(WINDOW_UPDATE, 0, 1, b"\x7f\xff\xff\xff"), Http2Code.FLOW_CONTROL_ERROR),
     "headers in the middle": (frame(HEADERS, END_HEADERS, 1, BLOCK), Http2Code.PROTOCOL_ERROR),
+    "pseudo-fields in trailers": (frame(HEADERS, END_HEADERS | END_STREAM, 1, BLOCK), Http2Code.PROTOCOL_ERROR),
     "PRIORITY of 4 bytes": (frame(PRIORITY, 0, 1, bytes(4)), Http2Code.FRAME_SIZE_ERROR),
     "depends on itself": (frame(PRIORITY, 0, 1, b"\0\0\0\1\0"), Http2Code.PROTOCOL_ERROR),
 }
@@ -440,6 +444,14 @@ def test_a_fault_of_one_stream_ends_that_stream(name: str) -> None:
     assert server.opened[0].was_reset
     server.receive(frame(DATA, END_STREAM, 3, b"c"))
     assert [payload for kind, _f, _n, payload in server.frames() if kind == DATA] == [b"bc"]
+
+
+def test_trailers_end_a_request() -> None:
+    server = Server()
+    server.greet()
+    server.receive(request(1, b"a", end=False))
+    server.receive(frame(HEADERS, END_HEADERS | END_STREAM, 1, encode_plain([(b"x-checksum", b"1")])))
+    assert [payload for kind, _f, _n, payload in server.frames() if kind == DATA] == [b"a"]
 
 
 def test_more_data_than_the_window_ends_the_stream_then_the_connection() -> None:
