@@ -9,8 +9,8 @@ so that a slow moment of the machine falls on all of them:
 - *shm, Python*: ``forebay.client.shm``, waiting parked (its default: it looks for an answer for up to 50 us before it
   sleeps) and spinning;
 - *shm, C*: ``frontend/client/c/latency.c``, one process per turn, its own warm-up left out;
-- *http, system shm*: ``tritonclient.http`` with registered system shared memory, on forebay and, with ``--peer``, on a
-  real Triton (its Python backend: PyPI has no other).
+- *http* and *grpc, system shm*: ``tritonclient`` with registered system shared memory, on forebay and, with ``--peer``,
+  on a real Triton (its Python backend: PyPI has no other).
 
 *Overhead* is the difference of the medians to *in process*. Then the same for a model that reads the first element only
 of an input of 4 KiB and of 16 MiB: what of the overhead grows with the tensor.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from bench.machine import REPOSITORY_ROOT, describe_machine, machine_line, save_results
-from bench.servers import Server, alpha_repository, forebay, triton
+from bench.servers import alpha_repository, forebay, free_ports, triton
 from bench.tables import markdown_table, number
 from forebay.client import shm
 
@@ -54,7 +55,9 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fb-", dir="/tmp")))
         repository = stack.enter_context(alpha_repository("onnxruntime"))
         sizes_are_known = write_first_element_models(repository)
-        server = stack.enter_context(forebay(repository, f"--runtime-directory={folder}", *options.flags))
+        grpc_port, peer_grpc_port = free_ports(2)
+        flags = [f"--runtime-directory={folder}", "--allow-client-shm=true", *on_grpc(grpc_port), *options.flags]
+        server = stack.enter_context(forebay(repository, *flags))
         engine = stack.enter_context(shm.connect(folder))
         spinning = stack.enter_context(shm.connect(folder, wait="spin"))
         turns: dict[str, Turn] = {
@@ -65,15 +68,11 @@ def main() -> None:
         if (program := build_c_client(folder)) is not None:
             turns["shm, C, parked"] = through_c(program, folder, "park")
             turns["shm, C, spinning"] = through_c(program, folder, "spin")
-        add_http(stack, turns, "http, system shm, forebay", server)
+        add_protocols(stack, turns, "forebay", server.http_port, grpc_port)
         if options.peer is not None:
             peer_repository = stack.enter_context(alpha_repository("python"))
-            add_http(
-                stack,
-                turns,
-                "http, system shm, Triton",
-                stack.enter_context(triton(peer_repository, folder=options.peer)),
-            )
+            peer = stack.enter_context(triton(peer_repository, *on_grpc(peer_grpc_port), folder=options.peer))
+            add_protocols(stack, turns, "Triton", peer.http_port, peer_grpc_port)
         measured = take_turns(turns, options.count, options.block)
         sizes: dict[str, Latencies] = {}
         if sizes_are_known:
@@ -158,32 +157,44 @@ def through_c(program: Path, folder: Path, wait: str) -> Turn:
     return turn
 
 
-def add_http(stack: contextlib.ExitStack, turns: dict[str, Turn], title: str, server: Server) -> None:
-    """Add tritonclient with registered regions, if the server takes them."""
-    import tritonclient.http as http
+def on_grpc(port: int) -> list[str]:
+    """Return flags that both servers understand."""
+    return ["--allow-grpc=true", "--grpc-address=127.0.0.1", f"--grpc-port={port}"]
 
-    try:
-        turns[title] = stack.enter_context(through_http(server, title.replace(", ", "-").replace(" ", "-")))
-    except http.InferenceServerException as error:
-        print(f"{title} is left out: {error}")
+
+def add_protocols(
+    stack: contextlib.ExitStack, turns: dict[str, Turn], server: str, http_port: int, grpc_port: int
+) -> None:
+    """Add tritonclient with registered regions over both protocols."""
+    import tritonclient.grpc
+    import tritonclient.http
+
+    for name, protocol, port in (("http", tritonclient.http, http_port), ("grpc", tritonclient.grpc, grpc_port)):
+        turns[f"{name}, system shm, {server}"] = stack.enter_context(
+            through_regions(protocol, f"127.0.0.1:{port}", f"{name}-{server}-{os.getpid()}")
+        )
 
 
 @contextlib.contextmanager
-def through_http(server: Server, key: str) -> Iterator[Turn]:
-    """Use tritonclient.http with one region for the input and one for the output."""
-    import tritonclient.http as http
+def through_regions(protocol: Any, address: str, key: str) -> Iterator[Turn]:
+    """Use tritonclient with one region for the input and one for the output.
+
+    Args:
+        protocol: ``tritonclient.http`` or ``tritonclient.grpc``.
+        key: names the regions.
+    """
     import tritonclient.utils.shared_memory as regions
 
-    client = http.InferenceServerClient(f"127.0.0.1:{server.http_port}")
+    client = protocol.InferenceServerClient(address)
     handles: list[Any] = []
     try:
         for name, size in ((f"{key}-in", 200), (f"{key}-out", 4)):
             handles.append(regions.create_shared_memory_region(name, f"/{name}", size))
             client.register_system_shared_memory(name, f"/{name}", size)
         regions.set_shared_memory_region(handles[0], [np.zeros((1, 50), np.float32)])
-        source = http.InferInput("features", [1, 50], "FP32")
+        source = protocol.InferInput("features", [1, 50], "FP32")
         source.set_shared_memory(f"{key}-in", 200)
-        target = http.InferRequestedOutput("prediction")
+        target = protocol.InferRequestedOutput("prediction")
         target.set_shared_memory(f"{key}-out", 4)
 
         def turn(count: int) -> Latencies:
@@ -196,7 +207,8 @@ def through_http(server: Server, key: str) -> Iterator[Turn]:
             return took
 
         yield turn
-        client.unregister_system_shared_memory()
+        for name in (f"{key}-in", f"{key}-out"):
+            client.unregister_system_shared_memory(name)
     finally:
         client.close()
         for handle in handles:

@@ -28,6 +28,11 @@ _GLANCE_NS = 50_000
 _GLANCE_MISSES = 8
 #: ... for so many answers.
 _GLANCE_PAUSE = 64
+#: If between two looks so much time has passed, others want this core, and whoever keeps it busy is made to wait for
+#: milliseconds (measured beside other load: p99 1.7 ms instead of 0.09), ns: it sleeps at once ...
+_GLANCE_LOST_NS = 200_000
+#: ... for so many answers.
+_GLANCE_LOST_PAUSE = 512
 
 #: How often to look whether the thread that reads has made room, s.
 _OTHER_READER_S = 0.0002
@@ -187,22 +192,31 @@ class Completions:
         if self._glance_misses < 0:
             self._glance_misses += 1
             return False
-        receive, buffer = self._sock.recv_into, self._buffer
-        end_ns = time.monotonic_ns() + _GLANCE_NS
-        while time.monotonic_ns() < end_ns:
+        receive, buffer, now_ns = self._sock.recv_into, self._buffer, time.monotonic_ns
+        looked_ns = now_ns()
+        end_ns = looked_ns + _GLANCE_NS
+        while True:
             try:
                 size = receive(buffer, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                continue
+                last_ns, looked_ns = looked_ns, now_ns()
+                if looked_ns < end_ns:
+                    continue
+                self._missed(looked_ns - last_ns)
+                return False
             except OSError:
                 return False  # Whoever reads in earnest says what it is.
-            self._glance_misses = 0
+            self._glance_misses = -_GLANCE_LOST_PAUSE if now_ns() - looked_ns > _GLANCE_LOST_NS else 0
             self._take(size)
             return True
+
+    def _missed(self, away_ns: int) -> None:
+        """A glance has found nothing; its last look took so long."""
         self._glance_misses += 1
-        if self._glance_misses >= _GLANCE_MISSES:
+        if away_ns > _GLANCE_LOST_NS:
+            self._glance_misses = -_GLANCE_LOST_PAUSE
+        elif self._glance_misses >= _GLANCE_MISSES:
             self._glance_misses = -_GLANCE_PAUSE
-        return False
 
     def _wait_readable(self, deadline_ns: int) -> None:
         if self._spins:
