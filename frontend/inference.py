@@ -18,7 +18,7 @@ from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.errors import QUEUE_FULL_TEXT, NotReady, ServingError, from_wire
+from forebay.ipc.errors import QUEUE_FULL_TEXT, ArenaFull, NotReady, ServingError, from_wire
 from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import byte_size
 from forebay.ipc.validation import id_prefix
@@ -208,7 +208,6 @@ class Inference:
         inputs: Sequence[InputTensor],
         batch_size: int,
         *,
-        direct: bool = False,
         is_bare: bool = False,
         targets: Targets = NO_TARGETS,
     ) -> None:
@@ -218,7 +217,6 @@ class Inference:
             route_number: of the model version, from the catalog.
             inputs: already validated against the model.
             batch_size: as validated; 0 for a model that does not batch.
-            direct: the bytes are received straight into the places, which may take long: never use slab rows.
             is_bare: it carries nothing but tensors.
             targets: outputs that go to device memory, where the model lives.
 
@@ -246,17 +244,20 @@ class Inference:
         #: Where each input's bytes go, writable, in the order of the inputs.
         self.places: list[memoryview] = []
         on_device = bool(targets) or any(tensor.device is not None for tensor in inputs)
-        if not direct and not on_device and route.takes_rows(is_bare=is_bare):
-            self._place_rows(route)
-        else:
+        if on_device or not route.takes_rows(is_bare=is_bare) or not self._place_rows(route):
             self._place_block()
 
-    def _place_rows(self, route: RouteClient) -> None:
-        self._slab, self._first = route.loan(self.rows)
+    def _place_rows(self, route: RouteClient) -> bool:
+        """Take rows; False if a slab for them has no room, which one block may find."""
+        try:
+            self._slab, self._first = route.loan(self.rows)
+        except ArenaFull:
+            return False
         index = {spec.name: number for number, spec in enumerate(route.entry.inputs)}
         self.places = [
             route.input_slice(self._slab, self._first, self.rows, index[tensor.name]) for tensor in self._inputs
         ]
+        return True
 
     def _place_block(self) -> None:
         engine = self._engine

@@ -62,7 +62,6 @@ def start_inference(
     inputs: Sequence[InputTensor],
     batch_size: int,
     *,
-    direct: bool = False,
     is_bare: bool = False,
     targets: Targets = NO_TARGETS,
 ) -> PlacedInference:
@@ -72,7 +71,6 @@ def start_inference(
         route_number: of the model version, from the catalog.
         inputs: already validated against the model.
         batch_size: as validated; 0 for a model that does not batch.
-        direct: the bytes are received straight into the places, which may take long: never use slab rows.
         is_bare: it carries nothing but tensors.
         targets: outputs that go to device memory.
 
@@ -92,9 +90,9 @@ def start_inference(
         from forebay.frontend.courier_inference import CourierInference
 
         in_host_memory = [msgspec.structs.replace(tensor, device=None) for tensor in inputs]
-        inner = start_inference(engine, route_number, in_host_memory, batch_size, direct=direct)
+        inner = start_inference(engine, route_number, in_host_memory, batch_size)
         return CourierInference(engine, inner, inputs, targets)
-    inference = _uncached(engine, route, inputs, batch_size, direct=direct, is_bare=is_bare)
+    inference = _uncached(engine, route, inputs, batch_size, is_bare=is_bare)
     if route.entry.response_cache and engine.response_cache is not None:
         return CachedInference(engine.response_cache, inference, inputs)
     return inference
@@ -106,12 +104,11 @@ def _uncached(
     inputs: Sequence[InputTensor],
     batch_size: int,
     *,
-    direct: bool,
     is_bare: bool,
 ) -> PlacedInference:
     if not route.entry.is_ensemble:
-        return Inference(engine, route.route, inputs, batch_size, direct=direct, is_bare=is_bare)
+        return Inference(engine, route.route, inputs, batch_size, is_bare=is_bare)
     one = one_step_of(route)
     if one is not None and all(tensor.name in one.inputs for tensor in inputs):
-        return OneStepInference(route, one, inputs, batch_size, direct=direct, is_bare=is_bare)
+        return OneStepInference(route, one, inputs, batch_size, is_bare=is_bare)
     return EnsembleInference(route, inputs, batch_size, is_bare=is_bare)

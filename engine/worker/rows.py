@@ -18,6 +18,7 @@ import numpy as np
 from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, TensorInstance
 from forebay.engine.worker.places import Producers, row_shape
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews
+from forebay.engine.worker.tensor_parcels import JOINED_BYTES_MAX
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.messages import InstanceSpec
@@ -47,6 +48,8 @@ class RowsRunner:
         self._counters = BatchCounters(counters)
         self._bells = RowBells(spec.instance, producers, self._counters)
         self._views = SlabViews(spec, producers)
+        row_bytes = sum(tensor.row_bytes for tensor in spec.inputs)
+        self._runs_apart = spec.kind != "GPU" and row_bytes >= JOINED_BYTES_MAX
         self._lane: RowsLane | None = None
         #: By producer: one that comes and goes, or has a thousand slabs, costs the others nothing.
         self._bound: dict[int, dict[tuple[int, int, int, int], Callable[[], None]]] = {}
@@ -117,18 +120,23 @@ class RowsRunner:
         return times
 
     def _execute_in_place(self, run: tuple[int, ...], start_ns: int) -> bytes:
-        producer, requests, base, capacity, first, rows, _attempt, enqueue_sum_ns = run
+        _producer, requests, _base, _capacity, _first, rows, _attempt, enqueue_sum_ns = run
+        bound = self._bound_in_place(run)
+        input_end_ns = time.monotonic_ns()
+        bound()
+        end_ns = time.monotonic_ns()
+        self._counters.succeeded(requests, rows, enqueue_sum_ns, 1, (start_ns, input_end_ns, end_ns, end_ns))
+        return TIMES.pack(start_ns, input_end_ns, end_ns, end_ns)
+
+    def _bound_in_place(self, run: tuple[int, ...]) -> Callable[[], None]:
+        producer, _requests, base, capacity, first, rows, _attempt, _enqueue_sum_ns = run
         key = (base, capacity, first, rows)
         own = self._bound.get(producer)
         bound = None if own is None else own.get(key)
         if bound is None:
             bound = self._bind(Run._make(run))
             self._keep(run, key, bound)
-        input_end_ns = time.monotonic_ns()
-        bound()
-        end_ns = time.monotonic_ns()
-        self._counters.succeeded(requests, rows, enqueue_sum_ns, 1, (start_ns, input_end_ns, end_ns, end_ns))
-        return TIMES.pack(start_ns, input_end_ns, end_ns, end_ns)
+        return bound
 
     def _keep(self, run: tuple[int, ...], key: tuple[int, int, int, int], bound: Callable[[], None]) -> None:
         producer = run[0]
@@ -146,6 +154,8 @@ class RowsRunner:
             raise Internal("batch is larger than the model allows")
         if isinstance(self._instance, SegmentsInstance):
             return self._execute_segments(self._instance, runs, rows, start_ns)
+        if self._runs_apart:
+            return self._execute_apart(runs, rows, start_ns)
         bound = self._staged.get(rows)
         if bound is None:
             bound = self._bind_staging(rows)
@@ -171,6 +181,17 @@ class RowsRunner:
         stamps = start_ns, input_end_ns, output_start_ns, end_ns
         self._count(runs, rows, stamps)
         self._counters.gathered(copied_in, copied_out)
+        return TIMES.pack(*stamps)
+
+    def _execute_apart(self, runs: list[Run], rows: int, start_ns: int) -> bytes:
+        """Run each segment where it lies: on a CPU, copying large rows together costs more than further calls."""
+        bound = [self._bound_in_place(run) for run in runs]
+        input_end_ns = time.monotonic_ns()
+        for run_bound in bound:
+            run_bound()
+        end_ns = time.monotonic_ns()
+        stamps = start_ns, input_end_ns, end_ns, end_ns
+        self._count(runs, rows, stamps)
         return TIMES.pack(*stamps)
 
     def _execute_segments(self, instance: SegmentsInstance, runs: list[Run], rows: int, start_ns: int) -> bytes:

@@ -22,9 +22,8 @@ from forebay.ipc.wire import HEAD_BYTES_MAX, Run
 if TYPE_CHECKING:
     from forebay.frontend.engine_client import EngineClient
 
-#: A request whose tensors take more bytes per row than this lives in blocks of its own: a slow upload must not hold
-#: up the slab's ring, and gathering large rows would cost more than running them one by one.
-SLAB_ROW_BYTES_MAX = 16 * 1024
+#: A request whose tensors take more bytes per row than this lives in blocks of its own: slabs keep room for batches.
+SLAB_ROW_BYTES_MAX = 1024 * 1024
 
 
 class RouteClient:

@@ -9,6 +9,8 @@ from forebay.ipc.errors import ArenaFull
 
 #: Bytes of the first slab, at most.
 SLAB_BYTES_FIRST = 2 * 1024 * 1024
+#: Bytes of the first slab of a model whose batches need more, at most.
+SLAB_BYTES_OF_BATCHES = 32 * 1024 * 1024
 #: Rows of the first slab, at least, and of any, at most.
 SLAB_ROWS_MIN, SLAB_ROWS_MAX = 64, 65536
 
@@ -29,9 +31,9 @@ class SlabSet:
             make: returns a slab of so many rows; raises ArenaFull.
             free: gives the memory of an empty one back.
         """
-        fitting = SLAB_BYTES_FIRST // max(row_bytes, 1)
-        wanted = max(SLAB_ROWS_MIN, 8 * max_batch_size)
-        self._capacity_first = max(min(wanted, fitting), 2 * max(max_batch_size, 1))
+        wanted = min(max(SLAB_ROWS_MIN, 8 * max_batch_size), SLAB_BYTES_FIRST // max(row_bytes, 1))
+        batches = min(2 * max(max_batch_size, 1), SLAB_BYTES_OF_BATCHES // max(row_bytes, 1))
+        self._capacity_first = max(wanted, batches, 1)
         self._make = make
         self._free = free
         self._is_retired = False

@@ -106,7 +106,6 @@ class OneStepInference:
         inputs: Sequence[InputTensor],
         batch_size: int,
         *,
-        direct: bool,
         is_bare: bool,
     ) -> None:
         """Take room for the inputs, in the model's slab if it has one.
@@ -122,7 +121,7 @@ class OneStepInference:
         renamed = [InputTensor(one.inputs[t.name], t.datatype, t.shape, t.byte_size) for t in inputs]
         # What the ensemble leaves out is a choice of outputs that the model could see.
         is_bare = is_bare and len(one.outputs) == len(one.route.entry.outputs)
-        self._inner = Inference(route.engine, one.route.route, renamed, batch_size, direct=direct, is_bare=is_bare)
+        self._inner = Inference(route.engine, one.route.route, renamed, batch_size, is_bare=is_bare)
         self.rows = self._inner.rows
         self.places = self._inner.places
         self._began_ns = 0

@@ -105,14 +105,11 @@ def place_parsed(
     entry: ModelEntry,
     found: InferMessage,
     batch_size: int,
-    *,
-    direct: bool = False,
 ) -> PlacedRequest:
     """Take room for a validated request and fill in what did not come as raw contents.
 
     Args:
         batch_size: as validated.
-        direct: its raw contents are received into the places, which may take long.
 
     Raises:
         ServingError: there is no room, the model is gone, or a region is; nothing is held then.
@@ -122,7 +119,7 @@ def place_parsed(
     named = [source for source in sources if isinstance(source, RegionData)]
     regions = RegionUse(frontend.regions, named) if named else None
     try:
-        return _place(frontend, head, entry, found, batch_size, regions, direct=direct)
+        return _place(frontend, head, entry, found, batch_size, regions)
     except BaseException:
         if regions is not None:
             regions.release()
@@ -136,8 +133,6 @@ def _place(
     found: InferMessage,
     batch_size: int,
     regions: RegionUse | None,
-    *,
-    direct: bool,
 ) -> PlacedRequest:
     request = found.request
     inference = start_inference(
@@ -145,7 +140,6 @@ def _place(
         entry.route,
         take_places(request, regions),
         batch_size,
-        direct=direct,
         is_bare=request.is_bare(entry),
         targets=targets_of(request, regions),
     )

@@ -149,7 +149,7 @@ class Upload:
             InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
         ]
         validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
-        self.placed = place_parsed(self._frontend, self._head, entry, found, validated.batch_size, direct=True)
+        self.placed = place_parsed(self._frontend, self._head, entry, found, validated.batch_size)
         last = first
         for tensor, place in zip(request.inputs, self.placed.inference.places, strict=True):
             if isinstance(tensor.source, BinaryData):

@@ -32,6 +32,7 @@ from forebay.ipc.messages import ParameterValue
 
 if TYPE_CHECKING:
     from forebay.frontend.http.general_path import DirectUpload
+    from forebay.frontend.http.planned_upload import PlannedUpload
     from forebay.frontend.http.server import HttpFrontend
 
 #: Bytes read from a connection at a time.
@@ -145,7 +146,7 @@ class Connection(asyncio.BufferedProtocol):
         self._partial = bytearray()
         self._head: Head | None = None
         self._chunks: ChunkDecoder | None = None
-        self._upload: DirectUpload | None = None
+        self._upload: DirectUpload | PlannedUpload | None = None
         self._side_door: SideDoor | None = None
         self._is_consuming = False
         self._is_paused = False

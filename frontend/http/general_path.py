@@ -176,20 +176,8 @@ class GeneralCall(Call):
             self.fail(error)
             return
         inference.route.copied_in_bytes += copied
-        if 0 <= head.json_bytes <= PLAN_JSON_BYTES_MAX and head.is_plain:
-            self._remember_plan(inference, entry, request, bytes(body[: head.json_bytes]))
+        remember_plan(head, inference, entry, request, body)
         self.submit(entry, request, inference)
-
-    def _remember_plan(self, inference: PlacedInference, entry: ModelEntry, request: ParsedInfer, json: bytes) -> None:
-        route = inference.rows_route
-        if route is None:
-            return
-        plan = make_plan(route, entry, request, inference.rows, self._head.connection_line)
-        if plan is not None:
-            plans = self._head.plans
-            if len(plans) >= PLANS_PER_HEAD_MAX:
-                plans.clear()
-            plans[json] = plan
 
     def use_regions(self, request: ParsedInfer) -> RegionUse | None:
         """Find the regions that a request names, for as long as it lasts; None: it names none.
@@ -315,6 +303,24 @@ def fill(place: memoryview, tensor: ParsedInput, body: memoryview, regions: Regi
     return source.byte_size
 
 
+def remember_plan(
+    head: Head, inference: PlacedInference, entry: ModelEntry, request: ParsedInfer, body: memoryview
+) -> None:
+    """Keep a plan for requests that are equal to this one but for their tensors, if there can be one.
+
+    Args:
+        body: begins with the JSON.
+    """
+    route = inference.rows_route
+    if route is None or not 0 <= head.json_bytes <= PLAN_JSON_BYTES_MAX or not head.is_plain:
+        return
+    plan = make_plan(route, entry, request, inference.rows, head.connection_line)
+    if plan is not None:
+        if len(head.plans) >= PLANS_PER_HEAD_MAX:
+            head.plans.clear()
+        head.plans[bytes(body[: head.json_bytes])] = plan
+
+
 class DirectUpload:
     """A large body on its way from the socket straight into shared memory; or to nowhere, if the request is refused.
 
@@ -361,7 +367,7 @@ class DirectUpload:
             entry.route,
             take_places(request, regions),
             validated.batch_size,
-            direct=True,
+            is_bare=request.is_bare(entry) and not head.forwarded,
             targets=targets_of(request, regions),
         )
         self._request = request
@@ -381,6 +387,7 @@ class DirectUpload:
             else:
                 copied += fill(place, tensor, data, regions)
         inference.route.copied_in_bytes += copied
+        remember_plan(head, inference, entry, request, data)
 
     def next_place(self) -> memoryview:
         """Return where the next bytes go; never empty while the upload lasts."""

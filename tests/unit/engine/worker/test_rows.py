@@ -195,3 +195,24 @@ def test_rows_of_a_lost_producer_are_forgotten() -> None:
         worker.send_runs(worker.run_of(base, 8, 0, 1))
         worker.wait_done()
         assert worker.process.poll() is None
+
+
+def test_large_scattered_rows_run_where_they_lie() -> None:
+    """On a CPU copying them together would cost more than further calls."""
+    dims = [40_000]
+    config = {
+        "backend": "forebay_fault",
+        "max_batch_size": 8,
+        "input": [{"name": "IN", "data_type": "TYPE_FP32", "dims": dims}],
+        "output": [{"name": "OUT", "data_type": "TYPE_FP32", "dims": dims}],
+    }
+    with WorkerHarness(spec_from_config(config, model="m", model_path="/nowhere", rows_mode=True)) as worker:
+        base = worker.slab(4)
+        worker.area(base, 4, "IN")[:] = np.arange(4, dtype=np.float32)[:, np.newaxis]
+        worker.send_runs(worker.run_of(base, 4, 2, 2), worker.run_of(base, 4, 0, 1))
+        assert worker.runs_answer().error is None
+        assert worker.area(base, 4, "OUT")[:, 0].tolist() == [0, 0, 2, 3]
+        worker.wait_done()
+        assert worker.counter(InstanceCounter.GATHERED_BYTES) == 0
+        assert worker.counter(InstanceCounter.EXECUTIONS) == 1
+        assert worker.counter(InstanceCounter.INFERENCES) == 3
