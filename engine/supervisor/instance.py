@@ -126,8 +126,11 @@ class Instance:
         if self._worker is not None and self._is_serving:
             await self._plant.switchboard.drain_instance(self._worker.number, timeout_s)
 
-    async def start(self) -> Loaded:
+    async def start(self, *, quietly: bool = False) -> Loaded:
         """Fork a worker and load the model; serving when this returns.
+
+        Args:
+            quietly: others serve meanwhile; none of their requests waits for it.
 
         Raises:
             ServingError: why not; nothing of the attempt is left.
@@ -138,6 +141,7 @@ class Instance:
         worker = WorkerHandle(next(plant.next_instance), self.title, self._ended)
         worker.on_phase = self._events.phase
         worker.on_metrics = plant.on_model_metrics
+        worker.loads_quietly = quietly
         self._worker = worker
         spec = msgspec.structs.replace(self.spec, instance=worker.number, cores=self.cores)
         try:
@@ -153,6 +157,7 @@ class Instance:
             log.info(
                 f"{self.title}: loaded in {loaded.load_ns / 1e9:.3f} s, warmed up in {loaded.warmup_ns / 1e9:.3f} s"
             )
+        worker.end_quiet()
         self.memory_bytes = loaded.memory_bytes
         self.wants_parcels = loaded.wants_parcels
         plant.switchboard.add_instance(
@@ -168,6 +173,11 @@ class Instance:
         self.reason = ""
         self._events.changed()
         return loaded
+
+    def let_others_first(self) -> None:
+        """All instances of its version are about to be stopped: nobody waits for their ends."""
+        if self._worker is not None:
+            self._worker.let_others_first()
 
     async def stop(self) -> None:
         """End the worker, after what it runs; nobody sends to it any more. The counters stay until ``release``."""

@@ -305,7 +305,7 @@ class ModelLifecycle:
             served = self._create(prepared)
             count = len(served.instances)
             self._progress(name, version, "starting worker", 0, count, "")
-            await served.start()
+            await served.start(quietly=self.is_initialised)
         except ServingError as error:
             self._progress(name, version, "failed", 0, 0, error.text)
             raise

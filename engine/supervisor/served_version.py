@@ -105,8 +105,11 @@ class ServedVersion:
             kinds.setdefault(kind, []).extend(where)
         return " ".join(f"{kind} {','.join(dict.fromkeys(where))}".rstrip() for kind, where in kinds.items())
 
-    async def start(self) -> None:
+    async def start(self, *, quietly: bool = False) -> None:
         """Announce the route and load every instance.
+
+        Args:
+            quietly: other versions and models serve meanwhile, and are not to notice.
 
         Raises:
             ServingError: an instance could not be loaded; all are gone again.
@@ -117,7 +120,7 @@ class ServedVersion:
         self.plant.switchboard.add_route(self._route_up())
         if self.instances:
             self.plant.zygotes.start(family_of(self.prepared.spec.backend))
-        tasks = [asyncio.create_task(instance.start()) for instance in self.instances]
+        tasks = [asyncio.create_task(instance.start(quietly=quietly)) for instance in self.instances]
         try:
             await asyncio.gather(*tasks)
         except BaseException:
@@ -221,7 +224,10 @@ class ServedVersion:
             Code.UNAVAILABLE,
             f"Request for unknown model: '{name}' version {self.version} is not at ready state",
         )
-        await asyncio.gather(*(instance.stop() for instance in (*self.instances, *self._leaving)))
+        instances = (*self.instances, *self._leaving)
+        for instance in instances:
+            instance.let_others_first()
+        await asyncio.gather(*(instance.stop() for instance in instances))
         for instance in self.instances:
             instance.release()
         # Scheduler and frontends may still be counting the last requests: their blocks are used again later.

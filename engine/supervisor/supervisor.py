@@ -30,6 +30,7 @@ from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.likely_families import likely_families
 from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.log_settings import LogSettings
+from forebay.engine.supervisor.memory import settle_memory
 from forebay.engine.supervisor.mps import Mps
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
@@ -303,6 +304,7 @@ class Supervisor:
             ticking.cancel()
             await asyncio.gather(ready, ticking, return_exceptions=True)
         self._display.show_models(self._lifecycle.models)
+        settle_memory()
         self._lifecycle.is_initialised = True
         generation = self._lifecycle.touch()
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from forebay.engine.supervisor import priority
 from forebay.engine.supervisor.child import describe_exit
 from forebay.ipc.doorbell import Bell, create_doorbell
 from forebay.ipc.errors import WorkerDied, from_wire
@@ -66,6 +67,8 @@ class WorkerHandle:
         self.is_stopping = False
         #: Device in whose memory tensors of its requests may lie, once it has loaded; -1: there is none.
         self.device_id = -1
+        #: Whether it is to load on what others leave of the CPU; set before it is forked.
+        self.loads_quietly = False
         #: It was ended because an execution took too long.
         self.is_hung = False
         self.on_phase: Callable[[str], None] | None = None
@@ -120,6 +123,20 @@ class WorkerHandle:
             worker.pid = pid
             if worker.is_stopping:
                 worker.kill()
+        if self.loads_quietly:
+            priority.lower(pid)
+            self._loop.call_later(priority.QUIET_LOAD_S, self.end_quiet)
+
+    def end_quiet(self) -> None:
+        """Go on at the usual priority; called before it serves, and when loading takes long."""
+        if self.loads_quietly and self.pid and not self.ended.is_set():
+            priority.restore(self.pid)
+        self.loads_quietly = False
+
+    def let_others_first(self) -> None:
+        """It is about to be stopped, with all others of its process: that need not be soon."""
+        if self.pid and not self.ended.is_set():
+            priority.let_others_first(self.pid)
 
     def release_child_fds(self) -> None:
         """Close our copies of the worker's ends, so that its end is noticed."""

@@ -123,6 +123,21 @@ class Load:
             thread.join()
 
 
+# --- updates
+
+
+def test_workers_of_an_update_serve_at_the_usual_priority(server: ForebayServer, repository: Path) -> None:
+    """While they load they get what serving workers leave of the CPU."""
+    before = workers(server)
+    os.utime(repository / "alpha_model" / "2" / "model.onnx")
+    assert server.post(LOAD_ALPHA)[0] == 200
+    server.wait_for(lambda: not set(before.values()) & set(workers(server).values()), "the old workers to end")
+    threads = [int(name) for pid in workers(server).values() for name in os.listdir(f"/proc/{pid}/task")]
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {os.getpriority(os.PRIO_PROCESS, 0)}
+    assert infer(server) == 200
+
+
 # --- changes in place
 
 

@@ -1,0 +1,76 @@
+"""How little a worker disturbs those that serve, while it loads an update and when it ends.
+
+What an update costs is CPU time that requests would wait for. Under the kernel's idle policy a worker gets what serving
+processes leave, and is interrupted by them at once. Going back to the usual policy takes CAP_SYS_NICE or a RLIMIT_NICE
+of 20; where the supervisor has neither, updates are loaded at the usual priority.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Iterator
+
+#: How long a worker loads on what others leave, s; then with its share, so that an update gets done on a full machine.
+QUIET_LOAD_S = 5.0
+
+#: Nice value of a worker that has nothing to do but to end.
+_LAST_NICE = 19
+
+_USUAL = os.sched_param(0)
+
+
+@functools.cache
+def can_go_back() -> bool:
+    """Whether this process may give another, or itself, the usual policy again."""
+    tried: list[bool] = []
+
+    def try_it() -> None:
+        # A thread has a policy of its own, and this one ends here.
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, _USUAL)
+            os.sched_setscheduler(0, os.SCHED_OTHER, _USUAL)
+        except OSError:
+            tried.append(False)
+        else:
+            tried.append(True)
+
+    thread = threading.Thread(target=try_it, name="priority")
+    thread.start()
+    thread.join()
+    return tried[0]
+
+
+def lower(pid: int) -> bool:
+    """Give a process what others leave, until :func:`restore`; False where that could not be undone."""
+    if not can_go_back():
+        return False
+    _set_policy(pid, os.SCHED_IDLE)
+    return True
+
+
+def restore(pid: int) -> None:
+    """Give a process, and the threads that it has started meanwhile, the usual policy again."""
+    _set_policy(pid, os.SCHED_OTHER)
+
+
+def let_others_first(pid: int) -> None:
+    """A process is about to end: freeing its memory can wait."""
+    for thread in _threads(pid):
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, _LAST_NICE)
+
+
+def _set_policy(pid: int, policy: int) -> None:
+    for thread in _threads(pid):
+        # One that has just ended.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(thread, policy, _USUAL)
+
+
+def _threads(pid: int) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/task"):
+            yield int(name)

@@ -1,0 +1,75 @@
+"""Processes that load or end without disturbing others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from forebay.engine.supervisor import priority
+
+#: Starts a thread whenever it reads a line, and says so.
+_CHILD = """
+import sys, threading
+for line in sys.stdin:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    print(flush=True)
+"""
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", _CHILD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        start_thread(process)
+        yield process
+        process.kill()
+
+
+def start_thread(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "\n"
+
+
+def threads(process: subprocess.Popen[str]) -> list[int]:
+    return [int(name) for name in os.listdir(f"/proc/{process.pid}/task")]
+
+
+def policies(process: subprocess.Popen[str]) -> set[int]:
+    return {os.sched_getscheduler(thread) for thread in threads(process)}
+
+
+def test_every_thread_goes_back_to_the_usual_policy(child: subprocess.Popen[str]) -> None:
+    if not priority.can_go_back():
+        assert not priority.lower(child.pid)
+        assert policies(child) == {os.SCHED_OTHER}
+        pytest.skip("the system lets nobody undo it here, and so it is not done")
+    assert priority.lower(child.pid)
+    start_thread(child)
+    assert len(threads(child)) == 3
+    assert policies(child) == {os.SCHED_IDLE}
+    priority.restore(child.pid)
+    assert policies(child) == {os.SCHED_OTHER}
+
+
+def test_trying_changes_nothing_for_this_process() -> None:
+    priority.can_go_back()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_process_that_ends_lets_others_first(child: subprocess.Popen[str]) -> None:
+    priority.let_others_first(child.pid)
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)} == {19}
+
+
+def test_a_process_that_is_gone_is_no_error() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    priority.restore(process.pid)
+    priority.let_others_first(process.pid)
