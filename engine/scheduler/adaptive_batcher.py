@@ -31,6 +31,9 @@ _BUSY_SHARE = 0.5
 #: The share of its time that a request may wait for others. The rest is for its batch, and for what is not seen here.
 _WAIT_SHARE = 0.25
 
+#: So many rows must be expected within that time for waiting to be worth it.
+_GAIN_ROWS = 2
+
 #: The share of its time that a request needs before it is seen here, and after its batch: in frontends and sockets.
 _WAY_SHARE = 0.1
 
@@ -53,10 +56,11 @@ NEVER_NS = 1 << 62
 class ArrivalRate:
     """Rows per nanosecond, over about the last tenth of a second."""
 
-    __slots__ = ("_at_ns", "_rows")
+    __slots__ = ("_at_ns", "_last_rows", "_rows")
 
     def __init__(self) -> None:
         self._rows = 0.0
+        self._last_rows = 0
         self._at_ns = 0
 
     @property
@@ -68,11 +72,14 @@ class ArrivalRate:
         """Rows have come."""
         elapsed_ns = max(now_ns - self._at_ns, 0)
         self._rows = self._rows * math.exp(-elapsed_ns / _RATE_MEMORY_NS) + rows
+        self._last_rows = rows
         self._at_ns = max(now_ns, self._at_ns)
 
     def at(self, now_ns: int) -> float:
         """Return the rate as it looks at a time."""
-        return self._rows * math.exp(-max(now_ns - self._at_ns, 0) / _RATE_MEMORY_NS) / _RATE_MEMORY_NS
+        # Just after an arrival the sum of steady arrivals is half an arrival above its mean.
+        rows = max(self._rows - self._last_rows / 2, 0.0)
+        return rows * math.exp(-max(now_ns - self._at_ns, 0) / _RATE_MEMORY_NS) / _RATE_MEMORY_NS
 
 
 class _Running:
@@ -321,6 +328,8 @@ class AdaptiveBatcher:
             return 0, Reason.IDLE
         wait_ns = int(self.given_ns(batch.head) * _WAIT_SHARE)
         latest_ns = min(batch.due_ns - cost.ceiling_ns(enough), batch.head.enqueue_ns + wait_ns)
+        if rate * (latest_ns - batch.head.enqueue_ns) < _GAIN_ROWS:
+            return 0, Reason.IDLE
         last_ns = self._rate.last_ns
         alone_ns = last_ns + int(_PATIENCE / self._rate.at(last_ns))
         return (latest_ns, Reason.OBJECTIVE) if latest_ns <= alone_ns else (alone_ns, Reason.IDLE)

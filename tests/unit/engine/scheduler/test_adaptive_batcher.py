@@ -116,14 +116,11 @@ def test_nobody_waits_for_more_than_a_quarter_of_the_time() -> None:
     assert decide(batcher, queue, decision.wait_until_ns) == (4, "objective")
 
 
-def test_waiting_ends_while_the_batch_that_is_waited_for_can_still_be_in_time() -> None:
-    """Of 2.5 ms a tenth is for the way, and a batch of 7 takes 1.7 ms."""
+def test_nobody_waits_who_has_no_time_for_the_batch_that_would_be_waited_for() -> None:
+    """Of 2.5 ms a tenth is for the way, and a batch of 7 takes 1.7 ms: one more would come until then."""
     batcher = trained()
     arrive(batcher, every_us=500)
-    queue = [run(0, 4, at_ns=NOW, timeout_us=2_500)]
-    decision = batcher.decide(queue_of(queue, POLICY), 1, NOW)
-    assert decision.wait_until_ns == pytest.approx(NOW + 0.55 * MS, abs=0.02 * MS)
-    assert decide(batcher, queue, decision.wait_until_ns) == (4, "deadline")
+    assert decide(batcher, [run(0, 4, at_ns=NOW, timeout_us=2_500)]) == (4, "instance idle")
 
 
 def test_several_instances_share_the_load() -> None:
@@ -245,6 +242,16 @@ def test_time_alone_makes_the_first_request_hopeless() -> None:
     assert look_ns == pytest.approx(NOW + 8.9 * MS, abs=0.02 * MS)
     assert not batcher.is_hopeless(item, 0, look_ns - 1)
     assert batcher.is_hopeless(item, 0, look_ns)
+
+
+def test_one_client_that_waits_for_each_answer_is_not_made_to_wait_for_others() -> None:
+    """30 ms a batch, asked for every 80 ms: waiting would find hardly anybody."""
+    slow = trained(
+        base_ms=30.0, row_ms=0.0, policy=BatchingPolicy(max_batch_size=4, dynamic=True, objective_us=200_000)
+    )
+    for index in range(10):
+        slow.arrived(1, NOW - (9 - index) * 80 * MS)
+        assert decide(slow, [run(0, 1, at_ns=NOW)]) == (1, "instance idle")
 
 
 def test_the_rate_forgets() -> None:
