@@ -46,6 +46,12 @@ class InstanceCounter(enum.IntEnum):
     MEMORY_BYTES = 17
     #: Since when the worker is executing a batch, monotonic ns; 0: it is not. Whoever forks it clears the word.
     RUNNING_SINCE_NS = 18
+    #: What crossed between host and device, how long the device was busy, and how often a graph was used.
+    DEVICE_COPIES_IN = 19
+    DEVICE_BYTES_IN = 20
+    DEVICE_BYTES_OUT = 21
+    DEVICE_NS = 22
+    GRAPH_LAUNCHES = 23
     #: From here, one word per bucket: requests by how long they waited, and by how long their batch was executed.
     QUEUE_BUCKETS = 24
     COMPUTE_BUCKETS = 50

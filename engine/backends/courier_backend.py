@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from forebay.engine.backends.base import Backend, RequestInstance
 from forebay.engine.devices.base import Device
 from forebay.engine.devices.opening import open_device
-from forebay.engine.devices.poisoning import DeviceGuard
+from forebay.engine.devices.poisoning import DeviceBatch
 from forebay.engine.devices.staging import PinnedArenas
 from forebay.engine.worker.pending_response import address_of
 from forebay.ipc.errors import Internal, ServingError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 class CourierInstance(RequestInstance):
     """One stream on one device."""
+
+    device: Device
 
     def __init__(self, spec: InstanceSpec, device: Device) -> None:
         self.device = device
@@ -40,12 +42,14 @@ class CourierInstance(RequestInstance):
     def execute(self, requests: Sequence[ParcelRequest]) -> None:
         for request in requests:
             try:
-                with DeviceGuard():
-                    self._carry(request)
+                with DeviceBatch(self.device, self._stream):
+                    place = self._carry(request)
+                request.reply_in_place((place,))
             except ServingError as error:
                 request.fail(error)
 
-    def _carry(self, request: ParcelRequest) -> None:
+    def _carry(self, request: ParcelRequest) -> TensorPlace:
+        """Begin to carry a request's tensor; return where it goes."""
         [source], targets = request.head.inputs, request.head.targets
         size = source.byte_size
         if source.memory:
@@ -59,8 +63,7 @@ class CourierInstance(RequestInstance):
             place = TensorPlace("Y", source.datatype, source.shape, target.offset, size, memory=target.memory)
             if size:
                 self._stream.copy_in(self._address(request, place), self._host_address(request, source), size)
-        self._stream.synchronize()
-        request.reply_in_place((place,))
+        return place
 
     @staticmethod
     def _address(request: ParcelRequest, place: TensorPlace) -> int:

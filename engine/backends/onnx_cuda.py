@@ -6,13 +6,12 @@ Where shapes are fixed and ``optimization.cuda.graphs`` is set, ONNX Runtime cap
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import onnxruntime as ort
 
-from forebay.engine.backends.base import Array, Arrays, TensorInstance
+from forebay.engine.backends.base import Array, TensorInstance
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.backends.onnx_backend import (
     ONNX_BFLOAT16,
@@ -36,7 +35,7 @@ from forebay.engine.backends.onnx_options import (
 from forebay.engine.devices.base import Device, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import open_device
-from forebay.engine.devices.poisoning import DeviceGuard, end_poisoned_process
+from forebay.engine.devices.poisoning import DeviceBatch, end_poisoned_process
 from forebay.engine.devices.staging import Staging
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
@@ -122,10 +121,6 @@ class OnnxDeviceInstance(DeviceInstance):
 
     # --- requests ---
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
-        with DeviceGuard():
-            return self.fetch(self.compute([inputs], outputs))
-
     def compute(self, batch: Sequence[Mapping[str, PlacedTensor]], outputs: Sequence[str]) -> dict[str, DeviceArray]:
         binding = self._session.io_binding()
         for name, array in self._staging.gather(batch).items():
@@ -143,9 +138,6 @@ class OnnxDeviceInstance(DeviceInstance):
             results[name] = DeviceArray(value.data_ptr(), shape, DATATYPES[self._datatypes[name]].numpy_dtype, value)
         return results
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
-        return functools.partial(self.run_segments, ((inputs, outputs),))
-
     def run_segments(self, segments: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]]) -> None:
         """Run one batch made of several runs of rows: each goes to its place in the device buffers with one copy per
         tensor, without a gathering copy on the host.
@@ -156,7 +148,7 @@ class OnnxDeviceInstance(DeviceInstance):
         Raises:
             BackendFailed: with Triton's text.
         """
-        with DeviceGuard():
+        with DeviceBatch(self.device, self.stream):
             first_inputs, first_outputs = segments[0]
             rows = [next(iter(ins.values())).shape[0] if ins else 1 for ins, _outs in segments]
             total = sum(rows) if len(segments) > 1 else 0
@@ -179,7 +171,6 @@ class OnnxDeviceInstance(DeviceInstance):
                         offset = offset_rows * (array.nbytes // max(count, 1))
                         self._stream.copy_out(array.ctypes.data, addresses[name] + offset, array.nbytes)
                 offset_rows += count
-            self._stream.synchronize()
 
     def _reserve(self, name: str, array: Array, total_rows: int) -> int:
         """Return the tensor's buffer: for graphs, and to move it rarely, with room for the largest batch at once."""
@@ -209,6 +200,9 @@ class OnnxDeviceInstance(DeviceInstance):
                 binding.bind_output(name, self._place, self._ort_index, element, shape, addresses[name])
             graph = len(self._bindings) + 1 + self._staging.generation * _BINDINGS_MAX if self._uses_graphs else -1
             bound = self._bindings[key] = _Binding(binding, self._make_options(graph))
+        elif self._uses_graphs:
+            # ONNX Runtime captures at the first run of a binding, and launches from then on.
+            self._device.traffic.graph_launches += 1
         return bound
 
     def _bind_input(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import Internal
 
 #: Bytes of an exported memory or event handle; CUDA's size, and ours (spec H-193).
@@ -44,6 +45,20 @@ class Traffic:
     copies_out: int = 0
     bytes_out: int = 0
     graph_launches: int = 0
+    device_ns: int = 0
+    """How long the device was busy with timed work."""
+    counters: memoryview | None = None
+    """uint64: an instance's block, in which :meth:`publish` shows the rest."""
+
+    def publish(self) -> None:
+        """Write everything to the counters, for metrics."""
+        counters = self.counters
+        if counters is not None:
+            counters[InstanceCounter.DEVICE_COPIES_IN] = self.copies_in
+            counters[InstanceCounter.DEVICE_BYTES_IN] = self.bytes_in
+            counters[InstanceCounter.DEVICE_BYTES_OUT] = self.bytes_out
+            counters[InstanceCounter.DEVICE_NS] = self.device_ns
+            counters[InstanceCounter.GRAPH_LAUNCHES] = self.graph_launches
 
 
 class Closable(abc.ABC):
@@ -132,6 +147,14 @@ class Stream(Closable):
         Raises:
             DeviceBroken: some of it failed.
         """
+
+    @abc.abstractmethod
+    def begin_timing(self) -> None:
+        """Measure, on the device, from here on."""
+
+    @abc.abstractmethod
+    def end_timing(self) -> None:
+        """Wait as :meth:`synchronize` does, and count the time since :meth:`begin_timing`."""
 
     @abc.abstractmethod
     def begin_capture(self) -> None:

@@ -143,6 +143,8 @@ class CudaStream(Stream):
     def __init__(self, handle: int, traffic: Traffic) -> None:
         self.handle = handle
         self._traffic = traffic
+        #: The two events of a measurement; made for the first.
+        self._timers: tuple[int, int] | None = None
 
     def copy_in(self, target: int, source: int, byte_size: int) -> None:
         self._traffic.copies_in += 1
@@ -187,6 +189,22 @@ class CudaStream(Stream):
         with translated("waiting for a stream"):
             runtime.streamSynchronize(self.handle)
 
+    def begin_timing(self) -> None:
+        with translated("recording an event"):
+            if self._timers is None:
+                # Waiting for the second sleeps rather than spins.
+                begin, end = (int(runtime.eventCreateWithFlags(runtime.eventBlockingSync)) for _ in range(2))
+                self._timers = begin, end
+            runtime.eventRecord(self._timers[0], self.handle)
+
+    def end_timing(self) -> None:
+        assert self._timers is not None
+        begin, end = self._timers
+        with translated("waiting for a stream"):
+            runtime.eventRecord(end, self.handle)
+            runtime.eventSynchronize(end)
+            self._traffic.device_ns += int(runtime.eventElapsedTime(begin, end) * 1e6)
+
     def begin_capture(self) -> None:
         with translated("beginning a capture"):
             # Other threads and libraries may allocate meanwhile.
@@ -206,6 +224,8 @@ class CudaStream(Stream):
         if self.handle:
             handle, self.handle = self.handle, 0
             with contextlib.suppress(DeviceError), translated("giving a stream back"):
+                for timer in self._timers or ():
+                    runtime.eventDestroy(timer)
                 runtime.streamDestroy(handle)
 
 
@@ -232,8 +252,8 @@ class CudaDevice(Device):
 
     @property
     def compute_capability(self) -> str:
-        major = runtime.deviceGetAttribute(runtime.cudaDevAttrComputeCapabilityMajor, self.index)
-        minor = runtime.deviceGetAttribute(runtime.cudaDevAttrComputeCapabilityMinor, self.index)
+        major = runtime.deviceGetAttribute(_COMPUTE_CAPABILITY_MAJOR, self.index)
+        minor = runtime.deviceGetAttribute(_COMPUTE_CAPABILITY_MINOR, self.index)
         return f"{major}.{minor}"
 
     @property
@@ -290,6 +310,9 @@ class CudaDevice(Device):
             free, total = runtime.memGetInfo()
             return int(free), int(total)
 
+
+#: cudaDeviceAttr; CuPy has no names for them.
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
 
 #: cudaHostRegisterPortable: for every context; CuPy has no name for it.
 _HOST_REGISTER_PORTABLE = 1

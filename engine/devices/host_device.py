@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import struct
+import time
 from collections.abc import Callable
 
 from forebay.engine.devices.base import (
@@ -90,6 +91,7 @@ class HostStream(Stream):
         self.handle = 0
         self._traffic = traffic
         self._captured: list[Callable[[], None]] | None = None
+        self._began_ns = 0
 
     def do(self, step: Callable[[], None]) -> None:
         """Do, or capture, any call: what a kernel is to a GPU."""
@@ -135,6 +137,13 @@ class HostStream(Stream):
             # As CUDA does: waiting cannot be part of a graph.
             self._captured = None
             raise DeviceError("a stream that captures cannot be waited for; the capture has ended")
+
+    def begin_timing(self) -> None:
+        self._began_ns = time.monotonic_ns()
+
+    def end_timing(self) -> None:
+        self.synchronize()
+        self._traffic.device_ns += time.monotonic_ns() - self._began_ns
 
     def begin_capture(self) -> None:
         if self._captured is not None:

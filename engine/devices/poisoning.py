@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-from forebay.engine.devices.base import DeviceBroken, DeviceError
+from forebay.engine.devices.base import Device, DeviceBroken, DeviceError, Stream
 from forebay.ipc.errors import BackendFailed
 from forebay.ipc.log import log
 
@@ -23,7 +23,7 @@ def end_poisoned_process(error: Exception) -> NoReturn:
 
 
 class DeviceGuard:
-    """Around the work of one batch: a broken device ends the worker, other errors of the device fail the batch."""
+    """Around work on a device: if that is broken the worker ends, other errors of the device fail the batch."""
 
     def __enter__(self) -> None:
         return
@@ -33,3 +33,22 @@ class DeviceGuard:
             end_poisoned_process(error)
         if isinstance(error, DeviceError):
             raise BackendFailed(error.text) from None
+
+
+class DeviceBatch(DeviceGuard):
+    """Around the work of one batch: also waits for the stream at its end, and counts what the device did."""
+
+    def __init__(self, device: Device, stream: Stream) -> None:
+        self._device = device
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        with DeviceGuard():
+            self._stream.begin_timing()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        if error is None:
+            with DeviceGuard():
+                self._stream.end_timing()
+        self._device.traffic.publish()
+        super().__exit__(kind, error, _traceback)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from forebay.engine.backends.base import Array
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.devices.device_array import DeviceArray
-from forebay.engine.devices.poisoning import DeviceGuard
+from forebay.engine.devices.poisoning import DeviceBatch
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.ipc.errors import Internal, ServingError
@@ -52,8 +52,7 @@ class DeviceParcels:
         fit = self._is_batching and can_be_joined([tensors for _request, tensors in batch])
         for group in [batch] if fit else [[single] for single in batch]:
             try:
-                with DeviceGuard():
-                    self._run_group(group, stamps)
+                self._run_group(group, stamps)
             except ServingError as error:
                 for request, _tensors in group:
                     request.fail(error)
@@ -73,23 +72,23 @@ class DeviceParcels:
     def _run_group(self, group: Sequence[_Placed], stamps: list[int]) -> None:
         requests = [request for request, _tensors in group]
         wanted = self._promised.wanted(requests)
-        results = self._instance.compute([tensors for _request, tensors in group], wanted)
-        stamps[1] = max(stamps[1], time.monotonic_ns())
-        total = sum(request.rows for request in requests)
-        shapes = {name: self._promised.client_shape(name, results.get(name), total) for name in wanted}
-        first = 0
         answers: list[tuple[ParcelRequest, dict[str, tuple[str, Array]]]] = []
-        for request in requests:
-            own = {
-                name: results[name] if len(requests) == 1 else results[name].rows(first, request.rows)
-                for name in request.requested_outputs
-            }
-            first += request.rows
-            try:
-                answers.append((request, self._hand_over(request, own, shapes)))
-            except ServingError as error:
-                request.fail(error)
-        self._stream.synchronize()
+        stamps[1] = time.monotonic_ns()
+        with DeviceBatch(self._instance.device, self._stream):
+            results = self._instance.compute([tensors for _request, tensors in group], wanted)
+            total = sum(request.rows for request in requests)
+            shapes = {name: self._promised.client_shape(name, results.get(name), total) for name in wanted}
+            first = 0
+            for request in requests:
+                own = {
+                    name: results[name] if len(requests) == 1 else results[name].rows(first, request.rows)
+                    for name in request.requested_outputs
+                }
+                first += request.rows
+                try:
+                    answers.append((request, self._hand_over(request, own, shapes)))
+                except ServingError as error:
+                    request.fail(error)
         stamps[2] = time.monotonic_ns()
         for request, arrays in answers:
             request.times = (stamps[0], stamps[1], stamps[2], stamps[2])

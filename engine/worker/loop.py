@@ -236,6 +236,8 @@ class Worker:
         self._wait = wait_style(spec.spin_us)
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring, self._wait)
         self._instance = instance
+        if instance.device is not None:
+            instance.device.traffic.counters = counters
         for producer in self._producers:
             instance.attach_memory(producer.arena.address, producer.arena.byte_size)
         load_ns = time.monotonic_ns() - start_ns
