@@ -48,7 +48,7 @@ class RowsRunner:
         self._counters = BatchCounters(counters)
         self._bells = RowBells(spec.instance, producers, self._counters)
         self._views = SlabViews(spec, producers)
-        row_bytes = sum(tensor.row_bytes for tensor in spec.inputs)
+        row_bytes = sum(tensor.row_bytes for tensor in spec.inputs if tensor.is_fixed)
         self._runs_apart = spec.kind != "GPU" and row_bytes >= JOINED_BYTES_MAX
         self._lane: RowsLane | None = None
         #: By producer: one that comes and goes, or has a thousand slabs, costs the others nothing.
