@@ -49,11 +49,11 @@ class GrpcConnection(asyncio.BufferedProtocol):
         # Pings of the client
         self._last_ping_s = 0.0
         self._strikes = 0
-        self._replies_at_ping = 0
+        self._frames_at_ping = 0
         # Pings of ours
         self._pings_without_data = 0
         self._is_pinged = False
-        self._replies_at_keepalive = 0
+        self._frames_at_keepalive = 0
         self._timers: list[asyncio.TimerHandle] = []
         self._keepalive: asyncio.TimerHandle | None = None
 
@@ -154,8 +154,8 @@ class GrpcConnection(asyncio.BufferedProtocol):
         """Police the client's pings (spec G-082; grpc-core's PingAbusePolicy)."""
         http2 = self._http2
         now_s = time.monotonic()
-        if http2.replies_written != self._replies_at_ping:
-            self._replies_at_ping = http2.replies_written
+        if http2.frames_written != self._frames_at_ping:
+            self._frames_at_ping = http2.frames_written
             self._strikes = 0
             self._last_ping_s = now_s
             return
@@ -202,8 +202,8 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._keepalive = loop.call_later(settings.keepalive_time / 1000, self._keep_alive)
         if self._is_ending or not (http2.streams or settings.keepalive_permit_without_calls):
             return
-        if http2.replies_written != self._replies_at_keepalive:
-            self._replies_at_keepalive = http2.replies_written
+        if http2.frames_written != self._frames_at_keepalive:
+            self._frames_at_keepalive = http2.frames_written
             self._pings_without_data = 0
         limit = settings.http2_max_pings_without_data
         if limit and self._pings_without_data >= limit:

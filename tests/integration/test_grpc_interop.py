@@ -1,14 +1,16 @@
-"""gRPC with clients of other families than grpc-core: grpc-js, and the HTTP/2 programs h2load and curl.
+"""gRPC with clients of other families than grpc-core: grpc-js and grpc-go, h2load, curl and grpcurl.
 
-    apt-get install nghttp2-client curl nodejs npm; npm install @grpc/grpc-js; NODE_PATH=$PWD/node_modules pytest ...
+    apt-get install nghttp2-client curl nodejs npm golang-go golang-google-grpc-dev
+    npm install @grpc/grpc-js; NODE_PATH=$PWD/node_modules pytest tests/integration/test_grpc_interop.py
 
-grpc-go, and grpcurl with it, come from Go's module proxy; with a ``grpcurl`` on the path it is tried as well.
+What is not installed is skipped, saying so.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import socket
@@ -24,10 +26,12 @@ from grpc_clients import alpha_model_of, features, url_of
 from http_models import write_models
 from tritonclient.grpc import service_pb2
 
-JS_CLIENT = Path(__file__).resolve().parents[1] / "support" / "grpc_js_client.js"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+#: Where Debian puts the sources of Go libraries.
+GO_LIBRARIES = Path("/usr/share/gocode")
 SERVICE = "/inference.GRPCInferenceService"
 
-INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, CANCELLED = 3, 4, 5, 1
+CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, UNIMPLEMENTED = 1, 3, 4, 5, 12
 
 
 def program(name: str) -> str:
@@ -51,31 +55,44 @@ def infer_message(model: str, name: str, values: np.ndarray[Any, np.dtype[np.flo
     return body
 
 
-# --- grpc-js ---
+# --- other implementations of gRPC ---
 
 
-@pytest.fixture(scope="module")
-def node() -> str:
-    found = program("node")
-    if subprocess.run([found, "-e", "require('@grpc/grpc-js')"], capture_output=True, check=False).returncode:
+def node_command(_folder: Path) -> list[str]:
+    node = program("node")
+    if subprocess.run([node, "-e", "require('@grpc/grpc-js')"], capture_output=True, check=False).returncode:
         pytest.skip("@grpc/grpc-js is not there: npm install @grpc/grpc-js, and NODE_PATH=.../node_modules")
-    return found
+    return [node, str(SUPPORT / "grpc_js_client.js")]
 
 
-def request(*messages: bytes, method: str = "ModelInfer", kind: str = "unary", **more: Any) -> dict[str, Any]:
+def go_command(folder: Path) -> list[str]:
+    if not GO_LIBRARIES.joinpath("src/google.golang.org/grpc").is_dir():
+        pytest.skip("grpc-go is not there: apt-get install golang-go golang-google-grpc-dev")
+    binary = folder / "client"
+    environment = {**os.environ, "GO111MODULE": "off", "GOPATH": str(GO_LIBRARIES), "GOCACHE": str(folder / "cache")}
+    subprocess.run(
+        [program("go"), "build", "-o", binary, "."], cwd=SUPPORT / "grpc_go_client", env=environment, check=True
+    )
+    return [str(binary)]
+
+
+@pytest.fixture(scope="module", params=[node_command, go_command], ids=["grpc-js", "grpc-go"])
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a client that reads requests as JSON."""
+    command: list[str] = request.param(tmp_path_factory.mktemp("client"))
+    return command
+
+
+def asked(*messages: bytes, method: str = "ModelInfer", kind: str = "unary", **more: Any) -> dict[str, Any]:
     texts = [base64.b64encode(message).decode() for message in messages]
     return {"path": f"{SERVICE}/{method}", "kind": kind, "messages": texts, **more}
 
 
-def ask_js(node: str, server: ForebayServer, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+def ask(client: list[str], server: ForebayServer, *requests: dict[str, Any]) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [node, str(JS_CLIENT), url_of(server)],
-        input=json.dumps(requests),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=PATIENCE_S,
-    )
+        [*client, url_of(server)],
+        input=json.dumps(requests), capture_output=True, text=True, check=True, timeout=PATIENCE_S,
+    )  # fmt: skip
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     return answers
 
@@ -84,38 +101,39 @@ def reply_of(answer: dict[str, Any], index: int = 0) -> Any:
     return service_pb2.ModelInferResponse.FromString(base64.b64decode(answer["replies"][index]))
 
 
-def test_grpc_js_calls(node: str, server: ForebayServer) -> None:
+def test_unary_calls(client: list[str], server: ForebayServer) -> None:
     """Small and large, many at once, compressed, and what goes wrong."""
     rows, large = features(3), np.arange(1_000_000, dtype=np.float32)
-    small = infer_message("alpha_model", "features", rows, id="js")
+    small = infer_message("alpha_model", "features", rows, id="mine")
     slow = infer_message("slow", "INPUT0", rows[0])
-    answers = ask_js(
-        node,
+    answers = ask(
+        client,
         server,
-        request(small, times=50),
-        request(infer_message("echo", "INPUT0", large)),
-        request(small, compress=True),
-        request(infer_message("zz", "INPUT0", rows)),
-        request(infer_message("alpha_model", "features", rows, model_version="x")),
-        request(slow, deadline_ms=50),
-        request(slow, cancel_ms=50),
-        request(small),
+        asked(small, times=50),
+        asked(infer_message("echo", "INPUT0", large)),
+        asked(small, compress=True),
+        asked(infer_message("zz", "INPUT0", rows)),
+        asked(infer_message("alpha_model", "features", rows, model_version="x")),
+        asked(slow, deadline_ms=50),
+        asked(slow, cancel_ms=50),
+        asked(small, method="Nope"),
+        asked(small),
     )
     predictions = alpha_model_of(2)(rows)
     for answer in (*answers[:50], answers[51], answers[-1]):
-        assert (answer["status"], reply_of(answer).id) == (0, "js")
+        assert (answer["status"], reply_of(answer).id) == (0, "mine")
         found = np.frombuffer(reply_of(answer).raw_output_contents[0], np.float32)
         np.testing.assert_allclose(found, predictions.ravel(), rtol=1e-5)
     assert reply_of(answers[50]).raw_output_contents[0] == large.tobytes()
     assert answers[52]["details"] == "Request for unknown model: 'zz' is not found"
-    assert [answer["status"] for answer in answers[52:56]] == [
-        NOT_FOUND, INVALID_ARGUMENT, DEADLINE_EXCEEDED, CANCELLED,
+    assert [answer["status"] for answer in answers[52:57]] == [
+        NOT_FOUND, INVALID_ARGUMENT, DEADLINE_EXCEEDED, CANCELLED, UNIMPLEMENTED,
     ]  # fmt: skip
 
 
-def test_grpc_js_stream(node: str, server: ForebayServer) -> None:
+def test_streams(client: list[str], server: ForebayServer) -> None:
     messages = [infer_message("echo", "INPUT0", np.full(2, index, np.float32), id=str(index)) for index in range(20)]
-    (answer,) = ask_js(node, server, request(*messages, method="ModelStreamInfer", kind="stream"))
+    (answer,) = ask(client, server, asked(*messages, method="ModelStreamInfer", kind="stream"))
     replies = [
         service_pb2.ModelStreamInferResponse.FromString(base64.b64decode(text)).infer_response
         for text in answer["replies"]

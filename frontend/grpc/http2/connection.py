@@ -318,6 +318,7 @@ class Connection(SendingSide[Head]):
                 self.replenish(stream)
         if self._taken_bytes >= CONNECTION_WINDOW // 2 and not self.is_closed:
             self._write(window_update(0, self._taken_bytes))
+            self.frames_written += 1
             self._receive_window += self._taken_bytes
             self._taken_bytes = 0
 
@@ -325,6 +326,7 @@ class Connection(SendingSide[Head]):
         """Let the client send on, unless the stream holds it back."""
         if stream.taken_bytes and not stream.holds_back and not stream.is_remote_closed and not self.is_closed:
             self._write_control(window_update(stream.id, stream.taken_bytes))
+            self.frames_written += 1
             stream.receive_window += stream.taken_bytes
             stream.taken_bytes = 0
 

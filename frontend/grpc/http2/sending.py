@@ -71,8 +71,8 @@ class SendingSide(Generic[Head]):
         self.is_draining = False
         #: Nothing more is read or written.
         self.is_closed = False
-        #: Replies written, for the ping policy.
-        self.replies_written = 0
+        #: Frames of replies, and window updates, written so far: what makes a client's pings harmless (grpc-core).
+        self.frames_written = 0
 
     # --- ends of streams ---
 
@@ -151,7 +151,7 @@ class SendingSide(Generic[Head]):
         """
         if stream.is_local_closed:
             return
-        self.replies_written += 1
+        self.frames_written += 1
         if (
             message_bytes <= stream.send_window
             and message_bytes <= self._send_window
@@ -205,7 +205,6 @@ class SendingSide(Generic[Head]):
             self.abort(stream, Http2Code.ENHANCE_YOUR_CALM)
             stream.on_reset()
             return
-        self.replies_written += 1
         stream.queue.append(memoryview(data))
         stream.queued_bytes += len(data)
         self.queued_bytes += len(data)
@@ -228,7 +227,7 @@ class SendingSide(Generic[Head]):
         tail, stream.tail = stream.tail, None
         assert tail is not None
         self._blocked.pop(stream.id, None)
-        self.replies_written += 1
+        self.frames_written += 1
         self._write(self._block_frame(stream.id, tail, END_STREAM))
         self._written(stream)
 
@@ -279,6 +278,7 @@ class SendingSide(Generic[Head]):
             stream.send_window -= size
             self._send_window -= size
             self._write(pack_header(size >> 8, size & 0xFF, DATA, 0, stream.id) + item[:size])
+        self.frames_written += 1
         stream.queued_bytes -= size
         self.queued_bytes -= size
         if not queue:

@@ -252,6 +252,18 @@ def test_several_streams_that_wait_for_one_window_take_turns() -> None:
     assert order[:4] in ([1, 3, 1, 3], [3, 1, 3, 1])
 
 
+def test_every_frame_of_a_reply_counts_for_the_ping_policy() -> None:
+    """grpc-go pings while it receives, to measure the line; that must not look like abuse."""
+    server = Server()
+    server.greet(struct.pack(">HI", 4, 10))
+    server.receive(request(1, b"x" * 100))
+    before = server.http2.frames_written
+    server.receive(frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", 10)))
+    assert server.http2.frames_written == before + 1
+    server.receive(frame(PING, 0, 0, bytes(8)))
+    assert server.http2.frames_written == before + 1
+
+
 def test_the_initial_window_applies_to_open_streams() -> None:
     server = Server()
     server.greet(struct.pack(">HI", 4, 0))
