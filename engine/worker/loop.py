@@ -108,6 +108,8 @@ class Worker:
         self._inbox = Inbox(doorbell, self._handle_early)
         #: Our counters; only for :attr:`InstanceCounter.RUNNING_SINCE_NS`, which tells the supervisor of a hung batch.
         self._clock = memoryview(bytearray(_CLOCK_WORDS * 8)).cast("Q")
+        #: A batch of parcels runs in the loop's own thread.
+        self._is_executing = False
         self._stopping = False
 
     # --- lifeline ---
@@ -230,6 +232,7 @@ class Worker:
             self._rows = RequestRowsRunner(spec, instance, self._producers, counters, self._inbox)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
         self._parcels.tell_closed = self._tell_closed
+        self._parcels.note_end = self._watch_open
         self._parcels.take_signals = self._inbox.take_signals
         if policy is not None:
             self._sequences = SequencesRunner(spec, policy, instance, self._parcels)
@@ -337,7 +340,8 @@ class Worker:
             elif self._rows is not None:
                 self._rows.execute(message, start_ns)
         finally:
-            self._clock[_SINCE] = 0
+            with self._producers.lock:
+                self._watch_open()
 
     def _tell_done(self, buffer: bytearray | memoryview, times: bytes, still_open: Sequence[bytes] = ()) -> None:
         """Tell the scheduler that the batch in ``buffer`` has run; ``still_open``: its unanswered requests, packed."""
@@ -365,17 +369,25 @@ class Worker:
         runner = self._sequences if kind == Kind.SEQUENCES else self._parcels
         if runner is None:
             return
-        start_ns = self._clock[_SINCE] = time.monotonic_ns()
+        with self._producers.lock:
+            self._is_executing = True
+            start_ns = self._clock[_SINCE] = time.monotonic_ns()
         try:
             with self._inbox.executing():
                 times = runner.execute(message, start_ns)
         except struct.error:
             times = NO_TIMES
-        self._clock[_SINCE] = 0
-        if not buffer[1] & FLAG_GRANTED:
-            with self._producers.lock:
+        with self._producers.lock:
+            self._is_executing = False
+            self._watch_open()
+            if not buffer[1] & FLAG_GRANTED:
                 # A model's own threads answer too; who answers after this says so (CLOSED).
                 self._tell_done(buffer, times, self._parcels.report_open())
+
+    def _watch_open(self) -> None:
+        """Let the supervisor watch what awaits its answer after its execution has returned; the lock is held."""
+        if not self._is_executing and self._parcels is not None:
+            self._clock[_SINCE] = self._parcels.oldest_open_ns()
 
     def _receive_with_retry(self, buffer: bytearray) -> int:
         # A producer does not read its doorbell. Keep serving the others, and try it again between their batches.

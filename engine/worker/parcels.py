@@ -59,6 +59,8 @@ class ParcelsRunner:
         self.take_signals: Callable[[], None] = _nothing
         #: Sends a packed OPEN to the scheduler; set by the loop.
         self.tell_closed: Callable[[bytes], None] = _ignore
+        #: Called, with the doorbells' lock held, when a request has ended; set by the loop.
+        self.note_end: Callable[[], None] = _nothing
         #: Keys of the last batch, and of requests that the scheduler was told are still open.
         self._batch_keys: list[tuple[int, int]] = []
         self._reported: set[tuple[int, int]] = set()
@@ -117,6 +119,20 @@ class ParcelsRunner:
         """The final response of a request is known; it may still wait for room."""
         if not request.is_waiting:
             self.forget(request)
+        else:
+            with self.producers.lock:
+                self.note_end()
+
+    def oldest_open_ns(self) -> int:
+        """Return when the execution began that has gone on longest without a final answer, monotonic ns; 0: none has.
+
+        Decoupled models have no limit: their requests may be open for ever.
+        """
+        if self.spec.decoupled:
+            return 0
+        # Copied in one step: a model's own threads end requests too.
+        open_ns = (request.times[0] for request in list(self._open.values()) if not request.is_final)
+        return next(open_ns, 0)
 
     def forget(self, request: ParcelRequest) -> None:
         """The last waiting response has been sent."""
@@ -138,6 +154,7 @@ class ParcelsRunner:
             self._close(key, FLAG_RESCHEDULE)
 
     def _close(self, key: tuple[int, int], flags: int = 0) -> None:
+        self.note_end()
         if key in self._reported:
             self._reported.discard(key)
             self.tell_closed(OPEN.pack(key[0], flags, key[1]))
