@@ -107,6 +107,11 @@ class Instance:
         return -1 if self.worker is None else self.worker.device_id
 
     @property
+    def is_passive(self) -> bool:
+        """True if it is loaded, but gets no requests (spec C-098)."""
+        return bool(self.spec.extra.get("passive"))
+
+    @property
     def pid(self) -> int:
         """Its worker's process id, 0 without one."""
         return self._worker.pid if self._worker is not None else 0
@@ -160,13 +165,14 @@ class Instance:
         worker.end_quiet()
         self.memory_bytes = loaded.memory_bytes
         self.wants_parcels = loaded.wants_parcels
-        plant.switchboard.add_instance(
-            spec.route,
-            spec.instance_name,
-            worker,
-            msgspec.convert(spec.extra.get("resources", ()), tuple[Resource, ...]),
-            int(spec.extra.get("rate_priority", 1)),
-        )
+        if not self.is_passive:
+            plant.switchboard.add_instance(
+                spec.route,
+                spec.instance_name,
+                worker,
+                msgspec.convert(spec.extra.get("resources", ()), tuple[Resource, ...]),
+                int(spec.extra.get("rate_priority", 1)),
+            )
         self._is_serving = True
         plant.watchdog.add(self)
         self._since_s = time.monotonic()

@@ -79,8 +79,8 @@ class ServedVersion:
 
     @property
     def serving_count(self) -> int:
-        """How many instances have a living worker."""
-        return sum(instance.is_serving for instance in self.instances)
+        """How many instances have a living worker that gets requests."""
+        return sum(instance.is_serving and not instance.is_passive for instance in self.instances)
 
     @property
     def is_serving(self) -> bool:

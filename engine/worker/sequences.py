@@ -27,6 +27,7 @@ from forebay.engine.worker.pending_response import RawTensor
 from forebay.ipc.errors import BackendFailed, InvalidArgument, NotFound, ServingError
 from forebay.ipc.messages import InstanceSpec, ParameterValue
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes
+from forebay.ipc.validation import id_prefix
 from forebay.ipc.wire import HEADER, SLOT, SLOT_END, SLOT_START, Slot
 
 #: Backends that find controls and states by themselves, if they want them.
@@ -62,6 +63,7 @@ class SequenceControls(NamedTuple):
     is_end: bool
     is_ready: bool
     correlation_id: int | str
+    request_id: str = ""
 
 
 _NOT_READY = SequenceControls(is_start=False, is_end=False, is_ready=False, correlation_id=0)
@@ -290,7 +292,7 @@ class SequencesRunner:
 
 def _controls_of(slot: Slot, request: ParcelRequest) -> SequenceControls:
     return SequenceControls(
-        bool(slot.flags & SLOT_START), bool(slot.flags & SLOT_END), True, request.head.correlation_id
+        bool(slot.flags & SLOT_START), bool(slot.flags & SLOT_END), True, request.head.correlation_id, request.head.id
     )
 
 
@@ -302,16 +304,17 @@ def control_value(control: ControlSpec, controls: SequenceControls) -> Array:
     """
     dtype = DATATYPES[control.datatype].numpy_dtype
     if control.kind == "CORRID":
-        return _correlation_value(control, controls.correlation_id, dtype)
+        return _correlation_value(control, controls, dtype)
     is_true = {"START": controls.is_start, "END": controls.is_end, "READY": controls.is_ready}[control.kind]
     return np.array([control.true_value if is_true else control.false_value]).astype(dtype)
 
 
-def _correlation_value(control: ControlSpec, correlation_id: int | str, dtype: np.dtype[np.generic]) -> Array:
+def _correlation_value(control: ControlSpec, controls: SequenceControls, dtype: np.dtype[np.generic]) -> Array:
+    correlation_id = controls.correlation_id
     if control.datatype == "BYTES":
         return np.array([str(correlation_id or "").encode()], dtype=np.object_)
     if isinstance(correlation_id, str):
-        raise InvalidArgument("correlation ID in request is not an unsigned int")
+        raise InvalidArgument(f"{id_prefix(controls.request_id)}correlation ID in request is not an unsigned int")
     return np.array([correlation_id & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64).astype(dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -48,6 +49,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
         root, "urgent", DYNAMIC.format("priority_levels: 3 default_priority_level: 2"), max_batch=1, delay_ms=200
     )
     add_fault_model(root, "ordered", DYNAMIC.format("preserve_ordering: true"), max_batch=1, count=2, delay_ms=400)
+    add_fault_model(
+        root, "spared", 'instance_group { name: "spare" count: 1 kind: KIND_CPU passive: true }', delay_ms=100
+    )
     add_sequence_model(root, "direct", "direct { }", count=2, max_batch=2)
     add_sequence_model(root, "oldest", "oldest { max_candidate_sequences: 4 }", corrid="TYPE_STRING")
     add_sequence_model(root, "lost", "direct { }", max_batch=1)
@@ -192,6 +196,26 @@ def test_answers_keep_their_order(server: ForebayServer) -> None:
     assert finished_s["fast"] > finished_s["slow"] - 0.05
 
 
+def test_passive_instances_are_loaded_and_get_no_requests(
+    server: ForebayServer, client: httpclient.InferenceServerClient
+) -> None:
+    """Spec C-098."""
+    waiting = [client.async_infer("spared", tensor(SLOW)) for _ in range(4)]
+    for request in waiting:
+        request.get_result()
+    batches = json.loads(server.get("/forebay/explain/spared")[1])["batches"]
+    assert {batch["instance"] for batch in batches} == {"spared_0_0"}
+    assert len([role for role in server.pids() if role.startswith("worker spared:1")]) == 2
+
+
+def test_a_model_of_passive_instances_only_is_not_loaded(tmp_path: Path) -> None:
+    """Spec C-098."""
+    add_fault_model(tmp_path, "nobody", "", group="passive: true")
+    with ForebayServer(tmp_path, "--exit-on-error=false", environment={"FOREBAY_TEST_BACKENDS": "1"}) as server:
+        (row,) = json.loads(server.post("/v2/repository/index")[1])
+        assert "model 'nobody' has passive instances only, which get no requests" in row["reason"]
+
+
 # --- clients that leave
 
 
@@ -290,7 +314,10 @@ def test_string_ids(client: httpclient.InferenceServerClient) -> None:
     named = SequenceClient(client, "oldest", "a sequence")
     assert named.ask(1.0, "S")["id"] == "a sequence"
     assert named.ask(2.0, "E")["sum"] == 3.0
-    with pytest.raises(InferenceServerException, match="correlation ID in request is not an unsigned int"):
+    with pytest.raises(
+        InferenceServerException,
+        match=re.escape("[request id: <id_unknown>] correlation ID in request is not an unsigned int"),
+    ):
         SequenceClient(client, "direct", "a sequence").ask(1.0, "SE")
 
 
