@@ -40,6 +40,8 @@ _BAR_CELLS = 16
 #: A column for reasons that is narrower than this reads badly; they then go below their rows.
 _MIN_REASON_WIDTH = 30
 _SECONDS_BETWEEN_REPAINTS = 0.05
+#: How long a model may be in one phase before a log hears of it, s.
+_SLOW_PHASE_SECS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ class Console:
         self._began = clock()
         self._progress: dict[tuple[str, int], ModelProgress] = {}
         self._model_began: dict[tuple[str, int], float] = {}
+        #: Since when a model is in its phase; of those that a log has not heard of.
+        self._phase_began: dict[tuple[str, int], float] = {}
         self._repainted = float("-inf")
         self._is_live_line_shown = False
         self._is_silent = False
@@ -154,22 +158,35 @@ class Console:
         if event.version and (event.model, 0) in self._progress:
             del self._progress[event.model, 0]
             self._model_began.setdefault(key, self._model_began.pop((event.model, 0)))
+            self._phase_began.pop((event.model, 0), None)
         previous = self._progress.get(key)
         self._progress[key] = event
         began = self._model_began.setdefault(key, self._clock())
         if previous == event:
             return
+        is_new_phase = previous is None or previous.phase != event.phase
         if event.phase in FINAL_PHASES:
+            self._phase_began.pop(key, None)
             self._write_lines(self._final_lines(event, self._clock() - began))
-        elif not self._is_terminal and (previous is None or previous.phase != event.phase):
-            self._write_lines([f"  {printable(event.label)}: {event.phase}"])
+        elif is_new_phase:
+            self._phase_began[key] = self._clock()
         if self._is_terminal:
-            self._repaint(force=previous is None or previous.phase != event.phase)
+            self._repaint(force=is_new_phase)
 
     def tick(self) -> None:
-        """Repaint the live line, so that its clock runs while nothing happens. Does nothing on other streams."""
-        if self._is_terminal and self._progress:
+        """Show that time passes: repaint the live line of a terminal; tell a log what is slow, once."""
+        if not self._is_terminal:
+            self._tell_slow()
+        elif self._progress:
             self._repaint(force=False)
+
+    def _tell_slow(self) -> None:
+        now = self._clock()
+        for key, began in list(self._phase_began.items()):
+            if now - began >= _SLOW_PHASE_SECS:
+                del self._phase_began[key]
+                event = self._progress[key]
+                self._write_lines([f"  {printable(event.label)}: {event.phase} ..."])
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
@@ -186,6 +203,7 @@ class Console:
         self._erase()
         self._progress.clear()
         self._model_began.clear()
+        self._phase_began.clear()
         table = render_table(rows, self._columns(), self._colour_of_state if self._has_colour else None)
         self._write_lines(["", *table])
 
