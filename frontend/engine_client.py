@@ -268,6 +268,7 @@ class EngineClient:
             cancel = self._cancellations.take(self.producer, self.slabs)
             if cancel is not None:
                 self.grants.cancel_rows(cancel.rows)
+                self.grants.cancel_parcels(cancel.tokens)
                 self._submit.send_nowait(cancel)
 
     def _refuse_unsent(self, runs: list[RunSubmit], parcels: list[ParcelSubmit]) -> None:
@@ -332,8 +333,9 @@ class EngineClient:
 
     def cancel(self, token: int) -> None:
         """Tell the engine that nobody waits for the parcel; its owner is still called back once, with the last word."""
-        self._cancellations.add_parcel(token)
-        self._schedule_turn_end()
+        if not self.parcels.withdraw(token):
+            self._cancellations.add_parcel(token)
+            self._schedule_turn_end()
 
     def cancel_rows(self, route: int, slab: OwnedSlab, first: int) -> None:
         """Tell the scheduler that nobody waits for a request in rows; see :meth:`RouteClient.cancel_rows`."""

@@ -18,6 +18,7 @@ from forebay.ipc.wire import (
     GRANTED_BATCH,
     HEADER,
     PARCEL,
+    TOKEN,
     Kind,
     Run,
     pack_rows_cancel,
@@ -70,20 +71,17 @@ class Grant:
         self.bell.ring(pack_runs(Kind.RUNS, FLAG_GRANTED, self.route.engine.producer, batch, runs))
         self.route.counters[Count.GRANTED_BATCHES] += 1
 
-    def ring_parcel(self, parcel: ParcelSubmit) -> None:
-        """Have the idle worker run this parcel; as :meth:`ring` if it is gone."""
+    def ring_parcels(self, parcels: Sequence[ParcelSubmit]) -> None:
+        """Have the idle worker run these parcels as one batch; as :meth:`ring` if it is gone."""
         producer = self.route.engine.producer
-        self.tokens = [parcel.token]
+        self.tokens = [parcel.token for parcel in parcels]
         self.batches += 1
-        self.bell.ring(
-            b"".join(
-                (
-                    HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, producer, GRANTED_BATCH | self.batches),
-                    PARCEL.pack(producer, max(parcel.rows, 1), parcel.token, parcel.enqueue_ns, len(parcel.head)),
-                    parcel.head,
-                )
-            )
-        )
+        pieces = [HEADER.pack(Kind.PARCELS, FLAG_GRANTED, len(parcels), producer, GRANTED_BATCH | self.batches)]
+        for parcel in parcels:
+            head = parcel.head
+            pieces.append(PARCEL.pack(producer, max(parcel.rows, 1), parcel.token, parcel.enqueue_ns, len(head)))
+            pieces.append(head)
+        self.bell.ring(b"".join(pieces))
         self.route.counters[Count.GRANTED_BATCHES] += 1
 
     def cancel(self, rows: RowsCancel) -> None:
@@ -157,6 +155,14 @@ class Grants:
                 for rows in cancelled:
                     grant.cancel(rows)
 
+    def cancel_parcels(self, tokens: Sequence[int]) -> None:
+        """The same for parcels."""
+        for grant in self:
+            running = [token for token in tokens if token in grant.tokens]
+            if running:
+                packed = b"".join(TOKEN.pack(token) for token in running)
+                grant.bell.ring(HEADER.pack(Kind.CANCEL, 0, len(running), self._producer, 0) + packed)
+
     # --- what the scheduler says ---
 
     def give(self, message: memoryview) -> None:
@@ -219,7 +225,9 @@ class Grants:
 
     def _became_idle(self, grant: Grant) -> None:
         grant.outstanding = []
-        if grant.revoked and grant.is_idle:
+        if not grant.is_idle:
+            return
+        if grant.revoked:
             self._return(grant)
         elif grant.route.is_holding:
             grant.route.grant_finished()

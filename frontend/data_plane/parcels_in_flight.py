@@ -12,7 +12,7 @@ from forebay.frontend.data_plane.counting import count_answered, count_failure
 from forebay.frontend.data_plane.owners import ParcelOwner
 from forebay.frontend.data_plane.recovery import ATTEMPTS_MAX, gave_up
 from forebay.ipc.counters import ProducerCounter as Count
-from forebay.ipc.errors import BackendFailed, Code, Internal, ServingError, WorkerDied, from_wire
+from forebay.ipc.errors import BackendFailed, Cancelled, Code, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ParcelSubmit, ReplyHead
 from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, TIMES_END, TOKEN, Kind
 
@@ -130,6 +130,14 @@ class ParcelsInFlight:
         if parcel is not None:
             reply = ReplyHead(code=int(error.code), text=error.text)
             self._answer(parcel, reply, final=True, ran=isinstance(error, BackendFailed | WorkerDied))
+
+    def withdraw(self, token: int) -> bool:
+        """Answer a parcel that nobody waits for any more, if it has not been sent; False: somebody has it."""
+        parcel = self._in_flight.get(token)
+        if parcel is None or not parcel.route.withdraw_parcel(parcel.submit):
+            return False
+        self.fail(token, Cancelled("request was cancelled"))
+        return True
 
     def lost(self, token: int, *, is_hung: bool) -> None:
         """The worker that had the parcel is gone: hand it in again, unless that was tried or part of it is answered."""

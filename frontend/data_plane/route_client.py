@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from forebay.frontend.answer_order import AnswerOrder
@@ -185,12 +186,12 @@ class RouteClient:
         self.engine.cancel_rows(self.route, slab, first)
 
     def _ring_now(self, slab: OwnedSlab, first: int, rows: int) -> bool:
-        for grant in self.grants:
-            if grant.is_idle and not grant.revoked:
-                engine = self.engine
-                grant.ring([Run(engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns())])
-                return True
-        return False
+        grant = self._idle_grant()
+        if grant is None:
+            return False
+        run = Run(self.engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns())
+        grant.ring([run])
+        return True
 
     def input_slice(self, slab: OwnedSlab, first: int, rows: int, index: int) -> memoryview:
         """Return the bytes of input ``index`` of loaned rows: writable, ``rows * row_bytes``."""
@@ -227,28 +228,62 @@ class RouteClient:
         if not grants:
             return False
         if self.turn_parcels:
-            return self._flush_parcel()
+            return self._flush_parcels()
         single = len(self.turn) == 1 and self.turn[0].requests == 1
         if not single and self.turn_rows > grants[0].rows_max:
             return False
-        for grant in grants:
+        grant = self._idle_grant()
+        if grant is not None:
+            grant.ring([run.to_wire(self.engine.producer) for run in self.turn])
+            self.turn.clear()
+            return True
+        return self._hold()
+
+    def _idle_grant(self) -> Grant | None:
+        for grant in self.grants:
             if grant.is_idle and not grant.revoked:
-                grant.ring([run.to_wire(self.engine.producer) for run in self.turn])
-                self.turn.clear()
-                return True
-        if len(grants) < self.instance_count or any(grant.revoked for grant in grants):
+                return grant
+        return None
+
+    def _hold(self) -> bool:
+        """Let what this turn has wait for a granted worker; False if it is not all of them that are granted."""
+        if len(self.grants) < self.instance_count or any(grant.revoked for grant in self.grants):
             return False
         self.is_holding = True
         return True
 
-    def _flush_parcel(self) -> bool:
-        if self.turn or len(self.turn_parcels) != 1 or len(self.turn_parcels[0].head) > HEAD_BYTES_MAX:
+    def _flush_parcels(self) -> bool:
+        """As :meth:`flush_direct`, for parcels."""
+        parcels = self.turn_parcels
+        if self.turn or not self._make_one_batch(parcels):
+            return False
+        grant = self._idle_grant()
+        if grant is not None:
+            grant.ring_parcels(parcels)
+            parcels.clear()
+            return True
+        # A model that sees requests may answer long after its execution: others need not wait for that.
+        return not self.entry.sees_requests and not self.entry.decoupled and self._hold()
+
+    def _make_one_batch(self, parcels: Sequence[ParcelSubmit]) -> bool:
+        """Tell whether the scheduler would surely make one batch of these."""
+        head_bytes = sum(len(parcel.head) for parcel in parcels)
+        if head_bytes > HEAD_BYTES_MAX:
             return False  # The scheduler refuses a head that no doorbell takes.
-        for grant in self.grants:
-            if grant.is_idle and not grant.revoked:
-                grant.ring_parcel(self.turn_parcels.pop())
-                return True
-        return False
+        if len(parcels) == 1:
+            return True
+        shape_key = parcels[0].shape_key
+        if any(parcel.shape_key != shape_key or parcel.attempt or parcel.deadline_ns for parcel in parcels):
+            return False
+        return sum(parcel.rows for parcel in parcels) <= self.grants[0].rows_max
+
+    def withdraw_parcel(self, parcel: ParcelSubmit) -> bool:
+        """Take back a parcel that is held here; False: it is with the scheduler or a worker."""
+        if not self.is_holding or parcel not in self.turn_parcels:
+            return False
+        self.turn_parcels.remove(parcel)
+        self.is_holding = bool(self.turn or self.turn_parcels)
+        return True
 
     def grant_finished(self) -> None:
         """A granted worker is idle, or a grant ended: what was held back can go."""

@@ -136,9 +136,9 @@ class Surroundings:
         self.route.publish(slab, first, rows, owner)
         return owner, slab, first
 
-    def submit(self, token: int) -> Parcel:
+    def submit(self, token: int, *, shape_key: int = 0) -> Parcel:
         owner = Parcel()
-        self.route.submit_parcel(ParcelSubmit(ROUTE, token, 1, 5, b"head"), owner)
+        self.route.submit_parcel(ParcelSubmit(ROUTE, token, 1, 5, b"head", shape_key), owner)
         return owner
 
     # --- what the engine says

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+
+import msgspec
 import pytest
 from engine_scene import INSTANCE, PRODUCER, ROUTE, Parcel, Surroundings, play, turn
 
@@ -16,6 +19,8 @@ from forebay.ipc.wire import (
     HEADER,
     MESSAGE_BYTES_MAX,
     NO_TIMES,
+    PARCEL,
+    TOKEN,
     Kind,
     Run,
     pack_runs,
@@ -239,6 +244,92 @@ def test_head_that_no_doorbell_takes_goes_to_the_scheduler_to_be_refused() -> No
         await turn()
         (message,) = s.take_sent()
         assert [parcel.token for parcel in message.parcels] == [1]
+        with pytest.raises(BlockingIOError):
+            worker.recv(MESSAGE_BYTES_MAX)
+
+    play(scenario)
+
+
+def received_tokens(worker: socket.socket) -> list[int]:
+    """Return the parcels of the batch that the worker was rung for."""
+    message = worker.recv(MESSAGE_BYTES_MAX)
+    kind, _flags, count, _producer, batch = HEADER.unpack_from(message)
+    assert (kind, bool(batch & GRANTED_BATCH)) == (Kind.PARCELS, True)
+    tokens, offset = [], HEADER.size
+    for _ in range(count):
+        _producer, _rows, token, _enqueue_ns, head_bytes = PARCEL.unpack_from(message, offset)
+        tokens.append(token)
+        offset += PARCEL.size + head_bytes
+    return tokens
+
+
+def test_parcels_of_one_turn_are_one_granted_batch_and_those_behind_wait_for_it() -> None:
+    """I-3; as the scheduler would do with them."""
+
+    async def scenario(s: Surroundings) -> None:
+        worker = await s.grant()
+        first, second = s.submit(1), s.submit(2)
+        await turn()
+        assert received_tokens(worker) == [1, 2]
+        s.submit(3)
+        s.submit(4)
+        await turn()
+        await s.reply(1)
+        with pytest.raises(BlockingIOError):
+            worker.recv(MESSAGE_BYTES_MAX)
+        await s.reply(2)
+        assert received_tokens(worker) == [3, 4]
+        assert s.take_sent() == []
+        assert first.answers == second.answers == ["ok."]
+
+    play(scenario)
+
+
+def test_parcels_that_are_no_single_batch_go_to_the_scheduler() -> None:
+    async def scenario(s: Surroundings) -> None:
+        await s.grant()
+        s.submit(1, shape_key=1)
+        s.submit(2, shape_key=2)
+        await turn()
+        for token in range(3, 12):
+            s.submit(token)
+        await turn()
+        assert [len(message.parcels) for message in s.take_sent()] == [2, 9]
+
+    play(scenario)
+
+
+def test_parcels_of_a_model_that_sees_requests_do_not_wait_for_its_late_answers() -> None:
+    async def scenario(s: Surroundings) -> None:
+        s.route.update(msgspec.structs.replace(s.route.entry, sees_requests=True))
+        worker = await s.grant()
+        s.submit(1)
+        await turn()
+        assert received_tokens(worker) == [1]
+        s.submit(2)
+        await turn()
+        (message,) = s.take_sent()
+        assert [parcel.token for parcel in message.parcels] == [2]
+
+    play(scenario)
+
+
+def test_client_that_leaves_takes_back_a_held_parcel_and_tells_the_worker_of_a_running_one() -> None:
+    async def scenario(s: Surroundings) -> None:
+        worker = await s.grant()
+        running = s.submit(1)
+        await turn()
+        assert received_tokens(worker) == [1]
+        held = s.submit(2)
+        await turn()
+        s.engine.cancel(2)
+        assert held.answers == ["request was cancelled."]
+        s.engine.cancel(1)
+        await turn()
+        message = worker.recv(MESSAGE_BYTES_MAX)
+        assert (message[0], TOKEN.unpack_from(message, HEADER.size)) == (Kind.CANCEL, (1,))
+        await s.reply(1, text="cancelled")
+        assert running.answers == ["cancelled."]
         with pytest.raises(BlockingIOError):
             worker.recv(MESSAGE_BYTES_MAX)
 
