@@ -107,7 +107,7 @@ _REPLACED = (
 )
 _EVENT_LOOP = "a frontend is an event loop, not a pool of threads; --http-frontends adds processes"
 _GRPC_THREADS = "the gRPC frontend sizes its own pools"
-_BUILT_IN = "the backends, agents and caches are part of the package"
+_BUILT_IN = "agents and caches are part of the package"
 
 FLAGS: tuple[Flag, ...] = (
     Flag("help", takes_value=False, group="server", help="Print this text."),
@@ -269,7 +269,7 @@ FLAGS: tuple[Flag, ...] = (
         deprecated=_REPLACED.format("trace-log-frequency", "triton,log-frequency=<log frequency value>"),
     ),
     # Backends and repository agents
-    Flag("backend-directory", "backend.directory", ACCEPTED, _BUILT_IN, metavar="DIRECTORY"),
+    Flag("backend-directory", "backend.directory", metavar="DIRECTORY"),
     Flag(
         "backend-config",
         "backend.config",
@@ -366,21 +366,19 @@ FLAGS: tuple[Flag, ...] = (
         parse=values.parse_device_fraction,
     ),
     # SageMaker and Vertex AI
-    Flag("allow-sagemaker", "cloud.allow_sagemaker", NOT_YET, "use the HTTP endpoint"),
-    Flag("sagemaker-port", "cloud.sagemaker_port", NOT_YET, "use the HTTP endpoint", minimum=0, maximum=MAX_PORT),
+    Flag("allow-sagemaker", "cloud.allow_sagemaker"),
+    Flag("sagemaker-port", "cloud.sagemaker_port", minimum=0, maximum=MAX_PORT),
     Flag(
         "sagemaker-safe-port-range",
         "cloud.sagemaker_safe_port_range",
-        NOT_YET,
-        "use the HTTP endpoint",
         metavar="FIRST-LAST",
         parse=values.parse_port_range,
     ),
     Flag("sagemaker-thread-count", "cloud.sagemaker_thread_count", ACCEPTED, _EVENT_LOOP, minimum=1),
-    Flag("allow-vertex-ai", "cloud.allow_vertex_ai", NOT_YET, "use the HTTP endpoint"),
-    Flag("vertex-ai-port", "cloud.vertex_ai_port", NOT_YET, "use the HTTP endpoint", minimum=0, maximum=MAX_PORT),
+    Flag("allow-vertex-ai", "cloud.allow_vertex_ai"),
+    Flag("vertex-ai-port", "cloud.vertex_ai_port", minimum=0, maximum=MAX_PORT),
     Flag("vertex-ai-thread-count", "cloud.vertex_ai_thread_count", ACCEPTED, _EVENT_LOOP, minimum=1),
-    Flag("vertex-ai-default-model", "cloud.vertex_ai_default_model", NOT_YET, "use the HTTP endpoint", metavar="MODEL"),
+    Flag("vertex-ai-default-model", "cloud.vertex_ai_default_model", metavar="MODEL"),
 )
 
 FLAGS_BY_NAME = {flag.name: flag for flag in FLAGS}

@@ -329,7 +329,7 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What runs the models."""
 
     directory: str = "/opt/tritonserver/backends"
-    """Triton's directory of backend libraries."""
+    """Where backends that are written in Python lie, as `<name>/model.py`. Libraries in it are not loaded."""
 
     config: tuple[ConfigEntry, ...] = ()
     """Options of backends, as `<backend>,<setting>=<value>`, or `<setting>=<value>` for all of them."""

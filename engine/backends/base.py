@@ -196,12 +196,11 @@ INSTALL_HINTS: dict[str, str] = {
 }
 
 
-def check_backend(name: str) -> None:
-    """Raise InvalidArgument, with Triton's text, unless there is a backend called ``name`` (spec R-044)."""
-    if name not in BACKEND_MODULES:
-        raise InvalidArgument(
-            f"unable to find backend library for backend '{name}', try specifying runtime on the model configuration."
-        )
+def unknown_backend(name: str) -> InvalidArgument:
+    """Return the error of a model whose backend does not exist, with Triton's text (spec R-044)."""
+    return InvalidArgument(
+        f"unable to find backend library for backend '{name}', try specifying runtime on the model configuration."
+    )
 
 
 def open_backend(name: str) -> Backend:
@@ -211,9 +210,11 @@ def open_backend(name: str) -> Backend:
         InvalidArgument: there is no such backend (Triton's text, spec R-044).
         MissingLibrary: its framework is not installed.
     """
-    check_backend(name)
+    module_name = BACKEND_MODULES.get(name)
+    if module_name is None:
+        raise unknown_backend(name)
     try:
-        module = importlib.import_module(BACKEND_MODULES[name])
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         hint = INSTALL_HINTS.get(name)
         advice = f"; install it with: {hint}" if hint else ""

@@ -48,28 +48,39 @@ def import_model(spec: InstanceSpec) -> Any:
         InvalidArgument, NotFound: the file's name is wrong or it is not there.
         Internal: importing it raised; the text is Triton's.
     """
-    file_name = spec.model_file or "model.py"
-    if not file_name.endswith(".py"):
-        raise InvalidArgument(f"Model name must end with '.py'. Model name is \"{file_name}\".")
-    path = os.path.join(spec.version_path, file_name)
-    if not os.path.isfile(path):
-        raise NotFound(f"unable to find '{spec.version}/{file_name}' for model instance '{spec.instance_name}'")
+    name, directories = _module_of(spec)
     environment.activate(spec)
     triton_python_backend_utils.install(spec.version_path)
-    for directory in (spec.version_path, os.path.dirname(spec.version_path)):
-        if directory not in sys.path:
-            sys.path.append(directory)
+    sys.path += [directory for directory in directories if directory not in sys.path]
     # Lines of a model appear when they are printed, also in a pipe.
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(line_buffering=True)
-    name = f"{os.path.basename(spec.version_path)}.{file_name.removesuffix('.py')}"
     try:
         module = importlib.import_module(name)
         return module.TritonPythonModel
     except Exception as error:  # the model's own code
         raise model_failure(error, spec) from None
+
+
+def _module_of(spec: InstanceSpec) -> tuple[str, tuple[str, ...]]:
+    """Return the module that has the model's class, and where it and what it imports are found.
+
+    Raises:
+        InvalidArgument, NotFound: the file's name is wrong or it is not there.
+    """
+    backend_file: str = spec.extra.get("backend_file", "")
+    own_directories = (spec.version_path, os.path.dirname(spec.version_path))
+    if backend_file:
+        # A Python based backend: its own modules come first (spec P-134).
+        return "model", (os.path.dirname(backend_file), *own_directories)
+    file_name = spec.model_file or "model.py"
+    if not file_name.endswith(".py"):
+        raise InvalidArgument(f"Model name must end with '.py'. Model name is \"{file_name}\".")
+    if not os.path.isfile(os.path.join(spec.version_path, file_name)):
+        raise NotFound(f"unable to find '{spec.version}/{file_name}' for model instance '{spec.instance_name}'")
+    return f"{os.path.basename(spec.version_path)}.{file_name.removesuffix('.py')}", own_directories
 
 
 def model_failure(error: BaseException, spec: InstanceSpec) -> Internal:

@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from forebay.engine.backend_families import family_of, missing_library
-from forebay.engine.backends.base import check_backend
 from forebay.engine.function_repository import BACKEND_NAME as FUNCTION_BACKEND
 from forebay.engine.option_values import spin_us
 from forebay.engine.repository.auto_complete import (
@@ -34,6 +33,7 @@ from forebay.engine.repository.config import config_json, parse_config_json
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.model_files import read_labels, resolve_model_file
+from forebay.engine.repository.model_runtime import ModelRuntime, find_runtime
 from forebay.engine.repository.model_spec import (
     DynamicBatchingSpec,
     EnsembleSpec,
@@ -93,6 +93,8 @@ class PreparedVersion:
     version: int
     config: ModelConfig
     spec: ModelSpec
+    runtime: ModelRuntime
+    """What runs it; an ensemble is run by nobody."""
     config_json: bytes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -112,7 +114,7 @@ class PreparedVersion:
         """True if the engine must see every request by itself (DESIGN: such models are never granted)."""
         spec = self.spec
         return (
-            spec.backend in _WANTS_PARCELS
+            self.runtime.backend in _WANTS_PARCELS
             or spec.decoupled
             or spec.is_ensemble
             or isinstance(spec.scheduling, SequenceBatchingSpec)
@@ -124,7 +126,7 @@ class PreparedVersion:
     @property
     def sees_requests(self) -> bool:
         """True if the backend gets requests one by one, also those in slab rows."""
-        return self.spec.backend in _SEES_REQUESTS
+        return self.runtime.backend in _SEES_REQUESTS
 
 
 async def prepare_version(plant: Plant, found: FoundModel, version: int) -> PreparedVersion:
@@ -141,11 +143,12 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
     is_ensemble = config.message.WhichOneof("scheduling_choice") == "ensemble_scheduling"
     if not is_ensemble and not await asyncio.to_thread(os.path.isdir, found.version_path(version)):
         raise NotFound(f"failed to find version {version} of model '{found.name}'")
+    runtime = ModelRuntime("")
     if not is_ensemble:
-        check_backend(backend)
+        runtime = await asyncio.to_thread(find_runtime, backend, found, version, plant.settings.backend.directory)
     await asyncio.to_thread(_check_model_file, found, version, config)
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
-        config = await _auto_complete(plant, found, version, config)
+        config = await _auto_complete(plant, found, version, config, runtime)
     settings = plant.settings.gpu
     gpus = gpus_of_backend(plant.gpus, config)
     notes = normalise_instance_groups(
@@ -174,6 +177,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         version=version,
         config=config,
         spec=spec,
+        runtime=runtime,
         config_json=config_json(config).encode(),
         inputs=tuple(tensor.tensor() for tensor in spec.inputs),
         outputs=outputs,
@@ -236,10 +240,12 @@ def _read_outputs(found: FoundModel, spec: ModelSpec) -> tuple[TensorSpec, ...]:
     )
 
 
-async def _auto_complete(plant: Plant, found: FoundModel, version: int, config: ModelConfig) -> ModelConfig:
-    backend = config.backend
+async def _auto_complete(
+    plant: Plant, found: FoundModel, version: int, config: ModelConfig, runtime: ModelRuntime
+) -> ModelConfig:
+    backend = runtime.backend
     if backend in _SELF_CONFIGURED:
-        return _declared_config(config, await _describe(plant, found, version, config))
+        return _declared_config(config, await _describe(plant, found, version, config, runtime))
     if backend not in _DESCRIBING:
         if not is_complete(config):
             require_config(config, bool(found.config_file) or found.is_override)
@@ -250,7 +256,7 @@ async def _auto_complete(plant: Plant, found: FoundModel, version: int, config: 
             f"skipping model configuration auto-complete for '{found.name}': inputs and outputs already specified",
         )
         return config
-    described = await _describe(plant, found, version, config)
+    described = await _describe(plant, found, version, config, runtime)
     if backend in _SELF_COMPLETING:
         completed = merge_completed(config, _edited_config(config, described))
     else:
@@ -303,7 +309,9 @@ def _described_tensor(item: dict[str, Any]) -> DescribedTensor:
     )
 
 
-async def _describe(plant: Plant, found: FoundModel, version: int, config: ModelConfig) -> Described:
+async def _describe(
+    plant: Plant, found: FoundModel, version: int, config: ModelConfig, runtime: ModelRuntime
+) -> Described:
     """Fork a worker, ask it, end it."""
     number = next(plant.next_instance)
     worker = WorkerHandle(number, f"{found.name}:{version} describe", lambda _worker: None)
@@ -314,7 +322,7 @@ async def _describe(plant: Plant, found: FoundModel, version: int, config: Model
         route=0,
         instance=number,
         instance_name=f"{found.name} describe",
-        backend=config.backend,
+        backend=runtime.backend,
         model_path=found.path,
         version_path=found.version_path(version),
         model_file=packaged_model_file(config) or config.default_model_filename,
@@ -324,10 +332,10 @@ async def _describe(plant: Plant, found: FoundModel, version: int, config: Model
         config_json=config_json(config).encode(),
         platform=config.platform,
         optimization={"graph_level": _NO_GRAPH_OPTIMIZATION},
-        extra={"runtime": str(message.runtime)},
+        extra={"runtime": str(message.runtime), "backend_file": runtime.backend_file},
     )
     try:
-        await plant.fork(family_of(config.backend), worker)
+        await plant.fork(family_of(runtime.backend), worker)
         return await worker.describe(spec)
     finally:
         # It holds nothing that must be put in order. One that is just being forked is ended as soon as it is known.
@@ -385,7 +393,7 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
             route=route,
             instance=0,
             instance_name=instance.name,
-            backend=spec.backend,
+            backend=prepared.runtime.backend,
             model_path=found.path,
             version_path=found.version_path(prepared.version),
             model_file=packaged_model_file(prepared.config) or spec.default_model_filename,
@@ -403,6 +411,7 @@ def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[
             warmup=tuple(msgspec.to_builtins(sample) for sample in spec.warmup),
             extra={
                 "runtime": spec.runtime,
+                "backend_file": prepared.runtime.backend_file,
                 "op_libraries": list(spec.op_libraries),
                 "cc_model_filenames": spec.cc_model_filenames,
                 "profiles": list(instance.profiles),

@@ -64,7 +64,7 @@ class ServedVersion:
         self._step_offsets: dict[str, int] = {}
         #: Offset and words of the same for details.
         self._details: dict[str, tuple[int, int]] = {}
-        self._processes = WorkerProcesses(plant, prepared.spec.backend)
+        self._processes = WorkerProcesses(plant, prepared.runtime.backend)
         self._events = InstanceEvents(changed=on_change, phase=on_phase)
         #: Instances that an adjustment removed, and that still run something.
         self._leaving: list[Instance] = []
@@ -119,7 +119,7 @@ class ServedVersion:
         self.assign_cores(self.instances)
         self.plant.switchboard.add_route(self._route_up())
         if self.instances:
-            self.plant.zygotes.start(family_of(self.prepared.spec.backend))
+            self.plant.zygotes.start(family_of(self.prepared.runtime.backend))
         tasks = [asyncio.create_task(instance.start(quietly=quietly)) for instance in self.instances]
         try:
             await asyncio.gather(*tasks)
