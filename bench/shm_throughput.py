@@ -1,11 +1,11 @@
 """How many rows per second go through a batching model from several shared-memory clients at once?
 
-    python -m bench.shm_throughput [--clients 8] [--rows 16] [--in-flight 32] [--duration 5]
+    python -m bench.shm_throughput [--clients 8] [--rows 16] [--in-flight 32] [--group 1] [--duration 5]
 
 Each client is a process of its own with so many requests of so many rows of ``alpha_model`` in flight; it takes the
-oldest answer, fills in the next request and hands it over. The server has the queue delay 0 and two instances. What is
-printed are rows per second of all clients together, and what the server's processes and the clients used of the
-processor per row.
+oldest answer, fills in the next request and hands it over. With ``--group`` it does so for that many requests at a
+time, which share a message (``model.group``). The server has the queue delay 0 and two instances. What is printed are
+rows per second of all clients together, and what the server's processes and the clients used of the processor per row.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     ):
         context = multiprocessing.get_context("spawn")
         barrier, results_in = context.Barrier(options.clients + 1), context.Queue()
-        arguments = (folder, options.rows, options.in_flight, options.duration, barrier, results_in)
+        arguments = (folder, options.rows, options.in_flight, options.group, options.duration, barrier, results_in)
         processes = [context.Process(target=run_client, args=arguments) for _ in range(options.clients)]
         for process in processes:
             process.start()
@@ -60,6 +60,7 @@ def main() -> None:
         "clients": options.clients,
         "rows_per_request": options.rows,
         "in_flight": options.in_flight,
+        "group": options.group,
         "rows_per_s": rows / options.duration,
         "mean_batch": batch,
         "server_cpu_us_per_row": used.cpu_ns / 1e3 / max(rows, 1),
@@ -72,21 +73,37 @@ def main() -> None:
 
 
 def run_client(
-    folder: str, rows: int, in_flight: int, duration_s: float, barrier: Barrier, results: Queue[dict[str, float]]
+    folder: str,
+    rows: int,
+    in_flight: int,
+    group: int,
+    duration_s: float,
+    barrier: Barrier,
+    results: Queue[dict[str, float]],
 ) -> None:
     """Keep requests in flight until the time is up; tell the rows answered and the CPU time used."""
     with shm.connect(folder) as engine:
         model = engine.model(MODEL)
-        futures: deque[shm.Future] = deque()
+        waiting: deque[shm.Future | shm.RequestGroup] = deque()
         barrier.wait(_START_TIMEOUT_S)
         answered, cpu_s, end_s = 0, _cpu_s(), time.monotonic() + duration_s
         while time.monotonic() < end_s:
-            while len(futures) < in_flight:
-                model.input("features", rows=rows)[:, 0] = answered
-                futures.append(model.submit())
-            futures.popleft().result()
-            answered += rows
+            while len(waiting) * group < in_flight:
+                waiting.append(submit(model, rows, group, answered))
+            waiting.popleft().result()
+            answered += rows * group
         results.put({"rows": float(answered), "cpu_s": _cpu_s() - cpu_s})
+
+
+def submit(model: shm.Model, rows: int, count: int, value: float) -> shm.Future | shm.RequestGroup:
+    """Fill one request, or a group of them, and hand it over."""
+    if count == 1:
+        model.input("features", rows=rows)[:, 0] = value
+        return model.submit()
+    group = model.group(count, rows)
+    group.input("features")[:, 0] = value
+    group.submit()
+    return group
 
 
 def _cpu_s() -> float:
@@ -100,6 +117,7 @@ class _Options(argparse.Namespace):
     clients: int
     rows: int
     in_flight: int
+    group: int
     duration: float
     instances: int
     output: Path | None
@@ -112,6 +130,7 @@ def _parse_options() -> _Options:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16, help="rows of a request")
     parser.add_argument("--in-flight", type=int, default=32, help="requests of a client at a time")
+    parser.add_argument("--group", type=int, default=1, help="requests that share a message")
     parser.add_argument("--duration", type=float, default=5.0, help="seconds")
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--output", type=Path, help="results file (default: in bench/results)")

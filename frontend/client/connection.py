@@ -74,6 +74,8 @@ class Connection:
         self.completions = Completions(welcome.completions, self._lock, self._in_flight, spins=spins)
         self._is_closed = False
         self._submit_count = 0
+        #: This is a forked child; the connection is the parent's.
+        self._is_foreign = False
         _alive.add(self)
 
     # --- models ---
@@ -147,7 +149,7 @@ class Connection:
 
     def check_usable(self) -> None:
         """Raise what is wrong with this connection, if anything is."""
-        if self.pid != os.getpid():
+        if self._is_foreign:
             raise WrongProcess(
                 f"this connection belongs to process {self.pid}, which forked this one; call connect() here"
             )
@@ -159,13 +161,23 @@ class Connection:
         self._make_way(pending.model)
         with self._lock:
             self.check_usable()
-            if pending.edition != pending.model.edition:
-                raise ModelChanged(changed_text(pending.model.name))
+            self._check_edition(pending)
             if isinstance(pending, PendingEnsemble):
                 pending.start()
             else:
                 pending.enqueue_ns = time.monotonic_ns()
                 self._in_flight.submit(pending)
+
+    def submit_group(self, pendings: Sequence[Pending], whole: RowsLease) -> None:
+        """Hand over requests of equal form that fill the rows of a lease."""
+        self._make_way(pendings[0].model, len(pendings))
+        with self._lock:
+            self.check_usable()
+            now_ns = time.monotonic_ns()
+            for pending in pendings:
+                self._check_edition(pending)
+                pending.enqueue_ns = now_ns
+            self._in_flight.submit_group(pendings, whole)
 
     def ensemble_request(
         self, model: Opened, inputs: Sequence[tuple[TensorPlace, BlockLease]], rows: int, options: Options
@@ -174,16 +186,22 @@ class Connection:
         host = ClientSteps(self._in_flight, self._models, self.memory, options)
         return PendingEnsemble(host, model, inputs, rows)
 
-    def _make_way(self, model: Opened) -> None:
-        """Wait until one more request may be in flight, and see what has come in the meantime."""
+    @staticmethod
+    def _check_edition(pending: Pending) -> None:
+        if pending.edition != pending.model.edition:
+            raise ModelChanged(changed_text(pending.model.name))
+
+    def _make_way(self, model: Opened, requests: int = 1) -> None:
+        """Wait until so many more requests may be in flight, and see what has come in the meantime."""
         if model.ensemble is not None:
             # Nobody but the door tells that an ensemble was loaded anew.
             self._look_at_door()
             self.completions.read_nowait()
-        elif not model.grants and model.rings:
+        elif not self.in_flight and not model.grants and model.rings:
             # A grant follows the answer that earned it. Going to the scheduler without having seen it would end it.
+            # Whoever has several in flight has not earned one.
             self.completions.read_nowait()
-        while self.is_crowded:
+        while self.in_flight + requests > self.in_flight_max:
             self.completions.wait_any()
         self._submit_count += 1
         if not self._submit_count & _LOOK_MASK:
@@ -211,7 +229,12 @@ class Connection:
     @property
     def is_crowded(self) -> bool:
         """True if submitting would have to wait for answers first."""
-        return self.in_flight >= self._in_flight.count_max
+        return self.in_flight >= self.in_flight_max
+
+    @property
+    def in_flight_max(self) -> int:
+        """How many requests may be in flight."""
+        return self._in_flight.count_max
 
     @property
     def grant_count(self) -> int:
@@ -232,23 +255,27 @@ class Connection:
             self._is_closed = True
             self._in_flight.broken("the connection was closed")
             self.completions.shutdown()
-            self.abandon()
+            self._close_sockets()
             self.memory.close()
         _alive.discard(self)
 
-    def abandon(self) -> None:
-        """Let go of the sockets; in a forked child, which leaves the connection to its parent."""
+    def leave_to_parent(self) -> None:
+        """This process was forked: the connection is the parent's, which must be able to end it."""
+        self._is_foreign = True
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
         self._door.close()
         self.completions.close()
         self._submissions.close()
         for model in self._models:
-            model.close_rings()
+            model.close()
 
 
 def _leave_to_parent() -> None:
-    """In a forked child: the connection is the parent's, which must be able to end it. No locks: they may be held."""
+    """In a forked child. No locks: they may be held."""
     for connection in list(_alive):
-        connection.abandon()
+        connection.leave_to_parent()
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)

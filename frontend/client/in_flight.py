@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import struct
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 
@@ -16,7 +17,7 @@ from forebay.client.errors import EngineGone, ModelChanged, changed_text
 from forebay.client.grants import Grants
 from forebay.client.memory import Memory
 from forebay.client.models import Models
-from forebay.client.pending import Pending, PendingParcel
+from forebay.client.pending import Pending, PendingParcel, RowsLease
 from forebay.client.submissions import Submissions
 from forebay.ipc.arena import Arena
 from forebay.ipc.errors import ArenaFull, Cancelled, Internal, ServingError, WorkerDied, from_wire
@@ -99,6 +100,22 @@ class InFlight:
         self.count += 1
         try:
             self._submissions.submit(pending)
+        except EngineGone as error:
+            raise self.broken(error.text) from None
+
+    def submit_group(self, pendings: Sequence[Pending], whole: RowsLease) -> None:
+        """Hand over requests of equal form that fill the rows of a lease, with one message.
+
+        Raises:
+            EngineGone: the server is gone.
+        """
+        owners = whole.slab.owners
+        for pending in pendings:
+            assert pending.lease is not None
+            owners[pending.lease.first] = pending
+        self.count += len(pendings)
+        try:
+            self._submissions.submit_group(pendings, whole)
         except EngineGone as error:
             raise self.broken(error.text) from None
 

@@ -6,15 +6,15 @@ A handle may be shared by threads: each of them has a request of its own that it
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from forebay.client.groups import RequestGroup
 from forebay.client.opened import Opened
-from forebay.client.options import NO_OPTIONS, Options
+from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.pending import Array, Pending, PendingResponses
 from forebay.client.placement import BlockPlacement, Placement, RowsPlacement, unknown_tensor
 from forebay.ipc.errors import Cancelled, InvalidArgument, from_wire
@@ -262,6 +262,19 @@ class Model:
         self._local.placement = None
         return Future(self._connection, placement, placement.submit(options))
 
+    def group(self, count: int, rows: int = 1) -> RequestGroup:
+        """Return so many requests of equal form, to be filled, handed over and waited for together.
+
+        Args:
+            rows: batch items of each.
+
+        Raises:
+            InvalidArgument: the model's tensors vary in size, or it does not take so many.
+            ArenaFull: there is no room.
+        """
+        self._rebind()
+        return RequestGroup(self._connection, self._opened, count, rows)
+
     def stream(self, *, timeout_s: float | None = None, options: Options = NO_OPTIONS) -> Iterator[Mapping[str, Array]]:
         """Run this thread's request and yield each response of a decoupled model, outputs by name.
 
@@ -297,11 +310,6 @@ class Model:
             self._connection.check_usable()
             raise InvalidArgument(f"no input of model '{self.name}' was filled: call input() or put() first")
         return placement
-
-
-def deadline_after(timeout_s: float | None) -> int:
-    """Return the monotonic time in ns at which ``timeout_s`` has passed; 0 for None."""
-    return 0 if timeout_s is None else time.monotonic_ns() + int(timeout_s * 1e9)
 
 
 def with_deadline(options: Options, deadline_ns: int) -> Options:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+
+import numpy as np
 
 from forebay.client.door import OpenedModel, Signature
-from forebay.client.pending import Pending
+from forebay.client.pending import Array, Pending
 from forebay.ipc.ensemble.run import Ensemble
-from forebay.ipc.slabs import Slab, SlabLayout
+from forebay.ipc.slabs import Area, Slab, SlabLayout
+from forebay.ipc.tensor import DATATYPES, TensorSpec
+
+#: Tensors by name.
+Arrays = dict[str, Array]
 
 #: Bytes of a model's first slab, if it is to have more than a few rows.
 _SLAB_BYTES_FIRST = 1024 * 1024
@@ -41,6 +48,8 @@ class Opened:
         self.rings = dict(found.rings)
         self.grants: list[Grant] = []
         self.slabs: list[Slab[Pending]] = []
+        #: By a slab's base.
+        self._arrays: dict[int, tuple[Arrays, Arrays]] = {}
         #: Bytes that answers of unknown size took so far, at most.
         self.reply_guess_bytes = 4096
 
@@ -76,6 +85,21 @@ class Opened:
             capacity = min(max(_SLAB_ROWS_FIRST, 4 * self.rows_max), _SLAB_BYTES_FIRST // max(self.row_bytes, 1))
         return SlabLayout(self.signature.inputs, self.signature.outputs, max(capacity, rows, 1))
 
+    def slab_arrays(self, view: memoryview, slab: Slab[Pending]) -> tuple[Arrays, Arrays]:
+        """Return the inputs and outputs of a slab by name: [capacity, *dims] each, made once.
+
+        Args:
+            view: uint8 [arena bytes]
+        """
+        arrays = self._arrays.get(slab.base)
+        if arrays is None:
+            layout = slab.layout
+            arrays = self._arrays[slab.base] = (
+                _area_arrays(view, slab, self.signature.inputs, layout.inputs),
+                _area_arrays(view, slab, self.signature.outputs, layout.outputs),
+            )
+        return arrays
+
     def replace(self, found: OpenedModel) -> list[Slab[Pending]]:
         """The server has loaded it anew.
 
@@ -90,12 +114,27 @@ class Opened:
             return []
         self.edition += 1
         retired, self.slabs = self.slabs, []
+        self._arrays.clear()
         return retired
+
+    def close(self) -> None:
+        """Let go of rings and views."""
+        self.close_rings()
+        self._arrays.clear()
 
     def close_rings(self) -> None:
         for ring in self.rings.values():
             ring.close()
         self.rings.clear()
+
+
+def _area_arrays(view: memoryview, slab: Slab[Pending], specs: Sequence[TensorSpec], areas: Sequence[Area]) -> Arrays:
+    arrays: Arrays = {}
+    for spec, area in zip(specs, areas, strict=True):
+        begin = slab.base + area.offset
+        raw = view[begin : begin + area.row_bytes * slab.capacity]
+        arrays[spec.name] = np.frombuffer(raw, DATATYPES[spec.datatype].numpy_dtype).reshape(slab.capacity, *spec.dims)
+    return arrays
 
 
 def _row_bytes(signature: Signature) -> int:

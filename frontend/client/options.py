@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
 from forebay.ipc.messages import ParameterValue
@@ -29,3 +31,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NO_OPTIONS = Options()
+
+
+def deadline_after(timeout_s: float | None) -> int:
+    """Return the monotonic time in ns at which ``timeout_s`` has passed; 0 for None."""
+    return 0 if timeout_s is None else time.monotonic_ns() + int(timeout_s * 1e9)

@@ -31,19 +31,38 @@ RowsReturns = deque[tuple["Slab[Pending]", int, int]]
 BlockReturns = deque[tuple[int, int]]
 
 
-class RowsLease:
-    """The right to consecutive rows of a slab."""
+class Rows:
+    """Consecutive rows of a slab."""
 
-    __slots__ = ("__weakref__", "_returns", "first", "rows", "slab")
+    __slots__ = ("first", "rows", "slab")
 
-    def __init__(self, returns: RowsReturns, slab: Slab[Pending], first: int, rows: int) -> None:
-        self._returns = returns
+    def __init__(self, slab: Slab[Pending], first: int, rows: int) -> None:
         self.slab = slab
         self.first = first
         self.rows = rows
 
+
+class RowsLease(Rows):
+    """The right to rows, which come back with it."""
+
+    __slots__ = ("__weakref__", "_returns")
+
+    def __init__(self, returns: RowsReturns, slab: Slab[Pending], first: int, rows: int) -> None:
+        super().__init__(slab, first, rows)
+        self._returns = returns
+
     def __del__(self) -> None:
         self._returns.append((self.slab, self.first, self.rows))
+
+
+class PartOfRows(Rows):
+    """Some of the rows of a lease, which come back when the last part is gone."""
+
+    __slots__ = ("_whole",)
+
+    def __init__(self, whole: RowsLease, first: int, rows: int) -> None:
+        super().__init__(whole.slab, first, rows)
+        self._whole = whole
 
 
 class BlockLease:
@@ -98,7 +117,7 @@ class Pending:
         "waiter",
     )
 
-    def __init__(self, model: Opened, lease: RowsLease | None, rows: int) -> None:
+    def __init__(self, model: Opened, lease: Rows | None, rows: int) -> None:
         self.model = model
         self.edition = model.edition
         #: Rows that the request lives in; a parcel has blocks instead.

@@ -6,7 +6,7 @@ the answer. Both kinds have the same methods, so that a model handle need not kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from forebay.client.connection import Connection
 from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options
 from forebay.client.parcels import describe, reply_bytes
-from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, PendingResponses, leased_array
+from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, PendingResponses, Rows, leased_array
 from forebay.ipc.errors import InvalidArgument, Unsupported
 from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, datatype_of, decode_bytes, encode_bytes, view_tensor
@@ -29,6 +29,18 @@ def unknown_tensor(kind: str, name: str, specs: Sequence[TensorSpec], model: str
     """Return the error for a name that the model does not have."""
     names = ", ".join(f"'{spec.name}'" for spec in specs)
     return InvalidArgument(f"model '{model}' has no {kind} '{name}', but {names}")
+
+
+def input_places(model: Opened, rows: Rows) -> Iterator[tuple[TensorSpec, int]]:
+    """Yield every input and the arena offset at which it begins in these rows."""
+    for spec, area in zip(model.signature.inputs, rows.slab.layout.inputs, strict=True):
+        yield spec, rows.slab.base + area.offset + rows.first * area.row_bytes
+
+
+def output_places(model: Opened, rows: Rows) -> Iterator[tuple[TensorSpec, int]]:
+    """Yield every output and the arena offset at which it begins in these rows."""
+    for spec, area in zip(model.signature.outputs, rows.slab.layout.outputs, strict=True):
+        yield spec, rows.slab.base + area.offset + rows.first * area.row_bytes
 
 
 class RowsPlacement:
@@ -48,16 +60,11 @@ class RowsPlacement:
         self.edition = model.edition
         self.rows = rows
         self.lease = connection.loan_rows(model, rows)
-        view, slab, first = connection.view, self.lease.slab, self.lease.first
-        max_batch_size = model.signature.max_batch_size
-        self._inputs: dict[str, Array] = {}
-        for spec, area in zip(model.signature.inputs, slab.layout.inputs, strict=True):
-            offset = slab.base + area.offset + first * area.row_bytes
-            self._inputs[spec.name] = _view(view, offset, spec.datatype, full_shape(spec, rows, max_batch_size))
-        self._outputs: dict[str, Array] = {}
-        for spec, area in zip(model.signature.outputs, slab.layout.outputs, strict=True):
-            offset = slab.base + area.offset + first * area.row_bytes
-            self._outputs[spec.name] = _view(view, offset, spec.datatype, full_shape(spec, rows, max_batch_size))
+        inputs, outputs = model.slab_arrays(connection.view, self.lease.slab)
+        first = self.lease.first
+        chosen = slice(first, first + rows) if model.signature.max_batch_size > 0 else first
+        self._inputs: dict[str, Array] = {name: array[chosen, ...] for name, array in inputs.items()}
+        self._outputs: dict[str, Array] = {name: array[chosen, ...] for name, array in outputs.items()}
         self._first_output = next(iter(self._outputs.values()))
         #: Used over and over by ``infer``, one request after the other.
         self._pending = Pending(model, self.lease, rows)
@@ -106,11 +113,7 @@ class RowsPlacement:
 
     def leased_output(self, pending: Pending, name: str | None) -> Array:
         """Return a view of an output that keeps the rows from being used again as long as it lives."""
-        layout, slab = self.lease.slab.layout, self.lease.slab
-        outputs = self.model.signature.outputs
-        index = 0 if name is None else next(i for i, spec in enumerate(outputs) if spec.name == name)
-        spec, area = outputs[index], layout.outputs[index]
-        offset = slab.base + area.offset + self.lease.first * area.row_bytes
+        spec, offset = next(place for place in output_places(self.model, self.lease) if name in (None, place[0].name))
         shape = full_shape(spec, self.rows, self.model.signature.max_batch_size)
         return leased_array(self._connection.view, offset, spec.datatype, shape, self.lease)
 

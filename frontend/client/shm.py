@@ -15,6 +15,11 @@
         future = model.submit()                  # many in flight; results come in any order
         print(future.result())
 
+    group = model.group(32)                      # 32 small requests that share a message
+    group.input("features")[:] = many            # float32 [32, 50]
+    group.submit()
+    print(group.result())                        # float32 [32, 1]
+
 ``connect()`` finds the running server: in ``$FOREBAY_RUNTIME_DIRECTORY`` if that is set, else where this user's servers
 put their sockets, the newest first. For asyncio see :mod:`forebay.client.shm_asyncio`.
 """
@@ -32,6 +37,7 @@ import msgspec
 from forebay.client.connection import Connection
 from forebay.client.discovery import door_paths
 from forebay.client.errors import DeadlineExceeded, EngineGone, ModelChanged, NoServer, WrongProcess
+from forebay.client.groups import RequestGroup
 from forebay.client.model import Future, Model
 from forebay.client.options import Options
 from forebay.ipc.errors import (
@@ -61,6 +67,7 @@ __all__ = [
     "NotFound",
     "NotReady",
     "Options",
+    "RequestGroup",
     "ServingError",
     "Statistics",
     "Unavailable",

@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from forebay.client.connection import Connection
 from forebay.client.errors import DeadlineExceeded, EngineGone
-from forebay.client.model import Future, Model, deadline_after, with_deadline
-from forebay.client.options import NO_OPTIONS, Options
+from forebay.client.model import Future, Model, with_deadline
+from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.pending import Array
 from forebay.client.shm import Engine, Statistics
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from forebay.client.errors import EngineGone
 from forebay.client.grants import Grants
 from forebay.client.opened import Grant
-from forebay.client.pending import Pending, PendingParcel, RowsLease
+from forebay.client.pending import Pending, PendingParcel, Rows, RowsLease
 from forebay.ipc.client_wire import CANCEL_RUN, NUMBER, SUBMIT_PARCEL, SUBMIT_RUN, SubmitKind
 from forebay.ipc.wire import FLAG_GRANTED, GROW, HEADER, PARCEL, RUN, TOKEN, Kind
 
@@ -45,7 +45,7 @@ class Submissions:
         elif pending.lease is not None:
             self.submit_rows(pending, pending.lease)
 
-    def submit_rows(self, pending: Pending, lease: RowsLease) -> None:
+    def submit_rows(self, pending: Pending, lease: Rows) -> None:
         """Hand over a request whose rows are filled."""
         model, slab = pending.model, lease.slab
         pending.route = model.route
@@ -62,15 +62,25 @@ class Submissions:
             )
             if self._ring(grant, pending, message):
                 return
+        self._submit_run(pending, lease, 1)
+
+    def submit_group(self, pendings: Sequence[Pending], whole: RowsLease) -> None:
+        """Hand over requests of equal form that fill the rows of a lease, with one message."""
+        for pending in pendings:
+            pending.route = pending.model.route
+        self._submit_run(pendings[0], whole, len(pendings))
+
+    def _submit_run(self, pending: Pending, rows: Rows, requests: int) -> None:
+        slab = rows.slab
         self._send(
             HEADER.pack(SubmitKind.RUNS, 0, 1, 0, self.epoch)
             + SUBMIT_RUN.pack(
-                model.route,
-                1,
+                pending.route,
+                requests,
                 slab.base,
                 slab.capacity,
-                lease.first,
-                lease.rows,
+                rows.first,
+                pending.rows,
                 pending.attempt,
                 pending.priority,
                 0,

@@ -252,6 +252,75 @@ def test_options_travel(engine: Engine) -> None:
     assert model.infer(options=Options(sequence_id=7, sequence_end=True)).shape == (2,)
 
 
+# --- groups ---
+
+
+def test_a_group_shares_a_message_and_answers_one_by_one(
+    server: ForebayServer, engine: Engine, reference: onnxruntime.InferenceSession
+) -> None:
+    model = engine.model("alpha_model")
+    features = np.random.default_rng(3).standard_normal((40, 50), np.float32)
+    for count, rows in ((40, 1), (10, 4), (1, 8)):
+        group = model.group(count, rows)
+        assert len(group) == count
+        group.input("features")[:] = features[: count * rows]
+        group.submit()
+        found = group.result(20)
+        expected = reference.run(None, {"features": features[: count * rows]})[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert group.done() == count
+    assert engine.statistics().copied_bytes == 0
+    group.put("features", features[:8])
+    assert engine.statistics().copied_bytes == 8 * 200
+    with pytest.raises(InvalidArgument, match="submitted once"):
+        group.submit()
+
+
+def test_groups_wait_for_their_turn_and_give_their_rows_back(engine: Engine) -> None:
+    model = engine.model("alpha_model")
+    model.group(1).input("features")
+    used = engine.statistics().arena_used_bytes
+    groups = [model.group(200) for _ in range(8)]
+    for group in groups:
+        group.input("features")[:] = 0
+        group.submit()
+    for group in groups:
+        assert group.wait(20) == {}
+    assert engine.statistics().in_flight == 0
+    del groups, group
+    for _ in range(20):
+        again = model.group(200)
+        again.input("features")[:] = 0
+        again.submit()
+        again.wait(20)
+        del again
+    # Slabs stay for the next rows; none was needed beyond those of the first eight groups.
+    assert engine.statistics().arena_used_bytes < used + 8 * 200 * 50 * 4 * 4
+
+
+def test_groups_that_cannot_be_are_refused(engine: Engine) -> None:
+    with pytest.raises(InvalidArgument, match="do not live in rows"):
+        engine.model("echo").group(2)
+    model = engine.model("alpha_model")
+    with pytest.raises(InvalidArgument, match="rows at a time"):
+        model.group(2, 1000)
+    with pytest.raises(InvalidArgument, match="a group has 1 to"):
+        model.group(100_000)
+    with pytest.raises(InvalidArgument, match="no input 'nope'"):
+        model.group(2).input("nope")
+
+
+def test_a_cancelled_group_ends(engine: Engine) -> None:
+    model = engine.model("alpha_model")
+    group = model.group(100)
+    group.input("features")[:] = 0
+    group.submit()
+    group.cancel()
+    errors = group.wait(20)
+    assert all(isinstance(error, Cancelled) for error in errors.values())
+    assert engine.statistics().in_flight == 0
+
+
 # --- time ---
 
 
