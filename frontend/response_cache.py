@@ -19,13 +19,13 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from forebay.frontend.data_plane.counting import count_answered
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.inference import OutputView, RequestMeta
 from forebay.ipc.arena import align
 from forebay.ipc.counters import CacheCounter
 from forebay.ipc.counters import ProducerCounter as Count
+from forebay.ipc.counting import count_answered
 from forebay.ipc.errors import ArenaFull
 from forebay.ipc.log import log
 from forebay.ipc.messages import ParameterValue

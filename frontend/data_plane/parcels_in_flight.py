@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.frontend.data_plane.counting import count_answered, count_failure
 from forebay.frontend.data_plane.owners import ParcelOwner
 from forebay.frontend.data_plane.recovery import ATTEMPTS_MAX, gave_up
 from forebay.ipc.counters import ProducerCounter as Count
+from forebay.ipc.counting import count_answered, count_failure
 from forebay.ipc.errors import BackendFailed, Cancelled, Code, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ParcelSubmit, ReplyHead
 from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, TIMES_END, TOKEN, Kind

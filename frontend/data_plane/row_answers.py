@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.frontend.data_plane.counting import count_answered, count_failure
 from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.data_plane.recovery import ATTEMPTS_MAX, gave_up
 from forebay.frontend.data_plane.turn_run import TurnRun
 from forebay.ipc.counters import ProducerCounter as Count
+from forebay.ipc.counting import count_answered, count_failure
 from forebay.ipc.errors import ServingError, from_wire
 from forebay.ipc.messages import RowRemark
 from forebay.ipc.wire import RUN, TIMES_END, Run, unpack_runs

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from forebay.frontend.data_plane.counting import count_answered, count_failure
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.ipc.counters import InstanceCounter
+from forebay.ipc.counting import count_answered, count_failure
 from forebay.ipc.ensemble.steps import StepTimes
 from forebay.ipc.errors import ServingError
 

@@ -1,4 +1,4 @@
-"""Counts requests that ended, in a frontend's block of a model version."""
+"""Counts requests that ended, in a producer's block of a model version."""
 
 from __future__ import annotations
 
