@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 
 
 def default_cache_directory(kind: str) -> str:
@@ -29,3 +30,15 @@ def make_private_directory(path: str) -> None:
         raise PermissionError(f"the cache directory '{path}' belongs to another user")
     if status.st_mode & stat.S_IWOTH:
         raise PermissionError(f"everybody may write into the cache directory '{path}'")
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Write a file under another name first: a process that dies leaves no half of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    fd, temporary = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.tmp-", dir=os.path.dirname(path))
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+    os.rename(temporary, path)

@@ -36,20 +36,12 @@ from forebay.engine.devices.base import Device, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.poisoning import DeviceBatch, end_poisoned_process
-from forebay.engine.devices.staging import Staging
+from forebay.engine.devices.staging import Staging, stream_priority
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
 
-#: ``optimization.priority`` to a stream's (spec C-051).
-_STREAM_PRIORITIES = {"MAX": -1, "DEFAULT": 0, "MIN": 1}
-
 #: What ONNX Runtime says when the device's context is lost rather than the request wrong.
 _POISONED_TEXTS = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert")
-
-
-def stream_priority(spec: InstanceSpec) -> int:
-    """Return the priority of an instance's stream."""
-    return _STREAM_PRIORITIES.get(str(spec.optimization.get("priority", "DEFAULT")), 0)
 
 
 def load_on_gpu(spec: InstanceSpec) -> TensorInstance:
@@ -103,8 +95,6 @@ class OnnxDeviceInstance(DeviceInstance):
         """Take ownership of the stream."""
         super().__init__(spec, device, stream)
         self._session = session
-        self._device = device
-        self._stream = stream
         #: ONNX Runtime's name for the device.
         self._place = "cuda" if device.kind == "cuda" else "cpu"
         self._ort_index = device.index if device.kind == "cuda" else 0
@@ -160,7 +150,7 @@ class OnnxDeviceInstance(DeviceInstance):
                 for name, array in ins.items():
                     if array.nbytes:
                         offset = offset_rows * (array.nbytes // max(count, 1))
-                        self._stream.copy_in(addresses[name] + offset, array.ctypes.data, array.nbytes)
+                        self.stream.copy_in(addresses[name] + offset, array.ctypes.data, array.nbytes)
                 offset_rows += count
             bound = self._bound(first_inputs, first_outputs, total, addresses)
             self._execute(bound.binding, bound.options)
@@ -169,7 +159,7 @@ class OnnxDeviceInstance(DeviceInstance):
                 for name, array in outs.items():
                     if array.nbytes:
                         offset = offset_rows * (array.nbytes // max(count, 1))
-                        self._stream.copy_out(array.ctypes.data, addresses[name] + offset, array.nbytes)
+                        self.stream.copy_out(array.ctypes.data, addresses[name] + offset, array.nbytes)
                 offset_rows += count
 
     def _reserve(self, name: str, array: Array, total_rows: int) -> int:
@@ -202,7 +192,7 @@ class OnnxDeviceInstance(DeviceInstance):
             bound = self._bindings[key] = _Binding(binding, self._make_options(graph))
         elif self._uses_graphs:
             # ONNX Runtime captures at the first run of a binding, and launches from then on.
-            self._device.traffic.graph_launches += 1
+            self.device.traffic.graph_launches += 1
         return bound
 
     def _bind_input(
@@ -238,7 +228,7 @@ class OnnxDeviceInstance(DeviceInstance):
         del self._session
         self._staging.close()
         self._arenas.close()
-        self._stream.close()
+        self.stream.close()
 
 
 #: Bindings kept; at the limit all are dropped.

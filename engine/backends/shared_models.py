@@ -15,14 +15,22 @@ _models: dict[Hashable, object] = {}
 _lock = threading.Lock()
 
 
-def shared(key: Hashable, load: Callable[[], _Model]) -> _Model:
+def _always(_model: object) -> bool:
+    return True
+
+
+def shared(key: Hashable, load: Callable[[], _Model], *, may_share: Callable[[_Model], bool] = _always) -> _Model:
     """Return what was loaded for this key, or load it; others that want it wait meanwhile.
 
     Args:
         key: of everything that the model depends on. Begins with the backend's name.
         load: returns a model that several threads may use at the same time; what it raises is raised here.
+        may_share: says no of a model that only its caller may use.
     """
     with _lock:
-        if key not in _models:
-            _models[key] = load()
-        return _models[key]  # type: ignore[return-value]
+        if key in _models:
+            return _models[key]  # type: ignore[return-value]
+        model = load()
+        if may_share(model):
+            _models[key] = model
+        return model

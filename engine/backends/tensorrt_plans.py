@@ -10,12 +10,11 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory
+from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory, replace_file
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
@@ -254,11 +253,7 @@ def _read_or_make(directory: str, key: str, make: Callable[[], bytes]) -> bytes:
             return file.read()
         plan = make()
         try:
-            # Under another name first: a process that dies leaves no half of a plan.
-            fd, temporary = tempfile.mkstemp(prefix=f"{key}.tmp-", dir=directory)
-            with os.fdopen(fd, "wb") as file:
-                file.write(plan)
-            os.rename(temporary, path)
+            replace_file(path, plan)
         except OSError as error:
             log.warning(f"a TensorRT plan is not kept: {error}")
         return plan

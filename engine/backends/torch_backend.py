@@ -12,11 +12,16 @@ from typing import Any
 import msgspec
 
 from forebay.engine.backends.base import Backend, DescribedModel, TensorInstance
+from forebay.engine.backends.shared_models import shared
 from forebay.engine.backends.torch_describe import describe_script
+from forebay.engine.backends.torch_device import TorchDeviceInstance
 from forebay.engine.backends.torch_instance import TorchInstance
+from forebay.engine.backends.torch_library import LoadedModule
 from forebay.engine.backends.torch_modules import prepare_module
 from forebay.engine.backends.torch_packages import prepare_package
 from forebay.engine.backends.torch_scripts import prepare_script
+from forebay.engine.devices.opening import open_device
+from forebay.engine.devices.staging import stream_priority
 from forebay.ipc.errors import Unsupported
 from forebay.ipc.messages import InstanceSpec
 
@@ -38,15 +43,32 @@ class TorchBackend(Backend):
         return describe_script(spec)
 
     def load(self, spec: InstanceSpec) -> TensorInstance:
-        if _runtime(spec) == "model.py":
-            return TorchInstance(spec, prepare_module(spec))
-        if _is_package(spec):
-            return TorchInstance(spec, prepare_package(spec))
-        loaded = prepare_script(spec)
+        device = open_device("cuda", spec.device_id) if _lives_on_gpu(spec) else None
+        loaded = _prepare(spec)
+        if device is not None:
+            return TorchDeviceInstance(spec, loaded, device, device.make_stream(stream_priority(spec)))
         instance = TorchInstance(spec, loaded)
         if not loaded.keeps_state:
             instance.prime(spec)
         return instance
+
+
+def _lives_on_gpu(spec: InstanceSpec) -> bool:
+    """Whether all tensors of an instance can lie on its GPU: strings cannot."""
+    return spec.kind == "GPU" and all(tensor.datatype != "BYTES" for tensor in (*spec.inputs, *spec.outputs))
+
+
+def _prepare(spec: InstanceSpec) -> LoadedModule:
+    if _runtime(spec) == "model.py":
+        return prepare_module(spec)
+    if _is_package(spec):
+        return prepare_package(spec)
+    # A script that keeps no state may run in several threads at a time.
+    return shared(
+        ("pytorch", spec.version_path, spec.kind, spec.device_id),
+        lambda: prepare_script(spec),
+        may_share=lambda loaded: not loaded.keeps_state,
+    )
 
 
 def _is_package(spec: InstanceSpec) -> bool:

@@ -19,21 +19,59 @@ from forebay.ipc.tensor import DATATYPES
 _PRIMING_CALLS = 3
 
 
-class TorchInstance(TensorInstance):
-    """One loaded model, called under one inference guard that is entered once for the life of the worker."""
+class TorchCall:
+    """A loaded model, called under one inference guard that is entered once for the life of the worker."""
 
     def __init__(self, spec: InstanceSpec, loaded: LoadedModule) -> None:
+        self.signature = loaded.signature
         self._call = loaded.call
+        wants_inference_mode = parse_bool(spec.parameters, "INFERENCE_MODE", True)
+        # Entering a guard costs about as much as a small layer, so it is not done per batch (FACTS 4).
+        self._guard: Any = torch.inference_mode() if wants_inference_mode else torch.no_grad()
+        self._guard.__enter__()
+
+    def run(self, arguments: list[Any]) -> list[Any]:
+        """Call the model.
+
+        Raises:
+            BackendFailed: with Triton's text.
+        """
+        try:
+            return self._call(arguments)
+        except BackendFailed:
+            raise
+        except Exception as error:  # TorchScript raises RuntimeError, torch.jit.Error; a module whatever it likes
+            raise execution_error(error) from None
+
+    def pick(self, results: list[Any], name: str) -> Any:
+        """Return a configured output of the results.
+
+        Raises:
+            BackendFailed: there are not so many.
+        """
+        position = self.signature.outputs[name]
+        if position >= len(results):
+            raise BackendFailed(
+                f"The output {name} in the model configuration refers to an output index which doesn't exist. "
+                f"This model has {len(results)} outputs"
+            )
+        return results[position]
+
+    def close(self) -> None:
+        self._guard.__exit__(None, None, None)
+
+
+class TorchInstance(TensorInstance):
+    """One loaded model whose tensors come from host memory."""
+
+    def __init__(self, spec: InstanceSpec, loaded: LoadedModule) -> None:
+        self._call = TorchCall(spec, loaded)
         self._signature = loaded.signature
         self._device = loaded.device
         self._datatypes = {tensor.name: tensor.datatype for tensor in (*spec.inputs, *spec.outputs)}
         self._rank_one_outputs = {tensor.name for tensor in spec.outputs if len(tensor.backend_dims) == 1}
         self._batches = spec.max_batch_size > 0
         self._cleans_cache = parse_bool(spec.parameters, "ENABLE_CACHE_CLEANING", False)
-        wants_inference_mode = parse_bool(spec.parameters, "INFERENCE_MODE", True)
-        # Entering a guard costs about as much as a small layer, so it is not done per batch (FACTS 4).
-        self._guard: Any = torch.inference_mode() if wants_inference_mode else torch.no_grad()
-        self._guard.__enter__()
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Arrays:
         arguments: list[Any] = []
@@ -49,7 +87,7 @@ class TorchInstance(TensorInstance):
         results = self._execute(arguments)
         answers: Arrays = {}
         for name in outputs:
-            value = self._pick(results, name)
+            value = self._call.pick(results, name)
             if isinstance(value, torch.Tensor):
                 if value.dim() == 0:
                     raise InvalidArgument(f"output '{name}' is a scalar which is not supported.")
@@ -77,7 +115,7 @@ class TorchInstance(TensorInstance):
         def run_in_place() -> None:
             results = self._execute(sources if on_host else [source.to(self._device) for source in sources])
             for name, position, target in targets:
-                value = results[position] if position < len(results) else self._pick(results, name)
+                value = results[position] if position < len(results) else self._call.pick(results, name)
                 if not isinstance(value, torch.Tensor) or value.shape != target.shape or value.dtype != target.dtype:
                     raise unexpected_output(name, value, target)
                 target.copy_(value)
@@ -86,23 +124,10 @@ class TorchInstance(TensorInstance):
 
     def _execute(self, arguments: list[Any]) -> list[Any]:
         try:
-            return self._call(arguments)
-        except BackendFailed:
-            raise
-        except Exception as error:  # TorchScript raises RuntimeError, torch.jit.Error; a module whatever it likes
-            raise execution_error(error) from None
+            return self._call.run(arguments)
         finally:
             if self._cleans_cache and self._device.type == "cuda":
                 torch.cuda.empty_cache()
-
-    def _pick(self, results: list[Any], name: str) -> Any:
-        position = self._signature.outputs[name]
-        if position >= len(results):
-            raise BackendFailed(
-                f"The output {name} in the model configuration refers to an output index which doesn't exist. "
-                f"This model has {len(results)} outputs"
-            )
-        return results[position]
 
     def prime(self, spec: InstanceSpec) -> None:
         """Run a row of zeros a few times: a first call compiles, which takes a thousand times as long as the others."""
@@ -121,4 +146,4 @@ class TorchInstance(TensorInstance):
             log.verbose(1, f"model '{spec.model}' was not primed: {error}")
 
     def close(self) -> None:
-        self._guard.__exit__(None, None, None)
+        self._call.close()

@@ -12,6 +12,7 @@ from forebay.engine.backends.base import parse_bool, parse_int
 from forebay.engine.backends.torch_library import Device, LoadedModule, Signature, torch
 from forebay.engine.backends.torch_names import check_strings, index_outputs, order_inputs
 from forebay.engine.backends.torch_tensors import flatten_result
+from forebay.engine.devices.opening import played_gpu_count
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, Unsupported
 from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
@@ -33,6 +34,8 @@ def find_model_file(spec: InstanceSpec, default: str) -> str:
 
 def choose_device(spec: InstanceSpec) -> Device | None:
     """Return where the instance runs; None for KIND_MODEL: wherever the module itself is (spec B-048)."""
+    if spec.kind == "GPU" and played_gpu_count():
+        return torch.device("cpu")
     if spec.kind == "GPU":
         if not torch.cuda.is_available():
             raise Unsupported(

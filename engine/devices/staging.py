@@ -14,6 +14,14 @@ from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.memory_limit import PINNED_KEY
 from forebay.ipc.messages import InstanceSpec
 
+#: ``optimization.priority`` to a stream's (spec C-051).
+_STREAM_PRIORITIES = {"MAX": -1, "DEFAULT": 0, "MIN": 1}
+
+
+def stream_priority(spec: InstanceSpec) -> int:
+    """Return the priority of an instance's stream."""
+    return _STREAM_PRIORITIES.get(str(spec.optimization.get("priority", "DEFAULT")), 0)
+
 
 class Staging:
     """The buffers of one instance. Copies are asynchronous, in the order of the stream."""

@@ -15,12 +15,9 @@ from fake_tensorrt import DataType, Engine, Tensor, TensorIOMode, TensorLocation
 from onnx import TensorProto, helper
 from worker_harness import WorkerHarness, spec_from_config
 
-from forebay.engine.backends.tensorrt_backend import (
-    TensorRtInstance,
-    check_config,
-    find_model_file,
-    parse_profiles,
-)
+from forebay.engine.backends.tensorrt_engines import find_model_file
+from forebay.engine.backends.tensorrt_instance import TensorRtInstance
+from forebay.engine.backends.tensorrt_tensors import check_config, parse_profiles
 from forebay.engine.devices.host_device import HostDevice
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
 from forebay.ipc.messages import InstanceSpec
@@ -31,9 +28,16 @@ INPUT, OUTPUT = TensorIOMode.INPUT, TensorIOMode.OUTPUT
 class Owner:
     """What the backend keeps of an engine."""
 
+    trt = trt
+    kernels = None
+    makes_graphs = False
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.logger = self
+
+    def make_context(self) -> Any:
+        return self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def take(self) -> str:
         return "because"
@@ -63,7 +67,8 @@ SPEC = make_spec([tensor("x", 3)], [tensor("y", 3)])
 
 def open_instance(engine: Engine, spec: InstanceSpec = SPEC) -> TensorRtInstance:
     device = HostDevice()
-    return TensorRtInstance(spec, trt, Owner(engine), device, device.make_stream())
+    owner: Any = Owner(engine)
+    return TensorRtInstance(spec, owner, device, device.make_stream())
 
 
 def rows(count: int, width: int = 3) -> np.ndarray[Any, Any]:
@@ -154,7 +159,7 @@ def test_second_batch_of_a_size_is_captured_and_then_launched() -> None:
     engine = doubling((1, 8))
     spec = msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True})
     instance = open_instance(engine, spec)
-    device = instance._device
+    device = instance.device
     bound = instance.bind({"x": rows(4)}, {"y": np.zeros((4, 3), np.float32)})
     bound()  # Runs, and is captured.
     bound()

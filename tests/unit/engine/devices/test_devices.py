@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from forebay.engine.devices.base import (
     Stream,
 )
 from forebay.engine.devices.opening import open_device
+from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import Unsupported
 
 KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -172,3 +175,30 @@ def test_a_machine_without_cuda_says_so() -> None:
     else:
         with pytest.raises(Unsupported, match="no CUDA device 999"):
             open_device("cuda", 999)
+
+
+def test_what_cuda_is_asked_for_by_name_is_there() -> None:
+    """CuPy imports without a GPU, so that at least every name in our code can be looked up."""
+    pytest.importorskip("cupy")
+    from forebay.engine.devices import cuda_device
+
+    source = Path(cuda_device.__file__).read_text()
+    names = set(re.findall(r"\bruntime\.(\w+)", source))
+    assert len(names) > 30
+    assert {name for name in names if not hasattr(cuda_device.runtime, name)} == set()
+
+
+def test_timed_work_is_counted(device: Device, stream: Stream) -> None:
+    numbers = np.ones(1 << 20, np.float32)
+    counters = memoryview(bytearray(InstanceCounter.BATCH_SIZES * 8)).cast("Q")
+    device.traffic.counters = counters
+    with device.allocate(numbers.nbytes) as memory:
+        for _ in range(2):
+            stream.begin_timing()
+            stream.copy_in(memory.address, numbers.ctypes.data, numbers.nbytes)
+            stream.end_timing()
+            assert stream.is_idle
+    device.traffic.publish()
+    assert counters[InstanceCounter.DEVICE_NS] > 0
+    assert counters[InstanceCounter.DEVICE_COPIES_IN] == 2
+    assert counters[InstanceCounter.DEVICE_BYTES_IN] == 2 * numbers.nbytes

@@ -1,0 +1,296 @@
+"""One TensorRT engine on one GPU: profiles, dynamic shapes, shape tensors, data-dependent outputs, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from forebay.engine.backends.base import Array, Arrays
+from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
+from forebay.engine.backends.tensorrt_engines import LoadedEngine
+from forebay.engine.backends.tensorrt_tensors import datatype_of_tensor, parse_profiles, tensor_names
+from forebay.engine.devices.base import Device, DeviceError, Graph, Memory, Stream
+from forebay.engine.devices.device_array import DeviceArray
+from forebay.engine.devices.staging import Staging
+from forebay.ipc.errors import BackendFailed, InvalidArgument
+from forebay.ipc.log import log
+from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.tensor import DATATYPES
+
+
+def make_output_allocator(trt: Any, device: Device, stream: Stream) -> Any:
+    """Return an allocator for an output whose shape only its values tell; keeps the largest block it ever needed."""
+
+    class OutputAllocator(trt.IOutputAllocator):  # type: ignore[misc]
+        """See make_output_allocator."""
+
+        def __init__(self) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self.memory: Memory | None = None
+            self.shape: tuple[int, ...] = ()
+
+        def reallocate_output_async(
+            self, tensor_name: str, memory: int, size: int, alignment: int, stream_handle: int
+        ) -> int:
+            return self.reallocate_output(tensor_name, memory, size, alignment)
+
+        def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int:
+            # An exception cannot pass through TensorRT: no address is its way to say that there is no room.
+            try:
+                if self.memory is None or self.memory.byte_size < size:
+                    larger = device.allocate(size)
+                    if self.memory is not None:
+                        stream.synchronize()
+                        self.memory.close()
+                    self.memory = larger
+                return self.memory.address
+            except DeviceError as error:
+                log.error(f"output '{tensor_name}': {error}")
+                return 0
+
+        def notify_shape(self, tensor_name: str, shape: Iterable[int]) -> None:
+            self.shape = tuple(shape)
+
+    return OutputAllocator()
+
+
+class _Profile:
+    """One optimisation profile with its execution context."""
+
+    def __init__(self, context: Any, ranges: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> None:
+        self.context = context
+        self.ranges = ranges
+        #: Shapes to the captured graph; None: capturing them failed, and is not tried again.
+        self.graphs: dict[tuple[object, ...], Graph | None] = {}
+
+    def takes(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """True if all input shapes are in the profile's range."""
+        return all(
+            len(shapes[name]) == len(low)
+            and all(lo <= size <= hi for lo, size, hi in zip(low, shapes[name], high, strict=True))
+            for name, (low, high) in self.ranges.items()
+            if name in shapes
+        )
+
+
+class TensorRtInstance(DeviceInstance):
+    """One engine on one GPU: a context for each profile, all on one stream and with one scratch memory."""
+
+    def __init__(self, spec: InstanceSpec, owner: LoadedEngine, device: Device, stream: Stream) -> None:
+        """Take ownership of the stream."""
+        super().__init__(spec, device, stream)
+        trt = owner.trt
+        self._trt = trt
+        self._owner: LoadedEngine | None = owner
+        self._engine: Any = owner.engine
+        self._model = spec.model
+        self._staging = Staging(device, stream)
+        self._inputs = tensor_names(trt, self._engine, "INPUT")
+        self._outputs = tensor_names(trt, self._engine, "OUTPUT")
+        host = trt.TensorLocation.HOST
+        self._on_host = {
+            name for name in (*self._inputs, *self._outputs) if self._engine.get_tensor_location(name) == host
+        }
+        self._unbatched = {
+            tensor.name
+            for tensor in (*spec.inputs, *spec.outputs)
+            if tensor.is_shape_tensor and spec.max_batch_size > 0
+        }
+        self._dtypes = {
+            name: DATATYPES[datatype_of_tensor(self._engine, name)].numpy_dtype
+            for name in (*self._inputs, *self._outputs)
+        }
+        is_fixed = all(tensor.is_fixed for tensor in (*spec.inputs, *spec.outputs))
+        wants_graphs = bool(spec.optimization.get("cuda_graphs")) and is_fixed and not self._on_host
+        self._uses_graphs = wants_graphs and not owner.makes_graphs
+        self._has_run = False
+        self._allocators: dict[str, Any] = {}
+        self._scratch: Memory | None = None
+        self._profiles = self._make_profiles(owner, parse_profiles(spec, self._engine.num_optimization_profiles))
+
+    def _make_profiles(self, owner: LoadedEngine, numbers: Sequence[int]) -> list[_Profile]:
+        # Contexts that never run at the same time can share their scratch memory; its size is that of the largest
+        # profile, used or not.
+        self._scratch = self.device.allocate(int(self._engine.device_memory_size_v2))
+        profiles: list[_Profile] = []
+        for number in numbers:
+            try:
+                context = owner.make_context()
+            except InvalidArgument as error:
+                raise InvalidArgument(f"unable to load model '{self._model}': {error.text}") from None
+            context.set_device_memory(self._scratch.address, self._scratch.byte_size)
+            if number != 0 and not context.set_optimization_profile_async(number, self.stream.handle):
+                raise InvalidArgument(f"model '{self._model}': cannot use profile {number}")
+            ranges: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
+            for name in self._inputs:
+                if name not in self._on_host:
+                    low, _usual, high = self._engine.get_tensor_profile_shape(name, number)
+                    ranges[name] = (tuple(low), tuple(high))
+            profiles.append(_Profile(context, ranges))
+        self.stream.synchronize()
+        return profiles
+
+    # --- requests ---
+
+    def compute(self, batch: Sequence[Mapping[str, PlacedTensor]], outputs: Sequence[str]) -> dict[str, DeviceArray]:
+        missing = [name for name in self._inputs if name not in batch[0]]
+        if missing:
+            raise InvalidArgument(f"model '{self._model}' needs its input '{missing[0]}'")
+        on_host = {name: self._host_input(name, batch) for name in self._inputs if name in self._on_host}
+        names = [name for name in self._inputs if name not in self._on_host]
+        placed = self._staging.gather(
+            [{name: tensors[name] for name in names if name not in self._unbatched} for tensors in batch]
+        )
+        # A shape tensor is the same for the whole batch (spec D-018).
+        placed |= self._staging.gather(
+            [{name: _first_row(batch[0][name]) for name in names if name in self._unbatched}]
+        )
+        profile, shapes = self._choose(placed, on_host)
+        host_outputs = self._place_outputs(profile.context)
+        self._execute(profile, (*shapes.items(),))
+        results: dict[str, DeviceArray] = {}
+        for name in outputs:
+            if name in host_outputs:
+                results |= self._staging.gather([{name: host_outputs[name]}])
+            else:
+                shape, address = self._output_place(profile.context, name)
+                results[name] = DeviceArray(address, shape, self._dtypes[name])
+        if host_outputs or on_host:
+            # What TensorRT reads and writes in host memory must live until it has.
+            self.stream.synchronize()
+        return results
+
+    def _host_input(self, name: str, batch: Sequence[Mapping[str, PlacedTensor]]) -> Array:
+        """Return an input that TensorRT reads on the host: a shape, the same for the whole batch."""
+        tensor = batch[0][name]
+        if name in self._unbatched:
+            tensor = _first_row(tensor)
+        if isinstance(tensor, DeviceArray):
+            return self.fetch({name: tensor})[name]
+        return tensor
+
+    def _choose(
+        self, placed: Mapping[str, DeviceArray], on_host: Mapping[str, Array]
+    ) -> tuple[_Profile, dict[str, tuple[int, ...]]]:
+        """Tell the context of a profile that takes these inputs about them."""
+        shapes: dict[str, tuple[int, ...]] = {
+            name: placed[name].shape if name in placed else on_host[name].shape for name in self._inputs
+        }
+        profile = next((one for one in self._profiles if one.takes(shapes)), None)
+        if profile is None:
+            raise InvalidArgument(self._shape_problem(shapes))
+        context = profile.context
+        for name in self._inputs:
+            if not context.set_input_shape(name, shapes[name]):
+                raise InvalidArgument(self._shape_problem(shapes))
+            address = placed[name].address if name in placed else on_host[name].ctypes.data
+            context.set_tensor_address(name, address)
+        unknown = list(context.infer_shapes())
+        if unknown:
+            raise InvalidArgument(f"model '{self._model}': the shape of '{unknown[0]}' cannot be told from the inputs")
+        return profile, shapes
+
+    def _shape_problem(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        for name, shape in shapes.items():
+            ranges = [one.ranges[name] for one in self._profiles if name in one.ranges]
+            if ranges and not any(one.takes({name: shape}) for one in self._profiles):
+                allowed = " or ".join(f"{list(low)} to {list(high)}" for low, high in ranges)
+                return (
+                    f"request specifies invalid shape for input '{name}' for model '{self._model}': {list(shape)}, the "
+                    f"plan takes {allowed}"
+                )
+        return f"no optimisation profile of model '{self._model}' takes these inputs together"
+
+    def _place_outputs(self, context: Any) -> Arrays:
+        """Give every output a place; returns those that TensorRT leaves on the host."""
+        on_host: Arrays = {}
+        for name in self._outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            if name in self._on_host:
+                on_host[name] = array = np.empty([max(size, 1) for size in shape], self._dtypes[name])
+                context.set_tensor_address(name, array.ctypes.data)
+            elif -1 in shape:
+                allocator = self._allocators.get(name)
+                if allocator is None:
+                    allocator = make_output_allocator(self._trt, self.device, self.stream)
+                    self._allocators[name] = allocator
+                context.set_output_allocator(name, allocator)
+            else:
+                byte_size = int(np.prod(shape)) * self._dtypes[name].itemsize
+                context.set_tensor_address(name, self._staging.reserve(name, byte_size))
+        return on_host
+
+    def _output_place(self, context: Any, name: str) -> tuple[tuple[int, ...], int]:
+        """Return an output's shape and address after the run."""
+        allocator = self._allocators.get(name)
+        shape = tuple(context.get_tensor_shape(name))
+        if allocator is None or -1 not in shape:
+            return shape, self._staging.reserve(name, 0)
+        if allocator.memory is None:
+            raise BackendFailed(f"model '{self._model}': no room on the GPU for output '{name}'")
+        return allocator.shape, allocator.memory.address
+
+    def _execute(self, profile: _Profile, key: tuple[object, ...]) -> None:
+        key = (self._staging.generation, *key)
+        graph = profile.graphs.get(key)
+        if graph is not None:
+            self.stream.launch(graph)
+            return
+        if not profile.context.execute_async_v3(self.stream.handle):
+            self.stream.synchronize()
+            raise BackendFailed(f"model '{self._model}': TensorRT: {self._take_errors()}")
+        if not self._has_run:
+            self._has_run = True
+            self._save_kernels()
+        # What has run once as it is can be captured for the next time.
+        if self._uses_graphs and key not in profile.graphs:
+            profile.graphs[key] = self._capture(profile)
+
+    def _take_errors(self) -> str:
+        return "" if self._owner is None else str(self._owner.logger.take())
+
+    def _save_kernels(self) -> None:
+        if self._owner is not None and self._owner.kernels is not None:
+            self._owner.kernels.save()
+
+    def _capture(self, profile: _Profile) -> Graph | None:
+        self.stream.synchronize()
+        self.stream.begin_capture()
+        has_run = profile.context.execute_async_v3(self.stream.handle)
+        try:
+            graph = self.stream.end_capture()
+        except DeviceError as error:
+            log.warning(f"model '{self._model}' runs without CUDA graphs: {error}")
+            return None
+        if not has_run:
+            graph.close()
+            return None
+        return graph
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        self._save_kernels()
+        for profile in self._profiles:
+            for graph in profile.graphs.values():
+                if graph is not None:
+                    graph.close()
+        # Contexts go before the engine, and all of them before the memory that they were given.
+        self._profiles.clear()
+        self._engine = None
+        self._owner = None
+        self._staging.close()
+        for allocator in self._allocators.values():
+            if allocator.memory is not None:
+                allocator.memory.close()
+        if self._scratch is not None:
+            self._scratch.close()
+        self._arenas.close()
+        self.stream.close()
+
+
+def _first_row(tensor: PlacedTensor) -> PlacedTensor:
+    if isinstance(tensor, DeviceArray):
+        return DeviceArray(tensor.address, tensor.shape[1:], tensor.dtype)
+    return np.ascontiguousarray(tensor[0])
