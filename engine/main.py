@@ -123,7 +123,7 @@ def bind_endpoints(settings: Settings) -> dict[str, Listener]:
     from forebay.engine.supervisor.listeners import bind
     from forebay.ipc.log import log
 
-    http, grpc, metrics = settings.http, settings.grpc, settings.metrics
+    http, grpc, metrics, cloud = settings.http, settings.grpc, settings.metrics, settings.cloud
     listeners: dict[str, Listener] = {}
     try:
         if http.allow:
@@ -135,6 +135,11 @@ def bind_endpoints(settings: Settings) -> dict[str, Listener]:
                 listeners["grpc"] = bind(
                     "GRPCInferenceService", "GRPC", grpc.address, grpc.port, reuse_port=grpc.reuse_port
                 )
+        if cloud.allow_sagemaker:
+            listeners["sagemaker"] = bind("Sagemaker HTTPService", "SageMaker", http.address, cloud.sagemaker_port)
+        if cloud.allow_vertex_ai:
+            _check_vertex_ai_routes()
+            listeners["vertex_ai"] = bind("Vertex AI HTTPService", "Vertex AI", http.address, cloud.vertex_ai_port)
         if metrics.allow:
             listeners["metrics"] = bind("Metrics Service", "metrics", metrics.address or http.address, metrics.port)
     except BaseException:
@@ -142,6 +147,16 @@ def bind_endpoints(settings: Settings) -> dict[str, Listener]:
             listener.close()
         raise
     return listeners
+
+
+def _check_vertex_ai_routes() -> None:
+    """Raise Unavailable unless Vertex AI has said where it asks, with Triton's text (it misspells the first)."""
+    from forebay.ipc.errors import Unavailable
+
+    for variable, called in (("AIP_PREDICT_ROUTE", "API_PREDICT_ROUTE"), ("AIP_HEALTH_ROUTE", "AIP_HEALTH_ROUTE")):
+        if not os.environ.get(variable):
+            text = f"{called} is not defined for Vertex AI endpoint"
+            raise Unavailable(f"failed to start Vertex AI service: Invalid argument - {text}")
 
 
 def _supervise(settings: Settings, runtime: RuntimeDirectory, listeners: dict[str, Listener]) -> int:

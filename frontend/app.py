@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from aiohttp import hdrs, web
@@ -94,8 +94,9 @@ _METHOD_NOT_ALLOWED = Reply(error_body("Method Not Allowed"), status=405)
 class Dispatcher:
     """From an aiohttp request to its reply."""
 
-    def __init__(self, context: ControlContext) -> None:
+    def __init__(self, context: ControlContext, routes: Sequence[Route] = ROUTES) -> None:
         self._context = context
+        self._routes = routes
         self._restrictions = {
             api: (restricted.key, restricted.value)
             for restricted in context.settings.restricted_apis
@@ -111,7 +112,7 @@ class Dispatcher:
         log.verbose(1, f"HTTP request: {request.method} {path}")
         if self._context.is_exiting:
             return _EXITING
-        for route in ROUTES:
+        for route in self._routes:
             match = route.pattern.fullmatch(path)
             if match is not None:
                 return await self._run(route, match.groupdict(default=""), request)
@@ -192,9 +193,9 @@ ControlServer = PlainServer
 ControlConnection = PlainConnection
 
 
-def build_server(context: ControlContext) -> ControlServer:
+def build_server(context: ControlContext, routes: Sequence[Route] = ROUTES) -> ControlServer:
     """Return the server of all endpoints besides inference, for the running event loop.
 
     Call it to get a protocol per connection; end it with ``pre_shutdown()`` and ``await shutdown(timeout)``.
     """
-    return ControlServer(Dispatcher(context))
+    return ControlServer(Dispatcher(context, routes))

@@ -7,7 +7,7 @@ import resource
 import socket
 from collections.abc import Sequence
 
-from forebay.frontend.app import build_server
+from forebay.frontend.app import ROUTES, Route, build_server
 from forebay.frontend.frontend_process import FrontendProcess, Served, run_frontend
 from forebay.frontend.handlers.context import ControlContext, ControlSettings
 from forebay.frontend.http.head import HeadParser
@@ -93,12 +93,22 @@ def _close(servers: Sequence[asyncio.Server]) -> None:
 async def open_servers(process: FrontendProcess) -> Served:
     """Listen on the sockets that came with FrontendStart."""
     settings = HttpView.from_groups(process.start.settings)
+    return await serve_http(process, HeadParser(settings.header_forward_pattern, settings.inference_keys))
+
+
+async def serve_http(process: FrontendProcess, heads: HeadParser, routes: Sequence[Route] = ROUTES) -> Served:
+    """Serve HTTP on the process's sockets.
+
+    Args:
+        heads: says what requests mean.
+        routes: of everything besides inference.
+    """
+    settings = HttpView.from_groups(process.start.settings)
     context = ControlContext(
         ControlSettings.from_groups(process.start.settings), process.control, process.counters.words
     )
-    heads = HeadParser(settings.header_forward_pattern, settings.inference_keys)
     frontend = HttpFrontend(
-        process.engine, settings, build_server(context), process.control.catalog, heads, process.regions
+        process.engine, settings, build_server(context, routes), process.control.catalog, heads, process.regions
     )
     frontend.take_catalog(process.control.catalog)
     process.control.add_listener(frontend.take_catalog)

@@ -34,7 +34,7 @@ from forebay.engine.repository.repository_agents import RepositoryAgents
 from forebay.engine.repository.validate import directory_name_problem, poll_problems
 from forebay.engine.repository.versions import FoundVersions, find_versions
 from forebay.engine.settings import Settings
-from forebay.ipc.errors import Code, InvalidArgument, NotFound, ServingError
+from forebay.ipc.errors import AlreadyExists, Code, InvalidArgument, NotFound, ServingError
 
 if TYPE_CHECKING:
     from forebay.engine.repository.cloud_mirror import CloudMirror
@@ -43,6 +43,15 @@ CONFIG_FILE = "config.pbtxt"
 
 
 FILE_PREFIX = "file:"
+
+
+class Mount(msgspec.Struct, frozen=True):
+    """A model directory outside of the repositories (spec H-300)."""
+
+    url: str
+    directory: str
+    owner: str
+    """The name of the model that it was mounted for."""
 
 
 class ModelRepository:
@@ -87,6 +96,45 @@ class ModelRepository:
         self.model_config_name = model_config_name
         self.auto_complete = auto_complete
         self._agents = RepositoryAgents()
+        #: Models that lie elsewhere, by name; see :meth:`mount`.
+        self._mounts: dict[str, Mount] = {}
+
+    def mount(self, name: str, url: str) -> None:
+        """Let the model in directory ``url`` be loaded as ``name``, and what else is in there by its own names.
+
+        Args:
+            url: a local directory whose only directory, or whose ensemble, is the model (spec H-300).
+
+        Raises:
+            AlreadyExists: the name is taken by another mount.
+            InvalidArgument: there is no such directory, or which model is meant cannot be told.
+        """
+        check_model_name(name)
+        if name in self._mounts:
+            raise AlreadyExists(f"model '{name}' is already mapped")
+        _check_root(url)
+        with _open_root(url) as root:
+            directories = [item.name for item in root.entries() if item.is_directory]
+            chosen = (
+                directories if len(directories) == 1 else [each for each in directories if _is_ensemble(root, each)]
+            )
+        if len(chosen) != 1:
+            raise InvalidArgument(
+                "More than one model detected in archive. If you intend to use an ensemble, it must hold exactly one"
+                if directories
+                else "No model detected in archive"
+            )
+        for directory in directories:
+            known_as = name if directory == chosen[0] else directory
+            self._mounts.setdefault(known_as, Mount(url, directory, owner=name))
+
+    def unmount(self, name: str) -> None:
+        """Take a mount back; unknown ones are no error."""
+        self._mounts = {known_as: mount for known_as, mount in self._mounts.items() if mount.owner != name}
+
+    def mounts(self) -> dict[str, str]:
+        """Return name to directory of what was mounted."""
+        return {name: mount.url for name, mount in self._mounts.items() if mount.owner == name}
 
     def scan(self, *, is_selective: bool = False) -> list[FoundModel]:
         """Return every model directory, sorted by name and then by repository.
@@ -163,6 +211,9 @@ class ModelRepository:
                 item = root.entry((name,))
                 if item is not None and item.is_directory:
                     found.append(self._examine(root, repository, name))
+        if (mount := self._mounts.get(name)) is not None:
+            with _open_root(mount.url) as root:
+                found.append(self._examine(root, mount.url, name, directory=mount.directory))
         if not found:
             raise NotFound(f"failed to poll model '{name}': not found in any model repository")
         if len(found) > 1:
@@ -230,26 +281,32 @@ class ModelRepository:
         # It lies in no repository, and so in no namespace.
         return msgspec.structs.replace(found, temporary_directory=directory, namespace="")
 
-    def _examine(self, root: Beneath, repository: str, name: str, *, is_partial: bool = False) -> FoundModel:
+    def _examine(
+        self, root: Beneath, repository: str, name: str, *, directory: str = "", is_partial: bool = False
+    ) -> FoundModel:
         """Read one model directory; whatever goes wrong becomes a problem of the model.
 
         Args:
+            directory: what it is called, if not as the model.
             is_partial: it holds the configuration only, so far.
         """
         config_file = ""
         try:
             check_model_name(name)
-            config_file = self._config_file(root, name)
+            directory = directory or name
+            config_file = self._config_file(root, directory)
             if not config_file:
                 config, text = ModelConfig(), ""
                 if not self.auto_complete:
                     raise NotFound(f"model configuration is not provided for model '{name}'")
             else:
-                data = root.read((name, *config_file.split("/")), MAX_CONFIG_BYTES)
+                data = root.read((directory, *config_file.split("/")), MAX_CONFIG_BYTES)
                 text = data.decode(errors="replace")
-                config = parse_config_bytes(data, f"{name}/{config_file}")
+                config = parse_config_bytes(data, f"{directory}/{config_file}")
+                if directory != name:
+                    config.message.name = name
             return self._assemble(
-                root, repository, (name,), name, config, text, config_file=config_file, is_partial=is_partial
+                root, repository, (directory,), name, config, text, config_file=config_file, is_partial=is_partial
             )
         except ConfigError as error:
             return unusable_model(
@@ -344,6 +401,15 @@ def _check_root(path: str) -> None:
             raise InvalidArgument(f"failed to stat file {path}: {state}")
     except ValueError:
         raise InvalidArgument("failed to stat file: a model repository path contains a NUL character") from None
+
+
+def _is_ensemble(root: Beneath, directory: str) -> bool:
+    """Whether a model's configuration is an ensemble's."""
+    try:
+        data = root.read((directory, CONFIG_FILE), MAX_CONFIG_BYTES)
+        return bool(parse_config_bytes(data, CONFIG_FILE).message.platform == "ensemble")
+    except (ServingError, OSError):
+        return False
 
 
 def _reason(error: ServingError | OSError) -> str:

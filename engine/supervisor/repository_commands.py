@@ -14,7 +14,7 @@ from forebay.ipc.log import log
 
 
 class RepositoryCommands:
-    """The verbs load, unload and index (spec H-210..H-224)."""
+    """The verbs load, unload and index (spec H-210..H-224), and SageMaker's mount."""
 
     def __init__(self, lifecycle: ModelLifecycle) -> None:
         self._lifecycle = lifecycle
@@ -62,6 +62,20 @@ class RepositoryCommands:
             if model is not None and arguments.get("unload_dependents") is True:
                 names += lifecycle.ensembles.dependents_to_unload(model)
             await lifecycle.unload(name)
+
+    async def mount(self, arguments: dict[str, object]) -> None:
+        """Let a model that lies in a directory of its own be loaded by name (spec H-300)."""
+        self._require_explicit()
+        repository = self._lifecycle.repository
+        await asyncio.to_thread(repository.mount, _text(arguments, "name"), _text(arguments, "url"))
+
+    async def unmount(self, arguments: dict[str, object]) -> None:
+        """Take a mount back."""
+        self._lifecycle.repository.unmount(_text(arguments, "name"))
+
+    async def mounts(self, arguments: dict[str, object]) -> dict[str, str]:
+        """Return name to directory of what is mounted."""
+        return self._lifecycle.repository.mounts()
 
     def _identity(self, name: str) -> str:
         """Return what a model is called among all models: with namespacing a client need not say which it means.

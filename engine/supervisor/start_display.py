@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 #: How often progress is drawn anew, s.
 _TICK_S = 0.1
 
+_NAMES = {
+    "http": "HTTP",
+    "grpc": "gRPC",
+    "sagemaker": "SageMaker",
+    "vertex_ai": "Vertex AI",
+    "metrics": "Metrics",
+}
 _NOTES = {"http": "KServe v2, Triton's HTTP protocol", "metrics": "Prometheus"}
 
 
@@ -65,9 +72,8 @@ class StartDisplay:
         self._console.show_models(rows)
 
     def show_endpoints(self, listeners: Mapping[str, Listener], models: Mapping[str, Model]) -> None:
-        names = {"http": "HTTP", "grpc": "gRPC", "metrics": "Metrics"}
         endpoints = [
-            Endpoint(names[protocol], _url(protocol, listener), _NOTES.get(protocol, ""))
+            Endpoint(_NAMES[protocol], _url(protocol, listener), _NOTES.get(protocol, ""))
             for protocol, listener in listeners.items()
         ]
         self._console.show_endpoints(endpoints)

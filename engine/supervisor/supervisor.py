@@ -63,6 +63,13 @@ _BACKLOG = 4096
 #: Arena of the metrics frontend, which places no tensors; one page.
 _NO_ARENA_BYTES = 4096
 
+#: Frontends of which there is one, by the protocol of their listener.
+_SINGLE_FRONTENDS = {
+    "grpc": "forebay.frontend.grpc_main",
+    "sagemaker": "forebay.frontend.cloud.sagemaker_main",
+    "vertex_ai": "forebay.frontend.cloud.vertex_ai_main",
+}
+
 
 class StartFailed(Internal):
     """The server cannot start; the text is the reason."""
@@ -78,7 +85,8 @@ class Supervisor:
 
         Args:
             runtime: its directory; removed by the caller after ``run``.
-            listeners: bound sockets by protocol: ``http``, ``grpc``, ``metrics``; closed here when the server stops.
+            listeners: bound sockets by protocol (``http``, ``grpc``, ``sagemaker``, ``vertex_ai``, ``metrics``); closed
+                here when the server stops.
         """
         self.settings = settings
         self._runtime = runtime
@@ -220,6 +228,9 @@ class Supervisor:
             log_get=log_settings.get,
             log_set=log_settings.set,
             explain=self._explain,
+            mount=commands.mount,
+            unmount=commands.unmount,
+            mounts=commands.mounts,
             region_register=self._regions.register,
             region_status=self._regions.status,
             region_unregister=self._regions.unregister,
@@ -235,7 +246,8 @@ class Supervisor:
     def _create_frontends(self, counters: CountersFile) -> list[FrontendRole]:
         settings: dict[str, Any] = msgspec.to_builtins(self.settings)
         http_count = max(1, self.settings.http.frontends) if "http" in self._listeners else 0
-        share_bytes = self._share_cache(counters, http_count + ("grpc" in self._listeners))
+        single = {name: module for name, module in _SINGLE_FRONTENDS.items() if name in self._listeners}
+        share_bytes = self._share_cache(counters, http_count + len(single))
         cache_offsets = iter(self._cache_counter_offsets)
 
         def create(name: str, module: str, protocol: str, *, submits: bool = True) -> FrontendRole:
@@ -258,8 +270,7 @@ class Supervisor:
         if "http" in self._listeners:
             names = [f"http {index}" for index in range(http_count)]
             frontends += [create(name, "forebay.frontend.http_main", "http") for name in names]
-        if "grpc" in self._listeners:
-            frontends.append(create("grpc", "forebay.frontend.grpc_main", "grpc"))
+        frontends += [create(protocol, module, protocol) for protocol, module in single.items()]
         if "metrics" in self._listeners:
             frontends.append(create("metrics", "forebay.frontend.metrics_main", "metrics", submits=False))
             frontends[-1].greetings = self._model_metrics.values

@@ -216,7 +216,8 @@ class GeneralCall(Call):
             rendered = render_infer_response(
                 self._entry.name, self._entry.version, self._request.id, response.parameters, self._outputs(response)
             )
-            buffers = infer_reply(rendered, self._head.accept_encoding, self._head.connection_line)
+            head = self._head
+            buffers = infer_reply(rendered, head.accept_encoding, head.connection_line, head.binary_type)
         except ServingError as error:
             self.fail(error, TEXT_TYPE)
             return

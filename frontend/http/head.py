@@ -65,6 +65,7 @@ class Head:
 
     __slots__ = (
         "accept_encoding",
+        "binary_type",
         "connection_line",
         "content_encoding",
         "content_length",
@@ -107,6 +108,8 @@ class Head:
         self.header_length: str | None = None
         self.content_encoding: str | None = None
         self.accept_encoding: str | None = None
+        #: Content type of a reply with binary tensors, up to the bytes of its JSON, where it is not Triton's (H-300).
+        self.binary_type = ""
         #: Headers that become request parameters (spec H-158).
         self.forwarded: dict[str, Parameter] = {}
         #: Taken only when nothing else of the connection is in flight: aiohttp writes to the transport by itself, a

@@ -83,17 +83,25 @@ def with_close_line(head: Buffer) -> Buffer:
     return lines.replace(b"\r\nConnection: keep-alive", b"") + b"\r\n" + CLOSE_LINE + blank[2:] + body
 
 
-def infer_reply(reply: RenderedReply, accept_encoding: str | None, connection: bytes = b"") -> list[Buffer]:
-    """Return the buffers of a successful reply; uncompressed tensors stay where they are (I-1)."""
-    extra = connection
-    if reply.header_length is not None:
+def infer_reply(
+    reply: RenderedReply, accept_encoding: str | None, connection: bytes = b"", binary_type: str = ""
+) -> list[Buffer]:
+    """Return the buffers of a successful reply; uncompressed tensors stay where they are (I-1).
+
+    Args:
+        binary_type: content type of a reply with binary tensors, which the bytes of its JSON complete; empty: Triton's.
+    """
+    extra, content_type = connection, reply.content_type
+    if reply.header_length is not None and binary_type:
+        content_type = f"{binary_type}{reply.header_length}"
+    elif reply.header_length is not None:
         extra += b"Inference-Header-Content-Length: %d\r\n" % reply.header_length
     encoding = response_encoding(accept_encoding)
     if encoding in ("gzip", "deflate"):
         body = compress(reply.buffers, encoding)
         extra += b"Content-Encoding: %s\r\n" % encoding.encode()
-        return [head_bytes(200, reply.content_type, len(body), extra), body]
+        return [head_bytes(200, content_type, len(body), extra), body]
     buffers: Sequence[Buffer] = reply.buffers
     if len(buffers) >= _IOV_MAX:
         buffers = [b"".join(buffers)]
-    return [head_bytes(200, reply.content_type, reply.body_bytes, extra), *buffers]
+    return [head_bytes(200, content_type, reply.body_bytes, extra), *buffers]
