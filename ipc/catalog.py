@@ -87,6 +87,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """The details hold latencies."""
     first_response_buckets_ms: tuple[float, ...] = ()
     """Upper bounds of the histogram of first responses, if the model sets its own (spec M-030)."""
+    has_ready_check: bool = False
+    """The model says itself whether it is ready (spec P-012); the supervisor asks it."""
     sees_requests: bool = False
     """The backend gets requests one by one (Python): only what carries nothing but tensors may live in slab rows."""
 

@@ -591,6 +591,8 @@ class Loaded(Message, frozen=True, tag=36):
     memory_bytes: int = 0
     wants_parcels: bool = False
     """The loaded model wants what only parcels have, for example answers after the execution."""
+    has_ready_check: bool = False
+    """The model says itself whether it is ready (spec P-012): ask it with :class:`AskReady`."""
     device_id: int = -1
     """Device in whose memory tensors of requests may lie; -1: there is none."""
 
@@ -655,12 +657,27 @@ class Adopt(Message, frozen=True, tag=41):
     name: str
 
 
+class AskReady(Message, frozen=True, tag=46):
+    """Supervisor -> worker: ask the model whether it is ready; answered with :class:`ReadyAnswer`."""
+
+    request: int
+
+
+class ReadyAnswer(Message, frozen=True, tag=47):
+    """Worker -> supervisor."""
+
+    request: int
+    is_ready: bool
+    text: str = ""
+    """Why asking it failed."""
+
+
 SupervisorToZygote = Fork | Stop
 ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
 SupervisorToWorker = (
-    Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Adopt | CheckMemory | MemoryDown | Stop
+    Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Adopt | CheckMemory | MemoryDown | AskReady | Stop
 )
-WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics | MemoryChecked | MemoryClosed
+WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics | MemoryChecked | MemoryClosed | ReadyAnswer
 
 
 # --- control socket (ZeroMQ): frontend <-> supervisor ----------------------------------------------------------------

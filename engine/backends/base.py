@@ -26,6 +26,7 @@ from forebay.ipc.messages import InstanceSpec, ParameterValue
 if TYPE_CHECKING:
     from forebay.engine.devices.base import Device
     from forebay.engine.worker.parcel_request import ParcelRequest
+    from forebay.engine.worker.request_rows import RowRequest
 
 Array = npt.NDArray[np.generic]
 Arrays = dict[str, Array]
@@ -59,6 +60,8 @@ class LoadedModel:
 
     #: Where requests' tensors may lie besides host memory; None: nowhere.
     device: Device | None = None
+    #: Asks the model itself whether it is ready, from any thread; None: it is, once it is loaded.
+    ready_check: Callable[[], bool] | None = None
 
     def attach_memory(self, address: int, byte_size: int) -> None:
         """An arena has been mapped at ``address``; a device may want to page-lock it."""

@@ -114,6 +114,8 @@ class PythonInstance(RowsInstance):
         self._outputs = ModelOutputs(spec, are_checked=checks_outputs)
         self._recipient = Recipient(spec, self._deliver)
         self.wants_parcels = not checks_outputs or may_answer_late(model, spec.model_path)
+        if hasattr(model, "is_ready"):
+            self.ready_check = self._is_ready
         self._is_iterative = bool(spec.extra.get("sequence", {}).get("iterative_sequence", False))
         self._event_loop: asyncio.AbstractEventLoop | None = None
         start_answering_dropped()
@@ -250,6 +252,25 @@ class PythonInstance(RowsInstance):
             raise
         finally:
             self._async_slots.release()
+
+    # --- readiness (spec P-012) ---
+
+    def _is_ready(self) -> bool:
+        """Ask the model.
+
+        Raises:
+            BackendFailed: it answered something else than yes or no.
+        """
+        result = self._model.is_ready()
+        if inspect.iscoroutine(result):
+            loop = self._event_loop
+            if loop is None:
+                result = asyncio.run(result)
+            else:
+                result = asyncio.run_coroutine_threadsafe(result, loop).result()
+        if not isinstance(result, bool):
+            raise BackendFailed("is_ready() must return a boolean value")
+        return result
 
     # --- answering ---
 

@@ -81,6 +81,8 @@ class Instance:
         self.memory_bytes = 0
         #: The loaded model wants what only parcels have.
         self.wants_parcels = False
+        #: The model says itself whether it is ready.
+        self.has_ready_check = False
         #: How often a worker that had died was replaced.
         self.restart_count = 0
         self._worker: WorkerHandle | None = None
@@ -165,6 +167,7 @@ class Instance:
         worker.end_quiet()
         self.memory_bytes = loaded.memory_bytes
         self.wants_parcels = loaded.wants_parcels
+        self.has_ready_check = loaded.has_ready_check
         if not self.is_passive:
             plant.switchboard.add_instance(
                 spec.route,

@@ -304,6 +304,7 @@ class ServedVersion:
             decoupled=decoupled,
             wants_parcels=prepared.wants_parcels or any(instance.wants_parcels for instance in self.instances),
             sees_requests=prepared.sees_requests,
+            has_ready_check=any(instance.has_ready_check for instance in self.instances),
             is_ensemble=spec.is_ensemble,
             counter_offset=self._producer_offsets.get(slot, 0),
             # An ensemble has no instances: its frontends count for them.

@@ -35,6 +35,7 @@ from forebay.engine.supervisor.mps import Mps
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
 from forebay.engine.supervisor.rate_limits import limits_of
+from forebay.engine.supervisor.ready_checks import ReadyChecks
 from forebay.engine.supervisor.regions import RegionRegistry
 from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
 from forebay.engine.supervisor.start_display import StartDisplay
@@ -228,6 +229,7 @@ class Supervisor:
             log_get=log_settings.get,
             log_set=log_settings.set,
             explain=self._explain,
+            model_ready=ReadyChecks(self._lifecycle).ask,
             mount=commands.mount,
             unmount=commands.unmount,
             mounts=commands.mounts,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -19,6 +21,7 @@ from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import (
     Adopt,
+    AskReady,
     CheckMemory,
     Describe,
     Described,
@@ -33,6 +36,7 @@ from forebay.ipc.messages import (
     Message,
     ModelMetrics,
     Phase,
+    ReadyAnswer,
     Stop,
     WorkerToSupervisor,
 )
@@ -87,6 +91,9 @@ class WorkerHandle:
         self._reply: asyncio.Future[Described | Loaded | MemoryChecked] | None = None
         #: By owner and number, what waits for it to close a device memory.
         self._closing: dict[tuple[int, int], asyncio.Future[None]] = {}
+        #: Questions to the model whether it is ready.
+        self._next_request = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[ReadyAnswer | None]] = {}
         sender, self._child_doorbell = create_doorbell()
         self.bell = Bell(sender)
         ours, self._child_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -176,6 +183,15 @@ class WorkerHandle:
             reply = await self._call(CheckMemory(memory=memory))
         assert isinstance(reply, MemoryChecked)
         return reply.text
+
+    async def ask_ready(self) -> ReadyAnswer | None:
+        """Have the model say whether it is ready; None: the worker is gone. May be given up at any time."""
+        request = next(self._next_request)
+        future = self._asked[request] = self._loop.create_future()
+        try:
+            return await future if self.tell(AskReady(request=request)) else None
+        finally:
+            del self._asked[request]
 
     async def close_memory(self, owner: int, number: int) -> None:
         """Have it close a device memory; returns when it has, or is gone."""
@@ -292,6 +308,10 @@ class WorkerHandle:
             closing = self._closing.get((message.owner, message.number))
             if closing is not None and not closing.done():
                 closing.set_result(None)
+        elif isinstance(message, ReadyAnswer):
+            asked = self._asked.get(message.request)
+            if asked is not None and not asked.done():
+                asked.set_result(message)
         elif self._reply is not None and not self._reply.done():
             if isinstance(message, Failed):
                 self._reply.set_exception(from_wire(message.code, message.text))
@@ -308,9 +328,10 @@ class WorkerHandle:
         self.ended.set()
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(WorkerDied(f"the process of {self.name} ended"))
-        for closing in self._closing.values():
-            if not closing.done():
-                closing.set_result(None)
+        waiting: list[asyncio.Future[Any]] = [*self._closing.values(), *self._asked.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
         self._on_end(self)
         self.bell.close()
         self.release_child_fds()

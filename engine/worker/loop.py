@@ -29,6 +29,7 @@ from forebay.engine.worker.loop_threads import LoopThreads
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.ragged import RaggedPolicy, with_batch_tensors
+from forebay.engine.worker.ready_check import start_ready_check
 from forebay.engine.worker.request_rows import RequestRowsRunner
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.rows import RowsRunner
@@ -44,6 +45,7 @@ from forebay.ipc.messages import (
     Adopt,
     ArenaDown,
     ArenaUp,
+    AskReady,
     CheckMemory,
     Describe,
     Described,
@@ -157,6 +159,9 @@ class Worker:
                 self._lifeline.send(MemoryClosed(owner=message.owner, number=message.number))
             case Adopt():
                 self._siblings.start(message.name, fds)
+            case AskReady():
+                if self._instance is not None and self._instance.ready_check is not None:
+                    start_ready_check(self._lifeline, self._instance.ready_check, message.request)
             case Stop():
                 self._stopping = True
 
@@ -253,7 +258,13 @@ class Worker:
         )
         device_id = self._device_id(spec)
         self._lifeline.send(
-            Loaded(load_ns=load_ns, warmup_ns=warmup_ns, wants_parcels=wants_parcels, device_id=device_id)
+            Loaded(
+                load_ns=load_ns,
+                warmup_ns=warmup_ns,
+                wants_parcels=wants_parcels,
+                has_ready_check=instance.ready_check is not None,
+                device_id=device_id,
+            )
         )
         MetricsSender(self._lifeline, spec.instance, registry).start()
 

@@ -260,6 +260,8 @@ class RequestRowsRunner:
             return NO_TIMES
         batch = self._batch = RowBatch(number, self._inbox, self._producers)
         try:
+            if sum(run.rows for run in runs) > self._views.rows_max:
+                raise Internal("batch is larger than the model allows")
             for run in runs:
                 self._add(batch, run)
             input_end_ns = time.monotonic_ns()

@@ -13,6 +13,7 @@ from forebay.frontend.grpc import descriptors
 from forebay.frontend.handlers.log_settings import parse_log_settings
 from forebay.frontend.handlers.metadata import EXTENSIONS, TRITON_VERSION, describe_model
 from forebay.frontend.handlers.trace_settings import parse_trace_settings
+from forebay.frontend.model_readiness import why_not_ready
 from forebay.frontend.statistics import model_statistics
 from forebay.ipc.errors import InvalidArgument, Unsupported
 
@@ -49,8 +50,8 @@ async def server_ready(frontend: GrpcFrontend, message: memoryview) -> bytes:
 async def model_ready(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``ModelReady``; an unknown model is not ready, as in Triton 2.51 (spec G-003, F2-15)."""
     request = descriptors.parse("ModelReadyRequest", message)
-    ready = frontend.catalog.is_ready(request.name, parse_version(request.version))
-    return _encode(descriptors.build("ModelReadyResponse", ready=ready))
+    reason = await why_not_ready(frontend.catalog, frontend.control, request.name, parse_version(request.version))
+    return _encode(descriptors.build("ModelReadyResponse", ready=not reason))
 
 
 async def server_metadata(frontend: GrpcFrontend, message: memoryview) -> bytes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from forebay.frontend.catalog_view import parse_version
 from forebay.frontend.errors import error_body
 from forebay.frontend.handlers.context import TEXT_TYPE, Call, ControlContext, Reply
+from forebay.frontend.model_readiness import why_not_ready
 
 _YES = Reply(content_type=TEXT_TYPE)
 _NO = Reply(status=400, content_type=TEXT_TYPE)
-_MODEL_NOT_READY = Reply(error_body("Model version not ready"), status=400, content_type=TEXT_TYPE)
 
 
 async def server_health(context: ControlContext, call: Call) -> Reply:
@@ -20,4 +20,6 @@ async def server_health(context: ControlContext, call: Call) -> Reply:
 async def model_ready(context: ControlContext, call: Call) -> Reply:
     """Answer ``/v2/models/M[/versions/V]/ready``; an unknown model is not ready, as in Triton 2.51 (E-011)."""
     version = parse_version(call.groups["version"])
-    return _YES if context.control.catalog.is_ready(call.groups["model"], version) else _MODEL_NOT_READY
+    control = context.control
+    reason = await why_not_ready(control.catalog, control, call.groups["model"], version)
+    return Reply(error_body(reason), status=400, content_type=TEXT_TYPE) if reason else _YES

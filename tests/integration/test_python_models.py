@@ -90,6 +90,23 @@ class TritonPythonModel:
                 print("heard of the client's end", flush=True)
         return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", given)]) for _request in requests]
 """
+MINDED = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.mood = 1
+
+    async def is_ready(self):
+        if self.mood == 3:
+            raise ValueError("no mood")
+        return {0: False, 1: True}.get(self.mood, "perhaps")
+
+    def execute(self, requests):
+        given = pb_utils.get_input_tensor_by_name(requests[0], "IN").as_numpy()
+        self.mood = int(given[0])
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", given)]) for _request in requests]
+"""
 
 
 @pytest.fixture(name="server", scope="module")
@@ -101,6 +118,7 @@ def server_of_python_models(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ("echo", ECHO_CONFIG, ECHO),
         ("hanging", HANGING_CONFIG, HANGING),
         ("waiting", WAITING_CONFIG, WAITING),
+        ("minded", WAITING_CONFIG, MINDED),
     ):
         (root / name / "1").mkdir(parents=True)
         (root / name / "config.pbtxt").write_text(config)
@@ -254,3 +272,28 @@ def ask_http(client: httpclient.InferenceServerClient, model: str, values: Any) 
     given = httpclient.InferInput("IN", list(values.shape), "INT32")
     given.set_data_from_numpy(values)
     return client.infer(model, [given])
+
+
+def is_ready(server: ForebayServer, client: grpcclient.InferenceServerClient) -> tuple[int, str, bool]:
+    """Ask over both protocols."""
+    status, body = server.get("/v2/models/minded/ready")
+    return status, json.loads(body)["error"] if body else "", client.is_model_ready("minded")
+
+
+def test_a_model_may_say_itself_whether_it_is_ready(server: ForebayServer) -> None:
+    """P-012: yes, no, neither, and an exception; requests are taken in any case."""
+    http_client = httpclient.InferenceServerClient(f"127.0.0.1:{server.http_port}")
+    grpc_client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.ports()['GRPCInferenceService']}")
+    refused = "Model 'minded' is not ready"
+    for mood, expected in (
+        (1, (200, "", True)),
+        (0, (400, f"{refused} (user-defined check failed).", False)),
+        (2, (400, f"{refused}: is_ready() must return a boolean value", False)),
+        (3, (400, f"{refused}: ValueError: no mood", False)),
+        (1, (200, "", True)),
+    ):
+        assert ask_http(http_client, "minded", np.array([mood], np.int32)).as_numpy("OUT").tolist() == [mood]
+        assert is_ready(server, grpc_client) == expected
+    assert server.get("/v2/health/ready")[0] == 200
+    http_client.close()
+    grpc_client.close()

@@ -1,0 +1,32 @@
+"""Is a model ready? By the catalog, and for a model that says so itself by its own word (spec H-033, P-012)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from forebay.frontend.catalog_view import CatalogView
+
+#: Why a model is not ready that the catalog does not know, or not as READY.
+NOT_READY_TEXT = "Model version not ready"
+
+
+class Control(Protocol):
+    """What is asked of the supervisor."""
+
+    async def command(self, verb: str, arguments: Mapping[str, Any] | None = None) -> Any: ...
+
+
+async def why_not_ready(catalog: CatalogView, control: Control, name: str, version: int | None) -> str:
+    """Return why requests for a version (None: the highest) should not be sent; an empty text: they may.
+
+    Raises:
+        ServingError: the supervisor cannot be asked.
+    """
+    if not catalog.is_ready(name, version):
+        return NOT_READY_TEXT
+    entry = catalog.find(name, version)
+    if not entry.has_ready_check:
+        return ""
+    answer = await control.command("model_ready", {"route": entry.route})
+    return str(answer["reason"])
