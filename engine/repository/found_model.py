@@ -97,8 +97,13 @@ def mark_duplicates(found: list[FoundModel]) -> list[FoundModel]:
         if len(models) == 1:
             kept += models
         else:
-            hint = f"It is in {listed_repositories(models)}; rename one, or start with --model-namespacing=true."
-            kept.append(unusable_model(name, models[0].repository, Problem(DUPLICATE_TEXT, hint=hint)))
+            # Where they are is for the log and `validate` only: clients are told of no path.
+            problem = Problem(
+                DUPLICATE_TEXT,
+                written=listed_repositories(models),
+                hint="Rename one, or start with --model-namespacing=true.",
+            )
+            kept.append(unusable_model(name, models[0].repository, problem))
     return kept
 
 

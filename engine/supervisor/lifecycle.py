@@ -204,7 +204,7 @@ class ModelLifecycle:
         try:
             chosen = found.chosen_versions()
         except ConfigError as error:
-            raise self._poll_failed(model, error) from None
+            raise self._poll_failed(model, found, error) from None
         for line in (*found.versions.warnings, *chosen.errors):
             log.warning(line)
         kept = self._unchanged(model, found, chosen.numbers)
@@ -346,7 +346,7 @@ class ModelLifecycle:
                 model.status.pop(version, None)
         self.touch()
 
-    def _poll_failed(self, model: Model, error: ConfigError) -> PollFailed:
+    def _poll_failed(self, model: Model, found: FoundModel, error: ConfigError) -> PollFailed:
         for line in error.describe().splitlines():
             log.error(line)
         model.problem = f"{error.code.label}: {error.text_with_hint}"
@@ -354,8 +354,13 @@ class ModelLifecycle:
             model.status.clear()
         self._progress(model.name, 0, "failed", 0, 0, error.text_with_hint)
         self.touch()
-        # Triton's text has no reason (L-014); the index, the log and the catalog have it.
-        return PollFailed(f"failed to load '{model.name}', failed to poll from model repository")
+        # Triton's text has no reason; the index, the log and the catalog have it.
+        text = f"failed to load '{model.name}', failed to poll from model repository"
+        if model.serving and not found.is_override:
+            # Whoever deploys an update must be told why it is not there, and that nothing was lost (L-014).
+            versions = ", ".join(str(version) for version in sorted(model.serving))
+            text += f": {error.text_with_hint} (goes on serving as before: version {versions})"
+        return PollFailed(text)
 
     def _load_failed(self, model: Model, failed: dict[int, ServingError], starting: Iterable[int]) -> LoadFailed:
         parts: list[str] = []

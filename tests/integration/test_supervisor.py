@@ -423,6 +423,22 @@ def test_failed_update_keeps_the_old_versions_serving(explicit: ForebayServer, r
     assert row["reason"].startswith("update failed: ")
 
 
+def test_update_with_a_bad_configuration_says_why_and_what_goes_on_serving(
+    explicit: ForebayServer, repository: Path
+) -> None:
+    """Spec H-219; better than L-014: the one who deploys it is told, and not the log alone."""
+    assert explicit.post("/v2/repository/models/alpha_model/load")[0] == 200
+    config = repository / "alpha_model" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size", "max_batchsize"))
+    status, body = explicit.post("/v2/repository/models/alpha_model/load")
+    text = json.loads(body)["error"]
+    assert status == 500
+    assert text.startswith("failed to load 'alpha_model', failed to poll from model repository: alpha_model/config.pbt")
+    assert text.endswith("; did you mean 'max_batch_size'? (goes on serving as before: version 1, 2)")
+    assert {row["reason"].partition(":")[0] for row in index(explicit)} == {"update failed"}
+    assert infer(explicit) == 200
+
+
 def test_update_under_load_fails_no_request(explicit: ForebayServer, repository: Path) -> None:
     """Spec R-087: every request is answered while the model is replaced again and again."""
     assert explicit.post("/v2/repository/models/alpha_model/load")[0] == 200
