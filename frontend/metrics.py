@@ -108,6 +108,8 @@ class ModelFamily(msgspec.Struct, frozen=True):
     """Dropped by ``--metrics-config counter_latencies=false``."""
     needs_cache: bool = False
     """Only models with the response cache have series (spec M-029)."""
+    needs_device: bool = False
+    """Only models that live on a GPU have series."""
 
 
 def _producer(counter: ProducerCounter, unit: int = 1) -> Reader:
@@ -229,6 +231,42 @@ _TRITON_FAMILIES = (
     ),
 )
 
+#: Families of ours about models on GPUs.
+_DEVICE_FAMILIES = (
+    ModelFamily(
+        "forebay_device_copied_bytes_total",
+        "Tensor bytes copied between host and GPU memory",
+        "counter",
+        (
+            ("to_device", _instance(InstanceCounter.DEVICE_BYTES_IN)),
+            ("from_device", _instance(InstanceCounter.DEVICE_BYTES_OUT)),
+        ),
+        label="direction",
+        needs_device=True,
+    ),
+    ModelFamily(
+        "forebay_device_copies_total",
+        "Copies from host to GPU memory; divided by forebay_batch_segments_total: per segment",
+        "counter",
+        (("", _instance(InstanceCounter.DEVICE_COPIES_IN)),),
+        needs_device=True,
+    ),
+    ModelFamily(
+        "forebay_device_busy_us_total",
+        "Microseconds that GPUs spent on batches, copies included, summed over instances",
+        "counter",
+        (("", _instance(InstanceCounter.DEVICE_NS, _NS_PER_US)),),
+        needs_device=True,
+    ),
+    ModelFamily(
+        "forebay_cuda_graph_launches_total",
+        "Batches that ran as a CUDA graph",
+        "counter",
+        (("", _instance(InstanceCounter.GRAPH_LAUNCHES)),),
+        needs_device=True,
+    ),
+)
+
 #: Families of ours, about what Triton does not show.
 _OUR_FAMILIES = (
     ModelFamily(
@@ -285,6 +323,7 @@ _OUR_FAMILIES = (
         "Arena bytes outside of slabs that hold tensors of requests",
         _producer(ProducerCounter.BLOCK_BYTES_IN_USE),
     ),
+    *_DEVICE_FAMILIES,
 )
 
 
@@ -574,7 +613,8 @@ class MetricsPage:
                     (prefix(family, value, labels[model]), model, read)
                     for value, read in family.readers
                     for model, entry in enumerate(self._entries)
-                    if entry.response_cache or not family.needs_cache
+                    if (entry.response_cache or not family.needs_cache)
+                    and (entry.device_id >= 0 or not family.needs_device)
                 ],
             )
             for family in families

@@ -36,6 +36,15 @@ class DeviceBroken(DeviceError):
     """The device's context is poisoned: nothing works any more in this process, which should end (and be replaced)."""
 
 
+_SHOWN_WORDS = (
+    InstanceCounter.DEVICE_COPIES_IN,
+    InstanceCounter.DEVICE_BYTES_IN,
+    InstanceCounter.DEVICE_BYTES_OUT,
+    InstanceCounter.DEVICE_NS,
+    InstanceCounter.GRAPH_LAUNCHES,
+)
+
+
 @dataclass(slots=True)
 class Traffic:
     """What has crossed between host and device so far."""
@@ -48,17 +57,17 @@ class Traffic:
     device_ns: int = 0
     """How long the device was busy with timed work."""
     counters: memoryview | None = None
-    """uint64: an instance's block, in which :meth:`publish` shows the rest."""
+    """uint64: an instance's block, in which :meth:`publish` shows the rest. It outlives the process."""
+    _shown: tuple[int, ...] = (0,) * len(_SHOWN_WORDS)
 
     def publish(self) -> None:
-        """Write everything to the counters, for metrics."""
+        """Add what is new to the counters, for metrics."""
         counters = self.counters
         if counters is not None:
-            counters[InstanceCounter.DEVICE_COPIES_IN] = self.copies_in
-            counters[InstanceCounter.DEVICE_BYTES_IN] = self.bytes_in
-            counters[InstanceCounter.DEVICE_BYTES_OUT] = self.bytes_out
-            counters[InstanceCounter.DEVICE_NS] = self.device_ns
-            counters[InstanceCounter.GRAPH_LAUNCHES] = self.graph_launches
+            now = (self.copies_in, self.bytes_in, self.bytes_out, self.device_ns, self.graph_launches)
+            for word, value, shown in zip(_SHOWN_WORDS, now, self._shown, strict=True):
+                counters[word] += value - shown
+            self._shown = now
 
 
 class Closable(abc.ABC):

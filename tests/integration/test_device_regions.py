@@ -10,7 +10,9 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -199,6 +201,40 @@ def test_a_courier_that_dies_is_replaced(setup: Setup) -> None:
         )
         setup.server.wait_logged("courier of GPU 0:1 #0 is back")
         np.testing.assert_array_equal(client.infer("cpu", [tensor]).as_numpy("Y"), 2 * values)
+
+
+def test_copies_are_counted_by_where_they_go(setup: Setup) -> None:
+    """Issue 8, 5: what stays on the device is not copied to or from the host."""
+    client = setup.client("http")
+    values = np.ones((1, 4), np.float32)
+    tensor = httpclient.InferInput("X", [1, 4], "FP32")
+    tensor.set_shared_memory("in", 16)
+    wanted = httpclient.InferRequestedOutput("Y")
+    wanted.set_shared_memory("in", 16, offset=64)
+
+    def metric(name: str, labels: str = "") -> int:
+        url = f"http://127.0.0.1:{setup.server.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            page = reply.read().decode()
+        found = re.search(rf'^{name}\{{[^}}]*{labels}[^}}]*model="gpu",version="1"\}} (\d+)$', page, re.M)
+        assert found is not None, page
+        return int(found[1])
+
+    def copied() -> tuple[int, int]:
+        name = "forebay_device_copied_bytes_total"
+        return metric(name, 'direction="to_device",'), metric(name, 'direction="from_device",')
+
+    with registered(setup, client, "in") as [memory]:
+        setup.put(memory, 0, values)
+        before, busy = copied(), metric("forebay_device_busy_us_total")
+        for _ in range(20):
+            client.infer("gpu", [tensor], outputs=[wanted])
+        assert copied() == before
+        assert metric("forebay_device_busy_us_total") > busy
+        client.infer("gpu", [tensor])
+        assert copied() == (before[0], before[1] + 16)
+    status, page = setup.server.get("/v2/models/cpu/ready")
+    assert (status, page) == (200, b"")
 
 
 def test_nothing_is_left_when_all_are_unregistered(setup: Setup) -> None:
