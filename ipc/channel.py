@@ -64,7 +64,11 @@ class SubmitReceiver:
         self._decoder: msgspec.msgpack.Decoder[FrontendToScheduler] = msgspec.msgpack.Decoder(FrontendToScheduler)
 
     def fileno(self) -> int:
-        """Return the edge-triggered descriptor: after it signals, call :meth:`receive_nowait` until it returns None."""
+        """Return the edge-triggered descriptor: after it signals, receive until nothing is left.
+
+        Only then does it signal again, and it does for every message that comes later: a pipe whose reader found it
+        empty wakes the reader. So nothing has to be looked for while it does not signal.
+        """
         return int(self._socket.getsockopt(zmq.FD))
 
     def receive_nowait(self) -> FrontendToScheduler | None:
@@ -78,6 +82,11 @@ class SubmitReceiver:
         except zmq.Again:
             return None
         return self._decoder.decode(data)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is a message; after one was received this is cheaper than to find none."""
+        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
 
     def close(self) -> None:
         self._socket.close()

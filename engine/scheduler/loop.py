@@ -70,10 +70,10 @@ class Scheduler:
                 elif fd == timer_fd:
                     self._timer.acknowledge()
                     core.wake(time.monotonic_ns())
-                elif fd != submit_fd:
+                elif fd == submit_fd:
+                    self._read_submissions()
+                else:
                     core.clients.read(fd)
-            # ZeroMQ's descriptor is edge-triggered: look whenever we are awake.
-            self._read_submissions()
             while core.has_to_decide:
                 self._timer.set(core.decide(time.monotonic_ns()))
             if producers.has_lagging:
@@ -94,15 +94,18 @@ class Scheduler:
 
     def _read_submissions(self) -> None:
         assert self._submit is not None
-        while True:
+        # The descriptor does not signal again for what is left unread.
+        has_more = True
+        while has_more:
             try:
                 message = self._submit.receive_nowait()
             except (msgspec.DecodeError, msgspec.ValidationError) as error:
                 print(f"forebay scheduler: dropped a malformed submission: {error}", file=sys.stderr)
-                continue
-            if message is None:
-                return
-            self.core.accept(message)
+            else:
+                if message is None:
+                    return
+                self.core.accept(message)
+            has_more = self._submit.has_more
 
     def _read_done(self) -> None:
         assert self._done is not None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import select
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +27,10 @@ def context() -> Iterator[Context]:
     made: Context = zmq.Context(io_threads=1)
     yield made
     made.term()
+
+
+#: Of each sender in the test of signals.
+_MESSAGE_COUNT = 1000
 
 
 def receive(receiver: SubmitReceiver) -> FrontendToScheduler:
@@ -51,6 +59,36 @@ def test_messages_arrive_in_order(context: Context, tmp_path: Path) -> None:
     assert [receive(receiver) for _ in messages] == messages
     assert receiver.receive_nowait() is None
     sender.close()
+    receiver.close()
+
+
+def test_the_descriptor_signals_for_every_message_that_comes_after_the_last_was_taken(
+    context: Context, tmp_path: Path
+) -> None:
+    """Nobody looks at the socket while its descriptor is silent: a signal that were missed would be a request lost."""
+    receiver = SubmitReceiver(context, str(tmp_path))
+    senders = [SubmitSender(context, str(tmp_path)) for _ in range(3)]
+
+    def send(sender: SubmitSender) -> None:
+        dice = random.Random(id(sender))
+        for _ in range(_MESSAGE_COUNT):
+            assert sender.send_nowait(Cancel(producer=7, tokens=(1,)))
+            if dice.random() < 0.3:
+                time.sleep(dice.random() / 2000)
+
+    threads = [threading.Thread(target=send, args=(sender,)) for sender in senders]
+    for thread in threads:
+        thread.start()
+    count = 0
+    while count < len(senders) * _MESSAGE_COUNT:
+        assert select.select([receiver.fileno()], [], [], 20)[0], f"no signal after {count} messages"
+        count += receiver.receive_nowait() is not None
+        while receiver.has_more:
+            count += receiver.receive_nowait() is not None
+    for thread in threads:
+        thread.join()
+    for sender in senders:
+        sender.close()
     receiver.close()
 
 
