@@ -237,7 +237,7 @@ class _Check:
     def _walk_elements(self, name: str, content: memoryview, expected_count: int) -> None:
         """Follow the length prefixes of a BYTES tensor to its end (spec D-004, H-091)."""
         subject = f"inference input '{name}' for model '{self._entry.name}'"
-        offset, end, count = 0, len(content), 0
+        offset, end, count, length = 0, len(content), 0, 0
         unpack = struct.Struct("<I").unpack_from
         while offset + 4 <= end:
             if count == expected_count:
@@ -248,18 +248,18 @@ class _Check:
             (length,) = unpack(content, offset)
             offset += 4 + length
             count += 1
-            if offset > end:
-                raise InvalidArgument(
-                    f"incomplete string data for inference input '{name}', expecting string of length {length} "
-                    f"but only {end - (offset - length)} bytes available"
-                )
-        if offset != end:
+        if offset < end:
             raise InvalidArgument(
                 f"{self._prefix}incomplete string length indicator for {subject}, expecting 4 bytes but only "
                 f"{end - offset} bytes available. Please make sure the string length indicator is in one buffer."
             )
         if count != expected_count:
             raise InvalidArgument(f"{self._prefix}expected {expected_count} string elements for {subject}, got {count}")
+        if offset > end:
+            raise InvalidArgument(
+                f"incomplete string data for inference input '{name}', expecting string of length {length} "
+                f"but only {end - (offset - length)} bytes available"
+            )
 
 
 def _dims(shape: Sequence[int]) -> str:

@@ -243,7 +243,7 @@ class HeadParser:
         if self._forward is not None and self._forward.search(name):
             if lowered in _RESERVED or lowered.startswith("triton_"):
                 raise InvalidArgument(f"Header '{name}' is reserved for Triton usage and cannot be forwarded.")
-            head.forwarded[name] = value
+            head.forwarded[name] = value.encode("latin-1").decode("utf-8", "replace")
 
     @staticmethod
     def _judge(head: Head) -> None:
