@@ -56,8 +56,8 @@ class ModelView:
     def index(self, *, ready_only: bool) -> list[dict[str, str]]:
         """Return the repository index (spec H-210..H-213), sorted by name then version."""
         rows: list[dict[str, str]] = []
-        for name in sorted(self._models):
-            model = self._models[name]
+        # By name also where namespaces tell models of one name apart.
+        for model in sorted(self._models.values(), key=lambda model: model.name):
             if not model.status:
                 if not ready_only:
                     rows.append({"name": model.name})

@@ -23,6 +23,8 @@ class RepositoryPoller:
         self._settle_s = min(settle_s, interval_s)
         #: What each model was like when it was last loaded or tried: a failed one waits for a change.
         self._tried: dict[str, Fingerprint | None] = {}
+        #: Why the last poll failed, which is said once; empty: it did not.
+        self._failure = ""
 
     async def run(self) -> None:
         """Poll until cancelled; what was loaded at start-up counts as seen."""
@@ -38,8 +40,13 @@ class RepositoryPoller:
             found = await self._scan()
         except ServingError as error:
             # An unmounted repository must not unload everything that it held.
-            log.error(f"failed to poll the model repository: {error.text}")
+            if error.text != self._failure:
+                log.error(f"failed to poll the model repository: {error.text}; what serves goes on serving")
+            self._failure = error.text
             return
+        if self._failure:
+            log.info("the model repository can be polled again")
+            self._failure = ""
         changed = [name for name, model in found.items() if self._has_changed(name, model)]
         gone = [name for name in self._lifecycle.models if name not in found]
         if changed or gone:
