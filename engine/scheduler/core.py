@@ -212,17 +212,17 @@ class SchedulerCore:
         if instance is None:
             self._tell(Drained(instance=instance_id))
             return
-        instance.draining = True
         route = self._routes.get(instance.route)
-        if route is not None and instance in route.idle:
-            route.idle.remove(instance)
+        if route is not None:
+            route.drain_instance(instance)
         if instance.state is InstanceState.GRANTED:
             self._grants.revoke(instance)
         else:
             self._tell_if_drained(instance)
 
     def _tell_if_drained(self, instance: Instance) -> None:
-        if instance.draining and instance.state is InstanceState.IDLE and not instance.open:
+        route = self._routes.get(instance.route)
+        if instance.draining and route is not None and route.is_drained(instance):
             self._tell(Drained(instance=instance.id))
 
     def _instance_down(self, instance_id: int, now_ns: int, *, is_hung: bool) -> None:
@@ -518,6 +518,10 @@ class SchedulerCore:
         counters = self._counters.get(route.id)
         if counters is not None:
             counters[SchedulerCounter.PENDING] = waiting
+        if route.sequences is not None:
+            # Their sequences may have ended by any of the above.
+            for instance in route.instances.values():
+                self._tell_if_drained(instance)
         if route.is_draining and not route.is_drain_reported and route.is_quiescent:
             route.is_drain_reported = True
             self._tell(Drained(route=route.id))

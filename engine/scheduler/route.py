@@ -132,11 +132,27 @@ class Route:
         if self._adaptive is not None:
             self._adaptive.drop_instance(instance.id)
 
+    def drain_instance(self, instance: Instance) -> None:
+        """Give the instance nothing more, but for what belongs to sequences that it has."""
+        instance.draining = True
+        if self.sequences is not None:
+            self.sequences.drain_instance(instance.id)
+        elif instance in self.idle:
+            self.idle.remove(instance)
+
+    def is_drained(self, instance: Instance) -> bool:
+        """Whether nothing runs on an instance, none of its requests is open, and it has no sequences."""
+        return (
+            instance.state is InstanceState.IDLE
+            and not instance.open
+            and (self.sequences is None or not self.sequences.holds_sequences(instance.id))
+        )
+
     def set_idle(self, instance: Instance) -> None:
         """The instance finished its batch or its grant came back."""
         instance.state = InstanceState.IDLE
         instance.items = ()
-        if not instance.draining and instance.id in self.instances:
+        if instance.id in self.instances and (not instance.draining or self.sequences is not None):
             self.idle.append(instance)
 
     def cancel_running(self, producer: int, cancelled: RowsCancel) -> None:

@@ -89,6 +89,8 @@ class SequenceLine:
         self._free: list[tuple[int, int, int]] = []
         self._orders: dict[int, int] = {}
         self._next_order = itertools.count()
+        #: Instances that get no further sequences.
+        self._draining: set[int] = set()
         #: Sequences that may get further requests.
         self._by_id: dict[int | str, _Sequence] = {}
         #: In the order in which they get slots.
@@ -173,11 +175,24 @@ class SequenceLine:
             heapq.heappush(self._free, (slot, order, instance))
         self._fill_slots()
 
+    def drain_instance(self, instance: int) -> None:
+        """Let the instance finish the sequences that it has, and give it no further ones (spec S-072)."""
+        self._draining.add(instance)
+        self._take_free_slots(instance)
+
+    def holds_sequences(self, instance: int) -> bool:
+        """Whether an instance has sequences that have not ended."""
+        return any(sequence is not None for sequence in self._slots.get(instance, ()))
+
+    def _take_free_slots(self, instance: int) -> None:
+        self._free = [entry for entry in self._free if entry[2] != instance]
+        heapq.heapify(self._free)
+
     def remove_instance(self, instance: int, now_ns: int) -> list[Refusal]:
         slots = self._slots.pop(instance, [])
         self._orders.pop(instance, None)
-        self._free = [entry for entry in self._free if entry[2] != instance]
-        heapq.heapify(self._free)
+        self._draining.discard(instance)
+        self._take_free_slots(instance)
         refusals: list[Refusal] = []
         gone = {id(sequence): sequence for sequence in slots if sequence is not None}
         # The direct strategy frees a slot while the END request still runs.
@@ -211,7 +226,8 @@ class SequenceLine:
         if slots is None or slots[sequence.slot] is not sequence:
             return
         slots[sequence.slot] = None
-        heapq.heappush(self._free, (sequence.slot, self._orders[sequence.instance], sequence.instance))
+        if sequence.instance not in self._draining:
+            heapq.heappush(self._free, (sequence.slot, self._orders[sequence.instance], sequence.instance))
         self._fill_slots()
 
     def _forget_id(self, sequence: _Sequence) -> None:

@@ -9,7 +9,7 @@ import pytest
 from scheduler_harness import MS, ROUTE, Answer, SchedulerHarness
 
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import BatchingPolicy, Cancel, ProducerDown
+from forebay.ipc.messages import BatchingPolicy, Cancel, Drained, InstanceDrain, ProducerDown
 from forebay.ipc.wire import FLAG_RESCHEDULE, SLOT_END, SLOT_START
 
 IDLE_MS = 1000
@@ -385,6 +385,40 @@ def test_iterative_requests_get_an_id_and_come_again_until_done() -> None:
     model.finish(batch)
     model.ask(3, 0)
     assert model.batch().slots[0].slot == 0
+    model.close()
+
+
+def test_an_instance_that_is_to_go_finishes_its_sequences_and_gets_no_others() -> None:
+    """Spec S-072."""
+    model = SequenceModel(max_batch=1, instances=2)
+    model.ask(1, 7, "S")
+    model.finish(model.batch())
+    model.handle(InstanceDrain(instance=1))
+    assert model.told == []
+    # A sequence that begins now goes to the other instance, and a further one waits.
+    model.ask(2, 8, "S")
+    model.finish(model.batch(2), 2)
+    model.ask(3, 9, "SE")
+    assert model.batches(1) == []
+    model.ask(4, 7)
+    model.finish(model.batch())
+    assert model.told == []
+    model.ask(5, 7, "E")
+    model.finish(model.batch())
+    assert Drained(instance=1) in model.told
+    assert model.batches(1) == []
+    model.close()
+
+
+def test_an_instance_that_is_to_go_does_not_wait_for_a_sequence_that_is_idle_for_too_long() -> None:
+    """Spec S-057, S-072."""
+    model = SequenceModel(max_batch=1)
+    model.ask(1, 7, "S")
+    model.finish(model.batch())
+    model.handle(InstanceDrain(instance=1))
+    assert model.told == []
+    model.advance(IDLE_MS * MS)
+    assert Drained(instance=1) in model.told
     model.close()
 
 
