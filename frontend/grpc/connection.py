@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 from forebay.frontend.grpc.call import Call, FailedCall
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Bytes in the transport beyond which replies wait with their streams.
 _WRITE_HIGH_BYTES = 1024 * 1024
+#: What is written within one event-loop turn is gathered up to so many bytes: one system call for many replies.
+_GATHERED_BYTES_MAX = 64 * 1024
 #: Seconds a new connection has to say that it speaks HTTP/2.
 _GREETING_SECS = 20.0
 #: Seconds between pings of a client without calls, at least, unless such pings are permitted (grpc-core).
@@ -44,6 +47,11 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._http2: Connection[RequestHead] = cast("Connection[RequestHead]", None)
         self._is_ending = False
+        #: Calls that are open, as ``_http2`` has them.
+        self._streams: Mapping[int, Stream] = {}
+        #: What is written at the end of the turn.
+        self._gathered: list[bytes] = []
+        self._gathered_bytes = 0
         #: The bytes being received go straight into shared memory.
         self._is_direct = False
         # Pings of the client
@@ -65,11 +73,12 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
         self._http2 = Connection(
             self,
-            self._transport.write,
+            self._write,
             HpackDecoder(frontend.heads.read),
             ReplyEncoder(CONTENT_TYPE, ACCEPT_ENCODING, STATUS_OK),
             time.monotonic,
         )
+        self._streams = self._http2.streams
         frontend.opened(self)
         self._timers.append(frontend.loop.call_later(_GREETING_SECS, self._check_greeting))
         age_ms = self._settings.max_connection_age
@@ -86,6 +95,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
         if self._keepalive is not None:
             self._keepalive.cancel()
         self._is_ending = True
+        self._gathered.clear()
         self._http2.lost()
         self._frontend.closed(self)
 
@@ -111,6 +121,25 @@ class GrpcConnection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._http2.resume_writing()
+
+    # --- writing ---
+
+    def _write(self, data: bytes) -> None:
+        """Take bytes for the client: written at the end of the turn, or now if no other reply can follow."""
+        self._gathered.append(data)
+        self._gathered_bytes += len(data)
+        if not self._streams or self._gathered_bytes > _GATHERED_BYTES_MAX:
+            self._flush()
+        elif len(self._gathered) == 1:
+            self._frontend.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        gathered = self._gathered
+        if gathered:
+            data = gathered[0] if len(gathered) == 1 else b"".join(gathered)
+            gathered.clear()
+            self._gathered_bytes = 0
+            self._transport.write(data)
 
     # --- the HTTP/2 connection's application ---
 
@@ -188,6 +217,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
     def _end(self) -> None:
         if not self._is_ending:
             self._is_ending = True
+            self._flush()
             self._transport.close()
 
     # --- time ---

@@ -163,6 +163,9 @@ class SendingSide(Generic[Head]):
         ):
             self._send_window -= message_bytes
             number = stream.id
+            stream.is_local_closed = True
+            # Before it is written: whoever writes sees whether other replies may follow.
+            del self.streams[number]
             head, tail = self._encoder.next_pair()
             self._write(
                 b"".join(
@@ -176,8 +179,6 @@ class SendingSide(Generic[Head]):
                     )
                 )
             )
-            stream.is_local_closed = True
-            del self.streams[number]
             if not self.streams:
                 self._application.on_idle()
             return
@@ -329,7 +330,8 @@ class SendingSide(Generic[Head]):
     def lost(self) -> None:
         """The connection is gone: every open stream ends."""
         self.is_closed = True
-        streams, self.streams = list(self.streams.values()), {}
+        streams = list(self.streams.values())
+        self.streams.clear()
         self._blocked.clear()
         self.queued_bytes = 0
         for stream in streams:
