@@ -6,6 +6,7 @@ response. HTTP's fast path (``http/fast_path.py``) short-cuts this for requests 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -159,8 +160,13 @@ def _shape_key(entry: ModelEntry, places: Sequence[TensorPlace]) -> int:
         return 0
     skip = 1 if entry.max_batch_size > 0 else 0
     ragged = {spec.name for spec in entry.inputs if spec.allow_ragged_batch} if skip else ()
-    signature = sorted((place.name, () if place.name in ragged else place.shape[skip:]) for place in places)
-    return int.from_bytes(hashlib.blake2b(repr(signature).encode(), digest_size=7).digest(), "little")
+    return _digest(tuple((place.name, () if place.name in ragged else place.shape[skip:]) for place in places))
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
+    """Return a hash that does not depend on the order of the names, nor on the process."""
+    return int.from_bytes(hashlib.blake2b(repr(sorted(shapes)).encode(), digest_size=7).digest(), "little")
 
 
 def trace_inputs(trace: Trace, inputs: Sequence[InputTensor], places: Sequence[memoryview]) -> None:

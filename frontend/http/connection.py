@@ -414,10 +414,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         json_end = start + json_bytes
         plan = head.plans.get(bytes(view[start:json_end]))
-        if plan is None:
+        if not isinstance(plan, InferPlan):
             self._infer_general(head, view[start:end])
             return
-        assert isinstance(plan, InferPlan)
         route = plan.route
         sampler = route.sampler
         if sampler is not None and (head.trace_context or not sampler.skips()):

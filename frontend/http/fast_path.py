@@ -17,11 +17,6 @@ from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import byte_size
 
-#: JSON headers remembered for one head; at the limit all are dropped.
-PLANS_PER_HEAD_MAX = 1024
-#: JSON headers longer than this are parsed every time.
-PLAN_JSON_BYTES_MAX = 4096
-
 
 class InferPlan:
     """How to place and answer one form of request."""

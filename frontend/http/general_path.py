@@ -22,8 +22,9 @@ from forebay.frontend.codec.infer_response import OutputTensor, classify, render
 from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.codec.validation import InputFacts, validate_infer, validate_request
 from forebay.frontend.http.connection import Call
-from forebay.frontend.http.fast_path import PLAN_JSON_BYTES_MAX, PLANS_PER_HEAD_MAX, make_plan
+from forebay.frontend.http.fast_path import make_plan
 from forebay.frontend.http.head import Head
+from forebay.frontend.http.known_request import KnownRequest, find_plan, is_repeatable, remember
 from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
@@ -140,6 +141,10 @@ class GeneralCall(Call):
         """Take a request whose whole body is here; the body may be reused when this returns."""
         frontend, head = self._frontend, self._head
         self._complete_ns = self._received_ns
+        known = find_plan(head, body)
+        if isinstance(known, KnownRequest):
+            self._start_known(known, body)
+            return
         try:
             # Checked before the request itself is looked at; Triton answers these as text (spec H-003, H-060).
             entry = self.find_model()
@@ -157,10 +162,11 @@ class GeneralCall(Call):
             self.use_regions(request)
             batch_size = validate_infer(entry, request, plain).batch_size
             is_bare = request.is_bare(entry) and not head.forwarded
+            known = KnownRequest(entry, request, batch_size, take_places(request, self._regions), is_bare)
             inference = start_inference(
                 frontend.engine,
                 entry.route,
-                take_places(request, self._regions),
+                known.inputs,
                 batch_size,
                 is_bare=is_bare,
                 targets=targets_of(request, self._regions),
@@ -176,7 +182,20 @@ class GeneralCall(Call):
             self.fail(error)
             return
         inference.route.copied_in_bytes += copied
-        remember_plan(head, inference, entry, request, body)
+        remember_plan(head, inference, known, body)
+        self.submit(entry, request, inference)
+
+    def _start_known(self, known: KnownRequest, body: memoryview) -> None:
+        entry, request = known.entry, known.request
+        try:
+            inference = start_inference(
+                self._frontend.engine, entry.route, known.inputs, known.batch_size, is_bare=known.is_bare
+            )
+        except ServingError as error:
+            self.fail(error)
+            return
+        for tensor, place in zip(request.inputs, inference.places, strict=True):
+            inference.route.copied_in_bytes += fill(place, tensor, body)
         self.submit(entry, request, inference)
 
     def use_regions(self, request: ParsedInfer) -> RegionUse | None:
@@ -304,22 +323,19 @@ def fill(place: memoryview, tensor: ParsedInput, body: memoryview, regions: Regi
     return source.byte_size
 
 
-def remember_plan(
-    head: Head, inference: PlacedInference, entry: ModelEntry, request: ParsedInfer, body: memoryview
-) -> None:
-    """Keep a plan for requests that are equal to this one but for their tensors, if there can be one.
+def remember_plan(head: Head, inference: PlacedInference, known: KnownRequest, body: memoryview) -> None:
+    """Keep what is known of requests that are equal to this one but for their tensors, if there can be any.
 
     Args:
         body: begins with the JSON.
     """
-    route = inference.rows_route
-    if route is None or not 0 <= head.json_bytes <= PLAN_JSON_BYTES_MAX or not head.is_plain:
+    if not is_repeatable(head, known.request):
         return
-    plan = make_plan(route, entry, request, inference.rows, head.connection_line)
-    if plan is not None:
-        if len(head.plans) >= PLANS_PER_HEAD_MAX:
-            head.plans.clear()
-        head.plans[bytes(body[: head.json_bytes])] = plan
+    route = inference.rows_route
+    plan = None
+    if route is not None:
+        plan = make_plan(route, known.entry, known.request, inference.rows, head.connection_line)
+    remember(head, body, plan or known)
 
 
 class DirectUpload:
@@ -351,24 +367,17 @@ class DirectUpload:
 
     def _open(self, entry: ModelEntry, data: memoryview) -> None:
         head = self._head
-        limit = self._frontend.settings.max_input_size
-        if head.json_bytes == 0:
-            request = raw_infer_request(entry, head.content_length, max_json_bytes=limit)
-        else:
-            request = parse_infer_request(
-                data, head.json_bytes, model_name=entry.name, max_json_bytes=limit, body_bytes=head.content_length
-            )
-        facts = [
-            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
-        ]
-        regions = self._call.use_regions(request)
-        validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
+        regions = None
+        known = find_plan(head, data)
+        if not isinstance(known, KnownRequest):
+            known, regions = self._read(entry, data)
+        request = known.request
         inference = start_inference(
             self._frontend.engine,
             entry.route,
-            take_places(request, regions),
-            validated.batch_size,
-            is_bare=request.is_bare(entry) and not head.forwarded,
+            known.inputs,
+            known.batch_size,
+            is_bare=known.is_bare,
             targets=targets_of(request, regions),
         )
         self._request = request
@@ -388,7 +397,25 @@ class DirectUpload:
             else:
                 copied += fill(place, tensor, data, regions)
         inference.route.copied_in_bytes += copied
-        remember_plan(head, inference, entry, request, data)
+        remember_plan(head, inference, known, data)
+
+    def _read(self, entry: ModelEntry, data: memoryview) -> tuple[KnownRequest, RegionUse | None]:
+        """Parse and check the JSON; return the regions that it names, too."""
+        head = self._head
+        limit = self._frontend.settings.max_input_size
+        if head.json_bytes == 0:
+            request = raw_infer_request(entry, head.content_length, max_json_bytes=limit)
+        else:
+            request = parse_infer_request(
+                data, head.json_bytes, model_name=entry.name, max_json_bytes=limit, body_bytes=head.content_length
+            )
+        facts = [
+            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
+        ]
+        regions = self._call.use_regions(request)
+        validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
+        is_bare = request.is_bare(entry) and not head.forwarded
+        return KnownRequest(entry, request, validated.batch_size, take_places(request, regions), is_bare), regions
 
     def next_place(self) -> memoryview:
         """Return where the next bytes go; never empty while the upload lasts."""

@@ -11,10 +11,11 @@ from forebay.frontend.app import ControlServer
 from forebay.frontend.catalog_view import CatalogView
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.http.connection import SCRATCH_BYTES, Connection
-from forebay.frontend.http.fast_path import PLAN_JSON_BYTES_MAX, InferPlan
+from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.general_path import DirectUpload, GeneralCall
 from forebay.frontend.http.generate import GenerateCall
 from forebay.frontend.http.head import Head, HeadError, HeadParser, Target
+from forebay.frontend.http.known_request import find_plan
 from forebay.frontend.http.planned_upload import PlannedUpload
 from forebay.frontend.http.settings import HttpView
 from forebay.frontend.http.side_door import NotifyingConnection
@@ -131,7 +132,7 @@ class HttpFrontend:
 
     def open_upload(self, connection: Connection, head: Head, data: memoryview) -> DirectUpload | PlannedUpload:
         """Begin to receive a large body; ``data`` is what has arrived of it, the JSON included."""
-        plan = head.plans.get(bytes(data[: head.json_bytes])) if head.json_bytes <= PLAN_JSON_BYTES_MAX else None
+        plan = find_plan(head, data)
         if isinstance(plan, InferPlan) and plan.route.sampler is None:
             with contextlib.suppress(ArenaFull):  # One block may find room where a slab does not.
                 return PlannedUpload(plan, head, data)

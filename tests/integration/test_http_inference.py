@@ -200,6 +200,20 @@ def test_small_requests_are_copied_once(server: ForebayServer) -> None:
     assert [new - old for new, old in zip(after, before, strict=True)] == [5 * 400, 0, 0, 0]
 
 
+def test_equal_json_with_other_bytes_is_another_request(server: ForebayServer) -> None:
+    """What is remembered of a request's JSON: shapes, id and parameters, never its tensors."""
+    with WireClient(server.http_port) as wire:
+        for size in (3, 3, 20_000, 20_000):
+            values = np.random.default_rng().standard_normal(size).astype(np.float32).tobytes()
+            answer = wire.send(infer("echo", [("INPUT0", "FP32", [size], values)], request_id="a")).answer()
+            assert answer.tensors == values
+            assert answer.json()["id"] == "a"
+        for length, status in ((3, 200), (3, 200), (4, 400), (3, 200)):
+            text = length.to_bytes(4, "little") + b"abc"
+            answer = wire.send(infer("strings", [("INPUT0", "BYTES", [1], text)])).answer()
+            assert answer.status == status
+
+
 def test_raw_request_of_nothing_but_tensor_bytes(server: ForebayServer) -> None:
     """H-130..H-134."""
     values = np.array([1, 2, 3], dtype=np.float32).tobytes()

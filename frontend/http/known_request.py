@@ -1,0 +1,57 @@
+"""Requests that live outside slab rows and whose JSON has been seen before: parsed and checked once.
+
+Their shapes are part of the JSON, so what is true of one is true of all: only the tensors' bytes differ. Strings are
+not among them, because their bytes decide whether a request is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
+from forebay.frontend.http.head import Head
+from forebay.frontend.inference import InputTensor
+from forebay.ipc.catalog import ModelEntry
+
+#: JSON headers remembered for one head; at the limit all are dropped.
+PLANS_PER_HEAD_MAX = 1024
+#: JSON headers longer than this are parsed every time.
+PLAN_JSON_BYTES_MAX = 4096
+
+
+class KnownRequest(NamedTuple):
+    """What parsing and checking have found out."""
+
+    entry: ModelEntry
+    request: ParsedInfer
+    batch_size: int
+    """As validated; 0 for a model that does not batch."""
+    inputs: Sequence[InputTensor]
+    is_bare: bool
+    """It carries nothing but tensors."""
+
+
+def find_plan(head: Head, body: memoryview) -> object:
+    """Return what is remembered of requests with this head and the JSON that ``body`` begins with; None: nothing."""
+    if not head.plans or not 0 < head.json_bytes <= PLAN_JSON_BYTES_MAX:
+        return None
+    return head.plans.get(bytes(body[: head.json_bytes]))
+
+
+def remember(head: Head, body: memoryview, plan: object) -> None:
+    """Keep what is known of requests with this head and the JSON that ``body`` begins with."""
+    if len(head.plans) >= PLANS_PER_HEAD_MAX:
+        head.plans.clear()
+    head.plans[bytes(body[: head.json_bytes])] = plan
+
+
+def is_repeatable(head: Head, request: ParsedInfer) -> bool:
+    """Tell whether equal JSON means an equal request but for the bytes of its tensors."""
+    return (
+        head.is_plain
+        and 0 < head.json_bytes <= PLAN_JSON_BYTES_MAX
+        and not request.is_raw
+        and all(isinstance(tensor.source, BinaryData) and tensor.datatype != "BYTES" for tensor in request.inputs)
+        and all(output.region is None for output in request.outputs)
+    )
