@@ -37,9 +37,6 @@ from forebay.ipc.messages import InstanceSpec
 #: Executions of ``async def execute`` that may be under way at once, unless the model parameter says otherwise.
 ASYNC_EXECUTIONS_MAX = 64
 
-#: Frames of ours between the model and its caller, which nobody wants to see.
-_HIDDEN_FILES = (__file__,)
-
 
 def import_model(spec: InstanceSpec) -> Any:
     """Import the model's file as ``<version>.<stem>`` and return its ``TritonPythonModel`` class (spec P-001, P-002).
@@ -60,7 +57,7 @@ def import_model(spec: InstanceSpec) -> Any:
     try:
         module = importlib.import_module(name)
         return module.TritonPythonModel
-    except Exception as error:  # the model's own code
+    except BaseException as error:  # the model's own code, which may even want to exit
         raise model_failure(error, spec) from None
 
 
@@ -85,7 +82,7 @@ def _module_of(spec: InstanceSpec) -> tuple[str, tuple[str, ...]]:
 
 def model_failure(error: BaseException, spec: InstanceSpec) -> Internal:
     """Return a model's exception as what the index shows (spec P-005)."""
-    return Internal(exception_text(error, spec.model_path, _HIDDEN_FILES))
+    return Internal(exception_text(error, spec.model_path))
 
 
 def initialize_arguments(spec: InstanceSpec) -> dict[str, str]:
@@ -146,15 +143,15 @@ class PythonInstance(RowsInstance):
         while incoming:
             try:
                 result = execute(incoming)
-            except Exception as error:  # the model's own code
+            except BaseException as error:  # the model's own code, which may even want to exit
                 raise self._raised(error) from None
             if inspect.iscoroutine(result):
                 self._start(result, incoming)
                 return
             incoming = self._answer(incoming, result)
 
-    def _raised(self, error: Exception) -> BackendFailed:
-        failure = self._failure(exception_text(error, self._spec.model_path, _HIDDEN_FILES))
+    def _raised(self, error: BaseException) -> BackendFailed:
+        failure = self._failure(exception_text(error, self._spec.model_path))
         log.error(failure.text)
         return failure
 
@@ -238,7 +235,7 @@ class PythonInstance(RowsInstance):
             while requests:
                 try:
                     result = await coroutine
-                except Exception as error:  # the model's own code
+                except (Exception, SystemExit, KeyboardInterrupt) as error:  # the model's own code
                     raise self._raised(error) from None
                 requests = self._answer(requests, result)
                 if requests:
@@ -302,8 +299,7 @@ class PythonInstance(RowsInstance):
                 finalize()
             except Exception as error:  # the model's own code
                 log.error(
-                    f"finalize of model '{self._spec.model}' raised "
-                    + exception_text(error, self._spec.model_path, _HIDDEN_FILES)
+                    f"finalize of model '{self._spec.model}' raised " + exception_text(error, self._spec.model_path)
                 )
 
 
@@ -336,7 +332,7 @@ class PythonBackend(Backend):
             model = model_class()
             if hasattr(model, "initialize"):
                 model.initialize(initialize_arguments(spec))
-        except Exception as error:  # the model's own code
+        except BaseException as error:  # the model's own code, which may even want to exit
             raise model_failure(error, spec) from None
         instance = PythonInstance(spec, model)
         Phase.is_serving = True

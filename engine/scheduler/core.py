@@ -25,7 +25,7 @@ from forebay.engine.scheduler.route import Route
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
 from forebay.ipc.doorbell import Bell, ClientBell
-from forebay.ipc.errors import Cancelled, Code, InvalidArgument, NotReady, ServingError, from_wire
+from forebay.ipc.errors import Cancelled, Code, InvalidArgument, NotReady, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import (
     Cancel,
     Drained,
@@ -318,7 +318,7 @@ class SchedulerCore:
         if route is None:
             error = NotReady("the model version was unloaded before the request could run")
         elif not route.instances:
-            error = NotReady(f"model '{route.name}' version {route.version} has no running instance")
+            error = _no_instance(route, item)
         elif isinstance(item, WaitingParcel) and len(item.head) > HEAD_BYTES_MAX:
             error = InvalidArgument(f"a request's names and parameters may take {HEAD_BYTES_MAX} bytes")
         else:
@@ -563,3 +563,10 @@ class SchedulerCore:
         counters = self._counters.get(route_id)
         if counters is not None:
             counters[counter] += amount
+
+
+def _no_instance(route: Route, item: Waiting) -> ServingError:
+    """Return why a request cannot wait; one that ended the only instance hears so, not that there is none."""
+    if item.attempt:
+        return WorkerDied(f"an instance of model '{route.name}' ended unexpectedly while it ran the request")
+    return NotReady(f"model '{route.name}' version {route.version} has no running instance")

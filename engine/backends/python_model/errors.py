@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Sequence
 from types import TracebackType
 from typing import ClassVar
 
@@ -50,6 +49,9 @@ class TritonError:
         return f"TritonError({self._message!r}, {self._code.name})"
 
 
+#: Where our own code between a model and its caller is.
+_OWN_ROOT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+
 #: Directories of libraries: what is below is shown from there.
 _LIBRARY_ROOTS = tuple(
     sorted(
@@ -70,18 +72,18 @@ def shown_path(path: str, model_path: str) -> str:
     return path if path.startswith("<") else os.path.basename(path)
 
 
-def exception_text(error: BaseException, model_path: str, hidden_files: Sequence[str] = ()) -> str:
+def exception_text(error: BaseException, model_path: str) -> str:
     r"""Return an exception as Triton shows it: ``ValueError: bad\n\nAt:\n  m/1/model.py(9): execute\n`` (spec P-008).
 
-    The innermost frame comes first. Frames of the import machinery and of ``hidden_files`` are left out, and paths
-    start at the model's directory, unlike Triton's.
+    The innermost frame comes first. Frames of the import machinery and of ours are left out, and paths start at the
+    model's directory, unlike Triton's.
     """
     text = f"{type(error).__name__}: {error}"
     places: list[str] = []
     trace: TracebackType | None = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if code.co_filename not in hidden_files and "importlib" not in code.co_filename:
+        if not code.co_filename.startswith(_OWN_ROOT) and "importlib" not in code.co_filename:
             places.append(f"  {shown_path(code.co_filename, model_path)}({trace.tb_lineno}): {code.co_name}\n")
         trace = trace.tb_next
     return f"{text}\n\nAt:\n{''.join(reversed(places))}" if places else text

@@ -108,14 +108,15 @@ def test_a_request_that_fails_fails_alone(slab: Slab, ask: int, code: Code, text
     assert slab.worker.counter(InstanceCounter.SUCCESS) == done_before + 2
 
 
-def test_an_exception_fails_the_whole_batch(slab: Slab) -> None:
-    """P-008"""
-    slab.given[1, 0] = -2
+@pytest.mark.parametrize(("ask", "what"), [(-2, "ValueError: bad thing"), (-11, "SystemExit: 4")])
+def test_an_exception_fails_the_whole_batch(slab: Slab, ask: int, what: str) -> None:
+    """P-008: also one that would end the process."""
+    slab.given[1, 0] = ask
     answer = slab.run(slab.run_of(0, 3))
     assert answer.kind is Kind.RUNS_FAILED
     assert answer.error is not None
     assert answer.error.text.startswith(
-        "Failed to process the request(s) for model 'rows_0_0', message: ValueError: bad thing\n\nAt:\n"
+        f"Failed to process the request(s) for model 'rows_0_0', message: {what}\n\nAt:\n  rows/1/model.py("
     )
 
 
