@@ -54,6 +54,10 @@ class Server:
         self._command = list(command)
         self._log = tempfile.NamedTemporaryFile(prefix=f"bench-{name}-", suffix=".log")  # noqa: SIM115 closed in __exit__
 
+    def prefix_command(self, prefix: Sequence[str]) -> None:
+        """Have the server started by another program, such as a profiler."""
+        self._command = [*prefix, *self._command]
+
     def __enter__(self) -> Self:
         mark = uuid.uuid4().hex
         started = time.monotonic()

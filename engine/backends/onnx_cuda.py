@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnxruntime as ort
 
-from forebay.engine.backends.base import Array, TensorInstance
+from forebay.engine.backends.base import TensorInstance
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.backends.onnx_backend import (
     ONNX_BFLOAT16,
@@ -35,7 +36,7 @@ from forebay.engine.backends.onnx_options import (
 from forebay.engine.devices.base import Device, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import open_device
-from forebay.engine.devices.poisoning import DeviceBatch, end_poisoned_process
+from forebay.engine.devices.poisoning import end_poisoned_process
 from forebay.engine.devices.staging import Staging, stream_priority
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
@@ -98,25 +99,29 @@ class OnnxDeviceInstance(DeviceInstance):
         #: ONNX Runtime's name for the device.
         self._place = "cuda" if device.kind == "cuda" else "cpu"
         self._ort_index = device.index if device.kind == "cuda" else 0
-        self._staging = Staging(device, stream)
+        self._is_batching = spec.max_batch_size > 0
+        self._is_fixed = all(tensor.is_fixed for tensor in (*spec.inputs, *spec.outputs))
+        # With room for the largest batch at once, so that nothing moves.
+        self._staging = Staging(device, stream, rows_max=spec.max_batch_size if self._is_fixed else 0)
         self._datatypes = {tensor.name: tensor.datatype for tensor in (*signature.inputs, *signature.outputs)}
         self._scalars = find_scalars(spec, signature)
         self._shrink = spec.parameters.get(SHRINK_KEY)
         self._run_options = self._make_options(-1)
-        is_fixed = all(tensor.is_fixed for tensor in (*spec.inputs, *spec.outputs))
-        self._uses_graphs = bool(spec.optimization.get("cuda_graphs")) and is_fixed
-        self._max_rows = max(spec.max_batch_size, 1)
-        #: Shapes of one fixed batch, and the staging's generation, to its binding.
+        self._uses_graphs = bool(spec.optimization.get("cuda_graphs")) and self._is_fixed
+        self._output_dims = {tensor.name: tensor.backend_dims for tensor in spec.outputs}
+        #: By rows and outputs, bound to buffers as of one generation of the staging.
         self._bindings: dict[tuple[object, ...], _Binding] = {}
+        self._bound_generation = 0
+        self._graph_count = 0
 
     # --- requests ---
 
     def compute(self, batch: Sequence[Mapping[str, PlacedTensor]], outputs: Sequence[str]) -> dict[str, DeviceArray]:
+        placed = self._staging.gather(batch)
+        if self._is_fixed:
+            return self._compute_fixed(placed, outputs)
         binding = self._session.io_binding()
-        for name, array in self._staging.gather(batch).items():
-            chosen = () if name in self._scalars else array.shape
-            element = self._element(name, array)
-            binding.bind_input(name, self._place, self._ort_index, element, chosen, array.address)
+        self._bind_inputs(binding, placed)
         for name in outputs:
             binding.bind_output(name, self._place, self._ort_index)
         self._execute(binding, self._run_options)
@@ -125,83 +130,56 @@ class OnnxDeviceInstance(DeviceInstance):
         for name, value in zip(outputs, values, strict=True):
             shape = (1,) if name in self._scalars else tuple(value.shape())
             # The value owns the memory.
-            results[name] = DeviceArray(value.data_ptr(), shape, DATATYPES[self._datatypes[name]].numpy_dtype, value)
+            results[name] = DeviceArray(value.data_ptr(), shape, self._dtype(name), value)
         return results
 
-    def run_segments(self, segments: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]]) -> None:
-        """Run one batch made of several runs of rows: each goes to its place in the device buffers with one copy per
-        tensor, without a gathering copy on the host.
-
-        Args:
-            segments: (inputs, outputs) by name, each ``[rows, *dims]`` and of fixed shapes; in the order of the batch.
-
-        Raises:
-            BackendFailed: with Triton's text.
-        """
-        with DeviceBatch(self.device, self.stream):
-            first_inputs, first_outputs = segments[0]
-            rows = [next(iter(ins.values())).shape[0] if ins else 1 for ins, _outs in segments]
-            total = sum(rows) if len(segments) > 1 else 0
-            addresses = {
-                name: self._reserve(name, array, total) for part in segments[0] for name, array in part.items()
-            }
-            offset_rows = 0
-            for (ins, _outs), count in zip(segments, rows, strict=True):
-                for name, array in ins.items():
-                    if array.nbytes:
-                        offset = offset_rows * (array.nbytes // max(count, 1))
-                        self.stream.copy_in(addresses[name] + offset, array.ctypes.data, array.nbytes)
-                offset_rows += count
-            bound = self._bound(first_inputs, first_outputs, total, addresses)
-            self._execute(bound.binding, bound.options)
-            offset_rows = 0
-            for (_ins, outs), count in zip(segments, rows, strict=True):
-                for name, array in outs.items():
-                    if array.nbytes:
-                        offset = offset_rows * (array.nbytes // max(count, 1))
-                        self.stream.copy_out(array.ctypes.data, addresses[name] + offset, array.nbytes)
-                offset_rows += count
-
-    def _reserve(self, name: str, array: Array, total_rows: int) -> int:
-        """Return the tensor's buffer: for graphs, and to move it rarely, with room for the largest batch at once."""
-        rows = array.shape[0] if array.ndim else 1
-        row_bytes = array.nbytes // max(rows, 1)
-        return self._staging.reserve(name, max(array.nbytes, row_bytes * max(total_rows, self._max_rows)))
-
-    def _bound(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], total_rows: int, addresses: Mapping[str, int]
-    ) -> _Binding:
-        shapes = {
-            name: (total_rows, *array.shape[1:]) if total_rows else array.shape
-            for part in (inputs, outputs)
-            for name, array in part.items()
+    def _compute_fixed(self, placed: Mapping[str, DeviceArray], outputs: Sequence[str]) -> dict[str, DeviceArray]:
+        """Run on buffers that stay where they are, bound once for each number of rows; graphs want it so."""
+        rows = next(iter(placed.values())).shape[0] if placed and self._is_batching else 0
+        results = {
+            name: self._staging.place(name, self._output_shape(name, rows), self._dtype(name)) for name in outputs
         }
-        key = (self._staging.generation, tuple(outputs), *shapes.items())
+        generation = self._staging.generation
+        key = (rows, tuple(placed), *outputs)
+        if generation != self._bound_generation:
+            self._bindings.clear()
+            self._bound_generation = generation
         bound = self._bindings.get(key)
         if bound is None:
-            if len(self._bindings) >= _BINDINGS_MAX or any(old[0] != key[0] for old in self._bindings):
+            if len(self._bindings) >= _BINDINGS_MAX:
                 self._bindings.clear()
-            binding = self._session.io_binding()
-            for name, array in inputs.items():
-                self._bind_input(binding, name, array, addresses[name], shapes[name])
-            for name, array in outputs.items():
-                shape = () if name in self._scalars else shapes[name]
-                element = self._element(name, array)
-                binding.bind_output(name, self._place, self._ort_index, element, shape, addresses[name])
-            graph = len(self._bindings) + 1 + self._staging.generation * _BINDINGS_MAX if self._uses_graphs else -1
-            bound = self._bindings[key] = _Binding(binding, self._make_options(graph))
+            bound = self._bindings[key] = self._bind_fixed(placed, results)
         elif self._uses_graphs:
             # ONNX Runtime captures at the first run of a binding, and launches from then on.
             self.device.traffic.graph_launches += 1
-        return bound
+        self._execute(bound.binding, bound.options)
+        return results
 
-    def _bind_input(
-        self, binding: ort.IOBinding, name: str, array: Array, address: int, shape: tuple[int, ...] | None = None
-    ) -> None:
-        chosen = () if name in self._scalars else array.shape if shape is None else shape
-        binding.bind_input(name, self._place, self._ort_index, self._element(name, array), chosen, address)
+    def _bind_fixed(self, placed: Mapping[str, DeviceArray], results: Mapping[str, DeviceArray]) -> _Binding:
+        binding = self._session.io_binding()
+        self._bind_inputs(binding, placed)
+        for name, array in results.items():
+            element = self._element(name, array)
+            binding.bind_output(name, self._place, self._ort_index, element, self._shape(name, array), array.address)
+        self._graph_count += 1
+        return _Binding(binding, self._make_options(self._graph_count if self._uses_graphs else -1))
 
-    def _element(self, name: str, array: PlacedTensor) -> object:
+    def _bind_inputs(self, binding: ort.IOBinding, placed: Mapping[str, DeviceArray]) -> None:
+        for name, array in placed.items():
+            element = self._element(name, array)
+            binding.bind_input(name, self._place, self._ort_index, element, self._shape(name, array), array.address)
+
+    def _shape(self, name: str, array: DeviceArray) -> tuple[int, ...]:
+        return () if name in self._scalars else array.shape
+
+    def _output_shape(self, name: str, rows: int) -> tuple[int, ...]:
+        dims = self._output_dims[name]
+        return (rows, *dims) if self._is_batching else dims
+
+    def _dtype(self, name: str) -> np.dtype[np.generic]:
+        return DATATYPES[self._datatypes[name]].numpy_dtype
+
+    def _element(self, name: str, array: DeviceArray) -> object:
         return ONNX_BFLOAT16 if self._datatypes[name] == "BF16" else array.dtype
 
     def _make_options(self, graph: int) -> ort.RunOptions:

@@ -7,6 +7,9 @@ largest batch has been seen, which is what CUDA graphs and fixed bindings need: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from forebay.engine.backends.base import Array
 from forebay.engine.devices.base import Device, DeviceBroken, DeviceError, Memory, Pin, Stream
@@ -26,8 +29,14 @@ def stream_priority(spec: InstanceSpec) -> int:
 class Staging:
     """The buffers of one instance. Copies are asynchronous, in the order of the stream."""
 
-    def __init__(self, device: Device, stream: Stream) -> None:
+    def __init__(self, device: Device, stream: Stream, *, rows_max: int = 0) -> None:
+        """Hold nothing yet.
+
+        Args:
+            rows_max: make buffers for so many rows at once; 0: as they are needed.
+        """
         self.device = device
+        self._rows_max = rows_max
         self.stream = stream
         self._buffers: dict[str, Memory] = {}
         #: Counts the buffers that had to move: what was captured or bound before is stale afterwards.
@@ -64,6 +73,18 @@ class Staging:
                 self.stream.copy_in(address, array.ctypes.data, array.nbytes)
         return addresses
 
+    def place(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> DeviceArray:
+        """Return the tensor's buffer as an array.
+
+        Raises:
+            DeviceMemoryFull: there is no room.
+        """
+        array = DeviceArray(0, shape, dtype)
+        size = array.nbytes
+        if self._rows_max and shape and 0 < shape[0] < self._rows_max:
+            size = size // shape[0] * self._rows_max
+        return replace(array, address=self.reserve(name, size))
+
     def gather(self, batch: Sequence[Mapping[str, Array | DeviceArray]]) -> dict[str, DeviceArray]:
         """Copy the requests' tensors to their buffers one behind the other, each with one copy; return the buffers.
 
@@ -75,8 +96,8 @@ class Staging:
         for name, first in batch[0].items():
             parts = [tensors[name] for tensors in batch if tensors[name].nbytes]
             shape = first.shape if len(batch) == 1 else (sum(each[name].shape[0] for each in batch), *first.shape[1:])
-            address = self.reserve(name, sum(part.nbytes for part in parts))
-            whole[name] = DeviceArray(address, shape, first.dtype)
+            whole[name] = self.place(name, shape, first.dtype)
+            address = whole[name].address
             for part in parts:
                 if isinstance(part, DeviceArray):
                     self.stream.copy_within(address, part.address, part.nbytes)
