@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,6 +27,9 @@ from forebay.engine.supervisor.gpus import find_gpus, gpus_of_backend
 from forebay.ipc.errors import Code, ServingError
 from forebay.ipc.log import LogOptions, log
 
+if TYPE_CHECKING:
+    from forebay.engine.supervisor.lifecycle import ModelLifecycle
+
 
 class LoadOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one version that was loaded to see whether it can be."""
@@ -40,6 +43,7 @@ class LoadOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Judged(msgspec.Struct, kw_only=True):
+    found: FoundModel
     report: ModelReport
     outcomes: list[LoadOutcome] = []
 
@@ -64,8 +68,12 @@ def run(command: Command) -> int:
         found = repository.scan()
     except ServingError as error:
         print(f"error: {error.text}", file=sys.stderr)
+        if command.output_format == "json":
+            print(json.dumps({"valid": False, "error": error.text, "models": []}, indent=2))
         return 1
-    judged = [_Judged(report=report) for report in check_models(found, _machine(settings, found))]
+    reports = check_models(found, _machine(settings, found))
+    by_identity = {model.identity: model for model in found}
+    judged = [_Judged(found=by_identity[report.identity], report=report) for report in reports]
     for item in judged:
         if item.report.backend and (missing := missing_library(item.report.backend)) is not None:
             item.report.missing.append(missing)
@@ -129,7 +137,7 @@ async def _load(settings: Settings, repository: ModelRepository, judged: list[_J
         await lifecycle.load_at_start([item.report.identity for item in judged if item.is_valid])
         for item in judged:
             if item.is_valid:
-                _note_outcome(lifecycle, item)
+                await _note_outcome(lifecycle, item)
     finally:
         lifecycle.kill_all()
         zygotes.kill()
@@ -139,8 +147,11 @@ async def _load(settings: Settings, repository: ModelRepository, judged: list[_J
         runtime.remove()
 
 
-def _note_outcome(lifecycle: Any, item: _Judged) -> None:
+async def _note_outcome(lifecycle: ModelLifecycle, item: _Judged) -> None:
     """Add what became of a model's versions."""
+    from forebay.engine.supervisor.models import UNLOADED
+    from forebay.engine.supervisor.preparation import contradictions
+
     model = lifecycle.models[item.report.identity]
     for version, status in sorted(model.status.items()):
         served = model.serving.get(version)
@@ -152,8 +163,10 @@ def _note_outcome(lifecycle: Any, item: _Judged) -> None:
             load_seconds=round(served.load_ns / 1e9, 3) if served is not None else 0.0,
         )
         item.outcomes.append(outcome)
-        if not outcome.is_loaded and not outcome.is_excused:
-            item.report.problems.append(Problem(f"version {version} cannot be loaded: {outcome.reason}"))
+        if not outcome.is_loaded and not outcome.is_excused and outcome.reason != UNLOADED:
+            item.report.problems += await contradictions(lifecycle.plant, item.found, version) or [
+                Problem(f"version {version} cannot be loaded: {outcome.reason}")
+            ]
     if not model.status and model.problem:
         item.report.problems.append(Problem(model.problem, code=Code.INTERNAL))
 

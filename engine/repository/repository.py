@@ -17,6 +17,7 @@ import msgspec
 
 from forebay.engine.repository.beneath import (
     Beneath,
+    Entry,
     Refused,
     check_model_name,
     check_name,
@@ -139,7 +140,8 @@ class ModelRepository:
     def scan(self, *, is_selective: bool = False) -> list[FoundModel]:
         """Return every model directory, sorted by name and then by repository.
 
-        A model that cannot be used is in the list with its problems; a plain file in a repository is not (spec R-013).
+        A model that cannot be used is in the list with its problems; plain files and names with a dot before them are
+        not (spec R-013).
 
         Args:
             is_selective: only some models will be loaded: of models in a cloud, fetch the configurations only. Those
@@ -161,7 +163,7 @@ class ModelRepository:
                 found += [
                     self._examine(root, repository, item.name, is_partial=is_partial)
                     for item in root.entries()
-                    if item.is_directory
+                    if _may_be_model(item)
                 ]
                 found += [
                     unusable_model(name, repository, Problem(reason)) for name, reason in root.refused_entries().items()
@@ -186,7 +188,7 @@ class ModelRepository:
         names: set[str] = set()
         for repository in self.paths:
             with _open_root(repository) as root:
-                names.update(item.name for item in root.entries() if item.is_directory)
+                names.update(item.name for item in root.entries() if _may_be_model(item))
         return sorted(names)
 
     def poll_model(self, name: str, *, namespace: str = "") -> FoundModel:
@@ -209,7 +211,7 @@ class ModelRepository:
                 self._mirrors[repository].sync_model(name)
             with _open_root(repository) as root:
                 item = root.entry((name,))
-                if item is not None and item.is_directory:
+                if item is not None and _may_be_model(item):
                     found.append(self._examine(root, repository, name))
         if (mount := self._mounts.get(name)) is not None:
             with _open_root(mount.url) as root:
@@ -392,6 +394,11 @@ def open_repository(settings: Settings) -> ModelRepository:
 
 
 # --- helpers
+
+
+def _may_be_model(item: Entry) -> bool:
+    """Whether something in a repository is a model; files are not, nor what tools keep there (``.git``, ``..data``)."""
+    return item.is_directory and not item.name.startswith(".")
 
 
 def _check_root(path: str) -> None:

@@ -24,12 +24,14 @@ from forebay.engine.repository.auto_complete import (
     DescribedTensor,
     check_described,
     complete_config,
+    described_problems,
     is_complete,
     merge_completed,
     require_config,
 )
 from forebay.engine.repository.check_repository import FILE_BACKENDS
 from forebay.engine.repository.config import config_json, parse_config_json
+from forebay.engine.repository.config_problem import Problem
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.model_files import read_labels, resolve_model_file
@@ -51,7 +53,7 @@ from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.rate_limits import check_resources, resources_of
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.catalog import EnsembleStep
-from forebay.ipc.errors import InvalidArgument, NotFound, Unavailable
+from forebay.ipc.errors import InvalidArgument, NotFound, ServingError, Unavailable
 from forebay.ipc.log import log
 from forebay.ipc.messages import BatchingPolicy, Described, InstanceSpec
 from forebay.ipc.tensor import TensorSpec
@@ -271,6 +273,25 @@ async def _auto_complete(
     return completed.config
 
 
+async def contradictions(plant: Plant, found: FoundModel, version: int) -> list[Problem]:
+    """Return everything in which a configuration contradicts the model file that it is for; empty if nothing is known.
+
+    Loading says the first of them only, in the backend's own words.
+    """
+    config = found.usable_config
+    try:
+        runtime = await asyncio.to_thread(
+            find_runtime, config.backend, found, version, plant.settings.backend.directory
+        )
+        if runtime.backend not in _DESCRIBING - _SELF_COMPLETING:
+            return []
+        described = await _describe(plant, found, version, config, runtime)
+    except ServingError:
+        return []
+    problems = described_problems(config, _described_model(described))
+    return [problem.located(config.source) for problem in problems]
+
+
 def _default_max_batch_size(text: str | None) -> int:
     if text is None:
         return DEFAULT_MAX_BATCH_SIZE
@@ -321,7 +342,7 @@ async def _describe(
         version=version,
         route=0,
         instance=number,
-        instance_name=f"{found.name} describe",
+        instance_name=f"{found.name}_0",
         backend=runtime.backend,
         model_path=found.path,
         version_path=found.version_path(version),

@@ -439,7 +439,11 @@ def test_validate_loads_models_and_ends_its_workers(repository: Path) -> None:
 def test_validate_compares_tensors_with_the_model_file(repository: Path) -> None:
     """Spec B-022: only the file says that it is wrong."""
     edit_config(repository, "dims: [ 50 ]", "dims: [ 49 ]")
+    edit_config(repository, 'name: "prediction"', 'name: "predictions"')
     code, models = validate(repository)
     assert code == 1
-    (problem,) = models["alpha_model"]["problems"]
-    assert "version 2 cannot be loaded: Invalid argument: model 'alpha_model', tensor 'features'" in problem["text"]
+    features, predictions = models["alpha_model"]["problems"]
+    assert features["text"].startswith("model 'alpha_model', tensor 'features': the model expects 2 dimensions")
+    assert features["field"] == "input[0].dims"
+    assert features["line"]
+    assert predictions["text"] == "unexpected inference output 'predictions', allowed outputs are: prediction"

@@ -42,12 +42,13 @@ def test_every_directory_is_a_model_and_files_are_not(make_repository: MakeRepos
             'input { name: "I" data_type: TYPE_FP32 dims: 1 } output { name: "O" data_type: TYPE_FP32 dims: 1 }',
             "ens/1": None,
             ".git/HEAD": "x",
+            "empty": None,
             "README": "x",
         }
     )
     found = ModelRepository([str(root)]).scan()
     models = by_name(found)
-    assert list(models) == [".git", "ens", "good", "onnx"]
+    assert list(models) == ["empty", "ens", "good", "onnx"]
     assert models["good"].versions.numbers == (1, 3)
     assert models["good"].chosen_versions().numbers == (3,)
     assert models["good"].path == str(root.resolve() / "good")
@@ -57,8 +58,10 @@ def test_every_directory_is_a_model_and_files_are_not(make_repository: MakeRepos
     assert models["onnx"].config_file == ""
     assert models["onnx"].usable_config.backend == "onnxruntime"
     assert models["ens"].problems == ()
-    with pytest.raises(ConfigError, match="at least one version must be available"):
-        models[".git"].chosen_versions()
+    with pytest.raises(ConfigError, match="Could not determine backend for model 'empty'"):
+        models["empty"].chosen_versions()
+    with pytest.raises(NotFound):
+        ModelRepository([str(root)]).poll_model(".git")
 
 
 def test_broken_models_keep_their_problems_and_spoil_no_other(make_repository: MakeRepository) -> None:
