@@ -204,6 +204,11 @@ class ForebayServer:
         """Return the process whose role begins with ``role``; 0 if there is none at the moment."""
         return next((pid for name, pid in sorted(self.pids().items()) if name.startswith(role)), 0)
 
+    def metrics(self) -> str:
+        """Return the metrics page."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=PATIENCE_S) as reply:
+            return str(reply.read().decode())
+
     def get(self, path: str) -> tuple[int, bytes]:
         """GET from the HTTP endpoint; return status and body."""
         try:

@@ -118,6 +118,7 @@ sequence_batching {{
   {strategy}
   control_input {{ name: "START" control {{ kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] }} }}
   state {{
+    {state}
     input_name: "STATE_IN" output_name: "STATE_OUT" data_type: TYPE_FP32 dims: [ 1 ]
     {initial}
   }}
@@ -212,22 +213,53 @@ model_transaction_policy { decoupled: true }
 
 def add_stream_model(root: Path, name: str) -> None:
     """Add a decoupled Python model that answers X times, 20 ms apart, from a thread of its own."""
-    version = _write(root / name, STREAM)
-    (version / "model.py").write_text(STREAM_MODEL)
+    add_python_model(root, name, STREAM_MODEL, STREAM)
+
+
+def add_python_model(root: Path, name: str, source: str, config: str) -> None:
+    """Add a Python model."""
+    version = _write(root / name, config)
+    (version / "model.py").write_text(source)
+
+
+ENSEMBLE = """
+platform: "ensemble"
+max_batch_size: 8
+input {{ name: "X" data_type: TYPE_FP32 dims: [ 1 ] }}
+output {{ name: "Y" data_type: TYPE_FP32 dims: [ 1 ] }}
+ensemble_scheduling {{
+  step {{
+    model_name: "{first}" model_version: -1
+    input_map {{ key: "X" value: "X" }} output_map {{ key: "Y" value: "between" }}
+  }}
+  step {{
+    model_name: "{second}" model_version: -1
+    input_map {{ key: "X" value: "between" }} output_map {{ key: "Y" value: "Y" }}
+  }}
+}}
+"""
+
+
+def add_two_step_ensemble(root: Path, name: str, steps: tuple[str, str], *, version: int = 1) -> None:
+    """Add an ensemble of two models that map X to Y."""
+    directory = root / name
+    (directory / str(version)).mkdir(parents=True)
+    (directory / "config.pbtxt").write_text(ENSEMBLE.format(first=steps[0], second=steps[1]))
 
 
 def add_iterative_model(root: Path, name: str) -> None:
     """Add a Python model that wants each request X times before it answers."""
-    version = _write(root / name, ITERATIVE)
-    (version / "model.py").write_text(ITERATIVE_MODEL)
+    add_python_model(root, name, ITERATIVE_MODEL, ITERATIVE)
 
 
-def add_accumulator(root: Path, name: str, strategy: str, *, max_batch: int = 4, initial: float | None = None) -> None:
-    """Add the ONNX model with implicit state."""
+def add_accumulator(
+    root: Path, name: str, strategy: str, *, max_batch: int = 4, initial: float | None = None, state: str = ""
+) -> None:
+    """Add the ONNX model with implicit state; ``state``: further fields of it."""
     text = ""
     if initial is not None:
         text = 'initial_state { name: "first" data_type: TYPE_FP32 dims: [ 1 ] data_file: "first.bin" }'
-    version = _write(root / name, ACCUMULATE.format(max_batch=max_batch, strategy=strategy, initial=text))
+    version = _write(root / name, ACCUMULATE.format(max_batch=max_batch, strategy=strategy, initial=text, state=state))
     accumulator(version / "model.onnx", batched=max_batch > 0)
     if initial is not None:
         (root / name / "initial_state").mkdir()
