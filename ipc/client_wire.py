@@ -14,6 +14,7 @@ The door, a listening Unix socket in the runtime directory (control; the client'
     REFUSED  header + code u32 + text
     MODELS   header + lines of ``name TAB version TAB state``; the last one has FLAG_LAST
     INSTANCE header + route u32 + instance u32               +1 descriptor; unasked: a worker was started (again)
+    COUNTS   header + COUNTS                                 no answer: where the client counts its requests
     GONE     header + route u32                              unasked: what was opened there has another one now
 
 Submissions, to the scheduler; the header is that of doorbells (:mod:`forebay.ipc.wire`), ``batch`` is the epoch::
@@ -80,6 +81,7 @@ class DoorKind(enum.IntEnum):
     LIST = 7
     MODELS = 8
     GONE = 9
+    COUNTS = 10
 
 
 class SubmitKind(enum.IntEnum):
@@ -122,6 +124,8 @@ MODEL = struct.Struct("<IIqHHHH")
 TENSOR = struct.Struct("<BBHHH")
 DIM = struct.Struct("<q")
 NUMBER = struct.Struct("<I")
+#: route u32, zero u32, offset u64 of a block of ``ProducerCounter`` words, of an ensemble ``InstanceCounter`` words too
+COUNTS = struct.Struct("<IIQ")
 #: route u32, instance u32
 INSTANCE = struct.Struct("<II")
 

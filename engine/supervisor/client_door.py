@@ -20,10 +20,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from forebay.engine.supervisor.client_counts import ClientCounts, words_of
 from forebay.engine.supervisor.switchboard import Producer, Switchboard
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.catalog import Catalog, ModelEntry, no_ready_version
 from forebay.ipc.client_wire import (
+    COUNTS,
     DOOR_FDS_MAX,
     DOOR_HEADER,
     DOOR_NAME,
@@ -47,6 +49,7 @@ from forebay.ipc.client_wire import (
     EnsemblePlan,
     pack_tensor,
 )
+from forebay.ipc.counters import CountersFile
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import (
     Draining,
@@ -72,6 +75,9 @@ _LIST_BYTES_MAX = 32 * 1024
 #: Name, version (0: the newest), namespace (None: any).
 _Wanted = tuple[str, int, str | None]
 
+#: How often to look at what clients have counted, s.
+_COUNTS_S = 0.1
+
 _UCRED = struct.Struct("3i")
 
 
@@ -85,13 +91,15 @@ class ClientDoor:
         *,
         numbers: itertools.count[int],
         catalog: Callable[[], Catalog],
+        counters: CountersFile,
         arena_bytes_max: int,
     ) -> None:
         """Create nothing yet.
 
         Args:
             numbers: producer numbers, shared with the frontends.
-            catalog: returns what is served at the moment.
+            catalog: returns what is served at the moment, with the offsets of the clients' counters.
+            counters: where clients' requests are counted.
             arena_bytes_max: what a client gets that asks for nothing, and at most.
         """
         self.path = os.path.join(runtime_directory, DOOR_NAME)
@@ -102,6 +110,8 @@ class ClientDoor:
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._visitors: set[_Visitor] = set()
+        self._counts = ClientCounts(counters, lambda: catalog().models)
+        self._counting: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         """Let clients in from now on."""
@@ -125,6 +135,8 @@ class ClientDoor:
     def close(self) -> None:
         """See everybody out."""
         self.stop_accepting()
+        if self._counting is not None:
+            self._counting.cancel()
         for visitor in list(self._visitors):
             visitor.leave()
 
@@ -155,6 +167,7 @@ class ClientDoor:
         self._visitors.discard(visitor)
         if visitor.number:
             log.verbose(1, f"shared-memory client {visitor.number} (process {visitor.pid}) is gone")
+            self._counts.remove(visitor.number)
             self._switchboard.remove_producer(visitor.number)
 
     # --- requests ---
@@ -169,6 +182,8 @@ class ClientDoor:
                 raise InvalidArgument("the first message must be HELLO")
             elif kind == DoorKind.OPEN:
                 self._open_model(visitor, request, body, runs_ensembles=bool(flags & FLAG_RUNS_ENSEMBLES))
+            elif kind == DoorKind.COUNTS:
+                self._take_counts(visitor, body)
             elif kind == DoorKind.LIST:
                 self._list_models(visitor, request)
             else:
@@ -204,6 +219,7 @@ class ClientDoor:
             number, f"client {visitor.pid} {name}", arena_fd, arena_bytes, completions_in.detach(), submit_out.detach()
         )
         visitor.number = number
+        visitor.arena = (arena_fd, arena_bytes)
         with completions_out, submit_in:
             self._switchboard.add_client(producer, visitor.send_instance)
             visitor.send(
@@ -225,13 +241,13 @@ class ClientDoor:
                     f"model '{entry.name}' is an ensemble, which this client cannot run; "
                     "open the models that it is made of"
                 )
-            visitor.watched[wanted] = entry.route
+            visitor.watched[wanted] = entry
             flags = FLAG_ENSEMBLE | entry.decoupled * FLAG_DECOUPLED
             visitor.send(DoorKind.MODEL, request, pack_entry(entry, []), flags=flags)
             return
         if not version:
             # Requests for a certain version hear from the scheduler that it is not served any more.
-            visitor.watched[wanted] = entry.route
+            visitor.watched[wanted] = entry
         # Descriptors beyond what a message can carry: those instances are reached by way of the scheduler only.
         rings = self._switchboard.open_route(visitor.number, entry.route)
         try:
@@ -246,23 +262,43 @@ class ClientDoor:
             for _instance, ring in rings:
                 ring.close()
 
-    def catalog_changed(self) -> None:
-        """Tell everybody for whose models there are others now, or none."""
-        routes: dict[_Wanted, int] = {}
-        for visitor in self._visitors:
-            for wanted, route in list(visitor.watched.items()):
-                if wanted not in routes:
-                    routes[wanted] = self._route_of(wanted)
-                if routes[wanted] != route:
-                    del visitor.watched[wanted]
-                    visitor.send(DoorKind.GONE, 0, NUMBER.pack(route))
+    # --- counts ---
 
-    def _route_of(self, wanted: _Wanted) -> int:
-        """Return the route that a client would get; 0: none."""
+    def _take_counts(self, visitor: _Visitor, body: memoryview) -> None:
+        route, _zero, offset = COUNTS.unpack_from(body)
+        entry = next((entry for entry in self._catalog().models if entry.route == route), None)
+        if entry is None:
+            return  # It has just been unloaded.
+        arena_fd, arena_bytes = visitor.arena
+        if offset % 8 or offset + 8 * words_of(entry) > arena_bytes:
+            raise InvalidArgument("the message names counters outside the client's arena")
+        self._counts.add(visitor.number, arena_fd, offset, entry)
+        if self._counting is None:
+            self._counting = self._loop.call_later(_COUNTS_S, self._count)
+
+    def _count(self) -> None:
+        self._counts.add_news()
+        self._counting = self._loop.call_later(_COUNTS_S, self._count) if self._counts else None
+
+    # --- news ---
+
+    def catalog_changed(self) -> None:
+        """Tell everybody for whose models there are newer versions, or whose ensembles are not as they were."""
+        found: dict[_Wanted, ModelEntry | None] = {}
+        for visitor in self._visitors:
+            for wanted, known in list(visitor.watched.items()):
+                if wanted not in found:
+                    found[wanted] = self._find(wanted)
+                if _is_superseded(known, found[wanted]):
+                    del visitor.watched[wanted]
+                    visitor.send(DoorKind.GONE, 0, NUMBER.pack(known.route))
+
+    def _find(self, wanted: _Wanted) -> ModelEntry | None:
+        """Return what a client would get now."""
         try:
-            return find_entry(self._catalog(), *wanted).route
+            return find_entry(self._catalog(), *wanted)
         except ServingError:
-            return 0
+            return None
 
     def _list_models(self, visitor: _Visitor, request: int) -> None:
         lines = [f"{entry.name}\t{entry.version}\t{entry.state}\n".encode() for entry in self._catalog().models]
@@ -288,8 +324,10 @@ class _Visitor:
         self.pid = pid
         #: Its producer number; 0: not introduced yet.
         self.number = 0
-        #: What it has opened and is to be told of when it changes, and the routes that it got.
-        self.watched: dict[_Wanted, int] = {}
+        #: Descriptor, which is the switchboard's, and bytes.
+        self.arena = (-1, 0)
+        #: What it has opened and is to be told of when it changes, and what it got.
+        self.watched: dict[_Wanted, ModelEntry] = {}
         self._sock = sock
         self._on_message = on_message
         self._on_gone = on_gone
@@ -349,6 +387,16 @@ class _Visitor:
             self.leave()
             return
         self._on_message(self, memoryview(message))
+
+
+def _is_superseded(known: ModelEntry, now: ModelEntry | None) -> bool:
+    """Whether a client has to ask again for what it knows.
+
+    Not because of an older version: that is the newest one, too, while the only worker of a newer one is replaced.
+    """
+    if now is None:
+        return known.is_ensemble
+    return now.route != known.route and now.version >= known.version
 
 
 def find_entry(catalog: Catalog, name: str, version: int, namespace: str | None = None) -> ModelEntry:

@@ -61,6 +61,9 @@ _FILE_THREADS = 2
 #: Connections that may wait to be accepted.
 _BACKLOG = 4096
 
+#: Names the counters of all shared-memory clients together.
+_CLIENTS_SLOT = "clients"
+
 #: Arena of the metrics frontend, which places no tensors; one page.
 _NO_ARENA_BYTES = 4096
 
@@ -168,6 +171,7 @@ class Supervisor:
             self._switchboard,
             numbers=self._numbers,
             catalog=self._catalog_for_clients,
+            counters=counters,
             arena_bytes_max=self.settings.memory.arena_byte_size,
         )
         try:
@@ -360,18 +364,22 @@ class Supervisor:
     # --- while serving ---
 
     def _catalog_for(self, producer: int) -> Catalog:
-        slots = tuple(role.name for role in self._frontends if role.submits)
         slot = next((role.name for role in self._frontends if role.number == producer), "")
-        return self._lifecycle.catalog(slot, slots)
+        return self._lifecycle.catalog(slot, self._slots)
+
+    @property
+    def _slots(self) -> tuple[str, ...]:
+        """Who has counters of its own: every frontend that submits, and the shared-memory clients together."""
+        return (*(role.name for role in self._frontends if role.submits), _CLIENTS_SLOT)
 
     async def _announce_catalog(self) -> None:
         await self._control.publish()
         self._door.catalog_changed()
 
     def _catalog_for_clients(self) -> Catalog:
-        # Clients ask once per model and count nothing; the catalog is built anew only when something has changed.
+        # Clients ask once per model; the catalog is built anew only when something has changed.
         if self._client_catalog is None or self._client_catalog.generation != self._lifecycle.generation:
-            self._client_catalog = self._lifecycle.catalog("", ())
+            self._client_catalog = self._lifecycle.catalog(_CLIENTS_SLOT, self._slots)
         return self._client_catalog
 
     def _forget_frontend(self, number: int) -> None:

@@ -183,7 +183,7 @@ class Connection:
         self, model: Opened, inputs: Sequence[tuple[TensorPlace, BlockLease]], rows: int, options: Options
     ) -> PendingEnsemble:
         """Return a request to an ensemble, to be submitted."""
-        host = ClientSteps(self._in_flight, self._models, self.memory, options)
+        host = ClientSteps(model, self._in_flight, self._models, self.memory, options)
         return PendingEnsemble(host, model, inputs, rows)
 
     @staticmethod

@@ -17,6 +17,7 @@ import msgspec
 from forebay.client.errors import EngineGone, NoServer
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.client_wire import (
+    COUNTS,
     DOOR_FDS_MAX,
     DOOR_HEADER,
     DOOR_REPLY_BYTES_MAX,
@@ -176,6 +177,11 @@ class Door:
         return OpenedModel(
             route=route, version=found, signature=signature, rings=dict(zip(instances, rings, strict=False)), plan=plan
         )
+
+    def tell_counts(self, route: int, offset: int) -> None:
+        """Say where in the arena the requests to a version are counted; there is no answer."""
+        with self._lock:
+            self._send(DoorKind.COUNTS, next(self._requests), COUNTS.pack(route, 0, offset))
 
     def list_models(self) -> list[tuple[str, int, str]]:
         """Return (name, version, state) of every version that the server knows."""

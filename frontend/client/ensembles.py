@@ -65,7 +65,7 @@ class PendingEnsemble(PendingResponses):
 
     def start(self) -> None:
         """Run the steps that can run."""
-        self._run = self._host.run(self.model, self._tensors, self.rows, self._take)
+        self._run = self._host.run(self._tensors, self.rows, self._take)
         self._run.start()
 
     def cancel(self) -> None:
@@ -100,22 +100,26 @@ class PendingEnsemble(PendingResponses):
 class ClientSteps:
     """Runs the steps of one request: a :class:`forebay.ipc.ensemble.steps.StepHost`."""
 
-    def __init__(self, in_flight: InFlight, models: Models, memory: Memory, options: Options, depth: int = 0) -> None:
+    def __init__(
+        self, model: Opened, in_flight: InFlight, models: Models, memory: Memory, options: Options, depth: int = 0
+    ) -> None:
         """
         Args:
+            model: the ensemble.
             options: of the request to the ensemble.
             depth: how many ensembles this one runs inside of.
         """
+        self._model = model
         self._in_flight = in_flight
         self._models = models
         self._memory = memory
         self._options = options
         self._depth = depth
 
-    def run(self, model: Opened, inputs: Mapping[str, Tensor], rows: int, on_reply: OnStepReply) -> EnsembleRun[Opened]:
-        """Return the run of a request, not yet started."""
+    def run(self, inputs: Mapping[str, Tensor], rows: int, on_reply: OnStepReply) -> EnsembleRun[Opened]:
+        """Return the run of the request, not yet started."""
+        model, options = self._model, self._options
         assert model.ensemble is not None
-        options = self._options
         sequence = (options.sequence_id, options.sequence_start, options.sequence_end)
         request = EnsembleRequest(options.request_id, options.outputs, sequence)
         return EnsembleRun(model.ensemble, model.entry, self, inputs, rows, request, on_reply)
@@ -148,12 +152,13 @@ class ClientSteps:
             sequence_end=is_end,
         )
         if model.ensemble is not None:
-            host = ClientSteps(self._in_flight, self._models, self._memory, options, self._depth + 1)
-            return host.run(model, request.inputs, request.rows, on_reply)
+            host = ClientSteps(model, self._in_flight, self._models, self._memory, options, self._depth + 1)
+            return host.run(request.inputs, request.rows, on_reply)
         return _ModelCall(self._in_flight, self._memory, model, request, options, on_reply)
 
     def ended(self, rows: int, began_ns: int, reply: StepReply) -> None:
-        """Nothing to do yet."""
+        if self._model.counts is not None:
+            self._model.counts.ensemble_ended(rows, began_ns, reply)
 
 
 class _ModelCall:

@@ -182,7 +182,7 @@ class InFlight:
                 _producer, _requests, base, _capacity, first, rows, _attempt, _sum_ns = RUN.unpack_from(
                     message, TIMES_END + index * RUN.size
                 )
-                self._finish_rows(base, first, rows, None)
+                self._finish_rows(base, first, rows, None, ran=True)
         elif kind == Kind.PARCEL_REPLY:
             self._parcel_reply(message, flags, instance)
         elif kind == Kind.RUNS_FAILED:
@@ -225,7 +225,7 @@ class InFlight:
             return []
         return [pending for pending in slab.owners[first : first + rows] if pending is not None]
 
-    def _finish_rows(self, base: int, first: int, rows: int, error: ServingError | None) -> None:
+    def _finish_rows(self, base: int, first: int, rows: int, error: ServingError | None, *, ran: bool) -> None:
         slab = self._memory.slab(base)
         if slab is None:
             return
@@ -233,8 +233,15 @@ class InFlight:
         for row, pending in enumerate(owners[first : first + rows], first):
             if pending is not None:
                 owners[row] = None
-                self.count -= 1
-                pending.finish(error)
+                self._end(pending, error, ran=ran)
+
+    def _end(self, pending: Pending, error: ServingError | None, *, ran: bool) -> None:
+        """It is in flight no more; ``ran``: a worker had it."""
+        self.count -= 1
+        counts = pending.model.counts
+        if counts is not None:
+            counts.ended(pending.enqueue_ns, error, ran=ran)
+        pending.finish(error)
 
     def _finish(self, pending: Pending, error: ServingError) -> None:
         """End a request without an answer of a worker."""
@@ -243,8 +250,7 @@ class InFlight:
                 return
         elif pending.lease is not None:
             pending.lease.slab.owners[pending.lease.first] = None
-        self.count -= 1
-        pending.finish(error)
+        self._end(pending, error, ran=isinstance(error, WorkerDied))
 
     def _runs_failed(self, message: memoryview, flags: int, count: int, instance: int) -> None:
         self._grants.set_idle(instance)
@@ -256,7 +262,7 @@ class InFlight:
                 for pending in self._owners(run.base, run.first, run.rows):
                     self._follow_model(pending, error)
             else:
-                self._finish_rows(run.base, run.first, run.rows, error)
+                self._finish_rows(run.base, run.first, run.rows, error, ran=instance != 0)
 
     def _parcel_reply(self, message: memoryview, flags: int, instance: int) -> None:
         (token,) = TOKEN.unpack_from(message, TIMES_END)
@@ -288,8 +294,7 @@ class InFlight:
             pending.respond(reply, held)
         if is_final:
             del self._parcels[pending.token]
-            self.count -= 1
-            pending.finish(error)
+            self._end(pending, error, ran=self.reply_ran)
         else:
             pending.wake()
 

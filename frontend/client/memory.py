@@ -31,6 +31,11 @@ class Memory:
         #: Bytes of tensors copied in user space.
         self.copied_bytes = 0
 
+    @property
+    def view(self) -> memoryview:
+        """uint8 [arena bytes]"""
+        return self._arena.view
+
     def loan_rows(self, model: Opened, rows: int) -> RowsLease:
         """Return free rows of a slab of the model.
 

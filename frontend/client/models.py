@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
+from forebay.client.counting import RequestCounts, block_bytes
 from forebay.client.door import Door, OpenedModel
 from forebay.client.grants import Grants
 from forebay.client.memory import Memory
 from forebay.client.opened import Opened
 from forebay.client.submissions import Submissions
-from forebay.ipc.errors import NotReady, ServingError
+from forebay.ipc.errors import ArenaFull, NotReady, ServingError
 
 #: Name, wanted version (0: the newest), namespace ("": any).
 Key = tuple[str, int, str]
@@ -24,6 +26,8 @@ class Models:
         self._grants = grants
         self._submissions = submissions
         self._by_key: dict[Key, Opened] = {}
+        #: Blocks that the server may still look at, though requests to these versions are not counted any more.
+        self._former_counts: list[RequestCounts] = []
 
     def __iter__(self) -> Iterator[Opened]:
         return iter(self._by_key.values())
@@ -45,6 +49,7 @@ class Models:
         model = self._by_key.get(key)
         if model is None:
             model = self._by_key[key] = Opened(key, found)
+            self._count(model)
         else:
             # Another thread was faster; the worker serves the newest ring.
             model.close_rings()
@@ -90,6 +95,17 @@ class Models:
         self._grants.drop_all(model)
         self._memory.retire(model.replace(found))
         self._submissions.announce_rings(found.rings)
+        self._count(model)
+
+    def _count(self, model: Opened) -> None:
+        """Have requests to the version counted from now on; without room for it they are not."""
+        if model.counts is not None:
+            self._former_counts.append(model.counts)
+        model.counts = None
+        with contextlib.suppress(ArenaFull):
+            lease = self._memory.loan_block(block_bytes(model.entry))
+            model.counts = RequestCounts(self._memory.view, lease, model.entry)
+            self._door.tell_counts(model.route, lease.offset)
 
     def refresh(self, model: Opened) -> None:
         """Follow a model to its newer version, or an ensemble that was loaded anew, if the door has told of one.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from forebay.client.counting import RequestCounts
 from forebay.client.door import OpenedModel, Signature
 from forebay.client.pending import Array, Pending
 from forebay.ipc.ensemble.run import Ensemble
@@ -47,6 +48,8 @@ class Opened:
         self.edition = 0
         self.rings = dict(found.rings)
         self.grants: list[Grant] = []
+        #: Counts its requests; None: there was no room.
+        self.counts: RequestCounts | None = None
         self.slabs: list[Slab[Pending]] = []
         #: By a slab's base.
         self._arrays: dict[int, tuple[Arrays, Arrays]] = {}

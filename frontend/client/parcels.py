@@ -12,13 +12,26 @@ from forebay.client.options import Options
 from forebay.client.pending import BlockLease, PendingParcel
 from forebay.ipc.arena import align
 from forebay.ipc.client_wire import FLAG_SEQUENCE_END, FLAG_SEQUENCE_START
-from forebay.ipc.messages import ParcelHead, TensorPlace
+from forebay.ipc.messages import DeviceMemory, ParcelHead, TensorPlace
 
 _encode_head = msgspec.msgpack.Encoder().encode
 
 
-def describe(pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options) -> None:
-    """Fill in a request whose inputs lie in ``places`` and whose answer goes to ``reply``."""
+def describe(
+    pending: PendingParcel,
+    places: Sequence[TensorPlace],
+    reply: BlockLease,
+    options: Options,
+    *,
+    memories: tuple[DeviceMemory, ...] = (),
+    targets: tuple[TensorPlace, ...] = (),
+) -> None:
+    """Fill in a request whose inputs lie in ``places`` and whose answer goes to ``reply``.
+
+    Args:
+        memories: on devices, that places and targets lie in.
+        targets: of outputs that go there.
+    """
     pending.blocks = [reply]
     pending.shape_key = shape_key(pending.model, places)
     pending.priority, pending.timeout_us = options.priority, options.timeout_us
@@ -40,6 +53,8 @@ def describe(pending: PendingParcel, places: Sequence[TensorPlace], reply: Block
             priority=options.priority,
             timeout_us=options.timeout_us,
             deadline_ns=options.deadline_ns,
+            memories=memories,
+            targets=targets,
         )
     )
 

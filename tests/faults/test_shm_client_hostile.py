@@ -269,6 +269,13 @@ def test_hello_is_said_once(client: RawClient) -> None:
         client.door.enter(0)
 
 
+@pytest.mark.parametrize("offset", [1 << 20, 1 << 63, 4, (1 << 20) - 8])
+def test_counters_outside_the_arena_are_not_read(bystander: Bystander, client: RawClient, offset: int) -> None:
+    client.door.tell_counts(client.open("alpha_model").route, offset)
+    client.door.tell_counts(12345, 64)
+    assert client.door.list_models()
+
+
 # --- rings ---
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,3 +161,49 @@ def test_an_ensemble_that_is_loaded_anew_is_followed(tmp_path: Path) -> None:
         fill(model)
         with pytest.raises((NotFound, Unavailable)):
             model.infer()
+
+
+def test_requests_are_counted_as_those_of_other_protocols_are(engine: Engine, server: ForebayServer) -> None:
+    """S-112, H-231: the ensemble's own statistics and those of its models."""
+
+    def counts(model: str) -> tuple[int, int, int, int]:
+        document = json.loads(server.get(f"/v2/models/{model}/stats")[1])["model_stats"][0]
+        inference = document["inference_stats"]
+        assert inference["queue"]["count"] == inference["success"]["count"]
+        return (
+            inference["success"]["count"],
+            inference["fail"]["count"],
+            document["inference_count"],
+            document["execution_count"],
+        )
+
+    before = {model: counts(model) for model in ("two_steps", "scale", "add_one")}
+    model = engine.model("two_steps")
+    for _ in range(3):
+        fill(model, 2)
+        model.infer()
+    model.input("A", rows=1)[:] = -1
+    with pytest.raises(Unavailable):
+        model.infer()
+
+    def grown(model: str) -> tuple[int, ...]:
+        return tuple(now - then for now, then in zip(counts(model), before[model], strict=True))
+
+    server.wait_for(lambda: grown("two_steps")[:3] == (3, 1, 6), "the ensemble's requests to be counted")
+    server.wait_for(lambda: grown("scale")[:3] == (3, 0, 6), "a step's requests to be counted")
+    server.wait_for(lambda: grown("add_one")[:2] == (3, 1), "the failing step's requests to be counted")
+
+
+def test_what_a_client_counted_stays_when_it_leaves(server: ForebayServer) -> None:
+    def successes() -> int:
+        document = json.loads(server.get("/v2/models/scale/stats")[1])["model_stats"][0]
+        count: int = document["inference_stats"]["success"]["count"]
+        return count
+
+    before = successes()
+    with shm.connect(server.runtime_base) as engine:
+        model = engine.model("scale")
+        fill(model)
+        for _ in range(5):
+            model.infer()
+    server.wait_for(lambda: successes() == before + 5, "the requests to be counted")

@@ -1,0 +1,253 @@
+"""Inference on tensors in GPU memory of this process: nothing comes to the host, and nothing is copied but on the GPU.
+
+::
+
+    import forebay.client.device
+    import forebay.client.shm
+
+    with forebay.client.shm.connect() as engine:
+        arena = forebay.client.device.cuda_arena(engine, 64 << 20)      # on GPU 0, seen by the server's workers there
+        model = arena.model("image_model")
+        x = model.input("image", (8, 3, 224, 224))     # a CuPy array in the arena: fill it in place
+        model.put("image", tensor)                     # or copy from any library's GPU tensor (DLPack)
+        y = model.infer()["scores"]                    # a CuPy array in the arena; torch.from_dlpack(y) takes it as it is
+
+Models must live on the arena's GPU; for others the server says so. Outputs of fixed shapes stay on the GPU; for others
+``infer`` is told their largest size. CuPy is needed (``pip install cupy-cuda13x``), and only here.
+
+The memory is this process's, and lives as long as it: workers may have it open until the connection ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from forebay.client.model import deadline_after
+from forebay.client.opened import Opened
+from forebay.client.options import NO_OPTIONS, Options
+from forebay.client.parcels import describe
+from forebay.client.pending import PendingParcel
+from forebay.client.placement import full_shape, unknown_tensor
+from forebay.client.shm import Engine
+from forebay.ipc.arena import BlockAllocator
+from forebay.ipc.errors import InvalidArgument, ServingError
+from forebay.ipc.messages import DeviceMemory, TensorPlace
+from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size
+
+#: An array of whatever library the memory belongs to; CuPy's for GPUs.
+DeviceTensor = Any
+
+#: Numbers of this process's exported memories.
+_numbers = itertools.count(1)
+
+
+class ExportedMemory(Protocol):
+    """Device memory of this process that others can open."""
+
+    device_id: int
+    byte_size: int
+    handle: bytes
+    """64 bytes, as ``cudaIpcGetMemHandle`` gives them."""
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> DeviceTensor:
+        """Return an array over a part of it."""
+        ...
+
+    def copy(self, target: DeviceTensor, source: object) -> None:
+        """Copy from any tensor on the device that speaks DLPack."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until what was written here is there for others."""
+        ...
+
+
+class CudaMemory:
+    """A block of ``cudaMalloc``, exported by its CUDA IPC handle. Never freed: others may have it open."""
+
+    def __init__(self, byte_size: int, device_id: int) -> None:
+        self.device_id = device_id
+        self.byte_size = byte_size
+        self._cupy: Any = importlib.import_module("cupy")
+        with self._cupy.cuda.Device(device_id):
+            self._address = int(self._cupy.cuda.runtime.malloc(byte_size))
+            self.handle = bytes(self._cupy.cuda.runtime.ipcGetMemHandle(self._address))
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> DeviceTensor:
+        cupy = self._cupy
+        owner = cupy.cuda.UnownedMemory(self._address, self.byte_size, self, self.device_id)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(owner, offset))
+
+    def copy(self, target: DeviceTensor, source: object) -> None:
+        target[...] = self._cupy.from_dlpack(source).view(target.dtype)
+
+    def synchronize(self) -> None:
+        with self._cupy.cuda.Device(self.device_id):
+            self._cupy.cuda.get_current_stream().synchronize()
+
+
+def cuda_arena(engine: Engine, byte_size: int, device_id: int = 0) -> DeviceArena:
+    """Return an arena in the memory of a GPU."""
+    return DeviceArena(engine, CudaMemory(byte_size, device_id))
+
+
+class DeviceArena:
+    """Device memory for the tensors of requests. Used by one thread at a time."""
+
+    def __init__(self, engine: Engine, memory: ExportedMemory) -> None:
+        self.engine = engine
+        self.memory = memory
+        self.exported = DeviceMemory(
+            owner=0, number=next(_numbers), device_id=memory.device_id, byte_size=memory.byte_size, handle=memory.handle
+        )
+        self._blocks = BlockAllocator(memory.byte_size)
+
+    def model(self, name: str, version: int | str | None = None) -> DeviceModel:
+        """Return a handle of a model.
+
+        Raises:
+            ServingError: there is no such model.
+        """
+        return DeviceModel(self, self.engine.connection.open_model(name, int(version or 0)))
+
+    def allocate(self, size: int) -> int:
+        """Return the offset of free bytes.
+
+        Raises:
+            ArenaFull: there are not so many.
+        """
+        return self._blocks.allocate(max(size, 1))
+
+    def free(self, offset: int, size: int) -> None:
+        """Give bytes back."""
+        self._blocks.free(offset, max(size, 1))
+
+
+class DeviceModel:
+    """One model as callers with tensors on its GPU use it: fill inputs, run, take outputs; one request at a time."""
+
+    def __init__(self, arena: DeviceArena, opened: Opened) -> None:
+        self._arena = arena
+        self._opened = opened
+        #: Where tensors are, with the room that they have, by ("input" or "output", name).
+        self._room: dict[tuple[str, str], tuple[int, int]] = {}
+        self._inputs: dict[str, TensorPlace] = {}
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._opened.signature.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._opened.signature.outputs
+
+    def input(self, name: str, shape: Sequence[int]) -> DeviceTensor:
+        """Return an input as an array on the device, to be filled in place.
+
+        Args:
+            shape: full shape, batch dimension included.
+
+        Raises:
+            InvalidArgument: no such input, or it is BYTES, which cannot be on a device.
+            ArenaFull: there is no room.
+        """
+        spec = self._spec(name)
+        full = tuple(int(size) for size in shape)
+        size = byte_size(spec.datatype, full)
+        offset = self._place("input", name, size)
+        self._inputs[name] = TensorPlace(name, spec.datatype, full, offset, size, memory=1)
+        return self._arena.memory.view(offset, full, DATATYPES[spec.datatype].numpy_dtype)
+
+    def put(self, name: str, tensor: Any) -> None:
+        """Copy an input from any library's tensor on the device: what has ``shape`` and ``__dlpack__``."""
+        self._arena.memory.copy(self.input(name, tensor.shape), tensor)
+
+    def _spec(self, name: str) -> TensorSpec:
+        found = next((spec for spec in self.inputs if spec.name == name), None)
+        if found is None:
+            raise unknown_tensor("input", name, self.inputs, self._opened.name)
+        if found.datatype == "BYTES":
+            raise InvalidArgument(f"input '{name}' is BYTES, which cannot lie in device memory")
+        return found
+
+    def _place(self, kind: str, name: str, size: int) -> int:
+        offset, room = self._room.get((kind, name), (0, -1))
+        if room < size:
+            if room >= 0:
+                self._arena.free(offset, room)
+            offset = self._arena.allocate(size)
+            self._room[kind, name] = (offset, size)
+        return offset
+
+    def infer(
+        self,
+        *,
+        output_bytes: Mapping[str, int] | None = None,
+        timeout_s: float | None = None,
+        options: Options = NO_OPTIONS,
+    ) -> dict[str, DeviceTensor]:
+        """Run the request and wait for its answer.
+
+        Args:
+            output_bytes: room for outputs whose shapes vary.
+
+        Returns:
+            Every wanted output as an array on the device, valid until the next call.
+
+        Raises:
+            InvalidArgument: an input was not filled, or the size of an output is not known.
+            ServingError: the server's answer.
+        """
+        connection = self._arena.engine.connection
+        pending = self._make_request(output_bytes or {}, options)
+        self._arena.memory.synchronize()
+        connection.submit(pending)
+        try:
+            if not pending.has_news:
+                connection.completions.wait(pending, deadline_after(timeout_s))
+        except BaseException:
+            # The engine still has the places: others for the next request.
+            self._room.clear()
+            self._inputs.clear()
+            connection.cancel(pending)
+            raise
+        if pending.error is not None:
+            raise pending.error
+        reply, _held = pending.responses.popleft()
+        return {
+            place.name: self._arena.memory.view(place.offset, place.shape, DATATYPES[place.datatype].numpy_dtype)
+            for place in reply.outputs
+            if place.memory
+        }
+
+    def _make_request(self, output_bytes: Mapping[str, int], options: Options) -> PendingParcel:
+        connection, opened = self._arena.engine.connection, self._opened
+        signature = opened.signature
+        missing = [spec.name for spec in signature.inputs if not spec.optional and spec.name not in self._inputs]
+        if missing:
+            raise InvalidArgument(f"model '{opened.name}' needs input '{missing[0]}', which was not filled")
+        places = [self._inputs[spec.name] for spec in signature.inputs if spec.name in self._inputs]
+        rows = places[0].shape[0] if signature.max_batch_size > 0 and places else 1
+        wanted = [spec for spec in signature.outputs if not options.outputs or spec.name in options.outputs]
+        targets = tuple(self._target(spec, rows, output_bytes) for spec in wanted)
+        pending = PendingParcel(opened, rows, connection.next_token())
+        reply = connection.loan_block(64)
+        describe(pending, places, reply, options, memories=(self._arena.exported,), targets=targets)
+        return pending
+
+    def _target(self, spec: TensorSpec, rows: int, output_bytes: Mapping[str, int]) -> TensorPlace:
+        if spec.name in output_bytes:
+            size = output_bytes[spec.name]
+        elif spec.is_fixed:
+            size = byte_size(spec.datatype, full_shape(spec, rows, self._opened.signature.max_batch_size))
+        else:
+            raise InvalidArgument(f"output '{spec.name}' varies in size: say how large it gets, with output_bytes=")
+        return TensorPlace(spec.name, "", (), self._place("output", spec.name, size), size, memory=1)
+
+
+__all__ = ["CudaMemory", "DeviceArena", "DeviceModel", "ExportedMemory", "ServingError", "cuda_arena"]
