@@ -43,6 +43,9 @@ test: $(VENV)/.installed-test  ## Install what the tests need and run them
 	$(BIN)/python -P -m pytest $(PARALLEL) $(TESTS) || { echo "once more, by themselves:"; \
 		$(BIN)/python -P -m pytest --last-failed --last-failed-no-failures=none $(TESTS); }
 
+fuzz: $(VENV)/.installed-test  ## Send malformed requests to a running server for some minutes
+	FOREBAY_FUZZ_EXAMPLES=5000 $(BIN)/python -P -m pytest -q -n0 tests/faults/test_http_fuzz.py
+
 format: $(VENV)/.installed-test  ## Format the code and sort its imports
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix --select I $(SOURCES)
@@ -100,4 +103,4 @@ build/typing/forebay/client: $(wildcard frontend/*)
 	@# The client is a package of its own: under frontend as well it would be checked as two.
 	cd build/typing/forebay/frontend && ln -s $(addprefix ../../../../,$(filter-out frontend/client,$(wildcard frontend/*))) .
 
-.PHONY: help serve demo install gpu test format format-check lint reference typecheck check clean
+.PHONY: help serve demo install gpu test fuzz format format-check lint reference typecheck check clean

@@ -68,6 +68,13 @@ class FoundModel(msgspec.Struct, frozen=True):
         """Return the directory of a version; it may not exist for an override."""
         return os.path.join(self.path, str(version))
 
+    def without_paths(self, text: str) -> str:
+        """Return a text that clients may read: files are named from the model's directory on."""
+        for directory in (self.path, os.path.join(self.repository, self.name)):
+            if len(directory) > 1:
+                text = text.replace(f"{directory}/", "").replace(directory, self.name)
+        return text
+
     def discard(self) -> None:
         """Delete the temporary directory, if there is one."""
         if self.temporary_directory:

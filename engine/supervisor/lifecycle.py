@@ -224,7 +224,7 @@ class ModelLifecycle:
             await self.ensembles.require(found)
         except ServingError as error:
             await self._abandon(model, {}, starting)
-            raise self._load_failed(model, dict.fromkeys(starting, error), starting) from None
+            raise self._load_failed(model, found, dict.fromkeys(starting, error), starting) from None
         async with self._load_slots:
             results = await asyncio.gather(
                 *(self._start_version(found, version) for version in starting),
@@ -246,7 +246,7 @@ class ModelLifecycle:
             await asyncio.gather(*(adjustment.abandon() for adjustment in adjustments.values()))
             if broken is not None:
                 raise broken
-            raise self._load_failed(model, failed, (*starting, *adjustments))
+            raise self._load_failed(model, found, failed, (*starting, *adjustments))
         for adjustment in adjustments.values():
             adjustment.commit()
         await self._switch(model, found, started, kept)
@@ -285,7 +285,7 @@ class ModelLifecycle:
             try:
                 prepared[version] = self.ensembles.join(await prepare_version(self.plant, found, version))
             except ServingError as error:
-                raise self._load_failed(model, {version: error}, [version]) from None
+                raise self._load_failed(model, found, {version: error}, [version]) from None
         possible = {v: new for v, new in prepared.items() if Adjustment.is_possible(model.serving[v], new)}
         kept.intersection_update(possible)
         for version in possible:
@@ -362,22 +362,24 @@ class ModelLifecycle:
             text += f": {error.text_with_hint} (goes on serving as before: version {versions})"
         return PollFailed(text)
 
-    def _load_failed(self, model: Model, failed: dict[int, ServingError], starting: Iterable[int]) -> LoadFailed:
+    def _load_failed(
+        self, model: Model, found: FoundModel, failed: dict[int, ServingError], starting: Iterable[int]
+    ) -> LoadFailed:
         parts: list[str] = []
         excused = all(isinstance(error, MissingLibrary) for error in failed.values())
         for version in starting:
             error = failed.get(version)
             if error is None:
                 continue
-            reason = f"{error.code.label}: {error.text}"
-            log.error(f"failed to load '{model.name}' version {version}: {reason}")
+            log.error(f"failed to load '{model.name}' version {version}: {error.code.label}: {error.text}")
+            reason = f"{error.code.label}: {found.without_paths(error.text)}"
             parts.append(f"version {version} is at UNAVAILABLE state: {reason};\n")
             if version not in model.serving:
                 model.status[version] = VersionStatus("UNAVAILABLE", reason, isinstance(error, MissingLibrary))
         model.is_excused = excused
         if model.serving:
             first = next(iter(failed.values()))
-            model.problem = f"{first.code.label}: {first.text}"
+            model.problem = f"{first.code.label}: {found.without_paths(first.text)}"
         self.touch()
         return LoadFailed(f"load failed for model '{model.name}': {''.join(parts)}")
 
