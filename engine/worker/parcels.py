@@ -251,6 +251,10 @@ class ParcelsRunner:
         try:
             head = _decode_head(raw)
             producer.arena.check(head.reply_offset, head.reply_bytes)
+            if head.memories and self.memories is None:
+                raise InvalidArgument(
+                    f"model '{self.spec.model}' does not live on a GPU: its tensors cannot lie in device memory"
+                )
             if not producer.is_trusted:
                 check_head(
                     head, rows, self.inputs, producer.arena, model=self.spec.model, max_batch_size=self.max_batch_size

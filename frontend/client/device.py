@@ -10,7 +10,7 @@
         model = arena.model("image_model")
         x = model.input("image", (8, 3, 224, 224))     # a CuPy array in the arena: fill it in place
         model.put("image", tensor)                     # or copy from any library's GPU tensor (DLPack)
-        y = model.infer()["scores"]                    # a CuPy array in the arena; torch.from_dlpack(y) takes it as it is
+        y = model.infer()["scores"]                    # a CuPy array in the arena; or torch.from_dlpack(y), not copied
 
 Models must live on the arena's GPU; for others the server says so. Outputs of fixed shapes stay on the GPU; for others
 ``infer`` is told their largest size. CuPy is needed (``pip install cupy-cuda13x``), and only here.
@@ -27,9 +27,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from forebay.client.model import deadline_after
 from forebay.client.opened import Opened
-from forebay.client.options import NO_OPTIONS, Options
+from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.parcels import describe
 from forebay.client.pending import PendingParcel
 from forebay.client.placement import full_shape, unknown_tensor

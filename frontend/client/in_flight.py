@@ -275,7 +275,8 @@ class InFlight:
         try:
             reply = self._decode_reply(message[TIMES_END + TOKEN.size :])
             for place in reply.outputs:
-                self._arena.check(place.offset, place.byte_size)
+                if not place.memory:
+                    self._arena.check(place.offset, place.byte_size)
         except (msgspec.DecodeError, msgspec.ValidationError, Internal):
             reply, is_final = ReplyHead(code=Internal.code, text="the model's answer could not be read"), True
         if flags & FLAG_MOVED:
