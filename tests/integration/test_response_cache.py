@@ -112,7 +112,7 @@ def metrics(server: ForebayServer) -> dict[str, float]:
 
 
 def test_an_equal_request_is_not_executed_again(server: ForebayServer) -> None:
-    """S-170, S-174, H-238, M-029, M-054; response parameters are kept (better than S-172)."""
+    """S-006, S-170, S-174, S-175, H-238, M-029, M-054; response parameters are kept (better than S-172)."""
     first = ask(server, "cached", [1, 2], id="one")
     again = ask(server, "cached", [1, 2], id="two")
     assert first["COUNT"] == again["COUNT"] == [1]

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,53 @@ instance_group {{ count: {count} kind: {kind} }}
 """
 
 
+#: Says how many requests it was given at once, to each of them.
+TOGETHER = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        answer = pb_utils.InferenceResponse([pb_utils.Tensor("Y", np.array([[len(requests)]], np.float32))])
+        for request in requests:
+            request.get_response_sender().send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+#: Answers with the input, and knows of nothing else.
+PLAIN = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor("Y", pb_utils.get_input_tensor_by_name(request, "X").as_numpy())]
+            )
+            for request in requests
+        ]
+"""
+#: Asks model ``one``.
+PARENT = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [
+            pb_utils.InferenceRequest(
+                model_name="one", requested_output_names=["Y"],
+                inputs=[pb_utils.get_input_tensor_by_name(request, "X")],
+            ).exec()
+            for request in requests
+        ]
+"""
+NUMBERS = """
+backend: "python"
+max_batch_size: 4
+input {{ name: "X" data_type: TYPE_FP32 dims: [ 1 ] }}
+output {{ name: "Y" data_type: TYPE_FP32 dims: [ 1 ] }}
+{more}
+"""
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
@@ -69,6 +117,16 @@ def server(root: Path) -> Iterator[ForebayServer]:
     add_stream_model(root, "stream")
     add_python_model(root, "who", WHO, WHO_CONFIG.format(count=2, kind="KIND_CPU", more=""))
     add_python_model(root, "model_kind", WHO, WHO_CONFIG.format(count=1, kind="KIND_MODEL", more=""))
+    add_python_model(root, "parent", PARENT, NUMBERS.format(more=""))
+    add_python_model(
+        root,
+        "stateless",
+        PLAIN,
+        NUMBERS.format(
+            more='sequence_batching { direct { } state { input_name: "IN" output_name: "OUT" data_type: TYPE_FP32 '
+            "dims: [ 1 ] } }"
+        ),
+    )
     add_accumulator(
         root, "grown", "direct { }", state="use_growable_memory: true use_same_buffer_for_input_output: true"
     )
@@ -263,6 +321,26 @@ def test_a_decoupled_request_is_counted_when_its_last_answer_has_come(server: Fo
     wait_until(lambda: counts(server, "stream")[0] == before[0] + 1, "the request to be counted")
 
 
+def test_requests_of_a_decoupled_model_are_batched(tmp_path: Path) -> None:
+    """Spec S-132."""
+    add_python_model(tmp_path, "together", TOGETHER, NUMBERS.format(more=DYNAMIC + DECOUPLED))
+    environment = {"TRITONSERVER_DELAY_SCHEDULER": "3"}
+    with ForebayServer(tmp_path, environment=environment) as held, ThreadPoolExecutor(3) as pool:
+        path, body = "/v2/models/together/generate", json.dumps({"X": [1.0]}).encode()
+        answers = [answer for _status, answer in pool.map(lambda _index: held.post(path, body), range(3))]
+    assert [json.loads(answer)["Y"] for answer in answers] == [3.0] * 3
+
+
+def test_a_call_of_another_model_goes_on_when_its_callers_client_leaves(
+    server: ForebayServer, client: grpcclient.InferenceServerClient
+) -> None:
+    """Spec S-184."""
+    inferences, _executions = counts(server, "one")
+    with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+        client.infer("parent", tensor(SLOW), client_timeout=0.15)
+    wait_until(lambda: counts(server, "one")[0] == inferences + 1, "the other model's answer to be counted")
+
+
 # --- sequences and their state
 
 
@@ -277,6 +355,11 @@ def test_memory_options_of_states_are_taken(client: grpcclient.InferenceServerCl
     assert [ask(client, "grown", value, flags) for value, flags in ((1.0, "S"), (2.0, ""), (3.0, "E"))] == [
         1001.0, 1003.0, 1006.0,
     ]  # fmt: skip
+
+
+def test_a_state_means_nothing_to_a_python_model(client: grpcclient.InferenceServerClient) -> None:
+    """Spec S-084."""
+    assert [ask(client, "stateless", value, flags) for value, flags in ((1.0, "S"), (2.0, "E"))] == [1.0, 2.0]
 
 
 def test_an_instance_that_is_removed_finishes_its_sequence(

@@ -127,7 +127,7 @@ def test_full_queue_is_503_with_the_request_id(server: ForebayServer, client: ht
 
 
 def test_queue_timeout_is_answered_at_its_time(server: ForebayServer, client: httpclient.InferenceServerClient) -> None:
-    """Spec S-026, L-005: long before the instance is free."""
+    """Spec S-026, S-027, L-005: long before the instance is free."""
     with Busy(server, "impatient"):
         start = time.monotonic()
         with pytest.raises(InferenceServerException, match="Request timeout expired") as refused:
@@ -225,11 +225,11 @@ def raw_request(model: str, value: float) -> bytes:
     return head.encode() + body
 
 
-@pytest.mark.parametrize("model", ["dynamic", "limited"], ids=["rows", "parcels"])
+@pytest.mark.parametrize("model", ["plain", "dynamic", "limited"])
 def test_client_that_leaves_takes_its_waiting_request_along(
     server: ForebayServer, client: httpclient.InferenceServerClient, model: str
 ) -> None:
-    """Spec S-180, S-181, S-185: it never runs, its rows are free, and it is counted."""
+    """Spec S-005, S-033, S-180, S-181, S-185: it never runs, its rows are free, and it is counted."""
     before = client.get_inference_statistics(model)["model_stats"][0]["inference_count"]
     cancelled = metric(server, "nv_inference_request_failure", model, reason="CANCELED")
     with Busy(server, model):

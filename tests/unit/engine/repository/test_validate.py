@@ -110,13 +110,13 @@ POLL = [
         "Queue policy can not have DELAY as timeout action when 'preserve_ordering' is true for m",
     ),
     (
-        "C-122",
+        "C-122, S-175",
         sequence("") + " response_cache { enable: true }",
         "Response Cache does not currently support model m with sequence batching scheduler. "
         "Please disable the response cache.",
     ),
     (
-        "C-122",
+        "C-122, S-135",
         BASE + "model_transaction_policy { decoupled: true } response_cache { enable: true }",
         "Response Cache does not currently support model m with 'decoupled' transaction policy. "
         "Please disable the response cache.",

@@ -34,6 +34,16 @@ def test_take_cuts_a_run() -> None:
     assert queue.request_count == 3
 
 
+def test_a_lower_level_is_never_served_while_a_higher_one_has_requests() -> None:
+    """Spec S-032: as in Triton, nothing prevents starvation."""
+    policy = BatchingPolicy(max_batch_size=8, dynamic=True, priority_levels=2, default_priority_level=1)
+    queue = queue_of([parcel(0, priority=2)], policy)
+    for token in range(1, 20):
+        queue.append(parcel(token, priority=1))
+        assert tokens(queue.take(1)) == [token]
+    assert tokens(queue) == [0]
+
+
 def test_priority_1_first_and_unknown_levels_are_the_default() -> None:
     """Spec S-031: 0 and levels above the configured ones mean the default level; one batch may mix levels."""
     policy = BatchingPolicy(max_batch_size=8, dynamic=True, priority_levels=3, default_priority_level=2)
