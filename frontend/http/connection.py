@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = 256 * 1024
 #: A body that is longer than this and not yet complete is received straight into shared memory.
 DIRECT_BYTES_MIN = 32 * 1024
+#: Bytes read at a time where a large body is likely to follow: a head and its JSON, and little of the tensors, which
+#: would have to be copied from the scratch.
+UPLOAD_HEAD_BYTES = 4 * 1024
 #: Requests of one connection in flight (pipelining); beyond, the connection is not read.
 PIPELINE_MAX = 128
 #: Seconds in which what is in flight may still be answered after the client has finished sending. Most who do that have
@@ -118,6 +121,7 @@ class Connection(asyncio.BufferedProtocol):
         "_buffered_bytes",
         "_calls",
         "_chunks",
+        "_expects_upload",
         "_fd",
         "_frontend",
         "_head",
@@ -148,6 +152,8 @@ class Connection(asyncio.BufferedProtocol):
         self._chunks: ChunkDecoder | None = None
         self._upload: DirectUpload | PlannedUpload | None = None
         self._side_door: SideDoor | None = None
+        #: The last body was a large one: the next may be.
+        self._expects_upload = False
         self._is_consuming = False
         self._is_paused = False
         #: The next request must be the only one in flight, and others still are.
@@ -193,7 +199,7 @@ class Connection(asyncio.BufferedProtocol):
         upload = self._upload
         if upload is not None:
             return upload.next_place()
-        return self._frontend.scratch
+        return self._frontend.upload_head if self._expects_upload else self._frontend.scratch
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._is_closing:
@@ -202,6 +208,7 @@ class Connection(asyncio.BufferedProtocol):
         if upload is not None:
             if upload.received(nbytes):
                 self._upload = None
+                self._expects_upload = True
                 self._nothing_expected()
                 upload.submit(self)
             return
@@ -310,6 +317,7 @@ class Connection(asyncio.BufferedProtocol):
             if head.is_plain:
                 body_end = body_start + head.content_length
                 if body_end <= end:
+                    self._expects_upload = False
                     self._infer(head, buffer, body_start, body_end)
                     return body_end - start + skipped
             if head.is_exclusive and self._calls:
@@ -346,6 +354,7 @@ class Connection(asyncio.BufferedProtocol):
         """Wait for a body, or arrange that the rest of a large one is received into shared memory."""
         length = head.content_length
         arrived = end - body_start
+        self._expects_upload = False
         if arrived >= length:
             self._head = None
             if head.is_plain:
@@ -356,6 +365,8 @@ class Connection(asyncio.BufferedProtocol):
             return body_start - start + length
         if head.json_bytes >= 0 and length > DIRECT_BYTES_MIN and arrived >= head.json_bytes:
             self._head = None
+            # Parsed again, from memory: as above.
+            head = self._frontend.heads.parse(head.raw)
             self._upload = self._frontend.open_upload(self, head, memoryview(buffer)[body_start:end])
             return end - start
         # The head is remembered; only the body is kept.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from forebay.frontend.app import ControlServer
 from forebay.frontend.catalog_view import CatalogView
 from forebay.frontend.engine_client import EngineClient
-from forebay.frontend.http.connection import SCRATCH_BYTES, Connection
+from forebay.frontend.http.connection import SCRATCH_BYTES, UPLOAD_HEAD_BYTES, Connection
 from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.general_path import DirectUpload, GeneralCall
 from forebay.frontend.http.generate import GenerateCall
@@ -50,6 +50,7 @@ class HttpFrontend:
         self.heads = heads
         self.scratch = bytearray(SCRATCH_BYTES)
         self.scratch_view = memoryview(self.scratch)
+        self.upload_head = self.scratch_view[:UPLOAD_HEAD_BYTES]
         #: Bytes of an inference request's body at most: it must fit into shared memory.
         self.body_bytes_max = engine.arena.byte_size
         self._control = control
