@@ -60,7 +60,7 @@ class AdaptiveLine(QueueLine):
         self.batcher.add_instance(instance)
 
     def drop_instance(self, instance: int) -> None:
-        """An instance is gone, and what it had learned with it."""
+        """An instance takes no further batches; what was learned of it goes too."""
         self.batcher.remove_instance(instance)
 
     def _too_late(self, item: Waiting, answer_ns: int) -> ServingError:

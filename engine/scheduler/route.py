@@ -139,6 +139,8 @@ class Route:
             self.sequences.drain_instance(instance.id)
         elif instance in self.idle:
             self.idle.remove(instance)
+        if self._adaptive is not None:
+            self._adaptive.drop_instance(instance.id)
 
     def is_drained(self, instance: Instance) -> bool:
         """Whether nothing runs on an instance, none of its requests is open, and it has no sequences."""
