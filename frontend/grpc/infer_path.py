@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,7 +12,7 @@ from forebay.frontend.catalog_view import parse_version
 from forebay.frontend.codec.infer_request import BinaryData, JsonData, ParsedInfer, RegionData
 from forebay.frontend.codec.infer_response import classify
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.codec.validation import InputFacts, validate_infer, validate_request
+from forebay.frontend.codec.validation import InputFacts, Validated, validate_infer, validate_request
 from forebay.frontend.grpc.infer_message import InferMessage, WireRequest, read_request
 from forebay.frontend.grpc.infer_plan import make_plan
 from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
@@ -104,22 +105,22 @@ def place_parsed(
     head: RequestHead,
     entry: ModelEntry,
     found: InferMessage,
-    batch_size: int,
+    validate: Callable[[], Validated],
 ) -> PlacedRequest:
-    """Take room for a validated request and fill in what did not come as raw contents.
+    """Check a request, take room for it, and fill in what did not come as raw contents.
 
     Args:
-        batch_size: as validated.
+        validate: compares it with the model; asked when its regions have been found, as Triton does.
 
     Raises:
-        ServingError: there is no room, the model is gone, or a region is; nothing is held then.
+        ServingError: it is wrong, there is no room, the model is gone, or a region is; nothing is held then.
     """
     request = found.request
     sources = [tensor.source for tensor in request.inputs] + [output.region for output in request.outputs]
     named = [source for source in sources if isinstance(source, RegionData)]
     regions = RegionUse(frontend.regions, named) if named else None
     try:
-        return _place(frontend, head, entry, found, batch_size, regions)
+        return _place(frontend, head, entry, found, validate().batch_size, regions)
     except BaseException:
         if regions is not None:
             regions.release()
@@ -197,8 +198,7 @@ def place_request(
     """
     entry, found = read_parsed(frontend, head, wire, message, unary=unary)
     request = found.request
-    batch_size = validate_infer(entry, request, message).batch_size
-    placed = place_parsed(frontend, head, entry, found, batch_size)
+    placed = place_parsed(frontend, head, entry, found, lambda: validate_infer(entry, request, message))
     inference = placed.inference
     for tensor, place in zip(request.inputs, inference.places, strict=True):
         source = tensor.source

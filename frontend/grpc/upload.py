@@ -148,8 +148,10 @@ class Upload:
         facts = [
             InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size) for tensor in request.inputs
         ]
-        validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
-        self.placed = place_parsed(self._frontend, self._head, entry, found, validated.batch_size)
+        wanted = [output.name for output in request.outputs]
+        self.placed = place_parsed(
+            self._frontend, self._head, entry, found, lambda: validate_request(entry, request.id, facts, wanted)
+        )
         last = first
         for tensor, place in zip(request.inputs, self.placed.inference.places, strict=True):
             if isinstance(tensor.source, BinaryData):
