@@ -46,6 +46,9 @@ test: $(VENV)/.installed-test  ## Install what the tests need and run them
 fuzz: $(VENV)/.installed-test  ## Send malformed requests to a running server for some minutes
 	FOREBAY_FUZZ_EXAMPLES=5000 $(BIN)/python -P -m pytest -q -n0 tests/faults/test_http_fuzz.py
 
+test-gpu: $(VENV)/.installed-test  ## On a machine with an NVIDIA GPU, after `make gpu`: every test that needs one
+	$(BIN)/python -P -m pytest -n 0 -m gpu -rs $(TESTS)
+
 format: $(VENV)/.installed-test  ## Format the code and sort its imports
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix --select I $(SOURCES)
@@ -103,4 +106,4 @@ build/typing/forebay/client: $(wildcard frontend/*)
 	@# The client is a package of its own: under frontend as well it would be checked as two.
 	cd build/typing/forebay/frontend && ln -s $(addprefix ../../../../,$(filter-out frontend/client,$(wildcard frontend/*))) .
 
-.PHONY: help serve demo install gpu test fuzz format format-check lint reference typecheck check clean
+.PHONY: help serve demo install gpu test test-gpu fuzz format format-check lint reference typecheck check clean
