@@ -20,6 +20,8 @@ from forebay_server import CONF_MODELS, ForebayServer
 from http_models import copied_bytes, wait_nothing_in_use, write_models
 from http_wire import WireClient, infer, post
 
+from forebay.frontend.http.connection import UPLOAD_HEAD_BYTES
+
 #: The client of the README.
 CLIENT = """
 import tritonclient.http as httpclient
@@ -186,6 +188,23 @@ def test_large_bodies_are_received_in_place(server: ForebayServer) -> None:
     wait_nothing_in_use(server)
     assert copied_bytes(server, "echo", "ingress") - before[0] == 3 * arrived
     assert copied_bytes(server, "echo", "gather") == before[1]
+
+
+def test_behind_a_large_body_little_is_read_that_must_be_copied(server: ForebayServer) -> None:
+    """I-1: a client that sends images sends the next one too; a small request is read as ever."""
+    values = np.random.default_rng(1).standard_normal(500_000).astype(np.float32)
+    large = infer("echo", [("INPUT0", "FP32", [values.size], values.tobytes())])
+    small = infer("echo", [("INPUT0", "FP32", [8_000], values[:8_000].tobytes())])
+    with WireClient(server.http_port) as wire:
+        assert wire.send(large).answer().tensors == values.tobytes()
+        before = copied_bytes(server, "echo", "ingress")
+        for _ in range(2):
+            assert wire.send(large).answer().tensors == values.tobytes()
+        wait_nothing_in_use(server)
+        assert copied_bytes(server, "echo", "ingress") - before <= 2 * UPLOAD_HEAD_BYTES
+        for _ in range(3):
+            assert wire.send(small).answer().tensors == values[:8_000].tobytes()
+        assert wire.send(large).answer().tensors == values.tobytes()
 
 
 def test_small_requests_are_copied_once(server: ForebayServer) -> None:
