@@ -189,7 +189,7 @@ def test_tensors_in_shared_memory(tmp_path: Path) -> None:
             with pytest.raises(InferenceServerException, match=r"[Ii]nvalid offset"):
                 client.infer("echo", [source])
             # A place outside of the region is noticed before a size that does not fit the shape.
-            source.set_shared_memory("both", 4 * size)
+            source.set_shared_memory("both", 4 * size, offset=size)
             with pytest.raises(InferenceServerException, match=r"Invalid offset \+ byte size for shared memory region"):
                 client.infer("echo", [source])
             client.unregister_system_shared_memory("both")
