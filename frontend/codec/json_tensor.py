@@ -37,9 +37,9 @@ Buffer: TypeAlias = bytes | memoryview
 #: Datatypes that have no JSON form (spec H-077).
 NO_JSON = frozenset({"FP16", "BF16"})
 
-#: Up to this many floating point elements are laid out digit by digit like RapidJSON; above, by orjson, which differs
-#: only in where it starts to write exponents.
-EXACT_LAYOUT_COUNT = 4096
+#: Up to this many floating point elements are written digit by digit like RapidJSON; above, by orjson, whose digits are
+#: the shortest and closest, and which starts to write exponents elsewhere.
+EXACT_LAYOUT_COUNT = 512
 
 _COUNT_MISMATCH = "Unable to parse 'data': Shape does not match true shape of 'data' field"
 

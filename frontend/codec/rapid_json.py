@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from forebay.frontend.codec.grisu import decimal_digits
 from forebay.ipc.errors import Internal, InvalidArgument
 
 #: A parsed JSON value. Numbers keep their kind: ``1`` is an int, ``1.0`` a float, ``true`` a bool.
@@ -437,12 +438,10 @@ def format_double(value: float) -> str:
     sign = "-" if math.copysign(1.0, value) < 0 else ""
     if value == 0:
         return f"{sign}0.0"
-    mantissa, _, exponent = f"{abs(value)!r}".partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    digits = (whole + fraction).lstrip("0")
+    digits, exponent = decimal_digits(abs(value))
     #: Digits in front of the decimal point; zero or less: zeros behind it.
-    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))
-    digits = digits.rstrip("0") or "0"
+    point = len(digits) + exponent
+    digits = digits.rstrip("0")
     if len(digits) <= point <= 21:
         return f"{sign}{digits}{'0' * (point - len(digits))}.0"
     if 0 < point <= 21:

@@ -90,9 +90,6 @@ ON_PURPOSE: dict[str, Ours] = {
         "Triton's cache takes tensors of different shapes for the same",
         body=r'{"model_name":"cached",.*"shape":\[2,1\],"data":\[1,2\]}\]}',
     ),
-    "E-105": Ours(
-        "digits are the closest to the number, Triton's (Grisu2) not always", body=r".*3\.0000000054977558e38\]}\]}"
-    ),
     "E-169": Ours(_CHECKED, 500, "text/plain", r'{"error":"model \'multi\' did not produce output \'OUT\'"}'),
     "E-170": Ours(
         _CHECKED, 500, "text/plain", r'{"error":"model \'multi\' did not produce output \'OUT\', but \'ZZ\'"}'

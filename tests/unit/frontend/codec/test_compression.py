@@ -44,7 +44,7 @@ def test_bombs_are_bounded():
         decompress(bomb, "gzip", max_bytes=1000)
 
 
-@pytest.mark.parametrize("body", [BODY, gzip.compress(BODY)[:-12], gzip.compress(BODY)[:5]])
+@pytest.mark.parametrize("body", [BODY, gzip.compress(BODY, mtime=0)[:-12], gzip.compress(BODY, mtime=0)[:5]])
 def test_broken_streams_are_refused(body):
     with pytest.raises(InvalidArgument, match=r"^unable to decompress request body: "):
         decompress(body, "gzip", max_bytes=1000)
