@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable
 
 from forebay.engine.scheduler.admission_plan import AdmissionPlan
+from forebay.engine.scheduler.arrival_rate import ArrivalRate
 from forebay.engine.scheduler.batcher import NOTHING, Decision, Reason
 from forebay.engine.scheduler.cost_model import CostModel
 from forebay.engine.scheduler.request_queue import RequestQueue
@@ -40,9 +41,6 @@ _WAY_SHARE = 0.1
 #: After so many mean distances between arrivals without one, nobody else is expected.
 _PATIENCE = 3.0
 
-#: How fast the rate of arrivals forgets, ns.
-_RATE_MEMORY_NS = 100_000_000.0
-
 #: What the model costs may have changed if no batch has ended for so long, ns.
 _STALE_NS = 100_000_000
 
@@ -51,35 +49,6 @@ _PLAN_LIFE_NS = 1_000_000
 
 #: Later than any time; the time of a request that waits for ever.
 NEVER_NS = 1 << 62
-
-
-class ArrivalRate:
-    """Rows per nanosecond, over about the last tenth of a second."""
-
-    __slots__ = ("_at_ns", "_last_rows", "_rows")
-
-    def __init__(self) -> None:
-        self._rows = 0.0
-        self._last_rows = 0
-        self._at_ns = 0
-
-    @property
-    def last_ns(self) -> int:
-        """When rows came last."""
-        return self._at_ns
-
-    def note(self, rows: int, now_ns: int) -> None:
-        """Rows have come."""
-        elapsed_ns = max(now_ns - self._at_ns, 0)
-        self._rows = self._rows * math.exp(-elapsed_ns / _RATE_MEMORY_NS) + rows
-        self._last_rows = rows
-        self._at_ns = max(now_ns, self._at_ns)
-
-    def at(self, now_ns: int) -> float:
-        """Return the rate as it looks at a time."""
-        # Just after an arrival the sum of steady arrivals is half an arrival above its mean.
-        rows = max(self._rows - self._last_rows / 2, 0.0)
-        return rows * math.exp(-max(now_ns - self._at_ns, 0) / _RATE_MEMORY_NS) / _RATE_MEMORY_NS
 
 
 class _Running:

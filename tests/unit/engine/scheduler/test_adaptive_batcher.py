@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from queues import MS, parcel, queue_of, run
 
-from forebay.engine.scheduler.adaptive_batcher import NEVER_NS, AdaptiveBatcher, ArrivalRate
+from forebay.engine.scheduler.adaptive_batcher import NEVER_NS, AdaptiveBatcher
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.messages import BatchingPolicy
 
@@ -252,11 +252,3 @@ def test_one_client_that_waits_for_each_answer_is_not_made_to_wait_for_others() 
     for index in range(10):
         slow.arrived(1, NOW - (9 - index) * 80 * MS)
         assert decide(slow, [run(0, 1, at_ns=NOW)]) == (1, "instance idle")
-
-
-def test_the_rate_forgets() -> None:
-    rate = ArrivalRate()
-    for index in range(1000):
-        rate.note(1, index * MS)
-    assert rate.at(1000 * MS) == pytest.approx(1 / MS, rel=0.05)
-    assert rate.at(1500 * MS) < 0.01 / MS
