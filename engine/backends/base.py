@@ -58,8 +58,10 @@ class MissingLibrary(Unsupported):
 class LoadedModel:
     """What both kinds of instances have."""
 
-    #: Where requests' tensors may lie besides host memory; None: nowhere.
-    device: Device | None = None
+    @property
+    def device(self) -> Device | None:
+        """Where requests' tensors may lie besides host memory; None: nowhere."""
+        return None
     #: Asks the model itself whether it is ready, from any thread; None: it is, once it is loaded.
     ready_check: Callable[[], bool] | None = None
 

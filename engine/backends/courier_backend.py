@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 class CourierInstance(RequestInstance):
     """One stream on one device."""
 
-    device: Device
-
     def __init__(self, spec: InstanceSpec, device: Device) -> None:
-        self.device = device
+        self._device = device
         self._stream = device.make_stream()
         self._arenas = PinnedArenas(device, spec)
+
+    @property
+    def device(self) -> Device:
+        return self._device
 
     def attach_memory(self, address: int, byte_size: int) -> None:
         self._arenas.attach(address, byte_size)

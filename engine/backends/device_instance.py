@@ -23,13 +23,16 @@ PlacedTensor = Array | DeviceArray
 class DeviceInstance(SegmentsInstance):
     """Runs on one device, all of its work on one stream. ``compute`` is all there is to write."""
 
-    device: Device
-
     def __init__(self, spec: InstanceSpec, device: Device, stream: Stream) -> None:
         """Take ownership of the stream."""
-        self.device = device
+        self._device = device
         self.stream = stream
         self._arenas = PinnedArenas(device, spec)
+
+    @property
+    def device(self) -> Device:
+        """The device that it runs on."""
+        return self._device
 
     @abc.abstractmethod
     def compute(self, batch: Sequence[Mapping[str, PlacedTensor]], outputs: Sequence[str]) -> dict[str, DeviceArray]:

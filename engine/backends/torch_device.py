@@ -73,6 +73,8 @@ class TorchDeviceInstance(DeviceInstance):
         # Kept: making the object anew for each batch costs more than entering it.
         self._torch_stream: Any = None
         if device.kind == "cuda":
+            # The weights came on PyTorch's stream, for which ours does not wait.
+            torch.cuda.synchronize(device.index)
             self._torch_stream = torch.cuda.ExternalStream(stream.handle, device=device.index)
 
     def _current(self) -> contextlib.AbstractContextManager[object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import time
 from collections.abc import Generator
 from typing import Any
 
@@ -27,6 +28,12 @@ from forebay.ipc.errors import Unsupported
 
 # As Any: CuPy has no annotations, and a checkout without it must type-check too.
 runtime: Any = importlib.import_module("cupy.cuda.runtime")
+
+#: cudaErrorNotReady
+_NOT_READY = 600
+
+#: A batch is looked for so long before its thread sleeps: to be woken takes longer than many a model, ns.
+_GLANCE_NS = 100_000
 
 #: cudaError_t: memory allocation.
 _OUT_OF_MEMORY = 2
@@ -53,6 +60,17 @@ def translated(what: str) -> Generator[None]:
         if number in _STICKY:
             raise DeviceBroken(text) from None
         raise DeviceError(text) from None
+
+
+def is_recorded(event: int) -> bool:
+    """Whether everything before the recording of an event is done."""
+    # 0: done; cudaErrorNotReady comes back as a number or as an exception, by CuPy's version.
+    try:
+        return int(runtime.eventQuery(event) or 0) == 0
+    except runtime.CUDARuntimeError as error:
+        if int(error.status) == _NOT_READY:
+            return False
+        raise DeviceBroken(f"an event failed: {error}") from None
 
 
 class CudaMemory(Memory):
@@ -96,13 +114,7 @@ class CudaEvent(Event):
 
     @property
     def is_done(self) -> bool:
-        # 0: done; cudaErrorNotReady comes back as a number or as an exception, by CuPy's version.
-        try:
-            return int(runtime.eventQuery(self.handle) or 0) == 0
-        except runtime.CUDARuntimeError as error:
-            if int(error.status) == _NOT_READY:
-                return False
-            raise DeviceBroken(f"an event failed: {error}") from None
+        return is_recorded(self.handle)
 
     def synchronize(self) -> None:
         with translated("waiting for an event"):
@@ -113,10 +125,6 @@ class CudaEvent(Event):
             handle, self.handle = self.handle, 0
             with contextlib.suppress(DeviceError), translated("giving an event back"):
                 runtime.eventDestroy(handle)
-
-
-#: cudaErrorNotReady
-_NOT_READY = 600
 
 
 class CudaGraph(Graph):
@@ -202,6 +210,9 @@ class CudaStream(Stream):
         begin, end = self._timers
         with translated("waiting for a stream"):
             runtime.eventRecord(end, self.handle)
+            give_up_ns = time.monotonic_ns() + _GLANCE_NS
+            while not is_recorded(end) and time.monotonic_ns() < give_up_ns:
+                pass
             runtime.eventSynchronize(end)
             self._traffic.device_ns += int(runtime.eventElapsedTime(begin, end) * 1e6)
 

@@ -172,7 +172,8 @@ class Worker:
             try:
                 self._parcels.memories.address((memory.owner, memory.number), memory, 0, memory.byte_size)
             except ServingError as error:
-                text = error.text
+                # CUDA's own words, as Triton shows them.
+                text = error.text.rpartition(": ")[2]
         self._lifeline.send(MemoryChecked(text=text))
 
     def _attach_ring(self, producer: int, fd: int) -> None:
