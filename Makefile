@@ -89,13 +89,13 @@ $(VENV)/.installed-demo: $(VENV)/.installed
 	$(PIP) install --quiet -e '.[demo]'
 	@touch $@
 
-# PyTorch and TensorFlow are large, so only CI fetches them unasked; without it the tests that need it are skipped, saying so.
+# PyTorch, TensorFlow and OpenVINO are large, so only CI fetches them unasked; without it the tests that need it are skipped, saying so.
 # silero-vad comes for its ONNX file; its own dependencies would bring PyTorch.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install --quiet -e '.[test]'
 	$(PIP) install --quiet --no-deps silero-vad
 ifeq ($(CI),true)
-	$(PIP) install --quiet torch==2.13.0 tensorflow-cpu
+	$(PIP) install --quiet torch==2.13.0 tensorflow-cpu openvino
 endif
 	@touch $@ $(VENV)/.installed-demo
 

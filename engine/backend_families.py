@@ -35,6 +35,7 @@ FAMILIES: dict[str, BackendFamily] = {
     "tensorflow": BackendFamily(
         ("forebay.engine.backends.tensorflow_backend",), "tensorflow", "TensorFlow", "tensorflow"
     ),
+    "openvino": BackendFamily(("forebay.engine.backends.openvino_backend",), "openvino", "OpenVINO", "openvino"),
     # Everything that needs no framework: identity, Python models (which import what they like after the fork).
     "python": BackendFamily(("forebay.engine.backends.python_backend", "forebay.engine.backends.identity_backend")),
 }
@@ -46,6 +47,7 @@ FILE_HINTS = {
     "model.pt2": "pytorch",
     "model.plan": "tensorrt",
     "model.savedmodel": "tensorflow",
+    "model.xml": "openvino",
     "model.graphdef": "tensorflow",
     "model.py": "python",
 }

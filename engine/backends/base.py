@@ -191,6 +191,7 @@ BACKEND_MODULES: dict[str, str] = {
     "forebay_courier": "forebay.engine.backends.courier_backend",
     "tensorflow": "forebay.engine.backends.tensorflow_backend",
     "tensorrt": "forebay.engine.backends.tensorrt_backend",
+    "openvino": "forebay.engine.backends.openvino_backend",
 }
 
 #: What to install when a backend's framework is missing.
@@ -198,6 +199,7 @@ INSTALL_HINTS: dict[str, str] = {
     "pytorch": "pip install 'forebay[torch]'",
     "tensorflow": "pip install 'forebay[tensorflow]'",
     "tensorrt": "pip install 'forebay[tensorrt]'",
+    "openvino": "pip install 'forebay[openvino]'",
 }
 
 

@@ -25,7 +25,7 @@ from forebay.engine.repository.validate import load_problems
 from forebay.ipc.errors import NotFound, ServingError
 
 #: Backends whose models are one file or directory called ``default_model_filename`` in each version.
-FILE_BACKENDS = frozenset({"onnxruntime", "pytorch", "tensorflow", "tensorrt", "python"})
+FILE_BACKENDS = frozenset({"onnxruntime", "openvino", "pytorch", "tensorflow", "tensorrt", "python"})
 
 
 class ModelReport(msgspec.Struct, kw_only=True):

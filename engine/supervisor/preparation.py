@@ -65,7 +65,7 @@ _SELF_COMPLETING = frozenset({"python"})
 _SELF_CONFIGURED = frozenset({FUNCTION_BACKEND})
 
 #: Backends that can say what their model files hold.
-_DESCRIBING = frozenset({"onnxruntime", "tensorrt", "python", "pytorch", "tensorflow"})
+_DESCRIBING = frozenset({"onnxruntime", "openvino", "tensorrt", "python", "pytorch", "tensorflow"})
 
 #: ``optimization.graph.level`` for a look into a file: what the graph could be made into does not matter.
 _NO_GRAPH_OPTIMIZATION = 2
