@@ -101,6 +101,8 @@ FLAG_ROWS = 1
 FLAG_DECOUPLED = 2
 #: Flag of MODEL: an ensemble, which the client runs itself: its steps follow the tensors.
 FLAG_ENSEMBLE = 4
+#: Flag of MODEL: requests that carry nothing but tensors may live in slab rows; the others are parcels.
+FLAG_BARE_ROWS = 8
 #: Flag of OPEN: the client can run ensembles.
 FLAG_RUNS_ENSEMBLES = 1
 #: Flag of MODELS: nothing follows.

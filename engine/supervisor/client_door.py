@@ -31,6 +31,7 @@ from forebay.ipc.client_wire import (
     DOOR_NAME,
     DOOR_REPLY_BYTES_MAX,
     DOOR_REQUEST_BYTES_MAX,
+    FLAG_BARE_ROWS,
     FLAG_DECOUPLED,
     FLAG_ENSEMBLE,
     FLAG_LAST,
@@ -256,7 +257,7 @@ class ClientDoor:
                 request,
                 pack_entry(entry, [instance for instance, _ring in rings[:DOOR_FDS_MAX]]),
                 tuple(ring.fileno() for _instance, ring in rings[:DOOR_FDS_MAX]),
-                flags=(entry.is_fixed and not entry.sees_requests) * FLAG_ROWS | entry.decoupled * FLAG_DECOUPLED,
+                flags=rows_flag(entry) | entry.decoupled * FLAG_DECOUPLED,
             )
         finally:
             for _instance, ring in rings:
@@ -426,6 +427,13 @@ def find_entry(catalog: Catalog, name: str, version: int, namespace: str | None 
     if newest is None:
         raise no_ready_version(name, entries)
     return newest
+
+
+def rows_flag(entry: ModelEntry) -> int:
+    """Return which requests to a model live in slab rows, as a flag of MODEL."""
+    if not entry.is_fixed:
+        return 0
+    return FLAG_BARE_ROWS if entry.sees_requests else FLAG_ROWS
 
 
 def pack_entry(entry: ModelEntry, instances: list[int]) -> bytes:

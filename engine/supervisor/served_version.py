@@ -147,7 +147,7 @@ class ServedVersion:
     def _row_bytes(self) -> tuple[int, ...]:
         prepared = self.prepared
         tensors = (*prepared.inputs, *prepared.outputs)
-        if prepared.wants_parcels or prepared.sees_requests or not all(tensor.is_fixed for tensor in tensors):
+        if prepared.wants_parcels or not all(tensor.is_fixed for tensor in tensors):
             return ()
         return tuple(tensor.row_bytes for tensor in tensors)
 

@@ -21,6 +21,7 @@ from forebay.ipc.client_wire import (
     DOOR_FDS_MAX,
     DOOR_HEADER,
     DOOR_REPLY_BYTES_MAX,
+    FLAG_BARE_ROWS,
     FLAG_DECOUPLED,
     FLAG_ENSEMBLE,
     FLAG_LAST,
@@ -68,6 +69,8 @@ class Signature(msgspec.Struct, frozen=True):
     uses_rows: bool
     is_decoupled: bool
     is_ensemble: bool = False
+    allows_rows: bool = False
+    """Requests that carry nothing but tensors may live in rows; with ``uses_rows`` all do."""
 
 
 class OpenedModel(msgspec.Struct, frozen=True):
@@ -170,6 +173,7 @@ class Door:
             inputs=tuple(tensors[:input_count]),
             outputs=tuple(tensors[input_count:]),
             uses_rows=bool(flags & FLAG_ROWS),
+            allows_rows=bool(flags & (FLAG_ROWS | FLAG_BARE_ROWS)),
             is_decoupled=bool(flags & FLAG_DECOUPLED),
             is_ensemble=bool(flags & FLAG_ENSEMBLE),
         )

@@ -36,7 +36,7 @@ class RequestGroup:
             InvalidArgument: the model's tensors vary in size, or it does not take so many.
             ArenaFull: there is no room.
         """
-        if not model.signature.uses_rows:
+        if not model.signature.allows_rows:
             raise InvalidArgument(f"model '{model.name}' does not take groups: its requests do not live in rows")
         if not 1 <= rows <= model.rows_max:
             raise InvalidArgument(f"model '{model.name}' takes 1 to {model.rows_max} rows at a time, not {rows}")

@@ -77,8 +77,7 @@ class Future:
         pending = self.pending
         if not pending.has_news:
             self._connection.completions.wait(pending, deadline_after(timeout_s))
-        if pending.error is not None:
-            raise pending.error
+        pending.raise_error()
 
 
 class Model:
@@ -232,8 +231,7 @@ class Model:
             self._local.placement = None
             self._connection.cancel(pending)
             raise
-        if pending.error is not None:
-            raise pending.error
+        pending.raise_error()
         self._local.answered = pending
         return placement.output(pending, None)
 
@@ -301,8 +299,7 @@ class Model:
                     break
         finally:
             self._connection.cancel(pending)
-        if pending.error is not None:
-            raise pending.error
+        pending.raise_error()
 
     def _filled(self) -> Placement:
         placement: Placement | None = getattr(self._local, "placement", None)

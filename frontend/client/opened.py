@@ -141,6 +141,6 @@ def _area_arrays(view: memoryview, slab: Slab[Pending], specs: Sequence[TensorSp
 
 
 def _row_bytes(signature: Signature) -> int:
-    if not signature.uses_rows:
+    if not signature.allows_rows:
         return 0
     return sum(spec.row_bytes for spec in (*signature.inputs, *signature.outputs))

@@ -26,6 +26,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Monotonic time after which nobody waits."""
 
     @property
+    def is_bare(self) -> bool:
+        """Whether a model sees no difference to a request that carries nothing but tensors."""
+        return not (self.request_id or self.outputs or self.needs_parcel)
+
+    @property
     def needs_parcel(self) -> bool:
         return bool(self.sequence_id or self.parameters)
 

@@ -8,6 +8,7 @@ a caller can be left with rows that somebody else fills.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from forebay.ipc.errors import ServingError
+from forebay.client.errors import DeadlineExceeded
+from forebay.ipc.errors import Cancelled, ServingError
 from forebay.ipc.messages import ReplyHead
 from forebay.ipc.slabs import Slab
 from forebay.ipc.tensor import DATATYPES
@@ -146,6 +148,20 @@ class Pending:
         self.error = error
         self.is_done = True
         self.wake()
+
+    def raise_error(self) -> None:
+        """Raise what ended it, if anything did.
+
+        Raises:
+            DeadlineExceeded: the caller's deadline has passed, whoever noticed it first.
+            ServingError: the server's answer.
+        """
+        error = self.error
+        if error is None:
+            return
+        if isinstance(error, Cancelled) and 0 < self.deadline_ns <= time.monotonic_ns():
+            raise DeadlineExceeded(error.text)
+        raise error
 
     def wake(self) -> None:
         """Let whoever waits look."""

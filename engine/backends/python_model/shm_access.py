@@ -177,7 +177,8 @@ class ShmEngineAccess:
         rows = self._checked_rows(model, request)
         options = Options(
             request_id=request.id,
-            outputs=request.outputs,
+            # All of them is the same as none in particular.
+            outputs=request.outputs if len(request.outputs) < len(signature.outputs) else (),
             parameters=dict(request.parameters),
             sequence_id=request.correlation_id,
             sequence_start=bool(request.flags & _START),
@@ -185,7 +186,8 @@ class ShmEngineAccess:
             timeout_us=request.timeout_us,
         )
         placement: Placement
-        if signature.uses_rows and not options.needs_parcel and len(request.inputs) == len(signature.inputs):
+        uses_rows = (signature.uses_rows and not options.needs_parcel) or (signature.allows_rows and options.is_bare)
+        if uses_rows and len(request.inputs) == len(signature.inputs):
             placement = RowsPlacement(connection, model, rows)
         else:
             placement = BlockPlacement(connection, model)
