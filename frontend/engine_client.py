@@ -99,6 +99,9 @@ class EngineClient:
         self._is_flush_due = False
         self._turn_ns = 0
         self._cancellations = Cancellations()
+        #: What is done behind the answers that are being given.
+        self._afterwards: list[Callable[[], None]] = []
+        self._is_answering = False
         #: Of the answer that is being given, if it was held back.
         self.held_times: Times | None = None
         #: Answers of models that have them kept; None: the server has no response cache.
@@ -205,8 +208,11 @@ class EngineClient:
         return next(self._tokens)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Have something done at the end of this event-loop turn."""
-        self._loop.call_soon(callback)
+        """Have something done when the answers at hand are given; without any, at the end of this event-loop turn."""
+        if self._is_answering:
+            self._afterwards.append(callback)
+        else:
+            self._loop.call_soon(callback)
 
     def encode_head(self, head: ParcelHead) -> bytes:
         return self._encode_head(head)
@@ -282,6 +288,15 @@ class EngineClient:
     # --- completions ---
 
     def _on_completion(self) -> None:
+        self._is_answering = True
+        try:
+            self._take_answers()
+        finally:
+            self._is_answering = False
+            while self._afterwards:
+                self._afterwards.pop()()
+
+    def _take_answers(self) -> None:
         # Every parcel has a message of its own: several are read in one turn, so that what follows from them (the next
         # steps of ensembles) goes out together.
         for _ in range(_REPLIES_PER_TURN):

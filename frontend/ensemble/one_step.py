@@ -5,6 +5,7 @@ So an ensemble of one step costs what its model costs, and a few counters.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ class OneStepRoute(EnsembleRows):
     ) -> None:
         """Hand filled rows over."""
         route = self._one.route
-        counted = _CountedRows(self._one, owner, route.engine.turn_ns())
+        counted = _CountedRows(self._one, owner, time.monotonic_ns())
         route.publish(slab, first, rows, counted, priority, timeout_us)
 
     def cancel_rows(self, slab: OwnedSlab, first: int, owner: RowOwner) -> None:

@@ -166,11 +166,11 @@ class Surroundings:
         header = HEADER.pack(Kind.PARCEL_LOST, 0, 1, INSTANCE, 1)
         await self.tell(header + NO_TIMES + TOKEN.pack(token))
 
-    async def grant(self, generation: int = 1) -> socket.socket:
+    async def grant(self, generation: int = 1, *, route: int = ROUTE) -> socket.socket:
         sender, self.worker = create_doorbell()
         self.worker.setblocking(False)
         self.engine.grants.add_doorbell(INSTANCE, sender)
-        await self.tell(HEADER.pack(Kind.GRANT, 0, 0, INSTANCE, 0) + GRANT.pack(ROUTE, INSTANCE, generation, 8))
+        await self.tell(HEADER.pack(Kind.GRANT, 0, 0, INSTANCE, 0) + GRANT.pack(route, INSTANCE, generation, 8))
         return self.worker
 
     async def revoke(self, generation: int = 1, flags: int = 0) -> None:

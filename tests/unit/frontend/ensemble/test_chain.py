@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
-from engine_scene import INSTANCE, Rows, Surroundings, play, turn
+from engine_scene import Rows, Surroundings, play, turn
 
 from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.ensemble.chain import Chain, ChainRoute, ChainSlab, chain_of, find_links
@@ -14,7 +15,7 @@ from forebay.ipc.catalog import Catalog, EnsembleStep, ModelEntry
 from forebay.ipc.counters import InstanceCounter, ProducerCounter
 from forebay.ipc.errors import Code
 from forebay.ipc.tensor import TensorSpec
-from forebay.ipc.wire import FLAG_GONE, GRANT, HEADER, MESSAGE_BYTES_MAX, Kind
+from forebay.ipc.wire import HEADER, MESSAGE_BYTES_MAX, Kind
 
 ENSEMBLE = 20
 
@@ -167,6 +168,25 @@ def test_lost_worker_of_a_later_step_has_only_that_step_tried_again() -> None:
     play(scenario, **lines(FIRST, SECOND, LINE))
 
 
+def test_time_of_a_request_begins_when_it_comes_even_if_the_turn_before_sent_nothing() -> None:
+    """S-112: a request that is rung at once leaves no turn behind whose time the next one could take for its own."""
+
+    async def scenario(s: Surroundings) -> None:
+        line = Line(s)
+        await s.grant(route=21)
+        real_ns = 0
+        for _ in range(2):
+            before_ns = time.monotonic_ns()
+            _owner, slab, first = line.publish()
+            for link in slab.links:
+                await line.answer(link, first)
+            real_ns += time.monotonic_ns() - before_ns
+            await asyncio.sleep(0.01)
+        assert line.ensemble.counters[ProducerCounter.SUCCESS_NS] <= real_ns
+
+    play(scenario, **lines(FIRST, SECOND, LINE))
+
+
 def test_new_scheduler_gets_the_step_that_runs() -> None:
     async def scenario(s: Surroundings) -> None:
         line = Line(s)
@@ -207,9 +227,7 @@ def test_client_that_leaves_frees_the_step_that_waits() -> None:
 def test_lone_request_is_rung_at_once_at_every_step_and_one_of_several_is_not() -> None:
     async def scenario(s: Surroundings) -> None:
         line = Line(s)
-        worker = await s.grant()
-        await s.tell(HEADER.pack(Kind.REVOKE, FLAG_GONE, 0, INSTANCE, 0) + GRANT.pack(3, INSTANCE, 1, 0))
-        await s.tell(HEADER.pack(Kind.GRANT, 0, 0, INSTANCE, 0) + GRANT.pack(22, INSTANCE, 2, 8))
+        worker = await s.grant(route=22)
         _owner, slab, first = line.publish()
         await turn()
         s.take_sent()
