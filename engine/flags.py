@@ -313,6 +313,7 @@ FLAGS: tuple[Flag, ...] = (
     # Processes
     Flag("runtime-directory", "process.runtime_directory", metavar="DIRECTORY"),
     Flag("worker-timeout-secs", "process.worker_timeout_secs", minimum=0),
+    Flag("load-timeout-secs", "process.load_timeout_secs", minimum=0),
     Flag("instances-per-process", "process.instances_per_process", minimum=1),
     Flag("wait", "process.wait", metavar="park|spin[=MICROSECONDS]", parse=values.parse_wait),
     Flag(

@@ -409,6 +409,10 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     means any time. The model parameter `worker_timeout_secs` sets the same for one model; decoupled models, which may
     stream for long, have no limit but that."""
 
+    load_timeout_secs: float = 0.0
+    """Seconds that loading a model, or looking into its file, may take before its process counts as hung and the load
+    fails. 0 means any time."""
+
     instances_per_process: int = 1
     """How many instances of a model on one device share a worker process, and with it their model's memory where the
     backend allows it: each runs in a thread, on a GPU with a stream, of its own. One keeps a crash to itself. Backends

@@ -154,7 +154,7 @@ class Instance:
         try:
             await self._processes.start(worker, spec)
             plant.switchboard.introduce_worker(worker)
-            loaded = await worker.load(spec)
+            loaded = await worker.load(spec, plant.settings.process.load_timeout_secs)
         except BaseException:
             worker.kill()
             plant.switchboard.remove_worker(worker)

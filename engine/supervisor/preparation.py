@@ -357,7 +357,7 @@ async def _describe(
     )
     try:
         await plant.fork(family_of(runtime.backend), worker)
-        return await worker.describe(spec)
+        return await worker.describe(spec, plant.settings.process.load_timeout_secs)
     finally:
         # It holds nothing that must be put in order. One that is just being forked is ended as soon as it is known.
         if not worker.ended.is_set():

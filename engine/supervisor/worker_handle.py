@@ -16,7 +16,7 @@ import msgspec
 from forebay.engine.supervisor import priority
 from forebay.engine.supervisor.child import describe_exit
 from forebay.ipc.doorbell import Bell, create_doorbell
-from forebay.ipc.errors import WorkerDied, from_wire
+from forebay.ipc.errors import Internal, WorkerDied, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import (
@@ -152,23 +152,23 @@ class WorkerHandle:
 
     # --- talking ---
 
-    async def describe(self, spec: InstanceSpec) -> Described:
-        """Ask what the model file holds.
+    async def describe(self, spec: InstanceSpec, limit_s: float = 0.0) -> Described:
+        """Ask what the model file holds; ``limit_s``: how long that may take, 0: any time.
 
         Raises:
             ServingError: the backend's reason, or WorkerDied.
         """
-        reply = await self._call(Describe(spec=spec))
+        reply = await self._call(Describe(spec=spec), limit_s)
         assert isinstance(reply, Described)
         return reply
 
-    async def load(self, spec: InstanceSpec) -> Loaded:
-        """Have it load the model; it takes batches from then on.
+    async def load(self, spec: InstanceSpec, limit_s: float = 0.0) -> Loaded:
+        """Have it load the model; it takes batches from then on. ``limit_s``: how long that may take, 0: any time.
 
         Raises:
             ServingError: the backend's reason, or WorkerDied.
         """
-        reply = await self._call(Load(spec=spec))
+        reply = await self._call(Load(spec=spec), limit_s)
         assert isinstance(reply, Loaded)
         self.device_id = reply.device_id
         return reply
@@ -200,13 +200,18 @@ class WorkerHandle:
             await future
         self._closing.pop((owner, number), None)
 
-    async def _call(self, message: Message) -> Described | Loaded | MemoryChecked:
+    async def _call(self, message: Message, limit_s: float = 0.0) -> Described | Loaded | MemoryChecked:
         self._reply = self._loop.create_future()
         try:
             if self.ended.is_set():
                 raise WorkerDied(f"the process of {self.name} ended")
             self.tell(message)
-            return await self._reply
+            return await asyncio.wait_for(self._reply, limit_s or None)
+        except TimeoutError:
+            self.kill()
+            raise Internal(
+                f"loading took longer than {limit_s:g} s (--load-timeout-secs); the process of {self.name} was ended"
+            ) from None
         except WorkerDied:
             exit_code = await self.wait_exit_code()
             how = "" if exit_code is None else f" with {describe_exit(exit_code)}"

@@ -321,6 +321,14 @@ def test_limit_that_is_no_number_fails_the_load(tmp_path: Path) -> None:
         )
 
 
+def test_load_that_hangs_fails_after_its_time(tmp_path: Path) -> None:
+    """Issue 5: the others are served, and the reason says what happened."""
+    hangs = 'parameters { key: "load_fault" value { string_value: "hang" } }\n'
+    with start_faulty(tmp_path, FAULT_CONFIG + hangs, "--load-timeout-secs=1", "--exit-on-error=false") as server:
+        server.wait_logged("loading took longer than 1 s (--load-timeout-secs)")
+        assert server.get("/v2/health/live")[0] == 200
+
+
 # --- several repositories, other configurations
 
 
