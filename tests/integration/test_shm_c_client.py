@@ -17,6 +17,15 @@ import forebay.client.shm
 
 SOURCES = Path(__file__).resolve().parents[2] / "frontend" / "client" / "c"
 PROGRAMS = Path(__file__).resolve().parents[1] / "support" / "c_client"
+PYTHON_MODELS = Path(__file__).resolve().parents[1] / "data" / "python_models"
+ROWS_CONFIG = """
+backend: "python"
+max_batch_size: 8
+input { name: "IN" data_type: TYPE_FP32 dims: [ 4 ] }
+output { name: "OUT" data_type: TYPE_FP32 dims: [ 4 ] }
+output { name: "ABOUT" data_type: TYPE_INT32 dims: [ 3 ] }
+dynamic_batching { }
+"""
 COMPILER = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), "")
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C compiler: apt install gcc")
@@ -24,7 +33,10 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C compiler: ap
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
-    with serve(write_models(tmp_path_factory.mktemp("shm") / "models")) as running:
+    models = write_models(tmp_path_factory.mktemp("shm") / "models")
+    shutil.copytree(PYTHON_MODELS / "rows", models / "rows")
+    (models / "rows" / "config.pbtxt").write_text(ROWS_CONFIG)
+    with serve(models) as running:
         yield running
 
 
@@ -68,7 +80,7 @@ def answers(server: ForebayServer, values: list[float]) -> list[float]:
 
 def test_example(server: ForebayServer, build: Path) -> None:
     lines = [float(line) for line in run(server, build / "example")]
-    np.testing.assert_allclose(lines, answers(server, [0.5, *(k / 16 for k in range(16))]), atol=1e-5)
+    np.testing.assert_allclose(lines, answers(server, [0.5, *(k / 16 for k in range(16)), 0.5]), atol=1e-5)
 
 
 @pytest.mark.parametrize("wait", ["park", "spin"])
@@ -115,6 +127,11 @@ def test_inputs_of_varying_shapes(server: ForebayServer, build: Path) -> None:
     lines = run(server, compile_program(build, "shapes"), str(server.runtime_base))
     sizes = [1, 10, 91, 820, 7381, 66430]
     assert lines == [f"OUTPUT0 11 1 {size} {4 * size} {size - 1}" for size in sizes]
+
+
+def test_some_of_a_batch_fail(server: ForebayServer, build: Path) -> None:
+    lines = run(server, compile_program(build, "remarks"), str(server.runtime_base))
+    assert lines == [(str(2 * i), "2 not this one", str(i))[i % 3] for i in range(30)]
 
 
 def test_strings(server: ForebayServer, build: Path) -> None:

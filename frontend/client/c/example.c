@@ -1,4 +1,4 @@
-/* Ask alpha_model of a running server for one answer, and then for many at once.
+/* Ask alpha_model of a running server for one answer, for many at once, and for one with a time limit of its own.
  *
  *     make example && ./example [path of clients.sock]
  */
@@ -49,6 +49,19 @@ int main(int count, char **arguments) {
         printf("%.6f\n", (double)y[0]);
         forebay_release(requests[k]);
     }
+
+    /* A parcel: its inputs are given shapes, and it carries more than rows can. Any model takes them. */
+    if (forebay_prepare_parcel(model, 1, &requests[0]) ||
+        forebay_set_options(requests[0], &(forebay_options){.id = "the last one", .timeout_us = 1000000}) ||
+        !(x = forebay_shape_input(requests[0], 0, (int64_t[]){1, FEATURES}, 2)))
+        return give_up();
+    for (int i = 0; i < FEATURES; i++)
+        x[i] = 0.5f;
+    if (forebay_submit(requests[0]) || forebay_wait(requests[0], 10 * 1000 * 1000))
+        return give_up();
+    y = forebay_value_named(requests[0], "prediction")->data;
+    printf("%.6f\n", (double)y[0]);
+    forebay_release(requests[0]);
     forebay_close(client);
     return 0;
 }
