@@ -24,7 +24,7 @@ from forebay.frontend.codec.validation import InputFacts, validate_infer, valida
 from forebay.frontend.http.connection import Call
 from forebay.frontend.http.fast_path import make_plan
 from forebay.frontend.http.head import Head
-from forebay.frontend.http.known_request import KnownRequest, find_plan, is_repeatable, remember
+from forebay.frontend.http.known_request import KnownRequest, find_plan, is_repeatable, remember, uses_regions
 from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
@@ -187,15 +187,24 @@ class GeneralCall(Call):
 
     def _start_known(self, known: KnownRequest, body: memoryview) -> None:
         entry, request = known.entry, known.request
+        inference: PlacedInference | None = None
         try:
+            regions = self.use_regions(request)
             inference = start_inference(
-                self._frontend.engine, entry.route, known.inputs, known.batch_size, is_bare=known.is_bare
+                self._frontend.engine,
+                entry.route,
+                known.inputs if regions is None else take_places(request, regions),
+                known.batch_size,
+                is_bare=known.is_bare,
+                targets=targets_of(request, regions),
             )
+            for tensor, place in zip(request.inputs, inference.places, strict=True):
+                inference.route.copied_in_bytes += fill(place, tensor, body, regions)
         except ServingError as error:
+            if inference is not None:
+                inference.cancel()
             self.fail(error)
             return
-        for tensor, place in zip(request.inputs, inference.places, strict=True):
-            inference.route.copied_in_bytes += fill(place, tensor, body)
         self.submit(entry, request, inference)
 
     def use_regions(self, request: ParsedInfer) -> RegionUse | None:
@@ -329,11 +338,11 @@ def remember_plan(head: Head, inference: PlacedInference, known: KnownRequest, b
     Args:
         body: begins with the JSON.
     """
-    if not is_repeatable(head, known.request):
+    if not is_repeatable(head, known.request, body):
         return
     route = inference.rows_route
     plan = None
-    if route is not None:
+    if route is not None and not uses_regions(known.request):
         plan = make_plan(route, known.entry, known.request, inference.rows, head.connection_line)
     remember(head, body, plan or known)
 

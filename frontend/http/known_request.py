@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
+from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer, RegionData
 from forebay.frontend.http.head import Head
 from forebay.frontend.inference import InputTensor
 from forebay.ipc.catalog import ModelEntry
@@ -28,30 +28,46 @@ class KnownRequest(NamedTuple):
     batch_size: int
     """As validated; 0 for a model that does not batch."""
     inputs: Sequence[InputTensor]
+    """As they are placed, but for those in regions: which memory a name means is found out each time."""
     is_bare: bool
     """It carries nothing but tensors."""
 
 
 def find_plan(head: Head, body: memoryview) -> object:
     """Return what is remembered of requests with this head and the JSON that ``body`` begins with; None: nothing."""
-    if not head.plans or not 0 < head.json_bytes <= PLAN_JSON_BYTES_MAX:
+    size = _json_bytes(head, body)
+    if not head.plans or not 0 < size <= PLAN_JSON_BYTES_MAX:
         return None
-    return head.plans.get(bytes(body[: head.json_bytes]))
+    return head.plans.get(bytes(body[:size]))
+
+
+def _json_bytes(head: Head, body: memoryview) -> int:
+    """Return how much of the body is JSON: all of it, if nothing else is said."""
+    return len(body) if head.json_bytes < 0 else head.json_bytes
 
 
 def remember(head: Head, body: memoryview, plan: object) -> None:
     """Keep what is known of requests with this head and the JSON that ``body`` begins with."""
     if len(head.plans) >= PLANS_PER_HEAD_MAX:
         head.plans.clear()
-    head.plans[bytes(body[: head.json_bytes])] = plan
+    head.plans[bytes(body[: _json_bytes(head, body)])] = plan
 
 
-def is_repeatable(head: Head, request: ParsedInfer) -> bool:
+def is_repeatable(head: Head, request: ParsedInfer, body: memoryview) -> bool:
     """Tell whether equal JSON means an equal request but for the bytes of its tensors."""
     return (
         head.is_plain
-        and 0 < head.json_bytes <= PLAN_JSON_BYTES_MAX
+        and 0 < _json_bytes(head, body) <= PLAN_JSON_BYTES_MAX
         and not request.is_raw
-        and all(isinstance(tensor.source, BinaryData) and tensor.datatype != "BYTES" for tensor in request.inputs)
-        and all(output.region is None for output in request.outputs)
+        and all(
+            isinstance(tensor.source, BinaryData | RegionData) and tensor.datatype != "BYTES"
+            for tensor in request.inputs
+        )
+    )
+
+
+def uses_regions(request: ParsedInfer) -> bool:
+    """Tell whether any tensor lies, or shall lie, in a region."""
+    return any(isinstance(tensor.source, RegionData) for tensor in request.inputs) or any(
+        output.region is not None for output in request.outputs
     )
