@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,23 @@ def test_an_ensembles_error_keeps_code_and_text(client: Any) -> None:
     assert text.startswith("in ensemble 'four_times', ")
     assert "negative" in text
     assert code == 1
+
+
+def test_called_models_record_their_own_statistics(client: Any) -> None:
+    """P-101."""
+
+    def successes(model: str) -> int:
+        statistics = client.get_inference_statistics(model)["model_stats"][0]["inference_stats"]
+        count: int = statistics["success"]["count"]
+        return count
+
+    # What nested calls count is looked at ten times a second; those of earlier tests are to be in.
+    time.sleep(0.5)
+    before = {model: successes(model) for model in ("double", "four_times", "caller")}
+    ask(client, "chain")
+    ask(client, "ensemble")
+    grown = {"double": 3 + 2 * 2, "four_times": 2, "caller": 2}
+    give_up = time.monotonic() + 20
+    while (found := {model: successes(model) - count for model, count in before.items()}) != grown:
+        assert time.monotonic() < give_up, found
+        time.sleep(0.02)
