@@ -86,7 +86,7 @@ class SubmitReceiver:
     @property
     def has_more(self) -> bool:
         """Whether there is a message; after one was received this is cheaper than to find none."""
-        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def close(self) -> None:
         self._socket.close()

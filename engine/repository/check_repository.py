@@ -15,6 +15,7 @@ from forebay.engine.repository.auto_complete import is_complete
 from forebay.engine.repository.config_problem import ConfigError, Problem
 from forebay.engine.repository.ensemble_check import circle_problem, dependencies, ensemble_problems
 from forebay.engine.repository.found_model import FoundModel
+from forebay.engine.repository.latency_objective import objective_us
 from forebay.engine.repository.model_config_schema import FieldPath, ModelConfig
 from forebay.engine.repository.model_files import read_labels, resolve_model_file
 from forebay.engine.repository.model_spec import ModelSpec
@@ -118,7 +119,17 @@ def _config_problems(config: ModelConfig, machine: Machine, notes: list[str]) ->
         )
     except ConfigError as error:
         return list(error.problems)
-    return load_problems(completed, gpus, min_compute_capability=machine.min_compute_capability)
+    problems = load_problems(completed, gpus, min_compute_capability=machine.min_compute_capability)
+    return problems or _objective_problems(completed)
+
+
+def _objective_problems(config: ModelConfig) -> list[Problem]:
+    """Return what is wrong with a model's latency objective."""
+    try:
+        objective_us(spec_from_config(config), "triton")
+    except ServingError as error:
+        return [Problem(error.text, ("parameters",), code=error.code).located(config.source)]
+    return []
 
 
 def _file_problems(model: FoundModel, config: ModelConfig, versions: Sequence[int]) -> list[Problem]:

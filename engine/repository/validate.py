@@ -309,6 +309,12 @@ def _instance_groups(message: Any, usable: list[int], min_compute_capability: fl
         return
     if not message.instance_group:
         yield Problem(f"must specify one or more 'instance group's for {name}", ("instance_group",))
+    elif all(group.passive for group in message.instance_group):
+        yield Problem(
+            f"model '{name}' has passive instances only, which get no requests; add an instance_group without "
+            "'passive'",
+            ("instance_group",),
+        )
     yield from _instance_count(message)
     for index, group in enumerate(message.instance_group):
         path = ("instance_group", index)

@@ -172,7 +172,6 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         raise
     spec = spec_from_config(config)
     check_resources(spec, plant.settings.rate_limit)
-    _check_active(spec)
     outputs = await asyncio.to_thread(_read_outputs, found, spec)
     return PreparedVersion(
         found=found,
@@ -186,19 +185,6 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         batching=batching_policy(spec, plant.settings.scheduler.batching),
         worker_timeout_s=_worker_timeout_s(spec, plant.settings.process.worker_timeout_secs),
     )
-
-
-def _check_active(spec: ModelSpec) -> None:
-    """Refuse a model that nobody could ask: passive instances get no requests (spec C-098).
-
-    Raises:
-        InvalidArgument: all of its instances are passive.
-    """
-    if spec.instances and all(instance.passive for instance in spec.instances):
-        raise InvalidArgument(
-            f"model '{spec.name}' has passive instances only, which get no requests; add an instance_group that is not "
-            "passive"
-        )
 
 
 def _check_model_file(found: FoundModel, version: int, config: ModelConfig) -> None:

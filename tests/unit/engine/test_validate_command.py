@@ -150,3 +150,24 @@ def test_repository_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[
     """Spec R-012."""
     assert run(parse_command_line(["validate", str(tmp_path / "nothing")], {})) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_an_objective_that_cannot_be_kept_is_found(capsys: pytest.CaptureFixture[str], repository: Path) -> None:
+    edit(
+        repository, "dynamic_batching {",
+        'parameters { key: "forebay_slo_ms" value { string_value: "soon" } } dynamic_batching {',
+    )  # fmt: skip
+    code, models = validate_json(capsys, repository)
+    assert code == 1
+    (text,) = texts(models["alpha_model"])
+    assert text.startswith("parameter 'forebay_slo_ms' of model 'alpha_model' must be a number of milliseconds")
+
+
+def test_a_model_of_passive_instances_only_is_found(capsys: pytest.CaptureFixture[str], repository: Path) -> None:
+    """Spec C-098."""
+    edit(repository, "    count: 2", "    count: 2 passive: true")
+    code, models = validate_json(capsys, repository)
+    assert code == 1
+    assert texts(models["alpha_model"]) == [
+        "model 'alpha_model' has passive instances only, which get no requests; add an instance_group without 'passive'"
+    ]

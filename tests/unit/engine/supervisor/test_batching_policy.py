@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from forebay.engine.repository.latency_objective import SLO_PARAMETER
 from forebay.engine.repository.model_spec import (
     DefaultSchedulingSpec,
     DynamicBatchingSpec,
@@ -12,7 +13,7 @@ from forebay.engine.repository.model_spec import (
     Scheduling,
     TimeoutAction,
 )
-from forebay.engine.supervisor.batching_policy import SLO_PARAMETER, batching_policy
+from forebay.engine.supervisor.batching_policy import batching_policy
 from forebay.ipc.errors import InvalidArgument
 
 DYNAMIC = DynamicBatchingSpec(preferred_batch_sizes=(4,), max_queue_delay_us=5000)
