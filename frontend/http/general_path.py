@@ -338,7 +338,7 @@ def remember_plan(head: Head, inference: PlacedInference, known: KnownRequest, b
     Args:
         body: begins with the JSON.
     """
-    if not is_repeatable(head, known.request, body):
+    if not is_repeatable(head, known.request):
         return
     route = inference.rows_route
     plan = None

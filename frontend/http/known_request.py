@@ -48,21 +48,24 @@ def _json_bytes(head: Head, body: memoryview) -> int:
 
 def remember(head: Head, body: memoryview, plan: object) -> None:
     """Keep what is known of requests with this head and the JSON that ``body`` begins with."""
+    size = _json_bytes(head, body)
+    if size > PLAN_JSON_BYTES_MAX:
+        return
     if len(head.plans) >= PLANS_PER_HEAD_MAX:
         head.plans.clear()
-    head.plans[bytes(body[: _json_bytes(head, body)])] = plan
+    head.plans[bytes(body[:size])] = plan
 
 
-def is_repeatable(head: Head, request: ParsedInfer, body: memoryview) -> bool:
+def is_repeatable(head: Head, request: ParsedInfer) -> bool:
     """Tell whether equal JSON means an equal request but for the bytes of its tensors."""
+    # Without its length the JSON is the whole body, and there is nothing of the tensors in it.
+    sources = RegionData if head.json_bytes < 0 else BinaryData | RegionData
     return (
         head.is_plain
-        and 0 < _json_bytes(head, body) <= PLAN_JSON_BYTES_MAX
+        and head.json_bytes != 0
+        and head.json_bytes <= PLAN_JSON_BYTES_MAX
         and not request.is_raw
-        and all(
-            isinstance(tensor.source, BinaryData | RegionData) and tensor.datatype != "BYTES"
-            for tensor in request.inputs
-        )
+        and all(isinstance(tensor.source, sources) and tensor.datatype != "BYTES" for tensor in request.inputs)
     )
 
 

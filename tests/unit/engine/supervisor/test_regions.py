@@ -12,8 +12,9 @@ import pytest
 
 from forebay.engine.supervisor import regions as module
 from forebay.engine.supervisor.regions import RegionRegistry
+from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
-from forebay.ipc.messages import Message, RegionDown, RegionUp
+from forebay.ipc.messages import DeviceMemory, Message, RegionDown, RegionUp
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ class Frontend:
         registry.attach(number, self)
 
     def send(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
-        assert len(fds) == (1 if isinstance(message, RegionUp) else 0)
+        assert len(fds) == (1 if isinstance(message, RegionUp) and message.memory is None else 0)
         self.messages.append(message)
         if self._answers:
             self.confirm()
@@ -138,6 +139,85 @@ def test_regions_of_clients_that_are_gone_make_room(key: str, monkeypatch: pytes
         await registry.register(arguments("d", key, 10))
         assert [entry["name"] for entry in await registry.status(arguments(""))] == ["d"]
         assert RegionDown(generation=4, names=("a", "b", "c")) in frontend.messages
+        registry.close()
+
+    asyncio.run(scenario())
+
+
+def test_abandoned_regions_are_reported_once(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(module.log, "warning", warnings.append)
+
+    async def scenario() -> None:
+        registry = RegionRegistry()
+        await registry.register(arguments("a", key, 100))
+        registry.report_abandoned()
+        assert warnings == []
+        os.unlink(f"/dev/shm{key}")
+        registry.report_abandoned()
+        registry.report_abandoned()
+        [warning] = warnings
+        assert warning.startswith("shared memory region 'a' has been unlinked")
+        assert "100 bytes" in warning
+        assert warning.endswith("/v2/systemsharedmemory/region/a/unregister")
+        await registry.unregister(arguments("a"))
+        assert await registry.status(arguments("")) == []
+        registry.close()
+
+    asyncio.run(scenario())
+
+
+class Opener:
+    """Couriers that open everything but what begins with a zero byte; remembers what was closed."""
+
+    def __init__(self) -> None:
+        self.opened: list[DeviceMemory] = []
+        self.closed: list[DeviceMemory] = []
+
+    async def open(self, memory: DeviceMemory) -> tuple[ModelEntry, str]:
+        self.opened.append(memory)
+        entry = ModelEntry(name="courier", version=1, state="READY", route=9)
+        return entry, "invalid argument" if memory.handle.startswith(b"\0") else ""
+
+    async def close(self, memory: DeviceMemory) -> None:
+        self.closed.append(memory)
+
+
+def device_arguments(name: str, handle: bytes = b"h" * 64, device_id: int = 1, byte_size: int = 8) -> dict[str, Any]:
+    return {"kind": "cuda", "name": name, "raw_handle": handle, "device_id": device_id, "byte_size": byte_size}
+
+
+def test_device_memory_is_opened_by_couriers_and_closed_after_its_last_frontend() -> None:
+    """H-195, H-196, H-201."""
+
+    async def scenario() -> None:
+        registry, opener = RegionRegistry(), Opener()
+        registry.use_devices(opener, (0, 1))
+        frontend = Frontend(registry, 1)
+        await registry.register(device_arguments("d"))
+        [announced] = frontend.messages
+        assert isinstance(announced, RegionUp)
+        assert announced.memory == opener.opened[0] == DeviceMemory(0, 1, 1, 8, b"h" * 64)
+        assert announced.courier is not None
+        assert await registry.status(arguments("d", kind="cuda")) == [{"name": "d", "device_id": 1, "byte_size": 8}]
+        with pytest.raises(AlreadyExists):
+            await registry.register(device_arguments("d"))
+        failed = "failed to register CUDA shared memory region 'e': "
+        for wrong, text in (
+            ({"device_id": 2}, "failed to open CUDA IPC handle: invalid device ordinal"),
+            ({"handle": bytes(64)}, "failed to open CUDA IPC handle: invalid argument"),
+            ({"byte_size": 0}, "invalid args"),
+        ):
+            with pytest.raises(InvalidArgument) as raised:
+                await registry.register(device_arguments("e", **wrong))
+            assert raised.value.text == failed + text
+        late = Frontend(registry, 2, answers=False)
+        task = asyncio.create_task(registry.unregister(arguments("", kind="cuda")))
+        await asyncio.sleep(0.01)
+        assert opener.closed == []
+        late.confirm()
+        await task
+        assert opener.closed == opener.opened[:1]
         registry.close()
 
     asyncio.run(scenario())

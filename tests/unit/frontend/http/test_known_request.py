@@ -15,6 +15,7 @@ from forebay.frontend.http.known_request import (
     find_plan,
     is_repeatable,
     remember,
+    uses_regions,
 )
 
 BINARY = {"name": "A", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": 8}}
@@ -38,14 +39,29 @@ def test_equal_json_with_binary_numbers_is_an_equal_request() -> None:
     assert is_repeatable(head, request)
 
 
+def test_regions_are_named_by_the_json_but_found_anew_each_time() -> None:
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": 8}
+    inside = {"name": "A", "datatype": "FP32", "shape": [2], "parameters": place}
+    text = json.dumps({"inputs": [inside], "outputs": [REGION]}).encode()
+    request = parse_infer_request(text, len(text), model_name="m", max_json_bytes=1 << 20)
+    # Without tensors in the body, clients do not say how long the JSON is.
+    head: Any = SimpleNamespace(is_plain=True, json_bytes=-1, plans={})
+    assert is_repeatable(head, request)
+    assert uses_regions(request)
+    assert not uses_regions(parsed()[0])
+    remember(head, memoryview(text), "known")
+    assert find_plan(head, memoryview(text)) == "known"
+    remember(head, memoryview(bytes(PLAN_JSON_BYTES_MAX + 1)), "too long")
+    assert len(head.plans) == 1
+
+
 @pytest.mark.parametrize(
     "document",
     [
         {"inputs": [STRINGS]},
         {"inputs": [BINARY, {"name": "B", "datatype": "INT8", "shape": [1], "data": [1]}]},
-        {"outputs": [REGION]},
     ],
-    ids=["strings must be looked at", "values in the JSON", "region of the client"],
+    ids=["strings must be looked at", "values in the JSON"],
 )
 def test_requests_that_are_looked_at_every_time(document: dict[str, Any]) -> None:
     request, head = parsed(**document)
