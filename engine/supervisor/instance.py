@@ -165,6 +165,7 @@ class Instance:
                 f"{self.title}: loaded in {loaded.load_ns / 1e9:.3f} s, warmed up in {loaded.warmup_ns / 1e9:.3f} s"
             )
         worker.end_quiet()
+        worker.follow_model(str(spec.optimization.get("priority", "")))
         self.memory_bytes = loaded.memory_bytes
         self.wants_parcels = loaded.wants_parcels
         self.has_ready_check = loaded.has_ready_check

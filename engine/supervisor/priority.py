@@ -1,4 +1,4 @@
-"""How little a worker disturbs those that serve, while it loads an update and when it ends.
+"""Which worker goes first on the CPU: the models' own priorities, and how little loading and ending disturb others.
 
 What an update costs is CPU time that requests would wait for. Under the kernel's idle policy a worker gets what serving
 processes leave, and is interrupted by them at once. Going back to the usual policy takes CAP_SYS_NICE or a RLIMIT_NICE
@@ -18,6 +18,9 @@ QUIET_LOAD_S = 5.0
 
 #: Nice value of a worker that has nothing to do but to end.
 _LAST_NICE = 19
+
+#: Nice values of models with ``optimization.priority``, against those without (spec C-051; Triton's are 0, 19 and 5).
+_MODEL_NICE = {"MAX": -5, "MIN": 14}
 
 _USUAL = os.sched_param(0)
 
@@ -58,9 +61,20 @@ def restore(pid: int) -> None:
 
 def let_others_first(pid: int) -> None:
     """A process is about to end: freeing its memory can wait."""
+    _set_nice(pid, _LAST_NICE)
+
+
+def follow_model(pid: int, model_priority: str) -> None:
+    """Give a process the priority of its model: ``MAX``, ``MIN`` or ``DEFAULT``; MAX needs CAP_SYS_NICE."""
+    if (nice := _MODEL_NICE.get(model_priority)) is not None:
+        _set_nice(pid, os.getpriority(os.PRIO_PROCESS, 0) + nice)
+
+
+def _set_nice(pid: int, nice: int) -> None:
     for thread in _threads(pid):
+        # Not allowed, or one that has just ended.
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, _LAST_NICE)
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def _set_policy(pid: int, policy: int) -> None:

@@ -126,15 +126,32 @@ class Load:
 # --- updates
 
 
+def threads_after_update(server: ForebayServer) -> list[int]:
+    """Load the example model anew, wait until its old workers have ended, and return all threads of the new ones."""
+    before = set(workers(server).values())
+    assert server.post(LOAD_ALPHA)[0] == 200
+    server.wait_for(lambda: not before & set(workers(server).values()), "the old workers to end")
+    return [int(name) for pid in workers(server).values() for name in os.listdir(f"/proc/{pid}/task")]
+
+
 def test_workers_of_an_update_serve_at_the_usual_priority(server: ForebayServer, repository: Path) -> None:
     """While they load they get what serving workers leave of the CPU."""
-    before = workers(server)
     os.utime(repository / "alpha_model" / "2" / "model.onnx")
-    assert server.post(LOAD_ALPHA)[0] == 200
-    server.wait_for(lambda: not set(before.values()) & set(workers(server).values()), "the old workers to end")
-    threads = [int(name) for pid in workers(server).values() for name in os.listdir(f"/proc/{pid}/task")]
+    threads = threads_after_update(server)
     assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
     assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {os.getpriority(os.PRIO_PROCESS, 0)}
+    assert infer(server) == 200
+
+
+@pytest.mark.parametrize(("model_priority", "nice"), [("PRIORITY_MIN", {14}), ("PRIORITY_MAX", {-5, 0})])
+def test_model_has_the_priority_of_its_configuration(
+    server: ForebayServer, repository: Path, model_priority: str, nice: set[int]
+) -> None:
+    """Spec C-051: against other models; nobody may go before all others without the right to."""
+    config = repository / "alpha_model" / "config.pbtxt"
+    config.write_text(f"{config.read_text()}\noptimization {{ priority: {model_priority} }}\n")
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {os.getpriority(os.PRIO_PROCESS, thread) - ours for thread in threads_after_update(server)} <= nice
     assert infer(server) == 200
 
 
