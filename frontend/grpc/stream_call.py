@@ -319,13 +319,11 @@ class StreamInferCall(Call):
                     break
                 self._slots.discard(head)
                 order.popleft()
-        if self.taken_bytes and not self.holds_back:
-            self.connection.replenish(self)
+        self.connection.replenish(self)
         self._finish_if_done()
 
     def on_drained(self) -> None:
-        if self.taken_bytes:
-            self.connection.replenish(self)
+        self.connection.replenish(self)
 
     def _finish_if_done(self) -> None:
         if self._has_ended and not self._slots:

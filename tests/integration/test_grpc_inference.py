@@ -18,7 +18,7 @@ import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from forebay_server import PATIENCE_S, ForebayServer, wait_until
 from grpc_clients import Stream, alpha_model_of, features, is_final, tensor, url_of
-from grpc_wire import INFER, connect, frame
+from grpc_wire import INFER, connect, frame, header_block
 from http_models import copied_bytes, wait_nothing_in_use, write_identity, write_models
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
@@ -288,6 +288,25 @@ def test_replies_of_a_stream_keep_the_order_of_the_requests(stream: Stream) -> N
         "0", "1", "2", "Request for unknown model: 'zz' is not found", "4", "5",
     ]  # fmt: skip
     assert all(is_final(result.get_response()) for result, _error in answers if result)
+
+
+def test_small_requests_of_a_stream_cost_no_window_updates(server: ForebayServer) -> None:
+    """What has been taken is told in few frames, not with every reply."""
+    message = large_request("echo", ("FP32", 1), raw=[bytes(4)]).SerializeToString()
+    data = b"\0" + len(message).to_bytes(4, "big") + message
+    with connect(server.ports()["GRPCInferenceService"]) as wire:
+        wire.sendall(frame(1, 4, 1, header_block(f"{SERVICE}/ModelStreamInfer".encode())))
+        wire.sendall(frame(0, 0, 1, data) * 20 + frame(0, 1, 1))
+        received = b""
+        while b"grpc-status" not in received:
+            received += wire.recv(65_536)
+    kinds: list[int] = []
+    while received:
+        kinds.append(received[3])
+        received = received[9 + int.from_bytes(received[:3], "big") :]
+    assert kinds.count(0) == 20
+    # The one of the greeting.
+    assert kinds.count(8) == 1
 
 
 def test_a_decoupled_model_answers_as_often_as_it_likes(stream: Stream) -> None:

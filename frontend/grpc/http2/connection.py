@@ -314,7 +314,7 @@ class Connection(SendingSide[Head]):
             if is_end:
                 if stream.is_local_closed:
                     self._forget(stream)
-            elif stream.taken_bytes >= STREAM_WINDOW // 2 and not stream.is_local_closed:
+            elif not stream.is_local_closed:
                 self.replenish(stream)
         if self._taken_bytes >= CONNECTION_WINDOW // 2 and not self.is_closed:
             self._write(window_update(0, self._taken_bytes))
@@ -323,8 +323,10 @@ class Connection(SendingSide[Head]):
             self._taken_bytes = 0
 
     def replenish(self, stream: Stream) -> None:
-        """Let the client send on, unless the stream holds it back."""
-        if stream.taken_bytes and not stream.holds_back and not stream.is_remote_closed and not self.is_closed:
+        """Let the client send on when half of its window is used, unless the stream holds it back."""
+        if stream.taken_bytes < STREAM_WINDOW // 2 or stream.holds_back:
+            return
+        if not stream.is_remote_closed and not self.is_closed:
             self._write_control(window_update(stream.id, stream.taken_bytes))
             self.frames_written += 1
             stream.receive_window += stream.taken_bytes
