@@ -64,7 +64,7 @@ def open_shared_memory(name: str, key: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         number = errno.errorcode.get(error.errno or 0, str(error.errno))
-        hint = f"; {_NAMESPACE_HINT}" if error.errno == errno.ENOENT else ""
+        hint = _hint(path, error.errno)
         log.warning(f"{failure}: {DIRECTORY}/{file_name}: {error.strerror} ({number}){hint}")
         raise Internal(failure) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -72,6 +72,22 @@ def open_shared_memory(name: str, key: str) -> int:
         log.warning(f"{failure}: {DIRECTORY}/{file_name} is no shared memory object")
         raise Internal(failure)
     return fd
+
+
+def _hint(path: bytes, number: int | None) -> str:
+    """Return the usual cause of a failure to open an object, for the log."""
+    if number == errno.ENOENT:
+        return f"; {_NAMESPACE_HINT}"
+    if number in (errno.EACCES, errno.EPERM):
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return ""
+        return (
+            f"; it belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, the server runs as user "
+            f"{os.geteuid()} and has to read and write it"
+        )
+    return ""
 
 
 def check_place(name: str, region_bytes: int, offset: int, byte_size: int) -> None:

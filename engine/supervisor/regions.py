@@ -34,6 +34,9 @@ REGIONS_MAX = 1024
 #: Bytes of a region's name at most.
 _NAME_BYTES_MAX = 1024
 
+#: How often to look for regions whose clients are gone, s.
+_REPORT_S = 30.0
+
 #: How long frontends may take to know a region, s.
 _SEEN_TIMEOUT_S = 10.0
 
@@ -134,6 +137,9 @@ class RegionRegistry:
         self._seen: dict[int, int] = {}
         #: Changes that wait until every frontend knows them, with their number.
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._reporting: asyncio.TimerHandle | None = None
+        #: Regions that the log has named as abandoned.
+        self._reported: set[str] = set()
 
     # --- frontends ---
 
@@ -197,6 +203,9 @@ class RegionRegistry:
         else:
             region = _open(name, _text(arguments, "key"), _number(arguments, "offset"), _number(arguments, "byte_size"))
         self._regions[name] = region
+        self._reported.discard(name)
+        if self._reporting is None:
+            self._reporting = asyncio.get_running_loop().call_later(_REPORT_S, self._report)
         log.verbose(1, f"registered {_TITLES[kind]} shared memory region '{name}': {region.status()}")
         self._generation += 1
         await self._announce(*region.announcement(self._generation))
@@ -265,6 +274,23 @@ class RegionRegistry:
             # Now that no further request uses them.
             await asyncio.gather(*(region.close() for region in gone))
 
+    def _report(self) -> None:
+        """Look for abandoned regions, now and as long as there are any regions."""
+        self.report_abandoned()
+        again = asyncio.get_running_loop().call_later
+        self._reporting = again(_REPORT_S, self._report) if self._regions else None
+
+    def report_abandoned(self) -> None:
+        """Name regions in the log, once each, whose memory is kept only because they are registered."""
+        for region in self._regions.values():
+            if region.name not in self._reported and region.is_abandoned:
+                self._reported.add(region.name)
+                log.warning(
+                    f"shared memory region '{region.name}' has been unlinked, as when its client has ended; its "
+                    f"{region.status()['byte_size']} bytes are kept until it is unregistered: POST "
+                    f"/v2/systemsharedmemory/region/{region.name}/unregister"
+                )
+
     async def _reclaim(self) -> None:
         """Make room: forget the regions of clients that are gone.
 
@@ -281,6 +307,8 @@ class RegionRegistry:
 
     def close(self) -> None:
         """Close every descriptor."""
+        if self._reporting is not None:
+            self._reporting.cancel()
         for region in self._regions.values():
             if isinstance(region, _Registered):
                 os.close(region.fd)

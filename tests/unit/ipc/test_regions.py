@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
 
 import pytest
 
+from forebay.ipc import regions
 from forebay.ipc.errors import Internal, InvalidArgument
 from forebay.ipc.regions import Region, open_shared_memory
 
@@ -122,3 +124,24 @@ def test_descriptor_lives_as_long_as_requests(key: str) -> None:
     part.read_into(memoryview(bytearray(1)), 0)
     part.release()
     assert not is_open(fd)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.ENOENT, "IPC namespace"), (errno.EACCES, "it belongs to user"), (errno.EISDIR, "")],
+)
+def test_the_log_names_the_usual_cause(key: str, monkeypatch: pytest.MonkeyPatch, number: int, expected: str) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(regions.log, "warning", warnings.append)
+
+    def refuse(*_arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(Internal, match="Unable to open shared memory region"):
+            open_shared_memory("r", key)
+    [warning] = warnings
+    assert errno.errorcode[number] in warning
+    assert f"/dev/shm/{key.lstrip('/')}" in warning
+    assert expected in warning
