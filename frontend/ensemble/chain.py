@@ -24,7 +24,7 @@ from forebay.frontend.ensemble.rows_route import EnsembleRows
 from forebay.frontend.ensemble.run import EnsembleModel
 from forebay.ipc.catalog import EnsembleStep, ModelEntry
 from forebay.ipc.ensemble.steps import StepTimes
-from forebay.ipc.errors import ServingError
+from forebay.ipc.errors import Cancelled, ServingError
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.slabs import Slab, SlabLayout
 from forebay.ipc.tensor import TensorSpec
@@ -267,6 +267,7 @@ class ChainedRequest:
         "_began_ns",
         "_chain",
         "_first",
+        "_is_cancelled",
         "_parameters",
         "_place",
         "_priority",
@@ -300,6 +301,7 @@ class ChainedRequest:
         self._began_ns = self._sent_ns = time.monotonic_ns()
         self._times = StepTimes()
         self._parameters = NO_PARAMETERS
+        self._is_cancelled = False
 
     def start_step(self) -> None:
         """Hand the rows to the model whose turn it is."""
@@ -309,7 +311,8 @@ class ChainedRequest:
         route.publish(link, self._first, self.rows, self, self._priority, self._timeout_us)
 
     def cancel(self) -> None:
-        """Take it out of the queue that it waits in."""
+        """Take it out of the queue that it waits in; of a model that has begun with it, it goes on to no other."""
+        self._is_cancelled = True
         self._chain.routes[self._place].cancel_rows(self._slab.links[self._place], self._first, self)
 
     # --- called by the engine client ---
@@ -319,6 +322,9 @@ class ChainedRequest:
         self._times = self._times.plus(StepTimes.since(self._sent_ns, engine.reply_times()))
         if parameters:
             self._keep(parameters)
+        if self._is_cancelled:
+            self.rows_failed(slab, first, Cancelled("request was cancelled"), ran=False)
+            return
         if self._place + 1 < len(self._slab.links):
             self._place += 1
             self._sent_ns = time.monotonic_ns()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import struct
 import threading
@@ -180,6 +182,35 @@ def test_parallel_requests_get_their_own_answers(server: ForebayServer) -> None:
         results = list(pool.map(ask_one, inputs))
     for given, result in zip(inputs, results, strict=True):
         np.testing.assert_array_equal(result, (given + 1) * 2)
+
+
+def test_models_in_a_line_answer_right_while_their_workers_are_killed(server: ForebayServer) -> None:
+    """Requests keep their rows from model to model; what the only worker of a model had, or should have, is refused."""
+    is_over = threading.Event()
+
+    def ask_often(first: int) -> int:
+        with httpclient.InferenceServerClient(server.http_url) as own:
+            asked = 0
+            while not asked or not is_over.is_set():
+                given = rows(1 + asked % 3, first=float(first + asked))
+                try:
+                    found = ask(own, "line", "A", given).as_numpy("C")
+                except InferenceServerException as error:
+                    assert error.status() in ("500", "503"), error.message()  # noqa: PT017 - others must not be
+                    continue
+                np.testing.assert_array_equal(found, given * 4 + 1)
+                asked += 1
+            return asked
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask_often, 1000 * number) for number in range(4)]
+        for model in ("scale", "add_one"):
+            killed = server.pid_of(f"worker {model}:")
+            assert killed
+            os.kill(killed, signal.SIGKILL)
+            server.wait_for(lambda role=model, old=killed: server.pid_of(f"worker {role}:") not in (0, old), "another")
+        is_over.set()
+        assert all(done.result() > 0 for done in asking)
 
 
 def test_each_response_of_a_decoupled_step_runs_the_rest(server: ForebayServer) -> None:

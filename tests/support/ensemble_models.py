@@ -130,6 +130,14 @@ def write_repository(repository: Path) -> None:
     write_ensemble(repository, "one_step", pair("A", "C"), step("scale", {"X": "A"}, {"Y": "C"}))
     write_ensemble(
         repository,
+        "line",
+        pair("A", "C"),
+        step("scale", {"X": "A"}, {"Y": "b"}),
+        step("scale", {"X": "b"}, {"Y": "c"}),
+        step("add_one", {"IN": "c"}, {"OUT": "C"}),
+    )
+    write_ensemble(
+        repository,
         "branches",
         pair("A", "LEFT") + 'output [ { name: "RIGHT" data_type: TYPE_FP32 dims: [ 4 ] } ]',
         step("add_one", {"IN": "A"}, {"OUT": "LEFT"}),

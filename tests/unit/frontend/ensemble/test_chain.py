@@ -224,6 +224,25 @@ def test_client_that_leaves_frees_the_step_that_waits() -> None:
     play(scenario, **lines(FIRST, SECOND, LINE))
 
 
+def test_request_of_a_client_that_left_goes_on_to_no_further_model() -> None:
+    """S-183: what runs is awaited."""
+
+    async def scenario(s: Surroundings) -> None:
+        line = Line(s)
+        owner, slab, first = line.publish()
+        await turn()
+        line.route.cancel_rows(slab, first, owner)
+        await turn()
+        s.take_sent()
+        await line.answer(slab.links[0], first)
+        assert owner.end == "CANCELLED ran"
+        assert s.take_sent() == []
+        assert slab.live == s.engine.in_flight_count == 0
+        assert line.ensemble.counters[ProducerCounter.CANCELED] == 1
+
+    play(scenario, **lines(FIRST, SECOND, LINE))
+
+
 def test_lone_request_is_rung_at_once_at_every_step_and_one_of_several_is_not() -> None:
     async def scenario(s: Surroundings) -> None:
         line = Line(s)
