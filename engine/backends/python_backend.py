@@ -101,16 +101,22 @@ def initialize_arguments(spec: InstanceSpec) -> dict[str, str]:
     }
 
 
+#: Parameter of a model's configuration: whether its outputs are held against it (spec L-022).
+_CHECK_OUTPUTS = "FOREBAY_CHECK_OUTPUTS"
+
+
 class PythonInstance(RowsInstance):
     """One ``TritonPythonModel``."""
 
     def __init__(self, spec: InstanceSpec, model: Any) -> None:
         self._spec = spec
         self._model = model
-        checks_outputs = parse_bool(spec.parameters, "FOREBAY_CHECK_OUTPUTS", True)
+        checks_outputs = parse_bool(spec.parameters, _CHECK_OUTPUTS, False)
         self._outputs = ModelOutputs(spec, are_checked=checks_outputs)
         self._recipient = Recipient(spec, self._deliver)
-        self.wants_parcels = not checks_outputs or may_answer_late(model, spec.model_path)
+        # Rows of a slab have room for what is configured and for nothing else.
+        is_free = _CHECK_OUTPUTS in spec.parameters and not checks_outputs
+        self.wants_parcels = is_free or may_answer_late(model, spec.model_path)
         if hasattr(model, "is_ready"):
             self.ready_check = self._is_ready
         self._is_iterative = bool(spec.extra.get("sequence", {}).get("iterative_sequence", False))

@@ -983,7 +983,7 @@ def generates() -> Iterator[Probe]:
     yield a_post("/v2/models/f32/generate", {"INPUT0": 1}, "Content-Encoding: identity")
     yield a_post("/v2/models/f32/generate", {"INPUT0": 1}, "Accept-Encoding: gzip")
     yield a_post("/v2/models/nope/generate", {"INPUT0": 1}, "Content-Encoding: gzip")
-    for value in (1, 2, 3, 5, 10, 11, 12, 13, 14, 15, 16, 17, 30):
+    for value in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 30):
         yield a_post("/v2/models/multi/generate", {"IN": value})
         yield a_post("/v2/models/multi/generate_stream", {"IN": value})
         yield infer("multi", [tensor("IN", "FP32", [1], [value])], id=f"i{value}")

@@ -78,7 +78,6 @@ class Ours:
 
 _REPLACED = "a dead instance is replaced, and answers come from the new one or, for a moment, say that there is none"
 _PARAMETERS = "an answer from the cache is the whole answer; Triton's lack the response's parameters (H-100)"
-_CHECKED = "outputs are held against the configuration; Triton passes on what no client could read as promised"
 
 ON_PURPOSE: dict[str, Ours] = {
     "E-001": Ours("our version", body=r'{"name":"triton","version":"[0-9.]+","extensions":\[.*\]}'),
@@ -89,13 +88,6 @@ ON_PURPOSE: dict[str, Ours] = {
     "E-074": Ours(
         "Triton's cache takes tensors of different shapes for the same",
         body=r'{"model_name":"cached",.*"shape":\[2,1\],"data":\[1,2\]}\]}',
-    ),
-    "E-169": Ours(_CHECKED, 500, "text/plain", r'{"error":"model \'multi\' did not produce output \'OUT\'"}'),
-    "E-170": Ours(
-        _CHECKED, 500, "text/plain", r'{"error":"model \'multi\' did not produce output \'OUT\', but \'ZZ\'"}'
-    ),
-    "E-171": Ours(
-        _CHECKED, 500, "text/plain", r'{"error":"model \'multi\' produced output \'OUT\' as INT8 \[2, 2\], but .*"}'
     ),
     "E-182": Ours(
         "responses have parameters in later versions",

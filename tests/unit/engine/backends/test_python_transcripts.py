@@ -68,9 +68,9 @@ def test_multi_answers_as_in_the_transcript() -> None:
         assert with_parameters.outputs["OUT"].tolist() == [1.0]
 
 
-def test_multi_outputs_are_checked() -> None:
+def test_multi_outputs_are_checked_if_the_model_says_so() -> None:
     """L-022: E-169..E-171 answered 200 in Triton."""
-    with WorkerHarness(spec_of("multi")) as worker:
+    with WorkerHarness(spec_of("multi", parameters={"FOREBAY_CHECK_OUTPUTS": "yes"})) as worker:
         assert ask(worker, 5).error.text == "model 'multi' did not produce output 'OUT'"
         assert ask(worker, 6).error.text == "model 'multi' did not produce output 'OUT', but 'ZZ'"
         assert ask(worker, 7).error.text == (
@@ -78,9 +78,9 @@ def test_multi_outputs_are_checked() -> None:
         )
 
 
-def test_multi_outputs_are_not_checked_if_the_model_says_so() -> None:
-    """E-169..E-171 as they are."""
-    with WorkerHarness(spec_of("multi", parameters={"FOREBAY_CHECK_OUTPUTS": "no"})) as worker:
+def test_multi_outputs_are_not_checked() -> None:
+    """E-169..E-171 as they are (spec P-017, P-019)."""
+    with WorkerHarness(spec_of("multi")) as worker:
         for value in (5, 6):
             response = ask(worker, value)
             assert (response.error, response.outputs) == (None, {})
