@@ -1,13 +1,16 @@
 """How many requests per second are answered within an objective of 5, 10 or 20 ms?
 
-    python -m bench.slo [--quick] [--servers forebay,triton] [--arrivals poisson,bursty] [--rates 0.3,0.6,...]
+    python -m bench.slo [--quick] [--model mlp|device] [--servers forebay,triton] [--arrivals poisson,bursty]
 
-One model, an MLP whose batch costs about a millisecond however small it is and an eighth of that per row, one instance,
-at most 32 rows. forebay serves it with delays of 0, 2 and 5 ms, and by objective (``forebay_slo_ms``); Triton with
-delays of 0 and 2 ms. An open loop asks each of them at the same rates: multiples of what forebay without a delay
-answers in a closed loop. *Poisson* arrivals are those of many independent clients; *bursty* ones come at 2.5 times the
-mean rate for 20 ms, then at 0.625 times for 80 ms. Latency counts from the time a request was due; a refused or late
-request counts as one that was not answered in time.
+One model, one instance, at most 32 rows. *mlp*, the default, is an ONNX file whose batch costs about a millisecond
+however small it is, and an eighth of that per row. *device* stands for a model on an accelerator: a Python model that
+sleeps, 2 ms and 0.25 ms per row, so that it does not compete with servers and client for the cores of a small machine.
+
+forebay serves it with delays of 0, 2 and 5 ms, and by objective (``forebay_slo_ms``); Triton with delays of 0 and 2 ms.
+An open loop asks each of them at the same rates: multiples of what forebay without a delay answers in a closed loop.
+*Poisson* arrivals are those of many independent clients; *bursty* ones come at 2.5 times the mean rate for 20 ms, then
+at 0.625 times for 80 ms. Latency counts from the time a request was due; a refused or late request counts as one that
+was not answered in time.
 
 What is printed, for each objective: the highest rate at which 99 % of the requests were in time, and how many requests
 per second were answered in time at the highest rate, where none of them can answer all. All run on one machine, the
@@ -21,7 +24,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -29,15 +32,20 @@ from onnx import TensorProto, helper
 
 from bench.kserve import FloatArray, infer_once, infer_request
 from bench.load.client import Arrivals, LoadFailed, LoadResult, run_load
-from bench.machine import describe_machine, machine_line, save_results
+from bench.machine import REPOSITORY_ROOT, describe_machine, machine_line, save_results
 from bench.servers import PEER_MODEL, Server, forebay, triton
 from bench.tables import markdown_table, number
+
+Model = Literal["mlp", "device"]
 
 OBJECTIVES_MS = (5, 10, 20)
 #: Queue delays that are compared, us, by server.
 DELAYS_US = {"forebay": (0, 2000, 5000), "triton": (0, 2000)}
 WIDTH = 1024
 LAYERS = 6
+#: Numbers in a row.
+WIDTHS = {"mlp": WIDTH, "device": 16}
+DEVICE_MODEL = REPOSITORY_ROOT / "bench" / "python_models" / "device.py"
 ROWS_MAX = 32
 #: Enough for all that is asked within the time of the longest objective, at the highest rate.
 CONNECTIONS = 256
@@ -87,11 +95,12 @@ class Measurement(NamedTuple):
 def main() -> None:
     """Measure, print and save."""
     options = _parse_options()
-    row = np.random.default_rng(0).standard_normal((1, WIDTH)).astype(np.float32)
+    row = np.random.default_rng(0).standard_normal((1, WIDTHS[options.model])).astype(np.float32)
+    expected = _mlp_output(row) if options.model == "mlp" else row[:, :8]
     with contextlib.ExitStack() as stack:
-        contenders = [c for name in options.servers for c in stack.enter_context(_running(name))]
+        contenders = [c for name in options.servers for c in stack.enter_context(_running(name, options.model))]
         for contender in contenders:
-            check(contender, row)
+            check(contender, row, expected)
         capacity = run_load(
             contenders[0].server.http_port, _request(contenders[0], row), connections=64, duration_s=options.duration
         ).rate_per_s
@@ -156,12 +165,10 @@ def report(seen: list[Measurement], arrivals: str) -> str:
     return markdown_table(titles, rows)
 
 
-def check(contender: Contender, row: FloatArray) -> None:
+def check(contender: Contender, row: FloatArray, expected: FloatArray) -> None:
     """See that it computes what the model computes, and let it see batches before anything is measured."""
     request = _request(contender, row)
-    np.testing.assert_allclose(
-        infer_once(contender.server.http_port, request)["y"], _expected(row), rtol=1e-3, atol=1e-4
-    )
+    np.testing.assert_allclose(infer_once(contender.server.http_port, request)["y"], expected, rtol=1e-3, atol=1e-4)
     run_load(contender.server.http_port, request, connections=16, duration_s=0.3, warmup_s=0.1)
 
 
@@ -170,14 +177,14 @@ def _request(contender: Contender, row: FloatArray) -> bytes:
 
 
 @contextlib.contextmanager
-def _running(name: str) -> Iterator[list[Contender]]:
+def _running(name: str, kind: Model) -> Iterator[list[Contender]]:
     """Start a server with all of its contenders; those that are not asked cost nothing."""
     variants = {f"delay_{delay_us}": (delay_us, 0) for delay_us in DELAYS_US[name]}
     if name == "forebay":
         variants |= {f"slo_{objective}": (0, objective) for objective in OBJECTIVES_MS}
     with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
         for model, (delay_us, objective_ms) in variants.items():
-            _add_model(Path(folder) / model, name, delay_us, objective_ms)
+            _add_model(Path(folder) / model, name, kind, delay_us, objective_ms)
         with (forebay if name == "forebay" else triton)(Path(folder)) as server:
             yield [
                 Contender(
@@ -190,17 +197,20 @@ def _running(name: str) -> Iterator[list[Contender]]:
             ]
 
 
-def _add_model(folder: Path, server: str, delay_us: int, objective_ms: int) -> None:
+def _add_model(folder: Path, server: str, kind: Model, delay_us: int, objective_ms: int) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
-    onnx.save(_network(), str(version / "model.onnx"))
-    if server == "triton":
-        (version / "model.py").write_bytes(PEER_MODEL.read_bytes())
+    if kind == "device":
+        (version / "model.py").write_bytes(DEVICE_MODEL.read_bytes())
+    else:
+        onnx.save(_network(), str(version / "model.onnx"))
+        if server == "triton":
+            (version / "model.py").write_bytes(PEER_MODEL.read_bytes())
     parameters = (
         f'parameters {{ key: "forebay_slo_ms" value {{ string_value: "{objective_ms}" }} }}' if objective_ms else ""
     )
-    backend = "python" if server == "triton" else "onnxruntime"
-    config = CONFIG.format(backend=backend, rows=ROWS_MAX, width=WIDTH, delay_us=delay_us, parameters=parameters)
+    backend = "python" if server == "triton" or kind == "device" else "onnxruntime"
+    config = CONFIG.format(backend=backend, rows=ROWS_MAX, width=WIDTHS[kind], delay_us=delay_us, parameters=parameters)
     (folder / "config.pbtxt").write_text(config)
 
 
@@ -237,7 +247,7 @@ def _network() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def _expected(row: FloatArray) -> FloatArray:
+def _mlp_output(row: FloatArray) -> FloatArray:
     hidden = row
     *inner, last = _weights()
     for weight in inner:
@@ -248,6 +258,7 @@ def _expected(row: FloatArray) -> FloatArray:
 class _Options(argparse.Namespace):
     """The command line."""
 
+    model: Model
     servers: list[str]
     arrivals: list[Arrivals]
     rates: list[float]
@@ -269,6 +280,7 @@ def _one_of(*known: str) -> Any:
 
 def _parse_options() -> _Options:
     parser = argparse.ArgumentParser(prog="python -m bench.slo", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=["mlp", "device"], default="mlp")
     parser.add_argument("--servers", type=_one_of("forebay", "triton"), default=["forebay", "triton"])
     parser.add_argument("--arrivals", type=_one_of("poisson", "bursty"), default=["poisson", "bursty"])
     parser.add_argument(
