@@ -26,17 +26,20 @@ _NO_PLAN_TEXT = "the request holds more than one message"
 class InferCall(Call):
     """One unary inference. With a plan it waits in slab rows itself, without one through an :class:`Inference`."""
 
-    __slots__ = ("_id_field", "_is_taken", "_placed", "_plan")
+    __slots__ = ("_first", "_id_field", "_is_taken", "_placed", "_plan", "_slab")
 
+    _first: int
     _id_field: bytes
     _is_taken: bool
     _placed: PlacedRequest | None
     _plan: InferPlan
+    _slab: OwnedSlab | None
 
     def opened(self) -> None:
         """Finish construction; called once, before any message."""
         self._is_taken = False
         self._placed = None
+        self._slab = None
         self.reply_encoding = self.frontend.reply_encoding(self.head)
 
     # --- the request ---
@@ -57,17 +60,8 @@ class InferCall(Call):
             self._take_unknown(message)
             return
         self._plan = plan
-        rows = plan.rows
-        slab, first = route.loan(rows)
-        memory = frontend.engine.view
-        areas = slab.layout.inputs
-        base = slab.base
-        for start, end, index in plan.copies:
-            offset, row_bytes = areas[index]
-            target = base + offset + first * row_bytes
-            memory[target : target + end - start] = message[begin + start : begin + end]
-        route.copied_in_bytes += plan.copied_bytes
-        route.publish(slab, first, rows, self, plan.priority, plan.timeout_us)
+        self._slab, self._first = slab, first = plan.place(message, begin)
+        route.publish(slab, first, plan.rows, self, plan.priority, plan.timeout_us)
 
     def _take_unknown(self, message: memoryview) -> None:
         wire = walk_request(message)
@@ -99,6 +93,8 @@ class InferCall(Call):
         placed, self._placed = self._placed, None
         if placed is not None:
             placed.cancel()
+        elif self._slab is not None:
+            self._plan.route.cancel_rows(self._slab, self._first, self)
 
     # --- answers, with a plan ---
 

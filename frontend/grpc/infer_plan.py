@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer
+from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.grpc.infer_message import WireRequest
 from forebay.frontend.grpc.infer_reply import FINAL_ENTRY, output_entry, parameter_entries, raw_head
 from forebay.frontend.grpc.wire import text_field
@@ -61,6 +62,25 @@ class InferPlan:
         #: The same for a stream, where each reply says that it is the final one.
         self.stream_tail = b""
         self.stream_bytes = 0
+
+    def place(self, message: memoryview, begin: int) -> tuple[OwnedSlab, int]:
+        """Take rows and put the tensors of a message there; return the slab and the first row.
+
+        Args:
+            begin: where the message's tensors begin.
+
+        Raises:
+            ArenaFull: there are no rows.
+        """
+        route = self.route
+        slab, first = route.loan(self.rows)
+        memory, areas, base = route.engine.view, slab.layout.inputs, slab.base
+        for start, end, index in self.copies:
+            offset, row_bytes = areas[index]
+            target = base + offset + first * row_bytes
+            memory[target : target + end - start] = message[begin + start : begin + end]
+        route.copied_in_bytes += self.copied_bytes
+        return slab, first
 
 
 class PlanBook:

@@ -44,7 +44,18 @@ _IN_FLIGHT_MAX = 65_536
 class StreamSlot:
     """One request of a stream: its place in the order of replies, and who waits for it in the engine."""
 
-    __slots__ = ("_call", "_id_field", "_is_ended", "_placed", "_plan", "is_ordered", "ready", "request_id")
+    __slots__ = (
+        "_call",
+        "_first",
+        "_id_field",
+        "_is_ended",
+        "_placed",
+        "_plan",
+        "_slab",
+        "is_ordered",
+        "ready",
+        "request_id",
+    )
 
     def __init__(self, call: StreamInferCall, request_id: str) -> None:
         self._call = call
@@ -55,6 +66,8 @@ class StreamSlot:
         self._is_ended = False
         self._placed: PlacedRequest | None = None
         self._plan: InferPlan | None = None
+        self._slab: OwnedSlab | None = None
+        self._first = 0
         self._id_field = b""
 
     @property
@@ -68,6 +81,8 @@ class StreamSlot:
         placed, self._placed = self._placed, None
         if placed is not None:
             placed.cancel()
+        elif self._plan is not None and self._slab is not None:
+            self._plan.route.cancel_rows(self._slab, self._first, self)
 
     # --- rows of a known plan ---
 
@@ -75,15 +90,8 @@ class StreamSlot:
         """Place and hand over a request of a known form."""
         self._plan = plan
         self._id_field = id_field
-        route = plan.route
-        slab, first = route.loan(plan.rows)
-        memory = route.engine.view
-        for start, end, index in plan.copies:
-            offset, row_bytes = slab.layout.inputs[index]
-            target = slab.base + offset + first * row_bytes
-            memory[target : target + end - start] = message[begin + start : begin + end]
-        route.copied_in_bytes += plan.copied_bytes
-        route.publish(slab, first, plan.rows, self, plan.priority, plan.timeout_us)
+        self._slab, self._first = slab, first = plan.place(message, begin)
+        plan.route.publish(slab, first, plan.rows, self, plan.priority, plan.timeout_us)
 
     @property
     def rows(self) -> int:
@@ -109,6 +117,8 @@ class StreamSlot:
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         plan = self._plan
         assert plan is not None
+        if self._is_ended:
+            return
         if was_refused(error, ran=ran):
             self._call.refuse(self, error)
         else:

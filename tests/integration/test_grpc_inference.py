@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import re
 import shutil
 import threading
 import time
@@ -33,6 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
     models = write_models(tmp_path_factory.mktemp("grpc") / "models")
     shutil.copytree(TRANSCRIPT_MODELS / "dec", models / "dec")
     write_identity(models, "mixed", [("TYPE_FP32", "-1"), ("TYPE_INT64", "-1")])
+    patient = shutil.copytree(models / "alpha_model", models / "patient") / "config.pbtxt"
+    config = patient.read_text().replace('name: "alpha_model"', 'name: "patient"')
+    patient.write_text(re.sub(r"max_queue_delay_microseconds: \d+", "max_queue_delay_microseconds: 200000000", config))
     with ForebayServer(models, protocols=("grpc", "http", "metrics")) as running:
         yield running
         wait_nothing_in_use(running)
@@ -248,6 +252,29 @@ def test_a_cancelled_call_ends(client: grpcclient.InferenceServerClient) -> None
     call = client.async_infer("slow", one, callback=lambda result, error: done.put(error))
     call.cancel()
     assert "Locally cancelled" in str(done.get(timeout=PATIENCE_S))
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_cancelled_requests_in_rows_leave_the_queue_at_once(
+    channel: grpc.Channel, server: ForebayServer, is_stream: bool
+) -> None:
+    """Spec S-183: the model would wait for a full batch for minutes. The second request has a plan."""
+    stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    request = service_pb2.ModelInferRequest(model_name="patient", raw_input_contents=[bytes(200)])
+    request.inputs.add(name="features", datatype="FP32", shape=[1, 50])
+    if is_stream:
+        calls = [stub.ModelStreamInfer(iter([request] * 2))]
+    else:
+        calls = [stub.ModelInfer.future(request) for _ in range(2)]
+    wait_until(lambda: _rows_in_use(server, "patient") == 2, "the requests to be queued")
+    for call in calls:
+        call.cancel()
+    wait_until(lambda: _rows_in_use(server, "patient") == 0, "the rows to be free")
+
+
+def _rows_in_use(server: ForebayServer, model: str) -> int:
+    found = re.findall(rf'^forebay_slab_rows_in_use\{{[^}}]*model="{model}"[^}}]*\}} (\d+)$', server.metrics(), re.M)
+    return sum(map(int, found))
 
 
 def test_asyncio_client(server: ForebayServer, expected: Any) -> None:
