@@ -11,6 +11,7 @@ import pytest
 
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rings import Rings
+from forebay.engine.worker.wait_styles import Park
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.messages import InstanceSpec
@@ -35,7 +36,9 @@ class Scene:
         self.completions.settimeout(0.0)
         producer = Producer(3, create_memory_file("arena", 4096), 4096, bell.detach(), is_trusted=False)
         producers.attach(producer)
-        self.rings = Rings(SPEC, producers, self.doorbell, lambda kind, data: self.ran.append((kind, bytes(data))))
+        self.rings = Rings(
+            SPEC, producers, self.doorbell, lambda kind, data: self.ran.append((kind, bytes(data))), Park()
+        )
         self.ring, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.rings.attach(producer, receiver.detach())
         self._producers = producers
