@@ -146,6 +146,10 @@ def config_json(config: ModelConfig) -> str:
 # ---- printing --------------------------------------------------------------------------------------------------------
 
 
+#: Fields that Triton 2.51 does not have: not shown where they are not set.
+_NEWER_FIELDS = frozenset({"ensemble_scheduling.max_inflight_requests"})
+
+
 def _json_object(message: Any, descriptor: MessageType, path: str) -> dict[str, object]:
     document: dict[str, object] = {}
     for field in descriptor.fields:
@@ -157,6 +161,8 @@ def _json_object(message: Any, descriptor: MessageType, path: str) -> dict[str, 
             document[field.name] = {_map_key(key): _json_value(value[key], entry[1], here) for key in sorted(value)}
         elif schema.is_repeated(field):
             document[field.name] = [_json_value(item, field, here) for item in value]
+        elif here in _NEWER_FIELDS and not value:
+            continue
         elif not field.has_presence or message.HasField(field.name):
             document[field.name] = _json_value(value, field, here)
     return document

@@ -172,6 +172,8 @@ def normalise_defaults(config: ModelConfig) -> None:
         for name in ("input_pinned_memory", "output_pinned_memory"):
             if not message.optimization.HasField(name):
                 getattr(message.optimization, name).enable = True
+    else:
+        message.model_transaction_policy.SetInParent()
 
 
 def _default_preferred(sizes: Any, max_batch_size: int) -> None:
