@@ -12,7 +12,7 @@ backend: "onnxruntime"
 max_batch_size: 8
 input {{ name: "X" data_type: TYPE_FP32 dims: [ {dim} ] }}
 output {{ name: "Y" data_type: TYPE_FP32 dims: [ {dim} ] }}
-instance_group {{ kind: {kind} count: 1 }}
+instance_group {{ kind: {kind} count: {count} }}
 {more}
 """
 
@@ -28,7 +28,7 @@ ensemble_scheduling {
 """
 
 
-def add_doubler(root: Path, name: str, kind: str, *, dim: int = 4, more: str = "") -> None:
+def add_doubler(root: Path, name: str, kind: str, *, dim: int = 4, count: int = 1, more: str = "") -> None:
     """Add a model that answers Y = X + X."""
     graph = helper.make_graph(
         [helper.make_node("Add", ["X", "X"], ["Y"])],
@@ -39,7 +39,7 @@ def add_doubler(root: Path, name: str, kind: str, *, dim: int = 4, more: str = "
     (root / name / "1").mkdir(parents=True)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, root / name / "1" / "model.onnx")
-    (root / name / "config.pbtxt").write_text(CONFIG.format(kind=kind, dim=dim, more=more))
+    (root / name / "config.pbtxt").write_text(CONFIG.format(kind=kind, dim=dim, count=count, more=more))
 
 
 def add_chain(root: Path, name: str) -> None:
