@@ -75,8 +75,8 @@ class Served(Protocol):
         ...
 
     @property
-    def receiving_count(self) -> int:
-        """Requests that have begun to arrive and are not complete."""
+    def pending_count(self) -> int:
+        """Connections with requests that the engine does not know: incomplete ones, and such as it is not asked."""
         ...
 
     def abort(self) -> None:
@@ -195,7 +195,7 @@ class FrontendProcess:
         served.close_idle()
         if self.exit_code == 0:
             # Once in a process's life; an event would cost something on every answer.
-            while served.connection_count and (self.engine.in_flight_count or served.receiving_count):  # noqa: ASYNC110
+            while served.connection_count and (self.engine.in_flight_count or served.pending_count):  # noqa: ASYNC110
                 await asyncio.sleep(_DRAIN_POLL_SECS)
             # Answers are with the kernel or in the transports; let those be written.
             await asyncio.sleep(_DRAIN_POLL_SECS)

@@ -37,8 +37,8 @@ class GrpcServed:
         return self._frontend.connection_count
 
     @property
-    def receiving_count(self) -> int:
-        return self._frontend.receiving_count
+    def pending_count(self) -> int:
+        return self._frontend.pending_count
 
     def abort(self) -> None:
         self._frontend.abort()

@@ -106,6 +106,11 @@ class Call(Stream):
     def cancelled(self) -> None:
         """Nobody waits any more: let go of everything."""
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a message is incomplete, or is answered without the engine."""
+        return self.is_receiving
+
     # --- messages in ---
 
     @property

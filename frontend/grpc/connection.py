@@ -258,9 +258,9 @@ class GrpcConnection(asyncio.BufferedProtocol):
     # --- the end ---
 
     @property
-    def is_receiving(self) -> bool:
-        """Whether a message has begun to arrive and is not complete."""
-        return any(isinstance(stream, Call) and stream.is_receiving for stream in self._http2.streams.values())
+    def is_pending(self) -> bool:
+        """Whether a message is being received, or answered without the engine (a load may take long)."""
+        return any(isinstance(stream, Call) and stream.is_pending for stream in self._http2.streams.values())
 
     def drain(self) -> None:
         """Say that no further calls are wanted; close when the last one is answered."""

@@ -35,6 +35,10 @@ class ControlCall(Call):
         self._handler = handler
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def is_pending(self) -> bool:
+        return self.is_receiving or (self._task is not None and not self._task.done())
+
     def take_message(self, message: memoryview) -> None:
         if self._task is not None:
             raise RpcError(Status.INTERNAL, "the request holds more than one message")

@@ -155,9 +155,9 @@ class GrpcFrontend:
         return len(self._connections)
 
     @property
-    def receiving_count(self) -> int:
-        """Connections on which a message has begun to arrive and is not complete."""
-        return sum(connection.is_receiving for connection in self._connections)
+    def pending_count(self) -> int:
+        """Connections on which a message is incomplete, or is answered without the engine."""
+        return sum(connection.is_pending for connection in self._connections)
 
     def drain(self) -> None:
         """Tell clients to go elsewhere; connections close when their calls are answered (spec G-087)."""

@@ -573,6 +573,11 @@ class Connection(asyncio.BufferedProtocol):
         """Whether a request's head has come and its body is still on its way."""
         return not self._is_closing and (self._head is not None or self._upload is not None)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a request is being received, or answered without the engine (``load`` may take long)."""
+        return self.is_receiving or (self._side_door is not None and self._side_door.is_busy)
+
     def _refuse(self, reply: bytes) -> None:
         """Answer what is no request that we take, after what has been asked before it, and close."""
         self._drop_request()

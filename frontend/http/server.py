@@ -164,9 +164,9 @@ class HttpFrontend:
         return len(self._connections)
 
     @property
-    def receiving_count(self) -> int:
-        """Connections on which a request has begun to arrive and is not complete."""
-        return sum(connection.is_receiving for connection in self._connections)
+    def pending_count(self) -> int:
+        """Connections on which a request is incomplete, or is answered without the engine."""
+        return sum(connection.is_pending for connection in self._connections)
 
     def drain(self) -> None:
         """Make the next reply of each connection its last."""

@@ -8,9 +8,11 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as grpcclient
 from forebay_server import ForebayServer, wait_until
 from grpc_wire import INFER, connect, frame
 from http_models import write_identity
@@ -90,6 +92,29 @@ def test_grpc_message_at_sigterm_is_received_and_answered(server: ForebayServer,
 def data_frames(data: bytes) -> bytes:
     """Return DATA frames of stream 1, none larger than HTTP/2 allows by default."""
     return b"".join(frame(0, 0, 1, data[start : start + 16384]) for start in range(0, len(data), 16384))
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_load_at_sigterm_is_answered(tmp_path: Path, protocol: str) -> None:
+    """Spec R-110: requests that are no inference are waited for too."""
+    for name in ("echo", "slow"):
+        write_identity(tmp_path / "models", name, [("TYPE_FP32", "-1")])
+    config = tmp_path / "models" / "slow" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"identity"', '"python"'))
+    (tmp_path / "models" / "slow" / "1" / "model.py").write_text(
+        "import time\nclass TritonPythonModel:\n    def initialize(self, args):\n        time.sleep(2)\n"
+    )
+    path = "/v2/repository/models/slow/load"
+    flags = ("--model-control-mode=explicit", "--load-model=echo")
+    with ForebayServer(tmp_path / "models", *flags, protocols=("http", "grpc")) as server, ThreadPoolExecutor() as pool:
+        if protocol == "http":
+            loading = pool.submit(lambda: server.post(path)[0] == 200)
+        else:
+            client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.ports()['GRPCInferenceService']}")
+            loading = pool.submit(lambda: client.load_model("slow") is None)
+        server.wait_logged("loading: slow:1")
+        assert server.stop() == 0
+        assert loading.result(30)
 
 
 def test_upload_that_never_ends_is_cut_by_the_exit_timeout(tmp_path: Path) -> None:
