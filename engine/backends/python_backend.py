@@ -283,19 +283,26 @@ class PythonInstance(RowsInstance):
         if error is not None:
             source.fail(error.to_serving_error(), final=final, by_model=True)
             return
-        outputs = self._outputs
+        if isinstance(source, RowRequest):
+            self._deliver_row(source, response)
+        else:
+            self._deliver_parcel(source, response, final)
+
+    def _deliver_row(self, source: RowRequest, response: InferenceResponse) -> None:
         try:
-            if isinstance(source, RowRequest):
-                arrays = outputs.arrays(source, response)
-            else:
-                tensors = outputs.raw(source, response)
+            arrays = self._outputs.arrays(source, response)
+        except ServingError as failed:
+            source.fail(failed, by_model=True)
+            return
+        source.complete(arrays, response.parameters())
+
+    def _deliver_parcel(self, source: ParcelRequest, response: InferenceResponse, final: bool) -> None:
+        try:
+            tensors = self._outputs.raw(source, response)
         except ServingError as failed:
             source.fail(failed, final=final, by_model=True)
             return
-        if isinstance(source, RowRequest):
-            source.complete(arrays, response.parameters())
-        else:
-            source.reply_raw(tensors, response.parameters(), final=final)
+        source.reply_raw(tensors, response.parameters(), final=final)
 
     def close(self) -> None:
         Phase.is_serving = False

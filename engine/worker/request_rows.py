@@ -259,6 +259,7 @@ class RequestRowsRunner:
         if not runs:
             return NO_TIMES
         batch = self._batch = RowBatch(number, self._inbox, self._producers)
+        input_end_ns = batch_start_ns
         try:
             if sum(run.rows for run in runs) > self._views.rows_max:
                 raise Internal("batch is larger than the model allows")
@@ -273,7 +274,7 @@ class RequestRowsRunner:
         finally:
             self._batch = None
         end_ns = time.monotonic_ns()
-        return self._answer(runs, batch, (batch_start_ns, min(input_end_ns, end_ns), end_ns, end_ns))
+        return self._answer(runs, batch, (batch_start_ns, input_end_ns, end_ns, end_ns))
 
     def _add(self, batch: RowBatch, run: Run) -> None:
         each, remainder = divmod(run.rows, run.requests)
