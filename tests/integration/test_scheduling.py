@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
         root, "override", DYNAMIC.format("default_queue_policy { allow_timeout_override: true }"), max_batch=1
     )
     add_fault_model(
-        root, "urgent", DYNAMIC.format("priority_levels: 3 default_priority_level: 2"), max_batch=1, delay_ms=200
+        root, "urgent", DYNAMIC.format("priority_levels: 3 default_priority_level: 2"), max_batch=1, delay_ms=500
     )
     add_fault_model(root, "ordered", DYNAMIC.format("preserve_ordering: true"), max_batch=1, count=2, delay_ms=400)
     add_fault_model(
