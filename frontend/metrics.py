@@ -525,6 +525,8 @@ def model_labels(entry: ModelEntry) -> dict[str, str]:
     labels |= {"model": entry.name, "version": str(entry.version)}
     if entry.namespace:
         labels["namespace"] = entry.namespace
+    if entry.gpu_uuid:
+        labels["gpu_uuid"] = entry.gpu_uuid
     return labels
 
 

@@ -78,6 +78,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """How many instances there are; blocks of counters may be more, of instances that an update removed."""
     device_id: int = -1
     """GPU in whose memory tensors of requests may lie, if all instances are there; -1: in host memory only."""
+    gpu_uuid: str = ""
+    """Of the GPU that all instances run on, for metrics; empty: there is none."""
 
     detail_offset: int = 0
     """Byte offset of this frontend's block of details (:func:`forebay.ipc.counters.detail_words`); 0: none."""

@@ -32,6 +32,8 @@ class Gpu(msgspec.Struct, frozen=True):
     device_id: int
     compute_capability: float
     """For example 9.0."""
+    uuid: str = ""
+    """As the driver knows it, for metrics."""
 
 
 def usable_gpus(gpus: Sequence[Gpu], min_compute_capability: float = DEFAULT_MIN_COMPUTE_CAPABILITY) -> list[int]:

@@ -69,7 +69,9 @@ class Couriers:
         name = f"courier of GPU {device_id}"
         spec = _spec(plant.settings, route, name, device_id)
         events = InstanceEvents(changed=_nothing, phase=_nothing)
-        instance = Instance(plant, spec, 0, events, WorkerProcesses(plant, _BACKEND))
+        processes = WorkerProcesses(plant, _BACKEND)
+        timeout_s = plant.settings.process.worker_timeout_secs
+        instance = Instance(plant, spec, 0, events, processes, timeout_s=timeout_s)
         scheduler_offset = plant.counters.allocate(SCHEDULER_WORDS)
         plant.switchboard.add_route(
             RouteUp(

@@ -30,7 +30,7 @@ def find_gpus(*, cpu_only: bool = False, run_query: Callable[[], str] | None = N
     if cpu_only:
         return ()
     if played := played_gpu_count():
-        return tuple(Gpu(index, 9.0) for index in range(played))
+        return tuple(Gpu(index, 9.0, f"GPU-played-{index}") for index in range(played))
     if not any(re.fullmatch(r"nvidia\d+", name) for name in _device_names()):
         return ()
     return visible_gpus((run_query or _query)(), os.environ.get(_VISIBLE_VARIABLE))
@@ -46,7 +46,7 @@ def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
     """
     found = [(match[1], match[2], float(match[3])) for match in map(_LINE.fullmatch, listing.splitlines()) if match]
     if visible is None:
-        return tuple(Gpu(int(index), capability) for index, _uuid, capability in found)
+        return tuple(Gpu(int(index), capability, uuid) for index, uuid, capability in found)
     gpus: list[Gpu] = []
     for wanted in map(str.strip, visible.split(",")):
         # A slice of a GPU (MIG) has a UUID of its own, and what nvidia-smi says of the whole.
@@ -54,7 +54,7 @@ def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
         chosen = [gpu for gpu in found if wanted and (gpu[0] == wanted or gpu[1].startswith(wanted))] or slice_of
         if not chosen:
             break
-        gpus.append(Gpu(len(gpus), chosen[0][2]))
+        gpus.append(Gpu(len(gpus), chosen[0][2], wanted if slice_of else chosen[0][1]))
     return tuple(gpus)
 
 

@@ -260,6 +260,16 @@ class ServedVersion:
         devices = {instance.device_id for instance in self.instances}
         return devices.pop() if len(devices) == 1 else -1
 
+    @property
+    def _gpu_uuid(self) -> str:
+        """The GPU that every instance runs on, as the driver knows it; empty: there is none."""
+        places = {(instance.spec.kind, instance.spec.device_id) for instance in self.instances}
+        if len(places) != 1:
+            return ""
+        kind, device_id = places.pop()
+        uuids = {gpu.device_id: gpu.uuid for gpu in self.plant.gpus}
+        return uuids.get(device_id, "") if kind == "GPU" else ""
+
     def _allocate_details(self, slots: tuple[str, ...], words: int) -> None:
         counters = self.plant.counters
         for name in slots:
@@ -328,4 +338,5 @@ class ServedVersion:
             step_counter_offset=self._step_offsets.get(slot, 0),
             instance_count=len(self.instances),
             device_id=self._device_id,
+            gpu_uuid=self._gpu_uuid,
         )

@@ -10,7 +10,7 @@ import pytest
 from forebay.engine.devices.memory_limit import LIMIT_KEY, PINNED_KEY, check_memory_limit
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
 from forebay.engine.repository.config import parse_config_json
-from forebay.engine.repository.normalise import Gpu, normalise_defaults, normalise_instance_groups
+from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
 from forebay.engine.settings import DeviceFraction, GpuSettings, MemorySettings, Settings
@@ -36,7 +36,9 @@ LISTING = "0, GPU-aaaa-1, 8.0\n1, GPU-bbbb-2, 9.0\n2, GPU-cccc-3, 7.5\nno line o
 )
 def test_devices_are_numbered_as_cuda_does(visible: str | None, expected: list[tuple[int, float]]) -> None:
     """CUDA_VISIBLE_DEVICES hides, orders and renumbers; the first entry that is no device ends the list."""
-    assert visible_gpus(LISTING, visible) == tuple(Gpu(*pair) for pair in expected)
+    found = visible_gpus(LISTING, visible)
+    assert [(gpu.device_id, gpu.compute_capability) for gpu in found] == expected
+    assert all(gpu.uuid.startswith(("GPU-", "MIG-")) for gpu in found)
 
 
 def test_a_machine_without_device_files_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
