@@ -261,3 +261,17 @@ def test_numbers_have_no_needless_decimals(value: float, text: str) -> None:
 
 def test_labels_are_sorted_and_escaped() -> None:
     assert render_labels({"b": 'x"\\\n', "_a": ""}) == '{_a="",b="x\\"\\\\\\n"}'
+
+
+def test_models_on_a_gpu_say_which_and_what_it_did() -> None:
+    """M-053's label; other models have neither the label nor the families."""
+    text = page(entry("gpu", gpu_uuid="GPU-1", device_id=0), entry("cpu"))
+    assert lines_of(text, "nv_inference_count") == [
+        'nv_inference_count{model="cpu",version="1"} 0',
+        'nv_inference_count{gpu_uuid="GPU-1",model="gpu",version="1"} 0',
+    ]
+    assert lines_of(text, "forebay_device_copied_bytes_total") == [
+        'forebay_device_copied_bytes_total{direction="to_device",gpu_uuid="GPU-1",model="gpu",version="1"} 0',
+        'forebay_device_copied_bytes_total{direction="from_device",gpu_uuid="GPU-1",model="gpu",version="1"} 0',
+    ]
+    assert "forebay_cuda_graph_launches_total" not in page(entry("cpu"))
