@@ -93,7 +93,8 @@ class CostModel:
             return UNLIMITED_ROWS
         # The ceiling is the lower one of two lines: what stays below either of them fits.
         room_ns = max(limit_ns - _CEILING_DEVIATIONS * self._deviation_ns, limit_ns / 2) - self._base_ns
-        return min(max(int(room_ns / self._row_ns), 1), UNLIMITED_ROWS)
+        # A nanosecond more, so that what has exactly the time it takes is not lost to rounding.
+        return min(max(int((room_ns + 1.0) / self._row_ns), 1), UNLIMITED_ROWS)
 
     def observe(self, rows: int, cost_ns: int) -> None:
         """Learn from a batch that ended."""

@@ -102,3 +102,11 @@ def test_any_observations_leave_a_line_that_makes_sense(seen: list[tuple[int, in
         assert within == UNLIMITED_ROWS or model.ceiling_ns(within) <= limit_ns * (1 + 1e-6) + 2
     else:
         assert model.ceiling_ns(1) > limit_ns
+
+
+@given(st.integers(1, 10**7), st.integers(0, 10**8), st.integers(1, 500))
+def test_what_has_exactly_the_time_it_takes_fits(row_ns: int, base_ns: int, rows: int) -> None:
+    model = CostModel()
+    for seen in (1, 2, 64):
+        model.observe(seen, base_ns + row_ns * seen)
+    assert model.rows_within(model.ceiling_ns(rows) + 1) >= rows
