@@ -289,7 +289,7 @@ def core_failures() -> list[tuple[str, dict[str, Any] | bytes, int, str]]:
         ("alpha_model", one(datatype="INT32", data=[1] * 50), 400, "data-type is 'INT32', but model"),
         ("alpha_model", one(shape=[1, 2, 25]), 400, "Expected [-1,50], got [1,2,25]"),
         ("alpha_model", one(shape=[65, 50], data=[0] * 3250), 400, "batch-size must be <= 64 for 'alpha_model'"),
-        ("alpha_model", one(shape=[0, 50], data=[]), 400, "batch-size must be >= 1"),
+        ("alpha_model", one(shape=[0, 50], data=[]), 400, "Expected 200, got 0"),
         ("alpha_model", one(shape=[2**40, 2**40]), 400, "exceed"),
         ("alpha_model", one(shape=[2**63]), 400, "invalid dimensions"),
         ("alpha_model", one(data=None), 400, "But no field is set"),
