@@ -7,24 +7,21 @@ supervisor's control socket.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import zmq
 
 from forebay.client import shm
-from forebay.client.errors import EngineGone
 from forebay.client.opened import Opened
 from forebay.client.options import Options
-from forebay.client.pending import BlockLease, Pending, PendingResponses
-from forebay.client.placement import BlockPlacement, Placement, RowsPlacement
-from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest, NestedResponse
+from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest
+from forebay.engine.backends.python_model.shm_calls import BlockCall, Link, RowsCall
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, ServingError, Unavailable, Unsupported, from_wire
-from forebay.ipc.messages import Command, CommandReply, ControlToFrontend, ReplyHead
+from forebay.ipc.messages import Command, CommandReply, ControlToFrontend
 from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.validation import InputFacts, validate_request
 
@@ -42,117 +39,13 @@ _Facts = tuple[str, str, tuple[int, ...], int]
 _CONTROL_SECS_MAX = 3600.0
 
 
-class _Call:
-    """A nested request in flight: a :class:`NestedCall`."""
-
-    def __init__(self, link: _Link, placement: Placement, pending: Pending, outputs: tuple[str, ...]) -> None:
-        self._link = link
-        self._placement = placement
-        self._pending = pending
-        #: Those wanted; empty: all.
-        self._outputs = outputs
-
-    def wait(self) -> None:
-        # What ends the connection ends the request, too: with that error.
-        with contextlib.suppress(EngineGone):
-            self._link.connection.completions.wait(self._pending)
-
-    def notify(self, on_news: Callable[[], None]) -> None:
-        self._link.watch(self._pending, on_news)
-
-    def cancel(self) -> None:
-        self._link.connection.cancel(self._pending)
-
-    def take(self) -> list[NestedResponse]:
-        pending = self._pending
-        is_done = pending.is_done
-        found = self._answers() if isinstance(pending, PendingResponses) or is_done else []
-        if not is_done:
-            return found
-        if pending.error is not None:
-            found.append(NestedResponse((), {}, pending.error, True, True))
-        elif found:
-            found[-1] = found[-1]._replace(final=True)
-        else:
-            found.append(NestedResponse((), {}, None, False, True))
-        return found
-
-    def _answers(self) -> list[NestedResponse]:
-        """Return the answers that nobody has taken."""
-        pending, placement = self._pending, self._placement
-        if isinstance(pending, PendingResponses) and isinstance(placement, BlockPlacement):
-            found: list[NestedResponse] = []
-            while pending.responses:
-                found.append(_response(placement, *pending.responses.popleft()))
-            return found
-        if pending.error is not None:
-            return []
-        outputs = pending.model.signature.outputs
-        wanted = [spec for spec in outputs if not self._outputs or spec.name in self._outputs]
-        tensors = (
-            Tensor.of_datatype(spec.name, spec.datatype, placement.leased_output(pending, spec.name)) for spec in wanted
-        )
-        return [NestedResponse(tuple(tensors), {}, None, True, False)]
-
-
-def _response(placement: BlockPlacement, reply: ReplyHead, held: tuple[BlockLease, ...]) -> NestedResponse:
-    if reply.text or reply.code:
-        return NestedResponse((), {}, from_wire(reply.code, reply.text), True, False)
-    datatypes = {place.name: place.datatype for place in reply.outputs}
-    datatypes.update((tensor.name, tensor.datatype) for tensor in reply.inline)
-    tensors = (
-        Tensor.of_datatype(name, datatypes[name], array) for name, array in placement.outputs_of(reply, held).items()
-    )
-    return NestedResponse(tuple(tensors), reply.parameters, None, True, False)
-
-
-class _Link:
-    """One connection, and the thread that reads its answers while event loops wait for some."""
-
-    def __init__(self, engine: shm.Engine) -> None:
-        self.engine = engine
-        self.connection = engine.connection
-        #: Requests that event loops wait for.
-        self._watched = 0
-        self._is_needed = threading.Condition()
-        self._reader: threading.Thread | None = None
-
-    def watch(self, pending: Pending, on_news: Callable[[], None]) -> None:
-        """Have ``on_news`` called when there is something to take, whether or not any thread waits."""
-
-        def take_news() -> None:
-            with self._is_needed:
-                self._watched -= 1
-            on_news()
-
-        with self._is_needed:
-            self._watched += 1
-            self._is_needed.notify()
-            if self._reader is None:
-                self._reader = threading.Thread(target=self._read, name="bls", daemon=True)
-                self._reader.start()
-        if not self.connection.completions.notify(pending, take_news):
-            take_news()
-
-    def _read(self) -> None:
-        while True:
-            with self._is_needed:
-                while not self._watched:
-                    if self.connection.is_broken:
-                        return
-                    self._is_needed.wait()
-            # The end of the connection is news to everybody who waits.
-            with contextlib.suppress(EngineGone):
-                self.connection.completions.wait_any()
-
-
 class ShmEngineAccess:
     """:class:`EngineAccess` for a worker process. Thread-safe."""
 
     def __init__(self, runtime_directory: str) -> None:
         self._runtime_directory = runtime_directory
         self._lock = threading.Lock()
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._requests = itertools.count(1)
         #: Rows of forms of requests that are known to fit their model.
         self._checked: dict[tuple[int, tuple[_Facts, ...], tuple[str, ...]], int] = {}
@@ -175,27 +68,18 @@ class ShmEngineAccess:
                 "'async_exec' calls for decoupled models.'"
             )
         rows = self._checked_rows(model, request)
+        if _lives_in_rows(model, request):
+            return RowsCall(link, model, rows, request)
         options = Options(
             request_id=request.id,
-            # All of them is the same as none in particular.
-            outputs=request.outputs if len(request.outputs) < len(signature.outputs) else (),
+            outputs=request.outputs,
             parameters=dict(request.parameters),
             sequence_id=request.correlation_id,
             sequence_start=bool(request.flags & _START),
             sequence_end=bool(request.flags & _END),
             timeout_us=request.timeout_us,
         )
-        placement: Placement
-        uses_rows = (signature.uses_rows and not options.needs_parcel) or (signature.allows_rows and options.is_bare)
-        if uses_rows and len(request.inputs) == len(signature.inputs):
-            placement = RowsPlacement(connection, model, rows)
-        else:
-            placement = BlockPlacement(connection, model)
-        for tensor in request.inputs:
-            spec = model.entry.input_named(tensor.name())
-            assert spec is not None
-            placement.put(spec, tensor.data)
-        return _Call(link, placement, placement.submit(options), request.outputs)
+        return BlockCall(link, model, request, options)
 
     def _checked_rows(self, model: Opened, request: NestedRequest) -> int:
         """Return the rows of a request that fits its model; each form of requests is checked once.
@@ -214,10 +98,13 @@ class ShmEngineAccess:
             self._checked[key] = rows
         return rows
 
-    def _connect(self) -> _Link:
+    def _connect(self) -> Link:
+        link = self._link
+        if link is not None and not link.connection.is_broken:
+            return link
         with self._lock:
             if self._link is None or self._link.connection.is_broken:
-                self._link = _Link(shm.connect(self._runtime_directory))
+                self._link = Link(shm.connect(self._runtime_directory))
             return self._link
 
     # --- model control ---
@@ -259,3 +146,13 @@ class ShmEngineAccess:
 def _facts(tensor: Tensor) -> _Facts:
     datatype, array = _DATATYPE_NAMES[tensor.triton_dtype()], tensor.data
     return tensor.name(), datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes
+
+
+def _lives_in_rows(model: Opened, request: NestedRequest) -> bool:
+    signature = model.signature
+    if len(request.inputs) < len(signature.inputs) or request.parameters or request.correlation_id or request.flags:
+        return False
+    if signature.uses_rows:
+        return True
+    # The model sees an id, and which outputs are wanted; all of them is the same as none in particular.
+    return signature.allows_rows and not request.id and len(request.outputs) in (0, len(signature.outputs))

@@ -1,0 +1,173 @@
+"""Nested requests (BLS) in flight, over a worker's own connection as a shared-memory client."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+from forebay.client import shm
+from forebay.client.errors import EngineGone
+from forebay.client.opened import Opened
+from forebay.client.options import Options
+from forebay.client.pending import BlockLease, Pending, PendingResponses, RowsLease, leased_array
+from forebay.client.placement import BlockPlacement, full_shape, output_places
+from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse
+from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.ipc.errors import from_wire
+from forebay.ipc.messages import ReplyHead
+
+
+class Link:
+    """One connection, and the thread that reads its answers while event loops wait for some."""
+
+    def __init__(self, engine: shm.Engine) -> None:
+        self.engine = engine
+        self.connection = engine.connection
+        #: Requests that event loops wait for.
+        self._watched = 0
+        self._is_needed = threading.Condition()
+        self._reader: threading.Thread | None = None
+
+    def watch(self, pending: Pending, on_news: Callable[[], None]) -> None:
+        """Have ``on_news`` called when there is something to take, whether or not any thread waits."""
+
+        def take_news() -> None:
+            with self._is_needed:
+                self._watched -= 1
+            on_news()
+
+        with self._is_needed:
+            self._watched += 1
+            self._is_needed.notify()
+            if self._reader is None:
+                self._reader = threading.Thread(target=self._read, name="bls", daemon=True)
+                self._reader.start()
+        if not self.connection.completions.notify(pending, take_news):
+            take_news()
+
+    def _read(self) -> None:
+        while True:
+            with self._is_needed:
+                while not self._watched:
+                    if self.connection.is_broken:
+                        return
+                    self._is_needed.wait()
+            # The end of the connection is news to everybody who waits.
+            with contextlib.suppress(EngineGone):
+                self.connection.completions.wait_any()
+
+
+class Call:
+    """A nested request in flight: a :class:`forebay.engine.backends.python_model.engine_access.NestedCall`."""
+
+    __slots__ = ("_link", "_pending")
+
+    def __init__(self, link: Link, pending: Pending) -> None:
+        self._link = link
+        self._pending = pending
+
+    def wait(self) -> None:
+        # What ends the connection ends the request, too: with that error.
+        with contextlib.suppress(EngineGone):
+            self._link.connection.completions.wait(self._pending)
+
+    def notify(self, on_news: Callable[[], None]) -> None:
+        self._link.watch(self._pending, on_news)
+
+    def cancel(self) -> None:
+        self._link.connection.cancel(self._pending)
+
+
+class RowsCall(Call):
+    """One whose tensors live in slab rows: it has one answer."""
+
+    __slots__ = ("_lease", "_outputs")
+
+    def __init__(self, link: Link, model: Opened, rows: int, request: NestedRequest) -> None:
+        """Copy the inputs, which fit the model, into rows and hand them over.
+
+        Raises:
+            ServingError: there is no room, or no server any more.
+        """
+        connection = link.connection
+        lease = self._lease = connection.loan_rows(model, rows)
+        #: Those wanted; empty: all.
+        self._outputs = request.outputs
+        inputs, _outputs = model.slab_arrays(connection.view, lease.slab)
+        chosen = _chosen(model, lease)
+        for tensor in request.inputs:
+            inputs[tensor.name()][chosen] = tensor.data
+            connection.memory.copied_bytes += tensor.data.nbytes
+        pending = Pending(model, lease, rows)
+        pending.timeout_us = request.timeout_us
+        connection.submit(pending)
+        super().__init__(link, pending)
+
+    def take(self) -> list[NestedResponse]:
+        pending = self._pending
+        if not pending.is_done:
+            return []
+        if pending.error is not None:
+            return [NestedResponse((), {}, pending.error, True, True)]
+        model, wanted = pending.model, self._outputs
+        view, max_batch_size = self._link.connection.view, model.signature.max_batch_size
+        tensors: list[Tensor] = []
+        for spec, offset in output_places(model, self._lease):
+            if not wanted or spec.name in wanted:
+                shape = full_shape(spec, pending.rows, max_batch_size)
+                array = leased_array(view, offset, spec.datatype, shape, self._lease)
+                tensors.append(Tensor.of_datatype(spec.name, spec.datatype, array))
+        return [NestedResponse(tuple(tensors), {}, None, True, True)]
+
+
+def _chosen(model: Opened, lease: RowsLease) -> slice | int:
+    """Return which rows of a slab's arrays a request has; a model that does not batch has one, without a dimension."""
+    return slice(lease.first, lease.first + lease.rows) if model.signature.max_batch_size > 0 else lease.first
+
+
+class BlockCall(Call):
+    """One with blocks of its own: it may have any number of answers. Requests to ensembles are among them."""
+
+    __slots__ = ("_placement", "_responses")
+
+    def __init__(self, link: Link, model: Opened, request: NestedRequest, options: Options) -> None:
+        """Copy the inputs, which fit the model, into blocks and hand them over.
+
+        Raises:
+            ServingError: there is no room, or no server any more.
+        """
+        placement = self._placement = BlockPlacement(link.connection, model)
+        for tensor in request.inputs:
+            spec = model.entry.input_named(tensor.name())
+            assert spec is not None
+            placement.put(spec, tensor.data)
+        self._responses: PendingResponses = placement.submit(options)
+        super().__init__(link, self._responses)
+
+    def take(self) -> list[NestedResponse]:
+        pending = self._responses
+        is_done = pending.is_done
+        found: list[NestedResponse] = []
+        while pending.responses:
+            found.append(self._response(*pending.responses.popleft()))
+        if not is_done:
+            return found
+        if pending.error is not None:
+            found.append(NestedResponse((), {}, pending.error, True, True))
+        elif found:
+            found[-1] = found[-1]._replace(final=True)
+        else:
+            found.append(NestedResponse((), {}, None, False, True))
+        return found
+
+    def _response(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> NestedResponse:
+        if reply.text or reply.code:
+            return NestedResponse((), {}, from_wire(reply.code, reply.text), True, False)
+        datatypes = {place.name: place.datatype for place in reply.outputs}
+        datatypes.update((tensor.name, tensor.datatype) for tensor in reply.inline)
+        tensors = (
+            Tensor.of_datatype(name, datatypes[name], array)
+            for name, array in self._placement.outputs_of(reply, held).items()
+        )
+        return NestedResponse(tuple(tensors), reply.parameters, None, True, False)
