@@ -149,6 +149,11 @@ class ControlServer:
 
     # --- commands ---
 
+    @property
+    def command_count(self) -> int:
+        """Control calls that are being carried out."""
+        return len(self._commands)
+
     async def _start(self, identity: bytes, command: Command) -> None:
         if len(self._commands) >= COMMANDS_MAX:
             text = f"the server is carrying out {COMMANDS_MAX} control calls already, try again later"

@@ -482,7 +482,8 @@ class Supervisor:
             await asyncio.sleep(1)
             left -= 1
             log.info(
-                f"Timeout {left}: Found {self._lifecycle.live_count} live models and 0 in-flight non-inference requests"
+                f"Timeout {left}: Found {self._lifecycle.live_count} live models and {self._control.command_count} "
+                "in-flight non-inference requests"
             )
 
     def _kill_all(self) -> None:

@@ -115,6 +115,7 @@ def test_load_at_sigterm_is_answered(tmp_path: Path, protocol: str) -> None:
         server.wait_logged("loading: slow:1")
         assert server.stop() == 0
         assert loading.result(30)
+        assert "Found 1 live models and 1 in-flight non-inference requests" in server.stderr
 
 
 def test_upload_that_never_ends_is_cut_by_the_exit_timeout(tmp_path: Path) -> None:
