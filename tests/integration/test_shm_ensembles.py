@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy.typing as npt
 import pytest
 from forebay_server import ForebayServer
 
+import forebay.client.shm_asyncio
 from forebay.client import shm
 from forebay.client.shm import Cancelled, DeadlineExceeded, Engine, InvalidArgument, NotFound, Options, Unavailable
 
@@ -207,3 +211,49 @@ def test_what_a_client_counted_stays_when_it_leaves(server: ForebayServer) -> No
         for _ in range(5):
             model.infer()
     server.wait_for(lambda: successes() == before + 5, "the requests to be counted")
+
+
+@pytest.mark.parametrize("role", ["worker scale:1", "scheduler"])
+def test_steps_in_flight_survive(server: ForebayServer, engine: Engine, role: str) -> None:
+    """What was lost of a request is handed in again, like any other."""
+    model = engine.model("two_steps")
+    fill(model)
+    model.infer()
+    expected: list[Floats] = []
+    futures: list[shm.Future] = []
+    for index in range(200):
+        expected.append((fill(model, 1, index) + 1) * 2)
+        futures.append(model.submit())
+        if index == 100:
+            os.kill(server.pid_of(role), signal.SIGKILL)
+    for future, values in zip(futures, expected, strict=True):
+        try:
+            np.testing.assert_array_equal(future.result(30), values)
+        except shm.ServingError:
+            # Without any worker there is nobody to hand a step to.
+            assert role != "scheduler"
+    assert engine.statistics().in_flight == 0
+
+    def answers() -> bool:
+        given = fill(model)
+        try:
+            return bool((model.infer() == (given + 1) * 2).all())
+        except shm.ServingError:
+            return False
+
+    server.wait_for(answers, "an answer after the restart")
+
+
+def test_asyncio(server: ForebayServer) -> None:
+    async def main() -> None:
+        async with await forebay.client.shm_asyncio.connect(server.runtime_base) as engine:
+            model = await engine.model("two_steps")
+
+            async def one(value: int) -> Floats:
+                model.input("A", rows=1)[:] = value
+                return np.array(await model.infer(timeout_s=30), np.float32)
+
+            for value, answer in enumerate(await asyncio.gather(*(one(value) for value in range(50)))):
+                np.testing.assert_array_equal(answer, np.full((1, 4), (value + 1) * 2, np.float32))
+
+    asyncio.run(main())
