@@ -8,10 +8,12 @@ import pytest
 from scheduler_harness import DYNAMIC, MS, SchedulerHarness
 
 from forebay.engine.scheduler.route import QUIET_BATCHES
+from forebay.ipc.counters import SchedulerCounter
 from forebay.ipc.errors import Code
 from forebay.ipc.messages import BatchingPolicy, InstanceDown, QueuePolicy
 from forebay.ipc.wire import FLAG_GONE, FLAG_HUNG, Kind
 
+OBJECTIVE = BatchingPolicy(max_batch_size=8, dynamic=True, preferred_batch_sizes=(8,), objective_us=10_000)
 DELAYED = BatchingPolicy(max_batch_size=8, dynamic=True, preferred_batch_sizes=(8,), max_queue_delay_us=10_000)
 
 
@@ -53,6 +55,38 @@ def test_batch_that_runs_is_finished_under_the_new_policy(engine: SchedulerHarne
     assert engine.batches() == []
     engine.finish(batch)
     assert engine.batch().runs[0].first == 8
+
+
+def test_an_objective_may_come_and_go(engine: SchedulerHarness) -> None:
+    """Its instances are known to it from the first moment on, and what it refuses is counted as rejected."""
+    engine.add_route(OBJECTIVE)
+    for first in range(5):
+        engine.submit_runs((first, 1))
+        batch = engine.batch()
+        engine.now_ns += 4 * MS
+        engine.finish(batch)
+    engine.submit_runs((10, 1))
+    batch = engine.batch()
+    engine.answers()
+    # One batch more has time behind the one that runs, but not two.
+    engine.submit_runs((11, 8))
+    engine.submit_runs((19, 8))
+    (refusal,) = engine.answers()
+    assert (refusal.kind, refusal.code) == (Kind.RUNS_FAILED, Code.UNAVAILABLE)
+    assert refusal.text.startswith("Exceeds latency objective: ")
+    assert engine.counter(SchedulerCounter.REJECTED) == 8
+    engine.add_route(DYNAMIC)
+    engine.finish(batch)
+    assert engine.batch().runs[0].requests == 8
+
+
+def test_no_instance_is_granted_under_an_objective(engine: SchedulerHarness) -> None:
+    """Every batch must be seen to be learned from."""
+    engine.add_route(OBJECTIVE)
+    for first in range(QUIET_BATCHES + 2):
+        engine.submit_runs((first, 1))
+        engine.finish(engine.batch())
+    assert Kind.GRANT not in {answer.kind for answer in engine.answers()}
 
 
 def test_what_the_new_policy_has_no_room_for_is_refused(engine: SchedulerHarness) -> None:
