@@ -21,6 +21,7 @@ from forebay.engine.scheduler.instances import Instance, InstanceState
 from forebay.engine.scheduler.line import Choice
 from forebay.engine.scheduler.producers import Producer, Producers
 from forebay.engine.scheduler.rate_limiter import RateLimiter
+from forebay.engine.scheduler.request_queue import part_cancelled
 from forebay.engine.scheduler.route import Route
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
@@ -346,6 +347,8 @@ class SchedulerCore:
                 self._refuse_cancelled(rows_route, removed)
                 if rows_route.keeps_requests:
                     rows_route.cancel_running(message.producer, rows)
+        if self._limiter is not None:
+            self._cut_staged(self._limiter, message)
         if not left:
             return
         for instance in self._instances.values():
@@ -353,6 +356,22 @@ class SchedulerCore:
             if meant:
                 packed = b"".join(TOKEN.pack(token) for token in meant)
                 instance.bell.ring(HEADER.pack(Kind.CANCEL, 0, len(meant), message.producer, 0) + packed)
+
+    def _cut_staged(self, limiter: RateLimiter, message: Cancel) -> None:
+        """Take cancelled requests out of batches that wait for resources; those of sequences run with their batch."""
+        for instance in list(self._instances.values()):
+            route = self._routes.get(instance.route)
+            if instance.state is not InstanceState.STAGED or route is None or route.sequences is not None:
+                continue
+            kept, removed = part_cancelled(instance.items, message, route.id)
+            if not removed:
+                continue
+            instance.items = kept
+            if kept:
+                limiter.restage(instance)
+            else:
+                self._set_idle(instance)
+            self._refuse_cancelled(route, removed)
 
     def _refuse_cancelled(self, route: Route, items: Sequence[Waiting]) -> None:
         for item in items:

@@ -42,6 +42,11 @@ class RateLimiter:
         """An instance has a batch and wants to run it."""
         self._staged[instance.id] = (instance, choice)
 
+    def restage(self, instance: Instance) -> None:
+        """The batch of an instance that waits has become smaller."""
+        _instance, choice = self._staged[instance.id]
+        self._staged[instance.id] = instance, choice._replace(items=instance.items)
+
     def admit(self) -> Iterator[tuple[Instance, Choice]]:
         """Yield those whose turn it is and whose resources are free; they hold them until :meth:`release`."""
         while self._staged:

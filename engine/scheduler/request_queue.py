@@ -12,11 +12,11 @@ ends waiting under any policy (L-007).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.errors import QUEUE_FULL_TEXT, QueueFull
-from forebay.ipc.messages import BatchingPolicy, QueuePolicy
+from forebay.ipc.messages import BatchingPolicy, Cancel, QueuePolicy
 
 #: Text of an expired request (spec S-026).
 TIMEOUT_TEXT = "Request timeout expired"
@@ -251,6 +251,24 @@ class RequestQueue:
         for item in removed:
             self.request_count -= item.requests
         return removed
+
+
+def part_cancelled(items: Iterable[Waiting], message: Cancel, route: int) -> tuple[list[Waiting], list[Waiting]]:
+    """Divide what a route has taken out of its queue into what somebody waits for and what nobody does any more."""
+    kept: list[Waiting] = []
+    removed: list[Waiting] = []
+    for item in items:
+        if item.producer != message.producer:
+            kept.append(item)
+        elif isinstance(item, WaitingRun):
+            runs: list[WaitingRun] = []
+            rows = [rows for rows in message.rows if rows.route == route and rows.base == item.base]
+            cut_out(item, frozenset(first for each in rows for first in each.firsts), kept, runs)
+            removed += runs
+        else:
+            is_left = isinstance(item, WaitingParcel) and item.token in message.tokens
+            (removed if is_left else kept).append(item)
+    return kept, removed
 
 
 def cut_out(run: WaitingRun, firsts: Collection[int], kept: list[Waiting], removed: list[WaitingRun]) -> None:

@@ -463,6 +463,57 @@ def test_global_resource_keeps_two_models_apart() -> None:
     engine.close()
 
 
+def held_up() -> SchedulerHarness:
+    """Return two models that share a resource; the first one has it, for its parcel 1."""
+    engine = limited()
+    for number in (1, 2):
+        engine.add_route(route=number)
+        engine.add_instance(number, route=number, resources=(Resource("R", 1),))
+    engine.submit_parcels(1, route=1)
+    return engine
+
+
+def test_cancelled_parcels_are_cut_out_of_a_batch_that_waits_for_resources() -> None:
+    """Spec S-181: the batch is formed, but has not started."""
+    engine = held_up()
+    first = engine.batch(1)
+    engine.submit_parcels(2, 3, 4, route=2)
+    engine.accept(Cancel(producer=7, tokens=(3,)))
+    (answer,) = engine.answers()
+    assert (answer.tokens, answer.code) == ([3], Code.CANCELLED)
+    engine.finish(first, 1)
+    assert engine.batch(2).tokens == [2, 4]
+    assert engine.messages(2) == []
+    engine.close()
+
+
+def test_cancelled_rows_are_cut_out_of_a_batch_that_waits_for_resources() -> None:
+    """Spec S-181."""
+    engine = held_up()
+    first = engine.batch(1)
+    engine.submit_runs((0, 4), route=2)
+    engine.accept(Cancel(producer=7, rows=(RowsCancel(2, 4096, (1,)),)))
+    (answer,) = engine.answers()
+    assert [(run.first, run.requests) for run in answer.runs] == [(1, 1)]
+    engine.finish(first, 1)
+    assert [(run.first, run.requests) for run in engine.batch(2).runs] == [(0, 1), (2, 2)]
+    engine.close()
+
+
+def test_an_instance_whose_whole_batch_is_cancelled_waits_for_no_resources() -> None:
+    """Spec S-181."""
+    engine = held_up()
+    first = engine.batch(1)
+    engine.submit_parcels(2, route=2)
+    engine.accept(Cancel(producer=7, tokens=(2,)))
+    assert [answer.tokens for answer in engine.answers()] == [[2]]
+    engine.finish(first, 1)
+    assert engine.batches(2) == []
+    engine.submit_parcels(5, route=2)
+    assert engine.batch(2).tokens == [5]
+    engine.close()
+
+
 def test_set_limit_lets_more_run() -> None:
     """Spec S-152: ``--rate-limit-resource``."""
     engine = limited(Resource("R", 2))
