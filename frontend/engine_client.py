@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 GAUGE_SECS = 0.25
 #: Answers to parcels that one event-loop turn takes at most.
 _REPLIES_PER_TURN = 32
+_PARCEL_ANSWERS = (Kind.PARCEL_REPLY, Kind.PARCEL_REPLIES)
 
 
 class EngineClient:
@@ -306,7 +307,7 @@ class EngineClient:
                 return
             if size < HEADER.size:
                 return
-            if self._completed(self._buffer_view[:size]) != Kind.PARCEL_REPLY:
+            if self._completed(self._buffer_view[:size]) not in _PARCEL_ANSWERS:
                 return
 
     def _completed(self, message: memoryview) -> int:
@@ -316,6 +317,8 @@ class EngineClient:
             self.rows.done(message, count, instance, batch, has_remarks=bool(flags & FLAG_REMARKS))
         elif kind == Kind.PARCEL_REPLY:
             self.parcels.reply(message, flags, instance)
+        elif kind == Kind.PARCEL_REPLIES:
+            self.parcels.replies(message, count, instance)
         elif kind == Kind.RUNS_FAILED:
             self.rows.failed(message, count, instance, batch)
         elif kind == Kind.GRANT:

@@ -24,6 +24,7 @@ To a producer, its completion doorbell (senders: workers, scheduler)::
     RUNS_FAILED   header + TIMES + count * RUN + code u8 + text
     RUNS_LOST     header + TIMES (zero) + count * RUN      the worker died before it answered
     PARCEL_REPLY  header + TIMES + TOKEN + ReplyHead       one per response
+    PARCEL_REPLIES header + TIMES + count * (REPLY + ReplyHead)  those of one execution, to frontends only
     PARCEL_LOST   header + TIMES (zero) + count * TOKEN
     GRANT, REVOKE header + GRANT                           batch: the ticket, for clients
     RESYNC        header + count * TOKEN                   batch: the new scheduler's epoch; parcels that still run
@@ -73,6 +74,7 @@ class Kind(enum.IntEnum):
     GRANT = 21
     REVOKE = 22
     RESYNC = 23
+    PARCEL_REPLIES = 24
     DONE = 32
     SYNCED = 33
     CLOSED = 34
@@ -118,6 +120,8 @@ OPEN = struct.Struct("<IIQ")
 TIMES = struct.Struct("<QQQQ")
 #: a parcel's token u64
 TOKEN = struct.Struct("<Q")
+#: token u64, flags u32 (as of PARCEL_REPLY), head_bytes u32
+REPLY = struct.Struct("<QII")
 #: route u32, instance u32, generation u32, rows_max u32
 GRANT = struct.Struct("<IIII")
 #: a slab's base u64

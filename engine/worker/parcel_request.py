@@ -21,6 +21,7 @@ from forebay.engine.backends.base import Array, Arrays
 from forebay.engine.worker.parcel_counting import count_answer
 from forebay.engine.worker.pending_response import PendingResponse, RawTensor, address_of, byte_view
 from forebay.engine.worker.places import Producer, backend_shape
+from forebay.engine.worker.reply_batch import ReplyBatch
 from forebay.ipc.arena import align
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, ServingError
@@ -62,6 +63,8 @@ class ParcelRequest:
         self.is_final = False
         #: start, input end, output start, end: monotonic ns; an end of 0 means: the moment of the response.
         self.times: tuple[int, int, int, int] = (0, 0, 0, 0)
+        #: Takes answers that go out with others of the same execution; None: they go out one by one.
+        self.together: ReplyBatch | None = None
         #: When the execution that it was part of had returned; 0: not yet.
         self.executed_ns = 0
         self._runner = runner
@@ -398,10 +401,14 @@ class ParcelRequest:
             payload = _encode_reply(
                 ReplyHead(code=int(Internal.code), text="the response's parameters are too large", index=reply.index)
             )
+        flags = FLAG_FINAL if final else 0
+        if self.together is not None and self._producer.is_trusted:
+            self.together.add(self._producer, self.token, flags, payload)
+            return
         start_ns, input_end_ns, output_start_ns, end_ns = self.times
         if end_ns == 0:
             output_start_ns = end_ns = time.monotonic_ns()
-        header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL if final else 0, 1, self._runner.spec.instance, 0)
+        header = HEADER.pack(Kind.PARCEL_REPLY, flags, 1, self._runner.spec.instance, 0)
         times = TIMES.pack(start_ns, input_end_ns, output_start_ns, end_ns)
         self._producer.bell.ring(header + times + TOKEN.pack(self.token) + payload)
 

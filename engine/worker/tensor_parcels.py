@@ -16,6 +16,7 @@ from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.places import Producers, backend_shape
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.engine.worker.ragged import RaggedPolicy, RaggedRequest
+from forebay.engine.worker.reply_batch import ReplyBatch
 from forebay.ipc.arena import align
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import InstanceSpec, ParcelHead, TensorPlace
@@ -46,6 +47,7 @@ class TensorParcels:
         self._counters = counters
         self._is_gpu = spec.kind == "GPU"
         self._max_batch_size = spec.max_batch_size
+        self._instance_number = spec.instance
         self._ragged = RaggedPolicy(spec)
         self._on_device = DeviceParcels(spec, instance, promised) if isinstance(instance, DeviceInstance) else None
         self._bound: dict[tuple[object, ...], Callable[[], None]] = {}
@@ -162,12 +164,32 @@ class TensorParcels:
         stamps[2] = time.monotonic_ns()
         total = sum(request.rows for request in requests)
         checked = {name: self._promised.checked(name, results, total) for name in wanted}
-        first = 0
-        for request in requests:
-            request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
-            own = slice(first, first + request.rows)
-            request.reply({name: (checked[name][0], checked[name][1][own]) for name in request.requested_outputs})
-            first += request.rows
+        ends = list(itertools.accumulate(request.rows for request in requests))
+        parts = [slice(end - request.rows, end) for end, request in zip(ends, requests, strict=True)]
+        self._reply_together(
+            requests,
+            stamps,
+            [
+                {name: (checked[name][0], checked[name][1][part]) for name in request.requested_outputs}
+                for request, part in zip(requests, parts, strict=True)
+            ],
+        )
+
+    def _reply_together(
+        self, requests: Sequence[ParcelRequest], stamps: list[int], outputs: Sequence[Mapping[str, tuple[str, Array]]]
+    ) -> None:
+        """Answer all requests of one execution, with one message to each frontend."""
+        times = (stamps[0], stamps[1], stamps[2], stamps[2])
+        together = ReplyBatch(self._producers, self._instance_number, times)
+        try:
+            for request, own in zip(requests, outputs, strict=True):
+                request.times = times
+                request.together = together
+                request.reply(own)
+        finally:
+            for request in requests:
+                request.together = None
+            together.send()
 
     def _run_ragged(self, separate: list[tuple[ParcelRequest, Arrays]], stamps: list[int]) -> None:
         """Run requests whose shapes may differ, all at once if they fit together."""
@@ -194,9 +216,14 @@ class TensorParcels:
         stamps[2] = time.monotonic_ns()
         total = sum(request.rows for request in requests)
         pieces = {name: self._divided(name, results, entries, total) for name in wanted}
-        for index, request in enumerate(requests):
-            request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
-            request.reply({name: pieces[name][index] for name in request.requested_outputs})
+        self._reply_together(
+            requests,
+            stamps,
+            [
+                {name: pieces[name][index] for name in request.requested_outputs}
+                for index, request in enumerate(requests)
+            ],
+        )
 
     def _divided(
         self, name: str, results: Mapping[str, Array], entries: Sequence[RaggedRequest], total: int

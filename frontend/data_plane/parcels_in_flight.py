@@ -14,7 +14,7 @@ from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.counting import count_answered, count_failure
 from forebay.ipc.errors import BackendFailed, Cancelled, Code, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ParcelSubmit, ReplyHead
-from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, TIMES_END, TOKEN, Kind
+from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, REPLY, TIMES_END, TOKEN, Kind
 
 if TYPE_CHECKING:
     from forebay.frontend.data_plane.route_client import RouteClient
@@ -54,11 +54,23 @@ class ParcelsInFlight:
     def reply(self, message: memoryview, flags: int, instance: int) -> None:
         """Take in a PARCEL_REPLY message."""
         (token,) = TOKEN.unpack_from(message, TIMES_END)
+        self._take(token, flags, message[TIMES_END + TOKEN.size :], instance)
+
+    def replies(self, message: memoryview, count: int, instance: int) -> None:
+        """Take in a PARCEL_REPLIES message."""
+        offset = TIMES_END
+        for _ in range(count):
+            token, flags, head_bytes = REPLY.unpack_from(message, offset)
+            offset += REPLY.size
+            self._take(token, flags, message[offset : offset + head_bytes], instance)
+            offset += head_bytes
+
+    def _take(self, token: int, flags: int, head: memoryview, instance: int) -> None:
         parcel = self._in_flight.get(token)
         final = bool(flags & FLAG_FINAL)
         if parcel is not None:
             try:
-                reply = self._decode_reply(message[TIMES_END + TOKEN.size :])
+                reply = self._decode_reply(head)
                 for place in reply.outputs:
                     self._engine.arena.check(place.offset, place.byte_size)
             except (msgspec.DecodeError, msgspec.ValidationError, Internal):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ from forebay.ipc.wire import (
     HEADER,
     MESSAGE_BYTES_MAX,
     PARCEL,
+    REPLY,
     RUN,
     TIMES,
     TOKEN,
@@ -179,6 +181,10 @@ class WorkerHarness:
         self._batches = itertools.count(1)
         self._last_batch = 0
         self._heads: dict[int, ParcelHead] = {}
+        #: Replies that have arrived and were not asked for: token, flags, head.
+        self._replies: deque[tuple[int, int, ReplyHead]] = deque()
+        #: Kinds of the messages that replies came in.
+        self.reply_kinds: list[Kind] = []
         fds = (theirs.fileno(), doorbell.fileno(), done.fileno(), self._counters.fd)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _CHILD, *map(str, fds)],
@@ -329,16 +335,32 @@ class WorkerHarness:
     def next_response(self, *, lend: bool = True) -> Response:
         """Wait for one response; a request for a larger block is answered here, unless ``lend`` is false."""
         while True:
-            message = self._completion.recv(MESSAGE_BYTES_MAX)
-            kind, flags, _count, _instance, _batch = HEADER.unpack_from(message)
-            assert kind == Kind.PARCEL_REPLY, f"unexpected message of kind {kind}"
-            (token,) = TOKEN.unpack_from(message, _TIMES_END)
-            reply = msgspec.msgpack.decode(message[_TIMES_END + TOKEN.size :], type=ReplyHead)
+            if not self._replies:
+                self._receive_replies()
+            token, flags, reply = self._replies.popleft()
             if reply.needs_bytes and lend:
                 offset = self.blocks.allocate(reply.needs_bytes)
                 self.collect(token, offset, reply.needs_bytes)
                 continue
             return self._response(token, reply, bool(flags & FLAG_FINAL))
+
+    def _receive_replies(self) -> None:
+        """Read one message with one reply or several."""
+        message = self._completion.recv(MESSAGE_BYTES_MAX)
+        kind, flags, count, _instance, _batch = HEADER.unpack_from(message)
+        self.reply_kinds.append(Kind(kind))
+        if kind == Kind.PARCEL_REPLY:
+            (token,) = TOKEN.unpack_from(message, _TIMES_END)
+            packed = [(token, flags, message[_TIMES_END + TOKEN.size :])]
+        else:
+            assert kind == Kind.PARCEL_REPLIES, f"unexpected message of kind {kind}"
+            packed, offset = [], _TIMES_END
+            for _ in range(count):
+                token, flags, size = REPLY.unpack_from(message, offset)
+                offset += REPLY.size + size
+                packed.append((token, flags, message[offset - size : offset]))
+        for token, flags, head in packed:
+            self._replies.append((token, flags, msgspec.msgpack.decode(head, type=ReplyHead)))
 
     def collect(self, token: int, offset: int, byte_size: int) -> None:
         """Lend a reply block."""

@@ -11,8 +11,9 @@ from engine_scene import INSTANCE, PRODUCER, ROUTE, Parcel, Surroundings, play, 
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.counters import ProducerCounter
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import Cancel, GrantReturned, ParcelSubmit, Submit
+from forebay.ipc.messages import Cancel, GrantReturned, ParcelSubmit, ReplyHead, Submit
 from forebay.ipc.wire import (
+    FLAG_FINAL,
     FLAG_GONE,
     GRANTED_BATCH,
     HEAD_BYTES_MAX,
@@ -20,6 +21,7 @@ from forebay.ipc.wire import (
     MESSAGE_BYTES_MAX,
     NO_TIMES,
     PARCEL,
+    REPLY,
     TOKEN,
     Kind,
     Run,
@@ -281,6 +283,21 @@ def test_parcels_of_one_turn_are_one_granted_batch_and_those_behind_wait_for_it(
         assert received_tokens(worker) == [3, 4]
         assert s.take_sent() == []
         assert first.answers == second.answers == ["ok."]
+
+    play(scenario)
+
+
+def test_answers_of_one_execution_come_in_one_message() -> None:
+    """I-3."""
+
+    async def scenario(s: Surroundings) -> None:
+        owners = [s.submit(token) for token in (1, 2, 3)]
+        await turn()
+        heads = [msgspec.msgpack.encode(ReplyHead(code=4 if text else 0, text=text)) for text in ("", "no", "")]
+        packed = [REPLY.pack(token, FLAG_FINAL, len(head)) + head for token, head in zip((1, 2, 3), heads, strict=True)]
+        await s.tell(HEADER.pack(Kind.PARCEL_REPLIES, 0, 3, INSTANCE, 0) + NO_TIMES + b"".join(packed))
+        assert [owner.answers for owner in owners] == [["ok."], ["no."], ["ok."]]
+        assert s.engine.in_flight_count == 0
 
     play(scenario)
 

@@ -37,6 +37,7 @@ def test_requests_of_a_batch_are_joined_and_split_again() -> None:
         outputs = {r.token: r.outputs["OUT"].tolist() for r in worker.responses(*tokens)}
         assert [outputs[token] for token in tokens] == [[[1, 2]], [[3, 4], [5, 6]], [[7, 8]]]
         worker.wait_done()
+        assert worker.reply_kinds == [Kind.PARCEL_REPLIES], "the cost is per batch, not per request (I-3)"
         assert worker.counter(InstanceCounter.EXECUTIONS) == 1
         assert worker.counter(InstanceCounter.INFERENCES) == 4
         assert worker.counter(InstanceCounter.SUCCESS) == 3
