@@ -326,7 +326,7 @@ class _Visitor:
         #: Its producer number; 0: not introduced yet.
         self.number = 0
         #: Descriptor, which is the switchboard's, and bytes.
-        self.arena = (-1, 0)
+        self.arena: tuple[int, int] = (-1, 0)
         #: What it has opened and is to be told of when it changes, and what it got.
         self.watched: dict[_Wanted, ModelEntry] = {}
         self._sock = sock
