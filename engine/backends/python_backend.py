@@ -80,6 +80,12 @@ def _module_of(spec: InstanceSpec) -> tuple[str, tuple[str, ...]]:
     return f"{os.path.basename(spec.version_path)}.{file_name.removesuffix('.py')}", own_directories
 
 
+def _own_folders(spec: InstanceSpec) -> list[str]:
+    """Return where the model's own code is."""
+    backend_file: str = spec.extra.get("backend_file", "")
+    return [spec.model_path, os.path.dirname(backend_file)] if backend_file else [spec.model_path]
+
+
 def model_failure(error: BaseException, spec: InstanceSpec) -> Internal:
     """Return a model's exception as what the index shows (spec P-005)."""
     return Internal(exception_text(error, spec.model_path))
@@ -111,12 +117,12 @@ class PythonInstance(RowsInstance):
     def __init__(self, spec: InstanceSpec, model: Any) -> None:
         self._spec = spec
         self._model = model
-        checks_outputs = parse_bool(spec.parameters, _CHECK_OUTPUTS, False)
+        answers_late = may_answer_late(model, *_own_folders(spec))
+        # Rows of a slab have room for what is configured and for nothing else, so that is checked in parcels too.
+        checks_outputs = parse_bool(spec.parameters, _CHECK_OUTPUTS, spec.rows_mode and not answers_late)
+        self.wants_parcels = answers_late or not checks_outputs
         self._outputs = ModelOutputs(spec, are_checked=checks_outputs)
         self._recipient = Recipient(spec, self._deliver)
-        # Rows of a slab have room for what is configured and for nothing else.
-        is_free = _CHECK_OUTPUTS in spec.parameters and not checks_outputs
-        self.wants_parcels = is_free or may_answer_late(model, spec.model_path)
         if hasattr(model, "is_ready"):
             self.ready_check = self._is_ready
         self._is_iterative = bool(spec.extra.get("sequence", {}).get("iterative_sequence", False))

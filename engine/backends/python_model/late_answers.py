@@ -12,23 +12,24 @@ from typing import Any
 _SENDER = b"get_response_sender"
 
 
-def may_answer_late(model: Any, model_path: str) -> bool:
-    """Tell whether a model awaits in ``execute``, or code of its own mentions the response sender.
+def may_answer_late(model: Any, *folders: str) -> bool:
+    """Tell whether a model awaits in ``execute``, or code in one of its folders mentions the response sender.
 
     A model may hide it. Then it is waited for at the end of each execution, which is right and less than it could be.
     """
     if inspect.iscoroutinefunction(getattr(model, "execute", None)):
         return True
-    return any(_mentions_sender(path) for path in _own_files(model_path))
+    roots = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+    return any(_mentions_sender(path) for path in _imported_files() if path.startswith(roots))
 
 
-def _own_files(model_path: str) -> Iterator[str]:
-    """Yield the files of the modules that were imported from the model's directory, but for installed packages."""
-    folder = os.path.join(os.path.realpath(model_path), "")
+def _imported_files() -> Iterator[str]:
+    """Yield the files of all modules, but for those of installed packages."""
     for module in list(sys.modules.values()):
-        path = getattr(module, "__file__", None)
-        if path and os.path.realpath(path).startswith(folder) and f"{os.sep}site-packages{os.sep}" not in path:
-            yield path
+        # Not by attribute: a lazy module would be imported by the question.
+        path: Any = getattr(module, "__dict__", {}).get("__file__")
+        if isinstance(path, str) and f"{os.sep}site-packages{os.sep}" not in path:
+            yield os.path.realpath(path)
 
 
 def _mentions_sender(path: str) -> bool:

@@ -194,3 +194,9 @@ def test_rows_of_a_producer_that_is_gone_are_left_alone(slab: Slab) -> None:
 def test_models_that_answer_late_or_unlike_their_configuration_want_parcels(model: str, config: dict[str, Any]) -> None:
     with WorkerHarness(spec_from_config(config, model=model, model_path=str(MODELS / model)), load=False) as worker:
         assert worker.load().wants_parcels
+
+
+def test_models_of_fixed_shapes_that_answer_in_time_want_rows() -> None:
+    spec = spec_from_config(CONFIG, model="rows", model_path=str(MODELS / "rows"), rows_mode=True)
+    with WorkerHarness(spec, load=False) as worker:
+        assert not worker.load().wants_parcels
