@@ -62,6 +62,7 @@ class LoadedModel:
     def device(self) -> Device | None:
         """Where requests' tensors may lie besides host memory; None: nowhere."""
         return None
+
     #: Asks the model itself whether it is ready, from any thread; None: it is, once it is loaded.
     ready_check: Callable[[], bool] | None = None
 
