@@ -50,5 +50,16 @@ class DeviceBatch(DeviceGuard):
         if error is None:
             with DeviceGuard():
                 self._stream.end_timing()
+        elif not isinstance(error, DeviceBroken):
+            self._let_end()
         self._device.traffic.publish()
         super().__exit__(kind, error, _traceback)
+
+    def _let_end(self) -> None:
+        """Wait for what a failed batch has begun: its copies must not reach memory that others have by then."""
+        try:
+            self._stream.synchronize()
+        except DeviceBroken as broken:
+            end_poisoned_process(broken)
+        except DeviceError as refused:
+            log.verbose(1, f"after a failed batch: {refused}")
