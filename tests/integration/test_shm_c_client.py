@@ -49,10 +49,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def compile_program(build: Path, name: str) -> Path:
+def compile_program(build: Path, name: str, *, includes_library: bool = False) -> Path:
     """Compile with the sanitizers that the compiler has."""
     command = [COMPILER, "-std=c11", "-g", "-Wall", "-Wextra", f"-I{SOURCES}", "-o", str(build / name)]
-    files = [str(PROGRAMS / f"{name}.c"), str(SOURCES / "forebay_client.c")]
+    files = [str(PROGRAMS / f"{name}.c")] + ([] if includes_library else [str(SOURCES / "forebay_client.c")])
     sanitized = [*command, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *files]
     if subprocess.run(sanitized, check=False, capture_output=True).returncode:
         subprocess.run([*command, *files], check=True)
@@ -179,3 +179,8 @@ def test_reconnecting_to_the_next_server(tmp_path: Path, build: Path) -> None:
     assert lines[0].startswith(gone.partition(":")[0])
     assert [line.partition(" ")[0] for line in lines[:5]] == ["101", "101", "3", "0", "0"]
     assert np.isfinite(float(lines[5]))
+
+
+def test_replies_are_checked(server: ForebayServer, build: Path) -> None:
+    """The server is trusted, and may still have a bug: nothing is read from outside a message or the arena."""
+    assert run(server, compile_program(build, "fuzz_replies", includes_library=True)) == ["1 1"]

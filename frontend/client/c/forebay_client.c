@@ -295,7 +295,9 @@ static item read_item(reader *r) {
     case 0xc2: case 0xc3: found = (item){INTEGER, first & 1}; break;
     case 0xc4: case 0xc5: case 0xc6: found = (item){TEXT, (int64_t)read_number(r, 1 << (first - 0xc4))}; break;
     case 0xca: case 0xcb: found.type = FRACTION; read_number(r, first == 0xca ? 4 : 8); break;
-    case 0xcc: case 0xcd: case 0xce: case 0xcf: found = (item){INTEGER, (int64_t)read_number(r, 1 << (first - 0xcc))}; break;
+    case 0xcc: case 0xcd: case 0xce: case 0xcf:
+        found = (item){INTEGER, (int64_t)read_number(r, 1 << (first - 0xcc))};
+        break;
     case 0xd0: found = (item){INTEGER, (int8_t)read_number(r, 1)}; break;
     case 0xd1: found = (item){INTEGER, (int16_t)read_number(r, 2)}; break;
     case 0xd2: found = (item){INTEGER, (int32_t)read_number(r, 4)}; break;
@@ -435,7 +437,8 @@ static int choose_door(const char *given, char *path, size_t path_bytes) {
         find_door(place, path, path_bytes, &newest);
     }
     if (!path[0])
-        return fail(FOREBAY_NO_SERVER, "no forebay server is running: there is no clients.sock of this user in %s", place);
+        return fail(FOREBAY_NO_SERVER, "no forebay server is running: there is no clients.sock of this user in %s",
+                    place);
     return 0;
 }
 
@@ -672,7 +675,8 @@ void forebay_close(forebay_client *client) {
 /* --- models --- */
 
 /* Read a tensor of a signature, into zeroed memory. */
-static int read_tensor(const unsigned char *p, const unsigned char *end, forebay_tensor *tensor, const unsigned char **next) {
+static int read_tensor(const unsigned char *p, const unsigned char *end, forebay_tensor *tensor,
+                       const unsigned char **next) {
     int rank, name_bytes;
     int64_t *dims;
     char *name;
@@ -750,8 +754,15 @@ static int ask_model(forebay_client *client, forebay_model *model) {
 }
 
 int forebay_open(forebay_client *client, const char *name, int64_t version, forebay_model **result) {
-    forebay_model *model = calloc(1, sizeof *model);
+    forebay_model *model;
     int code;
+    /* A worker listens to one ring of a client's: the model that was opened last would take it from the others. */
+    for (model = client->models; model; model = model->next)
+        if (model->wanted_version == version && !strcmp(model->name, name)) {
+            *result = model;
+            return 0;
+        }
+    model = calloc(1, sizeof *model);
     if (!model || strlen(name) >= NAME_BYTES_MAX) {
         free(model);
         return fail(model ? FOREBAY_NOT_FOUND : FOREBAY_NO_MEMORY, "no model has such a name");
@@ -971,7 +982,8 @@ static int prepare(forebay_model *model, int rows, int in_rows, forebay_request 
     if (!model->tensors)
         return fail(FOREBAY_GONE, "model '%s' is not open: the engine is gone", model->name);
     if (rows < 1 || rows > most)
-        return fail(FOREBAY_INVALID_ARGUMENT, "model '%s' takes 1 to %d rows at a time, not %d", model->name, most, rows);
+        return fail(FOREBAY_INVALID_ARGUMENT, "model '%s' takes 1 to %d rows at a time, not %d", model->name, most,
+                    rows);
     if (!(request = calloc(1, sizeof *request)))
         return fail(FOREBAY_NO_MEMORY, "out of memory");
     request->model = model;
@@ -1015,7 +1027,8 @@ static int64_t element_count(const forebay_request *request, int index, const in
     int batched = model->max_batch > 0, fits;
     int64_t count = 1;
     if (!tensor || request->state == IN_FLIGHT) {
-        fail(FOREBAY_INVALID_ARGUMENT, tensor ? "the request is in flight" : "model '%s' has no such input", model->name);
+        fail(FOREBAY_INVALID_ARGUMENT, tensor ? "a request of model '%s' is in flight" : "model '%s' has no such input",
+             model->name);
         return -1;
     }
     fits = rank == tensor->rank + batched && rank <= RANK_MAX && (!batched || shape[0] == (int64_t)request->rows);
@@ -1152,7 +1165,8 @@ int forebay_set_options(forebay_request *request, const forebay_options *options
     free(p->sequence_name);
     p->sequence_name = name;
     p->sequence_id = sequence ? 0 : options->sequence_id;
-    p->sequence_flags = (options->sequence_start ? FLAG_SEQUENCE_START : 0) | (options->sequence_end ? FLAG_SEQUENCE_END : 0);
+    p->sequence_flags = options->sequence_start ? FLAG_SEQUENCE_START : 0;
+    p->sequence_flags |= options->sequence_end ? FLAG_SEQUENCE_END : 0;
     p->deadline_ns = options->deadline_ns;
     return 0;
 }
@@ -1600,7 +1614,8 @@ static void follow(forebay_request *request, int code, const char *text, size_t 
     } else if (found->route == model->route) {
         finish(request, FOREBAY_UNAVAILABLE, text, text_bytes);
     } else if (!has_signature_of(found, model)) {
-        finish_text(request, FOREBAY_UNAVAILABLE, "the model was loaded anew with other inputs or outputs; open it again");
+        finish_text(request, FOREBAY_UNAVAILABLE,
+                    "the model was loaded anew with other inputs or outputs; open it again");
     } else {
         for (int i = 0; i < model->ring_count; i++)
             close(model->rings[i].fd);
@@ -1725,7 +1740,8 @@ static int is_whole(const forebay_value *value) {
 }
 
 /* Read outputs, in the arena or inline, behind those that were read before. */
-static int64_t *read_values(reader *r, forebay_client *client, response *into, int count, int64_t *dims, int is_inline) {
+static int64_t *read_values(reader *r, forebay_client *client, response *into, int count, int64_t *dims,
+                            int is_inline) {
     for (int left = count; left-- > 0 && !r->is_broken;) {
         forebay_value *value = &into->values[into->value_count++];
         unsigned char *name_end;
@@ -2002,8 +2018,8 @@ static int is_awaited(const forebay_request *request, int any) {
     return request->state == IN_FLIGHT && !(any && request->parcel && request->parcel->first);
 }
 
-/* Look for answers for a moment before going to sleep, as long as they have been that quick: to wake a process on an idle
- * core takes longer than many a model. */
+/* Look for answers for a moment before going to sleep, as long as they have been that quick: to wake a process on an
+ * idle core takes longer than many a model. */
 static void glance(forebay_request *request, int any) {
     forebay_client *client = request->model->client;
     uint64_t end_ns;
@@ -2129,11 +2145,12 @@ int forebay_infer(forebay_model *model, int rows, int64_t timeout_us) {
 
 const void *forebay_output(forebay_model *model, const char *name, size_t *byte_size) {
     int index = index_of(model->tensors + model->input_count, model->output_count, name);
-    const forebay_value *value =
-        index >= 0 && model->current && model->current->state == DONE ? forebay_value_named(model->current, name) : NULL;
+    const forebay_value *value = NULL;
+    if (index >= 0 && model->current && model->current->state == DONE)
+        value = forebay_value_named(model->current, name);
     if (!value) {
-        fail(FOREBAY_INVALID_ARGUMENT, index < 0 ? "model '%s' has no output '%s'" : "model '%s' has no answer with '%s'",
-             model->name, name);
+        fail(FOREBAY_INVALID_ARGUMENT,
+             index < 0 ? "model '%s' has no output '%s'" : "model '%s' has no answer with '%s'", model->name, name);
         return NULL;
     }
     if (byte_size)

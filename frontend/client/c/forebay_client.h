@@ -83,7 +83,7 @@ typedef struct {
 
 /* What a request carries besides its tensors; all zero: nothing. Only timeout_us and priority fit a request in rows. */
 typedef struct {
-    uint64_t timeout_us;  /* for the model's queue policy, as are priorities; how long the caller waits is another matter */
+    uint64_t timeout_us;  /* for the model's queue policy, as is priority; how long the caller waits is another thing */
     uint32_t priority;
     uint64_t deadline_ns; /* CLOCK_MONOTONIC time after which nobody waits */
     const char *id;
@@ -98,20 +98,22 @@ typedef struct {
 const char *forebay_error(void);
 
 /* Connect. path: the server's clients.sock; NULL: $FOREBAY_RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/forebay or
- * /tmp/forebay-<uid>, the newest server there. arena_bytes: shared memory for tensors at most; 0: as the server likes. */
+ * /tmp/forebay-<uid>, the newest server there. arena_bytes: shared memory for tensors at most; 0: as the server
+ * likes. */
 int forebay_connect(const char *path, uint64_t arena_bytes, forebay_client **client);
 
 /* Leave, and free the client and its models. Requests must have been released, or never be touched again. */
 void forebay_close(forebay_client *client);
 
-/* After FOREBAY_GONE: connect to the server that is there now, by the path that was given first. The models stay open, as
- * they are there; requests made before must have been released. What tensors and values pointed to is no longer valid. */
+/* After FOREBAY_GONE: connect to the server that is there now, by the path that was given first. The models stay open,
+ * as they are there; requests made before must have been released. What tensors and values pointed to is no longer
+ * valid. */
 int forebay_reconnect(forebay_client *client);
 
 /* Wait for answers without sleeping (spin != 0), or by sleeping, after a glance of at most 50 us. */
 void forebay_set_spin(forebay_client *client, int spin);
 
-/* Open a model; version 0: the newest. The model belongs to the client. */
+/* Open a model; version 0: the newest. The model belongs to the client; asked for again, it is the same one. */
 int forebay_open(forebay_client *client, const char *name, int64_t version, forebay_model **model);
 
 int forebay_input_count(const forebay_model *model);
