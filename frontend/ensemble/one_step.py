@@ -14,7 +14,6 @@ from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.rows_route import EnsembleRows
 from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.ensemble.steps import StepTimes
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import TensorSpec
@@ -127,10 +126,9 @@ class _CountedRows:
         return self.owner.rows
 
     def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
-        owner, ensemble = self.owner, self._one.ensemble
+        owner = self.owner
         owner.rows_done(slab, first)
-        times = StepTimes.since(self._began_ns, ensemble.route.engine.reply_times())
-        ensemble.outcomes.succeeded(owner.rows, self._began_ns, times)
+        self._one.ensemble.outcomes.ran(owner.rows, self._began_ns)
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
         owner = self.owner

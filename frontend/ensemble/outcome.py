@@ -32,6 +32,7 @@ class Outcomes:
         "_is_due",
         "_output_ns",
         "_queue_ns",
+        "_ran",
         "_route",
         "_rows",
         "_succeeded",
@@ -41,6 +42,8 @@ class Outcomes:
     def __init__(self, route: RouteClient) -> None:
         self._route = route
         self._is_due = False
+        #: Rows and begin of requests that the execution at hand has answered.
+        self._ran: list[tuple[int, int]] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -77,6 +80,31 @@ class Outcomes:
             self._is_due = True
             self._route.engine.call_soon(self._write)
 
+    def ran(self, rows: int, began_ns: int) -> None:
+        """Count a request that is being answered by the execution whose completion is being handled; as above."""
+        self._ran.append((rows, began_ns))
+        if not self._is_due:
+            self._is_due = True
+            self._route.engine.call_soon(self._write)
+
+    def _add_ran(self) -> None:
+        count, began_sum_ns = len(self._ran), sum(began_ns for _rows, began_ns in self._ran)
+        self._succeeded += count
+        self._succeeded_ns += count * time.monotonic_ns() - began_sum_ns
+        mean = StepTimes.since(began_sum_ns // count, self._route.engine.reply_times())
+        self._queue_ns += count * mean.queue_ns
+        self._input_ns += count * mean.input_ns
+        self._infer_ns += count * mean.infer_ns
+        self._output_ns += count * mean.output_ns
+        for rows, _began_ns in self._ran:
+            self._rows += rows
+            found = self._by_rows.setdefault(rows, [0, 0, 0, 0])
+            found[0] += 1
+            found[1] += mean.input_ns
+            found[2] += mean.infer_ns
+            found[3] += mean.output_ns
+        self._ran.clear()
+
     def failed(self, began_ns: int, error: ServingError, *, ran: bool) -> None:
         """Count a request that was not, once and by the reason of the step that failed (better than L-029)."""
         elapsed_ns = max(time.monotonic_ns() - began_ns, 0)
@@ -84,6 +112,8 @@ class Outcomes:
 
     def _write(self) -> None:
         self._is_due = False
+        if self._ran:
+            self._add_ran()
         route = self._route
         counters, steps = route.counters, route.step_counters
         count_answered(counters, self._succeeded, self._succeeded_ns)

@@ -12,14 +12,11 @@ from forebay.ipc.messages import ParameterValue
 class EnsembleRows:
     """What both kinds of ensembles in rows have in common: they count and are traced under their own name."""
 
-    __slots__ = ("_ensemble",)
+    __slots__ = ("_ensemble", "engine")
 
     def __init__(self, ensemble: EnsembleModel) -> None:
         self._ensemble = ensemble
-
-    @property
-    def engine(self) -> EngineClient:
-        return self._ensemble.route.engine
+        self.engine: EngineClient = ensemble.route.engine
 
     @property
     def reply_parameters(self) -> dict[str, ParameterValue]:
