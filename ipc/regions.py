@@ -25,9 +25,16 @@ RESERVED_PREFIX = "triton_python_backend_shm_region_"
 #: Bytes of a file name on Linux at most.
 _NAME_BYTES_MAX = 255
 
-_NAMESPACE_HINT = (
-    "a client in a container needs the server's IPC namespace: share it (docker run --ipc=host or --ipc=container:...)"
-)
+#: Usual causes, by errno.
+_NOT_OURS = "; the server has to be allowed to read and write it"
+_HINTS = {
+    errno.ENOENT: (
+        "; a client in a container needs the server's IPC namespace: share it (docker run --ipc=host or "
+        "--ipc=container:...)"
+    ),
+    errno.EACCES: _NOT_OURS,
+    errno.EPERM: _NOT_OURS,
+}
 
 
 def open_shared_memory(name: str, key: str) -> int:
@@ -42,7 +49,8 @@ def open_shared_memory(name: str, key: str) -> int:
 
     Raises:
         InvalidArgument: the key is reserved.
-        Internal: there is no such object, or it is none, with Triton's text (spec H-193); the log says why.
+        Internal: there is no such object, or it is none; the text begins as Triton's does (spec H-193) and goes on with
+            why and with the usual cause, which is what its users ask for most.
     """
     file_name = key.lstrip("/")
     if file_name.startswith(RESERVED_PREFIX):
@@ -56,38 +64,33 @@ def open_shared_memory(name: str, key: str) -> int:
     except UnicodeError:
         raise Internal(failure) from None
     if not raw or raw in (b".", b"..") or b"/" in raw or b"\0" in raw or len(raw) > _NAME_BYTES_MAX:
-        log.warning(f"{failure}: a key is one file name below {DIRECTORY}, with or without a slash before it")
-        raise Internal(failure)
+        raise Internal(f"{failure}: a key is the name of an object, with or without a slash before it")
     path = os.path.join(os.fsencode(DIRECTORY), raw)
     try:
         # What is no regular file must neither block us nor lead us elsewhere.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        number = errno.errorcode.get(error.errno or 0, str(error.errno))
-        hint = _hint(path, error.errno)
-        log.warning(f"{failure}: {DIRECTORY}/{file_name}: {error.strerror} ({number}){hint}")
-        raise Internal(failure) from None
+        reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, str(error.errno))})"
+        log.warning(f"{failure}: {DIRECTORY}/{file_name}: {reason}{_owner(path, error.errno)}")
+        raise Internal(f"{failure}: {reason}{_HINTS.get(error.errno or 0, '')}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        log.warning(f"{failure}: {DIRECTORY}/{file_name} is no shared memory object")
-        raise Internal(failure)
+        raise Internal(f"{failure}: it is no shared memory object")
     return fd
 
 
-def _hint(path: bytes, number: int | None) -> str:
-    """Return the usual cause of a failure to open an object, for the log."""
-    if number == errno.ENOENT:
-        return f"; {_NAMESPACE_HINT}"
-    if number in (errno.EACCES, errno.EPERM):
-        try:
-            status = os.lstat(path)
-        except OSError:
-            return ""
-        return (
-            f"; it belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, the server runs as user "
-            f"{os.geteuid()} and has to read and write it"
-        )
-    return ""
+def _owner(path: bytes, number: int | None) -> str:
+    """Return whose an object is that may not be opened: for the log, no client is told of users."""
+    if number not in (errno.EACCES, errno.EPERM):
+        return ""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return ""
+    return (
+        f"; it belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, the server runs as user "
+        f"{os.geteuid()} and has to read and write it"
+    )
 
 
 def check_place(name: str, region_bytes: int, offset: int, byte_size: int) -> None:

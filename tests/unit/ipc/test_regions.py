@@ -127,10 +127,17 @@ def test_descriptor_lives_as_long_as_requests(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"),
-    [(errno.ENOENT, "IPC namespace"), (errno.EACCES, "it belongs to user"), (errno.EISDIR, "")],
+    ("number", "told", "logged"),
+    [
+        (errno.ENOENT, "IPC namespace", "No such file"),
+        (errno.EACCES, "has to be allowed", "it belongs to user"),
+        (errno.EISDIR, "", ""),
+    ],
 )
-def test_the_log_names_the_usual_cause(key: str, monkeypatch: pytest.MonkeyPatch, number: int, expected: str) -> None:
+def test_why_an_object_cannot_be_opened(
+    key: str, monkeypatch: pytest.MonkeyPatch, number: int, told: str, logged: str
+) -> None:
+    """P4: errno and the usual cause; whose the object is stands in the log alone."""
     warnings: list[str] = []
     monkeypatch.setattr(regions.log, "warning", warnings.append)
 
@@ -139,9 +146,12 @@ def test_the_log_names_the_usual_cause(key: str, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
-        with pytest.raises(Internal, match="Unable to open shared memory region"):
+        with pytest.raises(Internal, match="Unable to open shared memory region") as raised:
             open_shared_memory("r", key)
+    assert errno.errorcode[number] in raised.value.text
+    assert told in raised.value.text
+    assert "user" not in raised.value.text
     [warning] = warnings
     assert errno.errorcode[number] in warning
     assert f"/dev/shm/{key.lstrip('/')}" in warning
-    assert expected in warning
+    assert logged in warning
