@@ -304,9 +304,13 @@ def print_batch(model: Model, batch: int, found: list[dict[str, Any]]) -> None:
 def copies_per_segment(server: Server) -> dict[str, float]:
     """Return, for each model, copies from host to device for each segment of a batch; each has one input."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as reply:
-        page = reply.read().decode()
+        return read_copies(reply.read().decode())
+
+
+def read_copies(page: str) -> dict[str, float]:
+    """Return the same from a metrics page."""
     found: dict[str, dict[str, int]] = {}
-    pattern = r'^forebay_(device_copies|batch_segments)_total\{model="([^"]+)"[^}]*\} (\d+)$'
+    pattern = r'^forebay_(device_copies|batch_segments)_total\{[^}]*model="([^"]+)"[^}]*\} (\d+)$'
     for name, model, value in re.findall(pattern, page, re.M):
         found.setdefault(model, {})[name] = int(value)
     return {

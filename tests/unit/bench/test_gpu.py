@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from bench.gpu import Model, open_gpu, region_request, with_overheads
+from bench.gpu import Model, open_gpu, read_copies, region_request, with_overheads
 from bench.gpu_models import CLASSES, RESNET50, SMALL, write_image_model
 
 
@@ -50,6 +50,15 @@ def test_tensors_of_a_region_request_lie_behind_one_another(tmp_path: Path) -> N
     request = region_request(8000, model, 4, 32, 48)
     assert b'"shape": [4, 2]' in request
     assert b'"shared_memory_offset": 32, "shared_memory_byte_size": 48' in request
+
+
+def test_copies_are_counted_for_each_segment() -> None:
+    page = (
+        'forebay_batch_segments_total{gpu_uuid="GPU-0",model="a",version="1"} 10\n'
+        'forebay_batch_segments_total{model="cpu",version="1"} 3\n'
+        'forebay_device_copies_total{gpu_uuid="GPU-0",model="a",version="1"} 9\n'
+    )
+    assert read_copies(page) == {"a": 0.9}
 
 
 def test_without_a_gpu_it_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
