@@ -775,6 +775,10 @@ int forebay_open(forebay_client *client, const char *name, int64_t version, fore
         free(model);
         return code;
     }
+    /* The same route, opened by another version: its workers listen to the new rings only. */
+    for (forebay_model *other = client->models; other; other = other->next)
+        for (int i = 0; other->route == model->route && i < other->ring_count; i++)
+            other->rings[i].ticket = 0;
     model->next = client->models;
     client->models = model;
     *result = model;
