@@ -11,8 +11,6 @@ import msgspec
 
 from forebay.engine.backends.base import BACKEND_MODULES, unknown_backend
 from forebay.engine.repository.beneath import Beneath, Refused, check_name
-from forebay.engine.repository.found_model import FoundModel
-from forebay.engine.repository.model_files import resolve_model_file
 from forebay.ipc.errors import NotFound
 
 #: The file that makes a directory a Python based backend.
@@ -30,22 +28,17 @@ class ModelRuntime(msgspec.Struct, frozen=True):
     """Path of a Python based backend's ``model.py``; empty for all others."""
 
 
-def find_runtime(backend: str, found: FoundModel, version: int, backend_directory: str) -> ModelRuntime:
-    """Return what runs a version of a model whose configuration names ``backend``.
+def find_runtime(backend: str, backend_directory: str) -> ModelRuntime:
+    """Return what runs a model whose configuration names ``backend``.
 
-    What is not ours is looked for as Triton does (spec R-044), in the version's directory, the model's, and
-    ``<backend_directory>/<backend>``. Libraries are not: C backends cannot be loaded (spec B-086).
+    What is not ours is looked for as Triton does (spec R-044), in ``<backend_directory>/<backend>``: a ``model.py``
+    among a model's own files is no backend. Libraries are not looked for: C backends cannot be loaded (spec B-086).
 
     Raises:
         InvalidArgument: there is no such backend; the text is Triton's.
-        Refused: a link leads out of the repository.
     """
     if backend in BACKEND_MODULES:
         return ModelRuntime(backend)
-    root = found.temporary_directory or found.repository
-    for name in (f"{version}/{BACKEND_FILE}", BACKEND_FILE):
-        if (path := resolve_model_file(found.path, root, name)) is not None:
-            return ModelRuntime(_PYTHON, path)
     if (path := _installed(backend, backend_directory)) is not None:
         return ModelRuntime(_PYTHON, path)
     raise unknown_backend(backend)

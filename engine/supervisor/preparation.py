@@ -147,7 +147,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         raise NotFound(f"failed to find version {version} of model '{found.name}'")
     runtime = ModelRuntime("")
     if not is_ensemble:
-        runtime = await asyncio.to_thread(find_runtime, backend, found, version, plant.settings.backend.directory)
+        runtime = await asyncio.to_thread(find_runtime, backend, plant.settings.backend.directory)
     await asyncio.to_thread(_check_model_file, found, version, config)
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
         config = await _auto_complete(plant, found, version, config, runtime)
@@ -266,9 +266,7 @@ async def contradictions(plant: Plant, found: FoundModel, version: int) -> list[
     """
     config = found.usable_config
     try:
-        runtime = await asyncio.to_thread(
-            find_runtime, config.backend, found, version, plant.settings.backend.directory
-        )
+        runtime = await asyncio.to_thread(find_runtime, config.backend, plant.settings.backend.directory)
         if runtime.backend not in _DESCRIBING - _SELF_COMPLETING:
             return []
         described = await _describe(plant, found, version, config, runtime)

@@ -1,4 +1,4 @@
-"""Backends that are a ``model.py`` in the backend directory, or beside a model (spec P-134, R-040)."""
+"""Backends that are a ``model.py`` in the backend directory (spec P-134, R-040)."""
 
 from __future__ import annotations
 
@@ -73,8 +73,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForebayServer]:
     write_model(models, "thrice", 3)
     # Without a configuration the model's name says the backend (spec R-040).
     write_model(models, "by_name.scaling_backend", 4, config="")
-    write_backend(write_model(models, "own", 5, CONFIG.replace("scaling_backend", "private")))
-    write_model(models, "lost", 6, CONFIG.replace("scaling_backend", "nonexist"))
+    write_model(models, "lost", 5, CONFIG.replace("scaling_backend", "nonexist"))
+    lost_too = write_model(models, "lost_too", 6, CONFIG.replace("scaling_backend", "nonexist"))
+    for directory in (lost_too, lost_too / "1"):
+        write_backend(directory)
     flags = (f"--backend-directory={folder / 'backends'}", "--exit-on-error=false", "--strict-readiness=false")
     with ForebayServer(models, *flags, protocols=("http",)) as running:
         yield running
@@ -87,7 +89,7 @@ def infer(server: ForebayServer, model: str) -> Any:
     return json.loads(body)["outputs"][0]["data"]
 
 
-@pytest.mark.parametrize(("model", "factor"), [("twice", 2), ("thrice", 3), ("by_name.scaling_backend", 4), ("own", 5)])
+@pytest.mark.parametrize(("model", "factor"), [("twice", 2), ("thrice", 3), ("by_name.scaling_backend", 4)])
 def test_models_share_the_code_of_their_backend(server: ForebayServer, model: str, factor: int) -> None:
     assert infer(server, model) == [1.5 * factor, -2 * factor]
 
@@ -102,10 +104,11 @@ def test_metadata_and_configuration_name_the_backend(server: ForebayServer) -> N
     assert [tensor["name"] for tensor in config["input"]] == ["X"]
 
 
-def test_unknown_backend_has_triton_s_text(server: ForebayServer) -> None:
-    """Spec R-044."""
+@pytest.mark.parametrize("model", ["lost", "lost_too"])
+def test_unknown_backend_has_triton_s_text(server: ForebayServer, model: str) -> None:
+    """Spec R-044: a ``model.py`` among a model's own files is no backend."""
     _status, body = server.post("/v2/repository/index")
-    (row,) = [row for row in json.loads(body) if row["name"] == "lost"]
+    (row,) = [row for row in json.loads(body) if row["name"] == model]
     assert row["reason"] == (
         "Invalid argument: unable to find backend library for backend 'nonexist', try specifying runtime on the model "
         "configuration."
