@@ -60,7 +60,8 @@ def read_model(spec: InstanceSpec) -> tuple[Any, Any]:
         raise Unavailable(f"unable to find '{spec.version}/{name}' for model '{spec.model}'")
     import openvino
 
-    core = openvino.Core()
+    # Its annotations name what it does not import.
+    core: Any = openvino.Core()
     extension = spec.parameters.get("CPU_EXTENSION_PATH")
     try:
         if extension:
