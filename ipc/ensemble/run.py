@@ -64,7 +64,7 @@ class EnsembleRequest(NamedTuple):
 class _Iteration:
     """Tensors of one pass through the graph, or through a part of it. Holds their blocks."""
 
-    __slots__ = ("calls", "children", "is_answered", "parent", "sequence", "started", "tensors")
+    __slots__ = ("calls", "children", "is_answered", "parent", "sequence", "started", "tensors", "waiting")
 
     def __init__(self, parent: _Iteration | None, sequence: tuple[int | str, bool, bool]) -> None:
         self.parent = parent
@@ -75,6 +75,8 @@ class _Iteration:
         self.is_answered = False
         #: Steps of this iteration that run.
         self.calls = 0
+        #: Responses of its steps that wait for their turn.
+        self.waiting = 0
         #: Correlation id, start, end: of the request, or as a step's response parameters changed them (spec S-111).
         self.sequence = sequence
 
@@ -138,7 +140,10 @@ class EnsembleRun(Generic[Model]):
         self._models: dict[int, Model] = {}
         #: Responses of decoupled steps that wait for others to be worked on: parent, ensemble tensors, parameters.
         self._waiting: deque[tuple[_Iteration, dict[str, Tensor | None], Mapping[str, ParameterValue]]] = deque()
-        self._in_flight_responses: set[_Iteration] = set()
+        #: Those that are being worked on, in the order in which they were opened: parents before their children.
+        self._in_flight_responses: dict[_Iteration, None] = {}
+        #: Nested calls of :meth:`_advance`: a step may reply while it is being started.
+        self._advancing = 0
         self._root = _Iteration(None, request.sequence)
         given: dict[str, Tensor | None] = {spec.name: None for spec in entry.inputs}
         given.update(inputs)
@@ -175,17 +180,22 @@ class EnsembleRun(Generic[Model]):
         """Tensors have arrived: start what waited for them, answer what is complete."""
         readers = self._plan.readers
         candidates = {step.number: step for name in names for step in readers.get(name, ())}
+        self._advancing += 1
         for below in iteration.subtree():
             for needed in candidates.values():
                 if self.is_done:
                     return
                 if needed.number not in below.started and self._is_ready(below, needed.step.inputs.values()):
                     self._start_step(below, needed)
-        for below in iteration.subtree():
-            if self.is_done:
-                return
-            if not below.is_answered and self._is_ready(below, self._plan.outputs):
-                self._answer(below)
+        complete = [
+            below
+            for below in iteration.subtree()
+            if not below.is_answered and self._is_ready(below, self._plan.outputs)
+        ]
+        while complete and not self.is_done:
+            below = complete.pop(0)
+            self._answer(below, is_last=not complete and self._advancing == 1)
+        self._advancing -= 1
 
     def _is_ready(self, iteration: _Iteration, names: Iterable[str]) -> bool:
         """Whether all tensors are known, and at least one belongs to this iteration and not to one above."""
@@ -278,6 +288,7 @@ class EnsembleRun(Generic[Model]):
                 return
             else:
                 hold_all(tensors.values())
+                iteration.waiting += 1
                 self._waiting.append((iteration, tensors, reply.parameters))
         self._settle()
 
@@ -291,7 +302,7 @@ class EnsembleRun(Generic[Model]):
         """Run the rest of the graph for one response of a decoupled step."""
         child = _Iteration(parent, parent.sequence)
         parent.children.append(child)
-        self._in_flight_responses.add(child)
+        self._in_flight_responses[child] = None
         self._take(child, tensors, parameters)
 
     def _take(
@@ -307,7 +318,8 @@ class EnsembleRun(Generic[Model]):
         iteration.add(tensors)
         self._advance(iteration, tuple(tensors))
 
-    def _answer(self, iteration: _Iteration) -> None:
+    def _answer(self, iteration: _Iteration, *, is_last: bool) -> None:
+        """Answer with what is complete; ``is_last``: of all that the tensor at hand has made complete."""
         outputs: dict[str, Tensor] = {}
         entry = self._entry
         for name in self._plan.outputs:
@@ -321,7 +333,7 @@ class EnsembleRun(Generic[Model]):
             shape = fit_shape(tensor.shape, spec.dims, is_batching=entry.max_batch_size > 0)
             outputs[name] = tensor._replace(shape=shape)
         iteration.is_answered = True
-        final = not self._entry.decoupled or not (self._calls or self._waiting)
+        final = not self._entry.decoupled or (is_last and not (self._calls or self._waiting))
         reply = StepReply(
             outputs, sequence_parameters(iteration.sequence), final=final, times=self._times if final else StepTimes()
         )
@@ -332,15 +344,15 @@ class EnsembleRun(Generic[Model]):
 
     def _settle(self) -> None:
         """Something has ended: let waiting responses go on, and see whether this was all."""
+        if self._advancing:
+            return  # Who starts steps may have others to start, and settles then.
         while not self.is_done:
-            for child in [child for child in self._in_flight_responses if self._is_over(child)]:
-                self._in_flight_responses.discard(child)
-                if child.parent is not None:
-                    child.parent.children.remove(child)
-                child.release()
-            if not self._waiting or self._must_wait():
+            self._release_what_is_over()
+            # What is in flight may itself wait for one of those that wait.
+            if not self._waiting or (self._calls and self._must_wait()):
                 break
             parent, tensors, parameters = self._waiting.popleft()
+            parent.waiting -= 1
             self._open(parent, tensors, parameters)
             release_all(tensors.values())
         if self.is_done or self._calls or self._waiting:
@@ -355,9 +367,17 @@ class EnsembleRun(Generic[Model]):
             )
         )
 
+    def _release_what_is_over(self) -> None:
+        # Children first: they leave their parents' lists before those are emptied.
+        for child in [child for child in reversed(self._in_flight_responses) if self._is_over(child)]:
+            del self._in_flight_responses[child]
+            assert child.parent is not None
+            child.parent.children.remove(child)
+            child.release()
+
     def _is_over(self, child: _Iteration) -> bool:
         """Whether nothing of one response of a decoupled step is left to do."""
-        if any(iteration.calls for iteration in child.subtree()):
+        if any(iteration.calls or iteration.waiting for iteration in child.subtree()):
             return False
         if child.is_answered or not self._mixes_outputs():
             return True

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from fake_engine import FakeEngine, FakeRoute, spec
+from fake_engine import FakeEngine, FakeRoute, spec, words
 
 from forebay.frontend.ensemble.inference import EnsembleInference
 from forebay.frontend.inference import InputTensor, RequestMeta, Response
+from forebay.frontend.response_cache import ResponseCache
 from forebay.ipc.catalog import EnsembleStep
-from forebay.ipc.counters import InstanceCounter, ProducerCounter
+from forebay.ipc.counters import CACHE_WORDS, InstanceCounter, ProducerCounter
 from forebay.ipc.errors import ArenaFull, Code, Unavailable
 from forebay.ipc.messages import InlineTensor, ReplyHead
 
@@ -367,3 +368,99 @@ def test_cancelling_a_decoupled_ensemble_frees_what_waits(engine: FakeEngine) ->
         many.respond(value)
     many.asked.inference.cancel()
     assert len(engine.cancelled) == 2
+
+
+def test_steps_that_are_answered_from_the_cache_leave_time_for_the_others(engine: FakeEngine) -> None:
+    """S-114: the answer of one comes before the next has begun, which is no deadlock."""
+    engine.response_cache = ResponseCache(engine.client, 1 << 16, words(CACHE_WORDS))
+    for name in ("left", "right"):
+        engine.add(name, (spec("X"),), (spec("Y"),), plus_one, response_cache=True)
+    route = ensemble(
+        engine, ("x",), ("l", "r"), step("left", {"X": "x"}, {"Y": "l"}), step("right", {"X": "x"}, {"Y": "r"})
+    )
+    first = Asked(route, {"x": row(1)})
+    engine.run_all()
+    again = Asked(route, {"x": row(1)})
+    assert engine.waiting == []
+    assert first.outputs == again.outputs == [{"l": [2.0], "r": [2.0]}]
+    engine.routes.clear()
+    engine.response_cache.forget_retired()
+
+
+class DecoupledBeside:
+    """A decoupled model and plus_one, side by side: each response of the one is answered with the other's output."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        engine.add("many", (spec("X"),), (spec("Y"),), decoupled=True)
+        add_plus_one(engine)
+        route = ensemble(
+            engine,
+            ("x",),
+            ("y", "z"),
+            step("many", {"X": "x"}, {"Y": "y"}),
+            step("plus_one", {"X": "x"}, {"Y": "z"}),
+            decoupled=True,
+        )
+        self.asked = Asked(route, {"x": row(0)})
+
+
+def test_every_response_is_answered_when_the_output_that_they_share_comes_last(engine: FakeEngine) -> None:
+    """S-109."""
+    beside = DecoupledBeside(engine)
+    for value in range(3):
+        reply = ReplyHead(inline=(InlineTensor("Y", "FP32", (1,), row(value).tobytes()),))
+        engine.reply(0, reply, final=value == 2)
+    engine.run_all()
+    assert [outputs for outputs in beside.asked.outputs if outputs] == [{"y": [v], "z": [1.0]} for v in (0.0, 1.0, 2.0)]
+    assert [response.final for response in beside.asked.responses].count(True) == 1
+    assert beside.asked.responses[-1].final
+
+
+class DecoupledTwice:
+    """A decoupled model behind a decoupled model."""
+
+    def __init__(self, engine: FakeEngine, **options: Any) -> None:
+        self.engine = engine
+        for name in ("outer", "inner"):
+            engine.add(name, (spec("X"),), (spec("Y"),), decoupled=True)
+        add_plus_one(engine)
+        route = ensemble(
+            engine,
+            ("x",),
+            ("z",),
+            step("outer", {"X": "x"}, {"Y": "y"}),
+            step("inner", {"X": "y"}, {"Y": "w"}),
+            step("plus_one", {"X": "w"}, {"Y": "z"}),
+            decoupled=True,
+            **options,
+        )
+        self.asked = Asked(route, {"x": row(0)})
+
+    def respond(self, model: str, value: float, *, final: bool = False) -> None:
+        reply = ReplyHead(inline=(InlineTensor("Y", "FP32", (1,), row(value).tobytes()),))
+        self.engine.reply(self.engine.waiting.index(model), reply, final=final)
+
+
+def test_responses_of_responses_end_together(engine: FakeEngine) -> None:
+    """S-109."""
+    runs = [DecoupledTwice(engine) for _ in range(8)]
+    for twice in runs:
+        twice.respond("outer", 1)
+        twice.respond("inner", 2, final=True)
+        engine.step("plus_one")
+        twice.respond("outer", 3, final=True)
+        twice.respond("inner", 4, final=True)
+        engine.step("plus_one")
+        assert twice.asked.outputs == [{"z": [3.0]}, {"z": [5.0]}]
+        assert twice.asked.responses[-1].final
+
+
+def test_responses_of_responses_wait_for_each_other_and_all_are_answered(engine: FakeEngine) -> None:
+    """S-110: what waits keeps what it is made of, and goes on when nothing else does."""
+    twice = DecoupledTwice(engine, max_inflight_requests=1)
+    twice.respond("outer", 1, final=True)
+    for value in range(3):
+        twice.respond("inner", value, final=value == 2)
+    engine.run_all()
+    assert [outputs["z"] for outputs in twice.asked.outputs if outputs] == [[1.0], [2.0], [3.0]]
+    assert twice.asked.responses[-1].final
