@@ -10,8 +10,8 @@ import msgspec
 from forebay.engine.repository.config_problem import Problem, likely_meant
 from forebay.engine.repository.model_config_schema import FieldPath, enum_name
 
-#: Backends whose own sentence about missing inputs and outputs is the one that people know (spec B-082).
-_JUDGE_THEMSELVES = frozenset({"identity"})
+#: Backends that have a sentence of their own about missing inputs and outputs (spec B-082), or do without.
+_JUDGE_THEMSELVES = frozenset({"identity", "python"})
 
 
 def tensor_problems(message: Any) -> Iterator[Problem]:

@@ -117,6 +117,8 @@ class PreparedVersion:
         spec = self.spec
         return (
             self.runtime.backend in _WANTS_PARCELS
+            # There are no rows of nothing.
+            or not (self.inputs and self.outputs)
             or spec.decoupled
             or spec.is_ensemble
             or isinstance(spec.scheduling, SequenceBatchingSpec)

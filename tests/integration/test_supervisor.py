@@ -479,6 +479,24 @@ def test_load_with_config_override(explicit: ForebayServer) -> None:
     assert json.loads(explicit.get("/v2/models/alpha_model/config")[1])["max_batch_size"] == 64
 
 
+def test_python_model_serves_whatever_tensors_an_override_leaves_it(explicit: ForebayServer, repository: Path) -> None:
+    """Spec H-215; outputs that nobody asked for are dropped."""
+    (repository / "counting" / "1").mkdir(parents=True)
+    (repository / "counting" / "1" / "model.py").write_text(
+        "import numpy, triton_python_backend_utils as pb_utils\n"
+        "class TritonPythonModel:\n"
+        "    def execute(self, requests):\n"
+        '        counted = pb_utils.Tensor("Y", numpy.arange(3, dtype=numpy.int32))\n'
+        "        return [pb_utils.InferenceResponse([counted]) for request in requests]\n"
+    )
+    output = {"name": "Y", "data_type": "TYPE_INT32", "dims": [3]}
+    for config, data in (({}, []), ({"output": [output]}, [[0, 1, 2]])):
+        body = json.dumps({"parameters": {"config": json.dumps(config)}}).encode()
+        assert explicit.post("/v2/repository/models/counting/load", body) == (200, b"")
+        _status, reply = explicit.post("/v2/models/counting/infer", b'{"inputs":[]}')
+        assert [tensor["data"] for tensor in json.loads(reply)["outputs"]] == data
+
+
 def test_load_with_files_uses_nothing_of_the_repository(explicit: ForebayServer, repository: Path) -> None:
     """Spec H-216: the files live as long as the model does."""
     model = base64.b64encode((repository / "alpha_model" / "1" / "model.onnx").read_bytes()).decode()

@@ -518,6 +518,11 @@ def test_the_identity_backend_judges_missing_tensors_itself(normalised: Normalis
     assert load_problems(normalised('backend: "identity"')) == []
 
 
+def test_python_models_need_no_tensors(normalised: Normalised) -> None:
+    """Triton loads them with the override ``{}`` (spec H-215)."""
+    assert load_problems(normalised('backend: "python"')) == []
+
+
 def test_an_unknown_gpu_lists_those_there_are(normalised: Normalised) -> None:
     """Spec C-094."""
     gpus = (Gpu(0, 9.0), Gpu(1, 8.0))
