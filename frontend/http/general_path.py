@@ -162,15 +162,8 @@ class GeneralCall(Call):
             self.use_regions(request)
             batch_size = validate_infer(entry, request, plain).batch_size
             is_bare = request.is_bare(entry) and not head.forwarded
-            known = KnownRequest(entry, request, batch_size, take_places(request, self._regions), is_bare)
-            inference = start_inference(
-                frontend.engine,
-                entry.route,
-                known.inputs,
-                batch_size,
-                is_bare=is_bare,
-                targets=targets_of(request, self._regions),
-            )
+            known = KnownRequest(entry, request, batch_size, take_places(request), is_bare)
+            inference = self.place(known)
             copied = 0
             for tensor, place in zip(request.inputs, inference.places, strict=True):
                 copied += fill(place, tensor, plain, self._regions)
@@ -190,14 +183,7 @@ class GeneralCall(Call):
         inference: PlacedInference | None = None
         try:
             regions = self.use_regions(request)
-            inference = start_inference(
-                self._frontend.engine,
-                entry.route,
-                known.inputs if regions is None else take_places(request, regions),
-                known.batch_size,
-                is_bare=known.is_bare,
-                targets=targets_of(request, regions),
-            )
+            inference = self.place(known)
             for tensor, place in zip(request.inputs, inference.places, strict=True):
                 inference.route.copied_in_bytes += fill(place, tensor, body, regions)
         except ServingError as error:
@@ -219,6 +205,22 @@ class GeneralCall(Call):
         if places:
             self._regions = RegionUse(self._frontend.regions, places)
         return self._regions
+
+    def place(self, known: KnownRequest) -> PlacedInference:
+        """Take room for the inputs of a request whose regions are in use already.
+
+        Raises:
+            ServingError: as :func:`start_inference` does.
+        """
+        regions = self._regions
+        return start_inference(
+            self._frontend.engine,
+            known.entry.route,
+            known.inputs if regions is None else take_places(known.request, regions),
+            known.batch_size,
+            is_bare=known.is_bare,
+            targets=targets_of(known.request, regions),
+        )
 
     def _release_regions(self) -> None:
         if self._regions is not None:
@@ -376,19 +378,13 @@ class DirectUpload:
 
     def _open(self, entry: ModelEntry, data: memoryview) -> None:
         head = self._head
-        regions = None
-        known = find_plan(head, data)
-        if not isinstance(known, KnownRequest):
+        found = find_plan(head, data)
+        if isinstance(found, KnownRequest):
+            known, regions = found, self._call.use_regions(found.request)
+        else:
             known, regions = self._read(entry, data)
         request = known.request
-        inference = start_inference(
-            self._frontend.engine,
-            entry.route,
-            known.inputs,
-            known.batch_size,
-            is_bare=known.is_bare,
-            targets=targets_of(request, regions),
-        )
+        inference = self._call.place(known)
         self._request = request
         self._inference = inference
         copied = 0
@@ -424,7 +420,7 @@ class DirectUpload:
         regions = self._call.use_regions(request)
         validated = validate_request(entry, request.id, facts, [output.name for output in request.outputs])
         is_bare = request.is_bare(entry) and not head.forwarded
-        return KnownRequest(entry, request, validated.batch_size, take_places(request, regions), is_bare), regions
+        return KnownRequest(entry, request, validated.batch_size, take_places(request), is_bare), regions
 
     def next_place(self) -> memoryview:
         """Return where the next bytes go; never empty while the upload lasts."""
