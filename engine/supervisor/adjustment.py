@@ -63,7 +63,7 @@ class Adjustment:
             ServingError: an instance could not be loaded; the caller abandons.
         """
         self._served.assign_cores(self._added)
-        tasks = [asyncio.create_task(instance.start()) for instance in self._added]
+        tasks = [asyncio.create_task(instance.start(quietly=True)) for instance in self._added]
         try:
             await asyncio.gather(*tasks)
         except BaseException:

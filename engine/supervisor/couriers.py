@@ -1,12 +1,13 @@
 """Couriers: one worker on each GPU that clients have registered memory of; see ``engine/backends/courier_backend.py``.
 
-Started when the first region of a GPU is registered, and replaced like any worker. A courier's route is known to
-frontends by the regions that name it, and stands in no catalog.
+Started when the first region of a GPU is registered, or the first pool made on it, and replaced like any worker. A
+courier's route is known to frontends by the regions that name it, and stands in no catalog.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from forebay.engine.settings import Settings
@@ -16,7 +17,7 @@ from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import SCHEDULER_WORDS
-from forebay.ipc.errors import InvalidArgument, ServingError
+from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
 from forebay.ipc.messages import BatchingPolicy, DeviceMemory, InstanceSpec, RouteUp
 from forebay.ipc.tensor import TensorSpec
 
@@ -28,7 +29,7 @@ _OUTPUTS = (TensorSpec(name="Y", datatype="UINT8", dims=(-1,)),)
 
 
 def _nothing(_text: str = "") -> None:
-    """Nobody watches a courier start."""
+    """Nobody watches a courier."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Couriers:
         self._plant = plant
         self._lock = asyncio.Lock()
         self._by_device: dict[int, _Courier] = {}
+        #: Called when a courier has died or is back.
+        self.on_changed: Callable[[], None] = _nothing
 
     async def open(self, memory: DeviceMemory) -> tuple[ModelEntry, str]:
         """Have the courier of a memory's device open it.
@@ -54,21 +57,45 @@ class Couriers:
         Raises:
             ServingError: there is no courier.
         """
-        async with self._lock:
-            courier = self._by_device.get(memory.device_id)
-            if courier is None:
-                courier = self._by_device[memory.device_id] = await self._start(memory.device_id)
+        courier = await self._courier(memory.device_id)
         worker = courier.instance.worker
         if worker is None:
             raise InvalidArgument(f"the courier of GPU {memory.device_id} is being started again, try again")
         return courier.entry, await worker.check_memory(memory)
+
+    async def make(self, device_id: int, owner: int, number: int, byte_size: int) -> DeviceMemory:
+        """Have the courier of a device allocate memory on it, until :meth:`close` or the courier's end.
+
+        Raises:
+            ServingError: there is no courier, or no room.
+        """
+        worker = (await self._courier(device_id)).instance.worker
+        if worker is None:
+            raise Unavailable(f"the courier of GPU {device_id} is being started again")
+        return DeviceMemory(owner, number, device_id, byte_size, await worker.make_memory(owner, number, byte_size))
+
+    def worker_of(self, device_id: int) -> int:
+        """Return the number of a courier's process, never used again; 0: there is none now."""
+        courier = self._by_device.get(device_id)
+        worker = None if courier is None else courier.instance.worker
+        return 0 if worker is None else worker.number
+
+    async def _courier(self, device_id: int) -> _Courier:
+        async with self._lock:
+            courier = self._by_device.get(device_id)
+            if courier is None:
+                courier = self._by_device[device_id] = await self._start(device_id)
+        return courier
+
+    def _changed(self) -> None:
+        self.on_changed()
 
     async def _start(self, device_id: int) -> _Courier:
         plant = self._plant
         route = next(plant.next_route)
         name = f"courier of GPU {device_id}"
         spec = _spec(plant.settings, route, name, device_id)
-        events = InstanceEvents(changed=_nothing, phase=_nothing)
+        events = InstanceEvents(changed=self._changed, phase=_nothing)
         processes = WorkerProcesses(plant, _BACKEND)
         timeout_s = plant.settings.process.worker_timeout_secs
         instance = Instance(plant, spec, 0, events, processes, timeout_s=timeout_s)
@@ -97,12 +124,12 @@ class Couriers:
         return _Courier(instance, entry)
 
     async def close(self, memory: DeviceMemory) -> None:
-        """Have everybody who may have opened a memory close it."""
+        """Have everybody who may have opened a memory close it, then its courier, who may have made it."""
         workers = [worker for worker in self._plant.workers if worker.device_id == memory.device_id]
+        await asyncio.gather(*(worker.close_memory(memory.owner, memory.number) for worker in workers))
         courier = self._by_device.get(memory.device_id)
         if courier is not None and courier.instance.worker is not None:
-            workers.append(courier.instance.worker)
-        await asyncio.gather(*(worker.close_memory(memory.owner, memory.number) for worker in workers))
+            await courier.instance.worker.close_memory(memory.owner, memory.number)
 
     async def stop(self) -> None:
         """End all couriers; no requests are in flight any more."""

@@ -156,7 +156,7 @@ class Instance:
             plant.switchboard.introduce_worker(worker)
             loaded = await worker.load(spec, plant.settings.process.load_timeout_secs)
         except BaseException:
-            worker.kill()
+            self._processes.give_up(worker)
             plant.switchboard.remove_worker(worker)
             self._worker = None
             raise

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from forebay.engine.supervisor.backoff import Backoff
 from forebay.engine.supervisor.child import Child, describe_exit
+from forebay.engine.supervisor.device_pools import DevicePools
 from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.regions import RegionRegistry
 from forebay.engine.supervisor.switchboard import Producer, Switchboard
@@ -25,6 +26,7 @@ from forebay.ipc.messages import (
     FrontendStart,
     FrontendToSupervisor,
     Message,
+    PoolEmpty,
     RegionsSeen,
     SchedulerToSupervisor,
     Serve,
@@ -177,7 +179,7 @@ class SchedulerRole(Role[Started | Failed | Drained | Explained]):
                 future.set_result(message.batches)
 
 
-class FrontendRole(Role[Started | Failed | RegionsSeen]):
+class FrontendRole(Role[FrontendToSupervisor]):
     """A frontend. Each run of it is a producer of its own, with a new number, arena and completion doorbell."""
 
     def __init__(
@@ -192,6 +194,7 @@ class FrontendRole(Role[Started | Failed | RegionsSeen]):
         listeners: tuple[Listener, ...],
         on_gone: Callable[[int], None],
         regions: RegionRegistry,
+        pools: DevicePools,
         submits: bool = True,
         cache_bytes: int = 0,
         cache_counter_offset: int = 0,
@@ -204,6 +207,7 @@ class FrontendRole(Role[Started | Failed | RegionsSeen]):
             listeners: sockets that it serves on; ours.
             on_gone: called with the number of a run that ended.
             regions: shared memory of clients, which it gets if it submits.
+            pools: device memory for steps of ensembles, of which it gets its own if it submits.
             submits: it sends requests into the engine; False for the metrics frontend.
             cache_bytes: its share of the response cache, for which its arena has room as well.
             cache_counter_offset: of its block of ``CacheCounter`` words.
@@ -220,6 +224,7 @@ class FrontendRole(Role[Started | Failed | RegionsSeen]):
         self._listeners = listeners
         self._on_gone = on_gone
         self._regions = regions
+        self._pools = pools
         self._is_serving = False
         #: What a new run is told before anything else.
         self.greetings: Callable[[], Iterable[Message]] = tuple
@@ -240,7 +245,7 @@ class FrontendRole(Role[Started | Failed | RegionsSeen]):
         if self._is_serving:
             self.child.send(Serve())
 
-    def _introduce(self, child: Child[Started | Failed | RegionsSeen]) -> None:
+    def _introduce(self, child: Child[FrontendToSupervisor]) -> None:
         self.number = next(self._numbers)
         arena_fd = create_memory_file(f"forebay-arena-{self.number}", self._arena_bytes)
         sender, receiver = create_doorbell()
@@ -267,14 +272,18 @@ class FrontendRole(Role[Started | Failed | RegionsSeen]):
         if self.submits:
             self._switchboard.attach_frontend(self.number, child)
             self._regions.attach(self.number, child)
+            self._pools.attach(self.number, child)
         else:
             producer.close()
 
-    def _handle(self, message: Started | Failed | RegionsSeen, fds: list[int]) -> None:
+    def _handle(self, message: FrontendToSupervisor, fds: list[int]) -> None:
         if isinstance(message, RegionsSeen):
             self._regions.note_seen(self.number, message.generation)
+        elif isinstance(message, PoolEmpty):
+            self._pools.note_empty(self.number, message.number)
 
-    def _farewell(self, child: Child[Started | Failed | RegionsSeen]) -> None:
+    def _farewell(self, child: Child[FrontendToSupervisor]) -> None:
         self._regions.detach(self.number)
+        self._pools.detach(self.number)
         self._switchboard.remove_producer(self.number)
         self._on_gone(self.number)

@@ -26,6 +26,7 @@ from forebay.engine.command_line import version as own_version
 from forebay.engine.console import Console
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
+from forebay.engine.supervisor.device_pools import DevicePools
 from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.likely_families import likely_families
 from forebay.engine.supervisor.listeners import Listener
@@ -138,6 +139,7 @@ class Supervisor:
         self._numbers = itertools.count(1)
         self._cache_counter_offsets: tuple[int, ...] = ()
         self._regions = RegionRegistry()
+        self._pools = DevicePools(self.settings.gpu)
         self._frontends = self._create_frontends(counters)
         #: Those that no request waits for; started last, so that they delay nobody.
         self._watchers = [frontend for frontend in self._frontends if not frontend.submits]
@@ -165,6 +167,9 @@ class Supervisor:
         )
         self._couriers = Couriers(plant)
         self._regions.use_devices(self._couriers, (gpu.device_id for gpu in plant.gpus))
+        if plant.gpus:
+            self._pools.use_maker(self._couriers)
+            self._couriers.on_changed = self._pools.settle
         self._control = ControlServer(self._runtime.path, self._catalog_for)
         self._door = ClientDoor(
             self._runtime.path,
@@ -254,6 +259,7 @@ class Supervisor:
         http_count = max(1, self.settings.http.frontends) if "http" in self._listeners else 0
         single = {name: module for name, module in _SINGLE_FRONTENDS.items() if name in self._listeners}
         share_bytes = self._share_cache(counters, http_count + len(single))
+        self._pools.share_count = max(http_count + len(single), 1)
         cache_offsets = iter(self._cache_counter_offsets)
 
         def create(name: str, module: str, protocol: str, *, submits: bool = True) -> FrontendRole:
@@ -267,6 +273,7 @@ class Supervisor:
                 listeners=(self._listeners[protocol],),
                 on_gone=self._forget_frontend,
                 regions=self._regions,
+                pools=self._pools,
                 submits=submits,
                 cache_bytes=share_bytes if submits else 0,
                 cache_counter_offset=next(cache_offsets, 0) if submits else 0,
@@ -375,6 +382,8 @@ class Supervisor:
     async def _announce_catalog(self) -> None:
         await self._control.publish()
         self._door.catalog_changed()
+        if self._lifecycle.plant.gpus:
+            self._pools.follow(self._catalog_for_clients().models)
 
     def _catalog_for_clients(self) -> Catalog:
         # Clients ask once per model; the catalog is built anew only when something has changed.
@@ -472,6 +481,7 @@ class Supervisor:
                 listener.close()
         await asyncio.gather(*stopping)
         await self._lifecycle.unload_all()
+        self._pools.stop()
         await self._couriers.stop()
         ends: list[Awaitable[Any]] = [role.stop(_STOP_TIMEOUT_S) for role in watching]
         await asyncio.gather(self._scheduler.stop(_STOP_TIMEOUT_S), self._zygotes.stop(_STOP_TIMEOUT_S), *ends)

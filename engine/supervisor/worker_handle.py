@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -30,9 +30,11 @@ from forebay.ipc.messages import (
     InstanceSpec,
     Load,
     Loaded,
+    MakeMemory,
     MemoryChecked,
     MemoryClosed,
     MemoryDown,
+    MemoryMade,
     Message,
     ModelMetrics,
     Phase,
@@ -49,6 +51,8 @@ _EXIT_CODE_WAIT_S = 1.0
 _FLUSH_INTERVAL_S = 0.05
 
 _WAKE = HEADER.pack(Kind.WAKE, 0, 0, 0, 0)
+
+_Reply: TypeAlias = Described | Loaded | MemoryChecked | MemoryMade
 
 
 class WorkerHandle:
@@ -81,6 +85,8 @@ class WorkerHandle:
 
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
+        #: Its process is to end as soon as it is known.
+        self._is_killed = False
         self._exit_known = asyncio.Event()
         #: One question at a time.
         self._checking = asyncio.Lock()
@@ -88,7 +94,7 @@ class WorkerHandle:
         self._guests: list[WorkerHandle] = []
         #: What every worker gets besides its own sockets: done doorbell, counters; empty: there is no process yet.
         self._fds_for_process: tuple[int, int] | tuple[()] = ()
-        self._reply: asyncio.Future[Described | Loaded | MemoryChecked] | None = None
+        self._reply: asyncio.Future[_Reply] | None = None
         #: By owner and number, what waits for it to close a device memory.
         self._closing: dict[tuple[int, int], asyncio.Future[None]] = {}
         #: Questions to the model whether it is ready.
@@ -128,7 +134,7 @@ class WorkerHandle:
         """The zygote says who it is."""
         for worker in (self, *self._guests):
             worker.pid = pid
-            if worker.is_stopping:
+            if worker._is_killed:
                 worker.kill()
         if self.loads_quietly:
             priority.lower(pid)
@@ -189,6 +195,20 @@ class WorkerHandle:
         assert isinstance(reply, MemoryChecked)
         return reply.text
 
+    async def make_memory(self, owner: int, number: int, byte_size: int) -> bytes:
+        """Have it allocate device memory until :meth:`close_memory`; return the handle.
+
+        Raises:
+            Internal: why there is none.
+            WorkerDied: its process ended.
+        """
+        async with self._checking:
+            reply = await self._call(MakeMemory(owner=owner, number=number, byte_size=byte_size))
+        assert isinstance(reply, MemoryMade)
+        if reply.text:
+            raise Internal(reply.text)
+        return reply.handle
+
     async def ask_ready(self) -> ReadyAnswer | None:
         """Have the model say whether it is ready; None: the worker is gone. May be given up at any time."""
         request = next(self._next_request)
@@ -205,7 +225,7 @@ class WorkerHandle:
             await future
         self._closing.pop((owner, number), None)
 
-    async def _call(self, message: Message, limit_s: float = 0.0) -> Described | Loaded | MemoryChecked:
+    async def _call(self, message: Message, limit_s: float = 0.0) -> _Reply:
         self._reply = self._loop.create_future()
         try:
             if self.ended.is_set():
@@ -264,9 +284,17 @@ class WorkerHandle:
             self.kill()
             await self.ended.wait()
 
-    def kill(self) -> None:
-        """End it at once."""
+    def give_up(self) -> None:
+        """Have it end by itself, however long that takes; others that live in its process go on."""
+        if not self._fds_for_process:
+            self.kill()
+            return
         self.is_stopping = True
+        self.tell(Stop())
+
+    def kill(self) -> None:
+        """End it at once, with all others of its process."""
+        self.is_stopping = self._is_killed = True
         if self.pid and self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)

@@ -32,6 +32,11 @@ class _Process:
         self._members = [member for member in self._members if not member.ended.is_set()]
         return self._members
 
+    def is_wanted_beside(self, worker: WorkerHandle) -> bool:
+        """Whether the worker lives in this process, and another one that is to go on."""
+        members = self.living()
+        return worker in members and any(each is not worker and not each.is_stopping for each in members)
+
     async def join(self, worker: WorkerHandle) -> bool:
         """Have a member adopt the worker, as soon as there is one that can; False if there is none."""
         others = tuple(self.living())
@@ -75,3 +80,10 @@ class WorkerProcesses:
             await self._plant.fork(self._family, worker)
         finally:
             process.tried.set()
+
+    def give_up(self, worker: WorkerHandle) -> None:
+        """End a worker that could not be loaded: at once, unless others of its process are still wanted."""
+        if any(process.is_wanted_beside(worker) for place in self._processes.values() for process in place):
+            worker.give_up()
+        else:
+            worker.kill()

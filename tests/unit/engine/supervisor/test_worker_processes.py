@@ -20,6 +20,14 @@ class Worker:
         self.ended = asyncio.Event()
         self.guests: list[str] = []
         self.refuses = False
+        self.is_stopping = False
+        self.is_killed = False
+
+    def give_up(self) -> None:
+        self.is_stopping = True
+
+    def kill(self) -> None:
+        self.is_stopping = self.is_killed = True
 
     def adopt(self, guest: Worker) -> bool:
         if self.refuses:
@@ -134,5 +142,32 @@ def test_a_fork_that_fails_leaves_nobody_waiting() -> None:
         first.refuses = second.refuses = True
         results = await asyncio.gather(made.start(first, place()), made.start(second, place()), return_exceptions=True)
         assert [type(result) for result in results] == [Unavailable, Unavailable]
+
+    asyncio.run(scenario())
+
+
+def test_who_cannot_be_loaded_takes_nobody_along() -> None:
+    async def scenario() -> None:
+        made = processes(Plant(3))
+        serving, failed, failed_too = workers = [Worker(name) for name in "abc"]
+        for worker in workers:
+            await made.start(worker, place())
+        made.give_up(failed)
+        made.give_up(failed_too)
+        assert [worker.is_stopping for worker in workers] == [False, True, True]
+        # Nobody is wanted any more: there is nothing to wait for.
+        made.give_up(serving)
+        assert [worker.is_killed for worker in workers] == [True, False, False]
+
+    asyncio.run(scenario())
+
+
+def test_who_lives_alone_is_killed() -> None:
+    async def scenario() -> None:
+        made = processes(Plant(1))
+        worker = Worker("a")
+        await made.start(worker, place())
+        made.give_up(worker)
+        assert worker.is_killed
 
     asyncio.run(scenario())
