@@ -399,7 +399,7 @@ class Inference:
         if not self._is_submitted:
             self.is_done = True
             if self._slab is not None:
-                self._slab.release(self._first, self.rows)
+                self.route.release(self._slab, self._first, self.rows)
             else:
                 self._free_block()
         elif self._slab is not None:

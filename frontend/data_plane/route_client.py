@@ -109,6 +109,11 @@ class RouteClient:
                 return slab, first
         return self._slab_set.loan(rows)
 
+    def release(self, slab: OwnedSlab, first: int, rows: int) -> None:
+        """Give rows back: those of requests that have ended, or that were never published."""
+        slab.release(first, rows)
+        self._slab_set.free_idle()
+
     def _make_slab(self, capacity: int) -> OwnedSlab:
         layout = SlabLayout(self.entry.inputs, self.entry.outputs, capacity)
         slab = Slab[RowOwner](self.engine.allocate(layout.byte_size), layout)
@@ -308,10 +313,6 @@ class RouteClient:
         """The model version is no longer routed to; give back slabs as they empty."""
         self.is_retired = True
         self._slab_set.retire()
-
-    def free_idle_slabs(self) -> None:
-        """Free slabs that hold nothing: all of a retired route, all but the newest of a live one."""
-        self._slab_set.free_idle()
 
     def write_counters(self) -> None:
         counters = self.counters

@@ -69,7 +69,7 @@ class RowAnswers:
             if index in remarks:
                 failed = self._answer_remarked(route, slab, remarks[index], now_ns - enqueue_sum_ns // requests)
             _answer_rows(slab, first, rows)
-            slab.release(first, rows)
+            route.release(slab, first, rows)
             enqueue_ns = enqueue_sum_ns // requests
             requests -= failed
             if requests:
@@ -77,7 +77,6 @@ class RowAnswers:
             if requests and route.details is not None:
                 route.details.answered(requests, now_ns - enqueue_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
-            route.free_idle_slabs()
         self._engine.grants.runs_ended(instance)
 
     @staticmethod
@@ -112,7 +111,7 @@ class RowAnswers:
             route, slab = found
             elapsed_ns = max(run.requests * now_ns - run.enqueue_sum_ns, 0)
             count_failure(route.counters, error, run.requests, elapsed_ns, ran=instance != 0)
-            self._fail_rows(slab, run.first, run.rows, error, ran=instance != 0)
+            self._fail_rows(route, slab, run.first, run.rows, error, ran=instance != 0)
         if instance:
             self._engine.grants.runs_ended(instance)
 
@@ -132,15 +131,18 @@ class RowAnswers:
     ) -> None:
         """Answer requests in rows that never reached the scheduler."""
         count_failure(route.counters, error, requests, 0, ran=False)
-        self._fail_rows(slab, first, rows, error, ran=False)
+        self._fail_rows(route, slab, first, rows, error, ran=False)
 
-    def _fail_rows(self, slab: OwnedSlab, first: int, rows: int, error: ServingError, *, ran: bool) -> None:
+    @staticmethod
+    def _fail_rows(
+        route: RouteClient, slab: OwnedSlab, first: int, rows: int, error: ServingError, *, ran: bool
+    ) -> None:
         for row in range(first, first + rows):
             owner = slab.owners[row]
             if owner is not None:
                 slab.owners[row] = None
                 owner.rows_failed(slab, row, error, ran=ran)
-        slab.release(first, rows)
+        route.release(slab, first, rows)
 
     def run_lost(self, run: Run, *, is_hung: bool) -> None:
         """The worker that had these rows is gone: hand each request in again, or fail it the second time."""
@@ -153,7 +155,7 @@ class RowAnswers:
         if is_hung or run.attempt >= ATTEMPTS_MAX or route.is_retired:
             error = gave_up(route.entry.name, is_hung=is_hung)
             count_failure(route.counters, error, run.requests, 0, ran=True)
-            self._fail_rows(slab, run.first, run.rows, error, ran=True)
+            self._fail_rows(route, slab, run.first, run.rows, error, ran=True)
             return
         enqueue_ns = run.enqueue_sum_ns // max(run.requests, 1)
         self.resubmit(route, slab, range(run.first, run.first + run.rows), enqueue_ns, run.attempt + 1)

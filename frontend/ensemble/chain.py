@@ -243,6 +243,11 @@ class ChainRoute(EnsembleRows):
         """
         return self._chain.slabs.loan(rows)
 
+    def release(self, slab: OwnedSlab, first: int, rows: int) -> None:
+        """Give rows back that were not published."""
+        slab.release(first, rows)
+        self._chain.slabs.free_idle()
+
     def publish(
         self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
     ) -> None:

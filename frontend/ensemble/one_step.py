@@ -96,6 +96,10 @@ class OneStepRoute(EnsembleRows):
         """
         return self._one.route.loan(rows)
 
+    def release(self, slab: OwnedSlab, first: int, rows: int) -> None:
+        """Give rows back that were not published."""
+        self._one.route.release(slab, first, rows)
+
     def publish(
         self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
     ) -> None:

@@ -66,4 +66,4 @@ class PlannedUpload:
 
     def abandon(self) -> None:
         """The client has left: give the rows back."""
-        self._slab.release(self._first, self._plan.rows)
+        self._plan.route.release(self._slab, self._first, self._plan.rows)

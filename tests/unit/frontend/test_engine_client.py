@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from engine_scene import INSTANCE, PRODUCER, ROUTE, Parcel, Surroundings, play, turn
 
+from forebay.frontend.inference import Inference, InputTensor
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.counters import ProducerCounter
 from forebay.ipc.errors import Code
@@ -59,6 +60,28 @@ def test_scheduler_that_does_not_read_is_a_prompt_refusal() -> None:
         assert parcel.answers == ["the scheduler does not keep up; try again later."]
         assert slab.live == 0
         assert s.count(ProducerCounter.REJECTED) == 2
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("end", ["failed", "left", "never published"])
+def test_memory_of_a_model_that_was_unloaded_is_free_when_its_last_request_has_ended_somehow(end: str) -> None:
+    async def scenario(s: Surroundings) -> None:
+        before = s.engine.used_bytes
+        if end == "never published":
+            inference = Inference(s.engine, ROUTE, [InputTensor("X", "FP32", (1, 4), 16)], 1)
+        else:
+            owner, slab, first = s.publish()
+        s.engine.update_catalog(Catalog(generation=2, models=()))
+        assert s.engine.used_bytes > before
+        if end == "failed":
+            await turn()
+            await s.tell_runs(Kind.RUNS_FAILED, (first, 1), error=bytes((Code.UNAVAILABLE,)) + b"no")
+        elif end == "left":
+            s.route.cancel_rows(slab, first, owner)
+        else:
+            inference.cancel()
+        assert s.engine.used_bytes == before
 
     play(scenario)
 
