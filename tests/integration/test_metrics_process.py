@@ -125,7 +125,7 @@ def test_it_serves_from_serve_to_stop(supervisor: Supervisor) -> None:
     assert "server" not in answer.headers
     supervisor.counters.block(producer, PRODUCER_WORDS)[ProducerCounter.SUCCESS] = 3
     assert b'nv_inference_request_success{model="m",version="1"} 3\n' in supervisor.ask("GET", "/metrics").body
-    assert supervisor.ask("GET", "/").triple == (200, "text/plain", b"")
+    assert supervisor.ask("GET", "/").triple == (200, "text/plain; charset=utf-8", b"")
     for path in ("/metrics", "/"):
         assert supervisor.ask("POST", path).triple == (405, "text/plain", b'{"error":"Method Not Allowed"}')
     supervisor.push(Catalog(generation=2))

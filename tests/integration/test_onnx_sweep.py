@@ -122,11 +122,13 @@ def sweep(cases: Iterator[Case], directory: Path) -> Counter[str]:
     """Serve each case; returns how many were served and how many were left out, by reason."""
     counts: Counter[str] = Counter()
     failures: list[str] = []
-    (directory / "1").mkdir()
     with ReloadingWorker() as worker:
         for case in cases:
             try:
-                counts[serve(case, worker, directory)] += 1
+                # A process keeps what it has loaded from a place, so every model has one of its own.
+                place = directory / case.name
+                (place / "1").mkdir(parents=True, exist_ok=True)
+                counts[serve(case, worker, place)] += 1
             except Exception as error:
                 failures.append(f"{case.name}: {type(error).__name__}: {error}")
     assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:40])
