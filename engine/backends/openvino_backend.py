@@ -12,7 +12,7 @@ Model parameters, as in Triton's backend: ``PERFORMANCE_HINT``, ``INFERENCE_NUM_
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,7 +240,11 @@ def _element(tensor: TensorSpec) -> np.dtype[Any]:
 
 
 class OpenvinoInstance(TensorInstance):
-    """One compiled model with one request, which is used again and again."""
+    """One compiled model with two requests, which are used again and again.
+
+    A request goes on writing to the outputs that it was last given: what is bound has one of its own, so that
+    :meth:`run` never writes to rows.
+    """
 
     def __init__(self, spec: InstanceSpec, core: Any, model: Any) -> None:
         self._spec = spec
@@ -252,7 +256,8 @@ class OpenvinoInstance(TensorInstance):
             known = core.get_property(device, "SUPPORTED_PROPERTIES")
             options = {name: value for name, value in options.items() if name in known}
             prepared, is_fixed = prepare(spec, model)
-            self._request = core.compile_model(prepared, device, options).create_infer_request()
+            compiled = core.compile_model(prepared, device, options)
+            self._request, self._bound_request = compiled.create_infer_request(), compiled.create_infer_request()
         except RuntimeError as error:
             raise _failure("loading model", error, spec) from None
         #: The one batch size that it takes; 0: any.
@@ -262,7 +267,7 @@ class OpenvinoInstance(TensorInstance):
         rows = len(next(iter(inputs.values()))) if self._batch_size else 0
         if rows != self._batch_size:
             inputs = {name: self._padded(array, rows) for name, array in inputs.items()}
-        self._infer(inputs)
+        self._infer(self._request, _in_place(inputs))
         results: Arrays = {name: self._request.get_tensor(name).data.copy() for name in outputs}
         return {name: array[:rows] for name, array in results.items()} if rows != self._batch_size else results
 
@@ -281,31 +286,29 @@ class OpenvinoInstance(TensorInstance):
         rows = len(next(iter(inputs.values())))
         if self._batch_size not in (0, rows):
             return super().bind(inputs, outputs)
-        import openvino
-
-        places = [
-            (name, openvino.Tensor(array, shared_memory=True)) for name, array in (*inputs.items(), *outputs.items())
-        ]
+        places = [*_in_place(inputs), *_in_place(outputs)]
 
         def run_in_place() -> None:
-            try:
-                for name, tensor in places:
-                    self._request.set_tensor(name, tensor)
-                self._request.infer()
-            except RuntimeError as error:
-                raise BackendFailed(_failure("running inference", error, self._spec).text) from None
+            self._infer(self._bound_request, places)
 
         return run_in_place
 
-    def _infer(self, inputs: Mapping[str, Array]) -> None:
-        import openvino
-
+    def _infer(self, request: Any, places: Iterable[tuple[str, Any]]) -> None:
+        """Run a request with these tensors, OpenVINO's, by name."""
         try:
-            for name, array in inputs.items():
-                self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
-            self._request.infer()
+            for name, tensor in places:
+                request.set_tensor(name, tensor)
+            request.infer()
         except RuntimeError as error:
             raise BackendFailed(_failure("running inference", error, self._spec).text) from None
+
+
+def _in_place(arrays: Mapping[str, Array]) -> Iterator[tuple[str, Any]]:
+    """Yield OpenVINO's tensors, by name, that lie where arrays do."""
+    import openvino
+
+    for name, array in arrays.items():
+        yield name, openvino.Tensor(array, shared_memory=True)
 
 
 class OpenvinoBackend(Backend):
