@@ -20,7 +20,7 @@ from typing import NamedTuple
 from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab, RowOwner
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.data_plane.slab_set import SlabSet
-from forebay.frontend.ensemble.rows_route import EnsembleRows
+from forebay.frontend.ensemble.rows_route import EnsembleRows, sequence_changes
 from forebay.frontend.ensemble.run import EnsembleModel
 from forebay.ipc.catalog import EnsembleStep, ModelEntry
 from forebay.ipc.ensemble.steps import StepTimes
@@ -28,9 +28,6 @@ from forebay.ipc.errors import Cancelled, ServingError
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.slabs import Slab, SlabLayout
 from forebay.ipc.tensor import TensorSpec
-
-#: Response parameters of a step that change what the ensemble's reply says (spec S-111).
-_SEQUENCE_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 
 
 class Link(NamedTuple):
@@ -326,7 +323,7 @@ class ChainedRequest:
         engine = self._chain.ensemble.route.engine
         self._times = self._times.plus(StepTimes.since(self._sent_ns, engine.reply_times()))
         if parameters:
-            self._keep(parameters)
+            self._parameters = {**self._parameters, **sequence_changes(parameters)}
         if self._is_cancelled:
             self.rows_failed(slab, first, Cancelled("request was cancelled"), ran=False)
             return
@@ -345,10 +342,6 @@ class ChainedRequest:
         self.owner.rows_failed(self._slab, first, failed, ran=True)
         self._end()
         ensemble.outcomes.failed(self._began_ns, failed, ran=ran)
-
-    def _keep(self, parameters: Mapping[str, ParameterValue]) -> None:
-        changed = {name: parameters[name] for name in _SEQUENCE_PARAMETERS if name in parameters}
-        self._parameters = {**self._parameters, **changed}
 
     def _end(self) -> None:
         self._slab.owners[self._first] = None

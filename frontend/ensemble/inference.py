@@ -10,6 +10,7 @@ import msgspec
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.chain import ChainRoute, chain_of
 from forebay.frontend.ensemble.one_step import OneStep, OneStepRoute
+from forebay.frontend.ensemble.rows_route import sequence_changes
 from forebay.frontend.ensemble.run import ensemble_of, ensemble_run
 from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, OutputView, RequestMeta, Response
@@ -127,10 +128,7 @@ class OneStepInference:
         self.places = self._inner.places
         self._began_ns = 0
         self._trace: Trace | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self._inner.is_done
+        self._is_counted = False
 
     @property
     def rows_route(self) -> OneStepRoute | None:
@@ -147,6 +145,7 @@ class OneStepInference:
         self._inner.submit(msgspec.structs.replace(meta, outputs=wanted, trace=self._trace), self._respond)
 
     def _respond(self, response: Response) -> None:
+        self._is_counted = True
         self._count(response)
         if self._trace is not None:
             self._trace.note(RESPONSE_COMPLETE)
@@ -163,7 +162,7 @@ class OneStepInference:
                     for view in response.outputs
                     if view.name in outputs
                 ),
-                parameters=sequence_parameters(sequence),
+                parameters={**sequence_parameters(sequence), **sequence_changes(response.parameters)},
             )
         )
 
@@ -177,6 +176,7 @@ class OneStepInference:
 
     def cancel(self) -> None:
         """Nobody waits any more."""
-        if not self._inner.is_done and self._began_ns:
+        if self._began_ns and not self._is_counted:
+            self._is_counted = True
             self._one.ensemble.outcomes.failed(self._began_ns, Cancelled("cancelled"), ran=False)
         self._inner.cancel()

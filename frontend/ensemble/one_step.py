@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab, RowOwner
 from forebay.frontend.data_plane.route_client import RouteClient
-from forebay.frontend.ensemble.rows_route import EnsembleRows
+from forebay.frontend.ensemble.rows_route import EnsembleRows, sequence_changes
 from forebay.frontend.ensemble.run import EnsembleModel, ensemble_of
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import ServingError
@@ -131,7 +131,7 @@ class _CountedRows:
 
     def rows_done(self, slab: OwnedSlab, first: int, parameters: Mapping[str, ParameterValue] = NO_PARAMETERS) -> None:
         owner = self.owner
-        owner.rows_done(slab, first)
+        owner.rows_done(slab, first, sequence_changes(parameters) if parameters else parameters)
         self._one.ensemble.outcomes.ran(owner.rows, self._began_ns)
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:

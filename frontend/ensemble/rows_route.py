@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.ensemble.run import EnsembleModel
 from forebay.frontend.tracing import Sampler
 from forebay.ipc.ensemble.run import sequence_parameters
 from forebay.ipc.messages import ParameterValue
+
+_SEQUENCE_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
+
+
+def sequence_changes(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
+    """Return those of a step's response parameters that change what the ensemble's reply says (spec S-111)."""
+    return {name: parameters[name] for name in _SEQUENCE_PARAMETERS if name in parameters}
 
 
 class EnsembleRows:

@@ -157,8 +157,10 @@ class Surroundings:
         ]
         await self.tell(pack_runs(kind, 0, instance, batch, packed, NO_TIMES) + error)
 
-    async def reply(self, token: int, *, text: str = "", final: bool = True, instance: int = INSTANCE) -> None:
-        reply = msgspec.msgpack.encode(ReplyHead(code=4 if text else 0, text=text))
+    async def reply(
+        self, token: int, *, text: str = "", final: bool = True, instance: int = INSTANCE, **more: Any
+    ) -> None:
+        reply = msgspec.msgpack.encode(ReplyHead(code=4 if text else 0, text=text, **more))
         header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL if final else 0, 1, instance, 0)
         await self.tell(header + NO_TIMES + TOKEN.pack(token) + reply)
 
