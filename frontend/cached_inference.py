@@ -106,12 +106,16 @@ class CachedInference:
     # --- as one that waits ---
 
     def leader_answered(self, outputs: Sequence[OutputView], parameters: Mapping[str, ParameterValue]) -> None:
+        if self._is_done:
+            return  # Cancelled by what was done with the answer before this one.
         self._inner.cancel()
         self._is_done = True
         self._cache.count_hit(self.route, time.monotonic_ns() - self._since_ns)
         self._on_response(Response(outputs=tuple(outputs), parameters=parameters))
 
     def leader_failed(self) -> None:
+        if self._is_done:
+            return
         self._is_leader = not self._cache.join(self._key, self)
         if self._is_leader:
             self._inner.submit(self._meta, self._respond)
