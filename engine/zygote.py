@@ -68,7 +68,15 @@ class Zygote:
 
     def _fork(self, request: Fork, fds: list[int]) -> NewWorker | None:
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid, pidfd = self._fork_process()
+        except OSError as error:
+            # Too many processes, or too little memory: that worker cannot be, and all others go on.
+            log.error(f"worker {request.name} cannot be forked: {error.strerror}")
+            for fd in fds:
+                os.close(fd)
+            self._lifeline.send(WorkerExited(instance=request.instance, pid=0, exit_code=os.EX_OSERR))
+            return None
         if pid == 0:
             die_with_parent(parent)
             # The descriptors below belong to the zygote's objects, which must not close a number that was reused.
@@ -77,11 +85,27 @@ class Zygote:
             return NewWorker(request.name, *fds)
         for fd in fds:
             os.close(fd)
-        pidfd = os.pidfd_open(pid)
         self._workers[pidfd] = (pid, request.instance)
         self._poll.register(pidfd, select.POLLIN)
         self._lifeline.send(Forked(instance=request.instance, pid=pid))
         return None
+
+    @staticmethod
+    def _fork_process() -> tuple[int, int]:
+        """Fork; return the child's process id and pidfd, or zeros in the child.
+
+        Raises:
+            OSError: there is no child.
+        """
+        pid = os.fork()
+        if pid == 0:
+            return 0, 0
+        try:
+            return pid, os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
     def _reap(self, pidfd: int) -> None:
         pid, instance = self._workers.pop(pidfd)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+
+from forebay.ipc.log import log
 
 
 class LoopThreads:
@@ -20,12 +23,19 @@ class LoopThreads:
         self._threads: list[threading.Thread] = []
 
     def start(self, name: str, fds: list[int]) -> None:
-        """Start a loop; takes ownership of its descriptors."""
+        """Start a loop; takes ownership of its descriptors, whose other ends see theirs end if it cannot be started."""
         thread = threading.Thread(target=self._run, args=(self, fds), name=name)
         with self._lock:
             self._threads = [each for each in self._threads if each.is_alive()]
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # Too many threads: that instance cannot be, and those that live here go on.
+                log.error(f"worker {name} cannot be started: {error}")
+                for fd in fds:
+                    os.close(fd)
+            else:
+                self._threads.append(thread)
 
     def join(self) -> None:
         """Wait until every loop has ended, those included that are started meanwhile."""
