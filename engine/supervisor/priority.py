@@ -78,10 +78,14 @@ def _set_nice(pid: int, nice: int) -> None:
 
 
 def _set_policy(pid: int, policy: int) -> None:
-    for thread in _threads(pid):
-        # One that has just ended.
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(thread, policy, _USUAL)
+    done: set[int] = set()
+    # Those that were started meanwhile have the policy of whoever started them: until there is none.
+    while new := set(_threads(pid)) - done:
+        for thread in new:
+            # One that has just ended.
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(thread, policy, _USUAL)
+        done |= new
 
 
 def _threads(pid: int) -> Iterator[int]:

@@ -58,6 +58,25 @@ def test_every_thread_goes_back_to_the_usual_policy(child: subprocess.Popen[str]
     assert policies(child) == {os.SCHED_OTHER}
 
 
+def test_a_thread_that_is_started_meanwhile_is_not_forgotten(
+    child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not priority.can_go_back():
+        pytest.skip("the system lets nobody undo it here")
+    priority.lower(child.pid)
+    set_scheduler, started = os.sched_setscheduler, iter([True])
+
+    def set_and_start(thread: int, policy: int, parameters: os.sched_param) -> None:
+        if next(started, False):
+            start_thread(child)
+        set_scheduler(thread, policy, parameters)
+
+    monkeypatch.setattr(os, "sched_setscheduler", set_and_start)
+    priority.restore(child.pid)
+    assert len(threads(child)) == 3
+    assert policies(child) == {os.SCHED_OTHER}
+
+
 def test_trying_changes_nothing_for_this_process() -> None:
     priority.can_go_back()
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
