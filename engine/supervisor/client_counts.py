@@ -17,6 +17,8 @@ from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, InstanceCounter, 
 #: By how much a word may grow between two looks: far more than honest requests take, nanoseconds included.
 STEP_MAX = 1 << 50
 
+_WORD_MAX = (1 << 64) - 1
+
 #: Words that are not sums of what has ended; those of clients mean nothing.
 _GAUGES = frozenset(
     (
@@ -72,7 +74,8 @@ class CountedBlock:
                 now = words[first + index]
                 step = now - self._last[first + index]
                 if 0 < step < STEP_MAX and index not in skipped:
-                    target[index] += step
+                    # Even the sum of nonsense is a uint64.
+                    target[index] = (target[index] + step) & _WORD_MAX
                 self._last[first + index] = now
 
 

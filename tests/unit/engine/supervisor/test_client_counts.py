@@ -54,6 +54,12 @@ def test_a_client_that_leaves_has_its_last_counts_added(bench: Bench) -> None:
     assert bench.total(ProducerCounter.SUCCESS) == 5
 
 
+def test_nonsense_that_adds_up_to_more_than_a_word_starts_over(bench: Bench) -> None:
+    bench.counters.block(bench.entry.counter_offset, PRODUCER_WORDS)[ProducerCounter.SUCCESS] = (1 << 64) - 2
+    bench.write(ProducerCounter.SUCCESS, 5)
+    assert bench.total(ProducerCounter.SUCCESS) == 3
+
+
 def test_what_cannot_be_is_not_added(bench: Bench) -> None:
     bench.write(ProducerCounter.SUCCESS, 5)
     assert bench.total(ProducerCounter.SUCCESS) == 5
