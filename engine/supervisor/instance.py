@@ -256,8 +256,10 @@ class Instance:
             await asyncio.sleep(self._delay_s)
             try:
                 await self.start()
-            except ServingError as error:
-                self._note_death(f"worker {self.title} could not be started again: {error.text}", 0.0)
+            except (ServingError, OSError) as error:
+                # Descriptors may be short for the moment too.
+                why = error.text if isinstance(error, ServingError) else error.strerror
+                self._note_death(f"worker {self.title} could not be started again: {why}", 0.0)
         self.restart_count += 1
         self._events.changed()
         log.info(f"worker {self.title} is back")
