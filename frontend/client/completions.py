@@ -150,9 +150,14 @@ class Completions:
         timeout_s = max((deadline_ns - time.monotonic_ns()) / 1e9, 0.0) if deadline_ns else -1
         if not baton.acquire(timeout=timeout_s):
             with self._lock:
+                was_woken = pending.waiter is None
                 pending.waiter = None
-            if not pending.has_news:
-                raise DeadlineExceeded(_DEADLINE_TEXT)
+            if pending.has_news:
+                return
+            if was_woken:
+                # Too late for us to read on, but those that wait behind us must not sleep for ever.
+                self._wake_follower()
+            raise DeadlineExceeded(_DEADLINE_TEXT)
 
     def _wake_follower(self) -> None:
         """Let one of those that wait read on."""
