@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -24,7 +25,7 @@ class LoopThreads:
 
     def start(self, name: str, fds: list[int]) -> None:
         """Start a loop; takes ownership of its descriptors, whose other ends see theirs end if it cannot be started."""
-        thread = threading.Thread(target=self._run, args=(self, fds), name=name)
+        thread = threading.Thread(target=self._run_one, args=(fds,), name=name)
         with self._lock:
             self._threads = [each for each in self._threads if each.is_alive()]
             try:
@@ -37,12 +38,18 @@ class LoopThreads:
             else:
                 self._threads.append(thread)
 
+    def _run_one(self, fds: list[int]) -> None:
+        self._run(self, fds)
+        # Its model, its mappings and its descriptors go now: who is idle does not collect.
+        gc.collect()
+
     def join(self) -> None:
-        """Wait until every loop has ended, those included that are started meanwhile."""
+        """Wait until every loop has ended, those included that are started meanwhile. The first one has ended."""
         while True:
             with self._lock:
                 running = [thread for thread in self._threads if thread.is_alive()]
             if not running:
                 return
+            gc.collect()
             for thread in running:
                 thread.join()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 
@@ -29,6 +31,35 @@ def test_join_waits_for_loops_that_others_start() -> None:
     threads.start("first", [])
     threads.join()
     assert ended == ["first", "second"]
+
+
+class Knot:
+    """What only the collector frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_a_loop_leaves_behind_is_freed_while_others_go_on() -> None:
+    left: list[weakref.ref[Knot]] = []
+    freed = threading.Event()
+
+    def run(_threads: LoopThreads, fds: list[int]) -> None:
+        if fds:
+            close_all(_threads, fds)
+            left.append(weakref.ref(Knot(), lambda _gone: freed.set()))
+        else:
+            assert freed.wait(60)
+
+    gc.disable()
+    try:
+        threads = LoopThreads(run)
+        threads.start("goes on", [])
+        threads.start("ends", list(os.pipe()))
+        threads.join()
+    finally:
+        gc.enable()
+    assert left[0]() is None
 
 
 def test_a_loop_that_cannot_be_started_is_seen_to_end_and_the_others_go_on(
