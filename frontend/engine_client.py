@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from forebay.frontend.data_plane.cancellations import Cancellations
+from forebay.frontend.data_plane.device_pools import DevicePools
 from forebay.frontend.data_plane.grants import Grants
 from forebay.frontend.data_plane.owners import OwnedSlab
 from forebay.frontend.data_plane.parcels_in_flight import ParcelsInFlight
@@ -80,6 +81,8 @@ class EngineClient:
         self.routes: dict[int, RouteClient] = {}
         #: Of couriers, which stand in no catalog: they carry tensors between shared and device memory.
         self.couriers: dict[int, RouteClient] = {}
+        #: Device memory between the steps of ensembles.
+        self.device_pools = DevicePools()
         #: By model name, what its routes' requests are traced by.
         self.sampler_of: Callable[[str], Sampler | None] = _no_sampler
         #: Whether any model's requests are traced.

@@ -35,7 +35,11 @@ from forebay.ipc.messages import (
     Failed,
     FrontendStart,
     LogChanged,
+    Message,
     ModelMetrics,
+    PoolDown,
+    PoolEmpty,
+    PoolUp,
     RegionDown,
     RegionsSeen,
     RegionUp,
@@ -111,6 +115,9 @@ class FrontendProcess:
         if start.cache_bytes:
             counters = self.counters.block(start.cache_counter_offset, CACHE_WORDS)
             self.engine.response_cache = ResponseCache(self.engine, start.cache_bytes, counters)
+        pools = start.settings["gpu"]["memory_pool_byte_sizes"]
+        self.engine.device_pools.excluded = {pool["device"] for pool in pools if not pool["byte_size"]}
+        self.engine.device_pools.on_empty = self._tell_pool_empty
         self.control = ControlClient(self.loop, start.runtime_directory, start.producer, context=self._context)
         self._tracer = Tracer(self.loop, self.control.report_traces)
         self.control.on_trace_rules = self._take_trace_rules
@@ -150,6 +157,10 @@ class FrontendProcess:
                     for name in message.names:
                         self.regions.remove(name)
                     self._confirm_regions(message.generation)
+                case PoolUp():
+                    self.engine.device_pools.add(message.memory)
+                case PoolDown():
+                    self.engine.device_pools.remove(message.number)
                 case FrontendStart() | ModelMetrics():
                     pass
 
@@ -158,9 +169,15 @@ class FrontendProcess:
         self.engine.trace_by(self._tracer.sampler, is_tracing=self._tracer.is_tracing)
 
     def _confirm_regions(self, generation: int) -> None:
+        self._tell(RegionsSeen(generation=generation))
+
+    def _tell_pool_empty(self, number: int) -> None:
+        self._tell(PoolEmpty(number=number))
+
+    def _tell(self, message: Message) -> None:
         # Without a supervisor, the end of file that follows ends us.
         with contextlib.suppress(PeerClosed):
-            self._lifeline.send(RegionsSeen(generation=generation))
+            self._lifeline.send(message)
 
     async def run(self, open_servers: Callable[[FrontendProcess], Awaitable[Served]]) -> int:
         """Serve from ``Serve`` to ``Stop``; return the exit code."""

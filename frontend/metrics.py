@@ -252,6 +252,13 @@ _DEVICE_FAMILIES = (
         needs_device=True,
     ),
     ModelFamily(
+        "forebay_device_passed_bytes_total",
+        "Output bytes of ensembles' steps that the next steps read on the GPU",
+        "counter",
+        (("", _producer(ProducerCounter.DEVICE_PASSED_BYTES)),),
+        needs_device=True,
+    ),
+    ModelFamily(
         "forebay_device_busy_us_total",
         "Microseconds that GPUs spent on batches, copies included, summed over instances",
         "counter",

@@ -83,6 +83,8 @@ class ProducerCounter(enum.IntEnum):
     CACHE_MISSES = 17
     CACHE_HIT_NS = 18
     CACHE_MISS_NS = 19
+    #: Outputs that the next steps of an ensemble read from the GPU's memory.
+    DEVICE_PASSED_BYTES = 20
     #: From here, one word per bucket: answered requests by how long they took.
     REQUEST_BUCKETS = 24
 

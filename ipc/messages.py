@@ -462,6 +462,24 @@ class RegionsSeen(Message, frozen=True, tag=27):
     generation: int
 
 
+class PoolUp(Message, frozen=True, tag=50):
+    """Supervisor -> frontend: device memory of its own, for what the steps of ensembles on that GPU tell each other."""
+
+    memory: DeviceMemory
+
+
+class PoolDown(Message, frozen=True, tag=51):
+    """Supervisor -> frontend: take no more of this pool. Answered with :class:`PoolEmpty` when nothing lies there."""
+
+    number: int
+
+
+class PoolEmpty(Message, frozen=True, tag=52):
+    """Frontend -> supervisor: nothing lies in the pool any more, nor will."""
+
+    number: int
+
+
 class MetricSample(msgspec.Struct, frozen=True, array_like=True):
     """One metric of a model's own at one moment (spec P-119)."""
 
@@ -491,9 +509,19 @@ class ModelMetrics(Message, frozen=True, tag=28):
 
 
 SupervisorToFrontend = (
-    FrontendStart | DoorbellUp | DoorbellDown | Serve | LogChanged | RegionUp | RegionDown | ModelMetrics | Stop
+    FrontendStart
+    | DoorbellUp
+    | DoorbellDown
+    | Serve
+    | LogChanged
+    | RegionUp
+    | RegionDown
+    | PoolUp
+    | PoolDown
+    | ModelMetrics
+    | Stop
 )
-FrontendToSupervisor = Started | Failed | RegionsSeen
+FrontendToSupervisor = Started | Failed | RegionsSeen | PoolEmpty
 
 
 # --- supervisor <-> zygote and worker (lifeline, with descriptors) ---------------------------------------------------
@@ -611,7 +639,7 @@ class MemoryChecked(Message, frozen=True, tag=43):
 
 
 class MemoryDown(Message, frozen=True, tag=44):
-    """Supervisor -> worker: the memory is taken away; close it. Answered with MemoryClosed."""
+    """Supervisor -> worker: the memory is taken away; close it, or free it. Answered with MemoryClosed."""
 
     owner: int
     number: int
@@ -622,6 +650,22 @@ class MemoryClosed(Message, frozen=True, tag=45):
 
     owner: int
     number: int
+
+
+class MakeMemory(Message, frozen=True, tag=48):
+    """Supervisor -> courier: allocate device memory for a frontend. Answered with MemoryMade; kept until MemoryDown."""
+
+    owner: int
+    number: int
+    byte_size: int
+
+
+class MemoryMade(Message, frozen=True, tag=49):
+    """Worker -> supervisor."""
+
+    handle: bytes = b""
+    text: str = ""
+    """Why there is none; empty: there is."""
 
 
 class ArenaUp(Message, frozen=True, tag=37):
@@ -675,9 +719,22 @@ class ReadyAnswer(Message, frozen=True, tag=47):
 SupervisorToZygote = Fork | Stop
 ZygoteToSupervisor = Started | Failed | Forked | WorkerExited
 SupervisorToWorker = (
-    Describe | Load | ArenaUp | ArenaDown | RingUp | LogChanged | Adopt | CheckMemory | MemoryDown | AskReady | Stop
+    Describe
+    | Load
+    | ArenaUp
+    | ArenaDown
+    | RingUp
+    | LogChanged
+    | Adopt
+    | CheckMemory
+    | MakeMemory
+    | MemoryDown
+    | AskReady
+    | Stop
 )
-WorkerToSupervisor = Described | Loaded | Failed | Phase | ModelMetrics | MemoryChecked | MemoryClosed | ReadyAnswer
+WorkerToSupervisor = (
+    Described | Loaded | Failed | Phase | ModelMetrics | MemoryChecked | MemoryMade | MemoryClosed | ReadyAnswer
+)
 
 
 # --- control socket (ZeroMQ): frontend <-> supervisor ----------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 Clients' CUDA regions, and what shared-memory clients export themselves, come with the requests that use them: a handle
 that this worker opens when it first meets it and keeps open. Its owner must not free the memory before everybody has
-closed it, so that MEMORY_DOWN is answered when this worker has.
+closed it, so that MEMORY_DOWN is answered when this worker has. A courier also makes memory, for frontends.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from forebay.engine.devices.base import Device, Memory
+from forebay.engine.devices.base import Device, DeviceError, Memory
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.messages import DeviceMemory
 
@@ -30,6 +30,24 @@ class DeviceMemories:
         self._device = device
         self._open: OrderedDict[MemoryKey, tuple[DeviceMemory, Memory]] = OrderedDict()
         self._gone: OrderedDict[MemoryKey, None] = OrderedDict()
+        #: Our own, which others open.
+        self._made: dict[MemoryKey, Memory] = {}
+
+    def make(self, key: MemoryKey, byte_size: int) -> bytes:
+        """Allocate memory that is kept until :meth:`forget`, whatever becomes of its owner; return its handle.
+
+        Raises:
+            DeviceMemoryFull: there is no room.
+            DeviceError: it cannot be exported.
+        """
+        memory = self._device.allocate(byte_size)
+        try:
+            handle = self._device.export_memory(memory)
+        except DeviceError:
+            memory.close()
+            raise
+        self._made[key] = memory
+        return handle
 
     def address(self, key: MemoryKey, memory: DeviceMemory, offset: int, byte_size: int) -> int:
         """Return the address of a place in a memory, which is opened if it is not yet.
@@ -55,8 +73,11 @@ class DeviceMemories:
         return known[1].address + offset
 
     def forget(self, key: MemoryKey) -> None:
-        """Close a memory, and never open it again."""
+        """Close or free a memory, and never open it again."""
         self._close(key)
+        made = self._made.pop(key, None)
+        if made is not None:
+            made.close()
         self._gone[key] = None
         if len(self._gone) > _GONE_MAX:
             self._gone.popitem(last=False)
@@ -69,6 +90,8 @@ class DeviceMemories:
     def close(self) -> None:
         for key in list(self._open):
             self._close(key)
+        while self._made:
+            self._made.popitem()[1].close()
 
     def _close(self, key: MemoryKey) -> None:
         found = self._open.pop(key, None)

@@ -55,9 +55,11 @@ from forebay.ipc.messages import (
     Load,
     Loaded,
     LogChanged,
+    MakeMemory,
     MemoryChecked,
     MemoryClosed,
     MemoryDown,
+    MemoryMade,
     Phase,
     RingUp,
     Stop,
@@ -153,6 +155,8 @@ class Worker:
                     log.configure(msgspec.convert(message.options, LogOptions))
             case CheckMemory():
                 self._check_memory(message.memory)
+            case MakeMemory():
+                self._make_memory(message)
             case MemoryDown():
                 if self._parcels is not None and self._parcels.memories is not None:
                     self._parcels.memories.forget((message.owner, message.number))
@@ -175,6 +179,17 @@ class Worker:
                 # CUDA's own words, as Triton shows them.
                 text = error.text.rpartition(": ")[2]
         self._lifeline.send(MemoryChecked(text=text))
+
+    def _make_memory(self, message: MakeMemory) -> None:
+        memories = None if self._parcels is None else self._parcels.memories
+        if memories is None:
+            made = MemoryMade(text="there is no device")
+        else:
+            try:
+                made = MemoryMade(handle=memories.make((message.owner, message.number), message.byte_size))
+            except ServingError as error:
+                made = MemoryMade(text=error.text)
+        self._lifeline.send(made)
 
     def _attach_ring(self, producer: int, fd: int) -> None:
         if self._rings is None:

@@ -72,7 +72,8 @@ class ParcelsInFlight:
             try:
                 reply = self._decode_reply(head)
                 for place in reply.outputs:
-                    self._engine.arena.check(place.offset, place.byte_size)
+                    if not place.memory:
+                        self._engine.arena.check(place.offset, place.byte_size)
             except (msgspec.DecodeError, msgspec.ValidationError, Internal):
                 reply = ReplyHead(code=int(Code.INTERNAL), text="the model's answer could not be read")
                 final = True

@@ -8,7 +8,8 @@ input rows (spec L-030)::
     model C                                | inputs of C  | outputs of C |
 
 Nothing is copied and no message describes a tensor: for workers and scheduler each step is a run of slab rows like any
-other. It needs fixed shapes, and that a model's inputs are the last outputs of the model before, in their order.
+other. It needs fixed shapes, and that a model's inputs are the last outputs of the model before, in their order. Models
+on one GPU are no chain: what passes between them stays there (``device_pools.py``).
 """
 
 from __future__ import annotations
@@ -119,11 +120,19 @@ def _joint(before: Link, step: EnsembleStep, model: ModelEntry) -> int:
     tail = len(made) - len(read)
     if tail < 0 or not read:
         return -1
+    if before.route.entry.device_id >= 0 and _stays_on_device(before, model):
+        return -1
     fits = all(
         tensor is not None and tensor == written and _are_equal(ours, theirs)
         for (tensor, ours), (written, theirs) in zip(read, made[tail:], strict=True)
     )
     return tail if fits else -1
+
+
+def _stays_on_device(before: Link, model: ModelEntry) -> bool:
+    """Whether the tensors between two models need not leave their GPU: rows are in host memory."""
+    device_id = before.route.entry.device_id
+    return device_id == model.device_id and before.route.engine.device_pools.expects(device_id)
 
 
 def _are_equal(ours: TensorSpec, theirs: TensorSpec) -> bool:

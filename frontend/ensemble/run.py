@@ -93,6 +93,9 @@ class FrontendSteps:
             trace = trace.step(entry.name, entry.version)
             if trace is not None:
                 on_reply = traced_reply(trace, on_reply)
+                if trace.shows_tensors:
+                    # What a trace shows must be on the host.
+                    request = request._replace(device_outputs={})
         sequence_id, is_start, is_end = request.sequence
         meta = msgspec.structs.replace(
             self._meta,
@@ -106,7 +109,7 @@ class FrontendSteps:
         def run(reply_to: OnStepReply) -> StepCall:
             if entry.is_ensemble:
                 return ensemble_run(model, request.inputs, request.rows, meta, reply_to, self._depth + 1)
-            return ModelCall(model, request.inputs, request.places, request.rows, meta, reply_to)
+            return ModelCall(model, request, meta, reply_to)
 
         cache = self._engine.response_cache
         if cache is not None and entry.response_cache:

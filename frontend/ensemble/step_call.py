@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from forebay.frontend.data_plane.device_pools import DeviceBlock
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
@@ -16,10 +17,14 @@ from forebay.frontend.tracing import (
     RESPONSE_COMPLETE,
     Trace,
 )
-from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepTimes
+from forebay.ipc.counters import ProducerCounter
+from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepRequest, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor, hold_all, release_all
 from forebay.ipc.errors import Internal, from_wire
-from forebay.ipc.messages import ReplyHead, TensorPlace
+from forebay.ipc.messages import DeviceMemory, ReplyHead, TensorPlace
+
+_NO_BLOCKS: Mapping[str, DeviceBlock] = {}
+_NO_TARGETS: tuple[TensorPlace, ...] = ()
 
 
 def traced_reply(trace: Trace, on_reply: OnStepReply) -> OnStepReply:
@@ -35,45 +40,35 @@ def traced_reply(trace: Trace, on_reply: OnStepReply) -> OnStepReply:
     return take
 
 
+def _unreadable() -> StepReply:
+    return StepReply(error=Internal("the model's answer could not be read"), final=True)
+
+
 class ModelCall:
     """A request to a model that is no ensemble. Life: submitted -> replies -> final; holds its inputs until then."""
 
     __slots__ = (
+        "_device_blocks",
         "_enqueue_ns",
         "_first",
-        "_inputs",
         "_is_cancelled",
         "_lent",
         "_meta",
         "_on_reply",
-        "_places",
+        "_request",
         "_route",
-        "_rows",
         "_token",
     )
 
-    def __init__(
-        self,
-        route: RouteClient,
-        inputs: Mapping[str, Tensor],
-        places: Sequence[TensorPlace],
-        rows: int,
-        meta: RequestMeta,
-        on_reply: OnStepReply,
-    ) -> None:
-        """Prepare the request.
-
-        Args:
-            inputs: by the model's names, each in a block.
-            places: the same, as the worker is told.
-        """
+    def __init__(self, route: RouteClient, request: StepRequest, meta: RequestMeta, on_reply: OnStepReply) -> None:
+        """Prepare the request."""
         self._route = route
-        self._places = places
-        self._rows = rows
+        self._request = request
         self._meta = meta
-        self._inputs = inputs
         self._on_reply = on_reply
         self._is_cancelled = False
+        #: Where outputs go that stay on the model's GPU, by name.
+        self._device_blocks: Mapping[str, DeviceBlock] = _NO_BLOCKS
         self._lent: list[Block] = []
         self._first: Block | None = None
         self._token = 0
@@ -85,19 +80,45 @@ class ModelCall:
         Raises:
             ArenaFull: there is no room for the outputs.
         """
-        route, engine = self._route, self._route.engine
-        first = self._first = Block(route, max(expected_reply_bytes(route, self._rows), 1))
-        hold_all(self._inputs.values())
+        route, engine, request = self._route, self._route.engine, self._request
+        first = self._first = Block(route, max(expected_reply_bytes(route, request.rows), 1))
+        hold_all(request.inputs.values())
         self._token = engine.next_token()
         self._enqueue_ns = engine.turn_ns()
         if self._meta.trace is not None:
             self._trace_start(self._meta.trace)
         reply = (first.offset, first.byte_size)
-        route.submit_parcel(make_parcel(route, self._token, self._places, self._rows, reply, self._meta), self)
+        memories, targets = request.memories, _NO_TARGETS
+        if request.device_outputs:
+            memories, targets = self._take_device_blocks()
+        parcel = make_parcel(route, self._token, request.places, request.rows, reply, self._meta, memories, targets)
+        route.submit_parcel(parcel, self)
+
+    def _take_device_blocks(self) -> tuple[tuple[DeviceMemory, ...], tuple[TensorPlace, ...]]:
+        """Take room for outputs on the model's GPU, as long as there is any; the others come to the host.
+
+        Returns:
+            The device memories of the request, and the targets in them.
+        """
+        pools, device_id = self._route.engine.device_pools, self._route.entry.device_id
+        memories = list(self._request.memories)
+        blocks: dict[str, DeviceBlock] = {}
+        targets: list[TensorPlace] = []
+        for name, byte_size in self._request.device_outputs.items():
+            block = pools.take(device_id, byte_size)
+            if block is None:
+                continue
+            blocks[name] = block
+            if block.memory not in memories:
+                memories.append(block.memory)
+            number = memories.index(block.memory) + 1
+            targets.append(TensorPlace(name, "", (), block.offset, byte_size, memory=number))
+        self._device_blocks = blocks
+        return tuple(memories), tuple(targets)
 
     def _trace_start(self, trace: Trace) -> None:
         if trace.shows_tensors:
-            for name, tensor in self._inputs.items():
+            for name, tensor in self._request.inputs.items():
                 for activity in (QUEUE_INPUT, BACKEND_INPUT):
                     trace.tensor(activity, name, tensor.datatype, tensor.shape, tensor.view(self._route.engine))
         trace.note(QUEUE_START)
@@ -132,7 +153,9 @@ class ModelCall:
             self._lent.clear()
             if final:
                 self._first.release()
-                release_all(self._inputs.values())
+                release_all(self._request.inputs.values())
+                for device_block in self._device_blocks.values():
+                    device_block.release()
 
     def _trace_reply(self, trace: Trace, reply: StepReply, *, ran: bool) -> None:
         engine = self._route.engine
@@ -142,15 +165,29 @@ class ModelCall:
             for name, tensor in reply.outputs.items():
                 trace.tensor(BACKEND_OUTPUT, name, tensor.datatype, tensor.shape, tensor.view(engine))
 
+    def _on_device(self, place: TensorPlace) -> Tensor | None:
+        """Return an output that has stayed on the GPU; None: it was not to."""
+        block = self._device_blocks.get(place.name)
+        if block is None or place.byte_size > block.byte_size:
+            return None
+        self._route.counters[ProducerCounter.DEVICE_PASSED_BYTES] += place.byte_size
+        return Tensor(place.datatype, place.shape, place.byte_size, block.offset, block, memory=block.memory)
+
     def _read(self, reply: ReplyHead, blocks: Sequence[Block], *, final: bool, ran: bool) -> StepReply:
         times = StepTimes.since(self._enqueue_ns, self._route.engine.reply_times()) if final else StepTimes()
         if reply.text or reply.code:
             return StepReply(error=from_wire(reply.code, reply.text), ran=ran, final=final, times=times)
         outputs: dict[str, Tensor] = {}
         for place in reply.outputs:
+            if place.memory:
+                tensor = self._on_device(place)
+                if tensor is None:
+                    return _unreadable()
+                outputs[place.name] = tensor
+                continue
             block = next((block for block in blocks if block.contains(place.offset)), None)
             if block is None or place.offset + place.byte_size > block.offset + block.byte_size:
-                return StepReply(error=Internal("the model's answer could not be read"), final=True)
+                return _unreadable()
             outputs[place.name] = Tensor(place.datatype, place.shape, place.byte_size, place.offset, block)
         for inline in reply.inline:
             outputs[inline.name] = Tensor(inline.datatype, inline.shape, len(inline.data), data=inline.data)

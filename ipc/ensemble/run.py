@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, NamedTuple
 
 from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.ensemble.device_tensors import device_outputs, device_places
 from forebay.ipc.ensemble.graph import EnsembleGraph, GraphPlan, NeededStep
 from forebay.ipc.ensemble.steps import (
     Model,
@@ -137,6 +138,8 @@ class EnsembleRun(Generic[Model]):
         self._calls: dict[int, StepCall] = {}
         self._next_call = 0
         self._is_mixed: bool | None = None
+        #: Some step was told that an output may stay on its GPU.
+        self._may_use_devices = False
         self._models: dict[int, Model] = {}
         #: Responses of decoupled steps that wait for others to be worked on: parent, ensemble tensors, parameters.
         self._waiting: deque[tuple[_Iteration, dict[str, Tensor | None], Mapping[str, ParameterValue]]] = deque()
@@ -261,7 +264,18 @@ class EnsembleRun(Generic[Model]):
             outputs=() if len(needed.outputs) == len(entry.outputs) else needed.outputs,
             sequence=iteration.sequence,
         )
+        if entry.device_id >= 0 or self._may_use_devices:
+            request = self._with_devices(request, needed, entry)
         return self._host.call(model, request, on_reply)
+
+    def _with_devices(self, request: StepRequest, needed: NeededStep, entry: ModelEntry) -> StepRequest:
+        """Add to a step's request what concerns device memory."""
+        kept: dict[str, int] = {}
+        if entry.device_id >= 0:
+            kept = device_outputs(needed, entry, request.rows, self._plan, lambda number: self._models[number].entry)
+            self._may_use_devices = self._may_use_devices or bool(kept)
+        places, memories = device_places(request.inputs)
+        return request._replace(places=places, memories=memories, device_outputs=kept)
 
     # --- replies ---
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from forebay.ipc.catalog import EnsembleStep, ModelEntry
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import ParameterValue, TensorPlace
+from forebay.ipc.messages import DeviceMemory, ParameterValue, TensorPlace
 from forebay.ipc.wire import Times
 
 
@@ -81,6 +81,10 @@ class StepRequest(NamedTuple):
     """Those that somebody reads; empty: all."""
     sequence: tuple[int | str, bool, bool]
     """Correlation id, start, end."""
+    memories: tuple[DeviceMemory, ...] = ()
+    """On devices, that places lie in."""
+    device_outputs: Mapping[str, int] = {}
+    """Outputs that may stay on the model's GPU, because nobody but steps there reads them, with their bytes."""
 
 
 class StepModel(Protocol):

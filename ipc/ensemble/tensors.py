@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.messages import TensorPlace
+from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.validation import InputFacts, validate_request
 
 #: Forms of requests that are known to fit their model; at the limit all are forgotten.
@@ -44,9 +44,12 @@ class Tensor(NamedTuple):
     block: Held | None = None
     """Where it lies; None: in ``data``, because it came inside a message."""
     data: bytes = b""
+    memory: DeviceMemory | None = None
+    """The device memory that the block is in; None: it is in the arena."""
 
     def view(self, owner: Mapped) -> memoryview | bytes:
-        """Return its bytes; valid while the block is held."""
+        """Return the bytes of a tensor on the host; valid while the block is held."""
+        assert self.memory is None
         return self.data if self.block is None else owner.view[self.offset : self.offset + self.byte_size]
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
+from forebay.frontend.data_plane.device_pools import DevicePools
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import BlockAllocator
@@ -76,6 +77,7 @@ class FakeEngine:
         self.pending: deque[tuple[FakeRoute, ParcelSubmit, Any]] = deque()
         self.cancelled: set[int] = set()
         self.response_cache: Any = None
+        self.device_pools = DevicePools()
         self._token = 0
 
     # --- what the engine client offers ---

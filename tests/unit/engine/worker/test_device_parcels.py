@@ -15,7 +15,17 @@ from worker_harness import WorkerHarness, spec_from_config
 from forebay.engine.devices.base import Device, Memory, Stream
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
-from forebay.ipc.messages import CheckMemory, DeviceMemory, Loaded, MemoryChecked, MemoryClosed, MemoryDown, TensorPlace
+from forebay.ipc.messages import (
+    CheckMemory,
+    DeviceMemory,
+    Loaded,
+    MakeMemory,
+    MemoryChecked,
+    MemoryClosed,
+    MemoryDown,
+    MemoryMade,
+    TensorPlace,
+)
 
 KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -171,6 +181,24 @@ def test_a_memory_that_is_taken_away_is_closed_and_not_opened_again(client: Clie
     answer = worker._answer()
     assert isinstance(answer, MemoryChecked)
     assert answer.text
+
+
+def test_memory_that_a_worker_makes_is_open_to_others_until_it_is_taken_away(
+    client: Client, worker: WorkerHarness
+) -> None:
+    worker.tell(MakeMemory(owner=9, number=1, byte_size=4096))
+    made = worker._answer()
+    assert isinstance(made, MemoryMade)
+    with client.device.open_memory(made.handle, 4096) as opened:
+        assert opened.byte_size == 4096
+    worker.tell(MemoryDown(owner=9, number=1))
+    assert worker._answer() == MemoryClosed(owner=9, number=1)
+    with pytest.raises(ServingError):
+        client.device.open_memory(made.handle, 4096)
+    worker.tell(MakeMemory(owner=9, number=2, byte_size=1 << 50))
+    refused = worker._answer()
+    assert isinstance(refused, MemoryMade)
+    assert refused.text
 
 
 def test_requests_without_device_memory_run_as_ever(worker: WorkerHarness) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import msgspec
 import pytest
 from engine_scene import Rows, Surroundings, play, turn
 
@@ -282,6 +283,27 @@ def test_new_version_of_a_step_gets_slabs_of_its_own() -> None:
         assert s.engine.used_bytes == before, "the old slab is gone"
 
     play(scenario, **lines(FIRST, SECOND, LINE))
+
+
+def test_models_on_one_gpu_are_no_chain_unless_they_have_no_pool_there() -> None:
+    """What passes between them stays on the GPU; rows are in host memory (F-151)."""
+    on_gpu = [msgspec.structs.replace(entry, device_id=1) for entry in (FIRST, SECOND)]
+
+    async def scenario(s: Surroundings) -> None:
+        assert find_links(s.engine.routes[ENSEMBLE]) == ()
+        s.engine.device_pools.excluded = {1}
+        assert len(find_links(s.engine.routes[ENSEMBLE])) == 2
+
+    play(scenario, **lines(*on_gpu, LINE))
+
+
+def test_models_on_different_gpus_are_a_chain() -> None:
+    first, second = (msgspec.structs.replace(entry, device_id=gpu) for gpu, entry in enumerate((FIRST, SECOND)))
+
+    async def scenario(s: Surroundings) -> None:
+        assert len(find_links(s.engine.routes[ENSEMBLE])) == 2
+
+    play(scenario, **lines(first, second, LINE))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""Steps of ensembles on one GPU pass tensors in its memory (issue 8, 4): real processes, the host plays the GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as httpclient
+from device_models import add_chain, add_doubler
+from forebay_server import ForebayServer
+
+from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
+
+KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
+#: Of a request of one row.
+ROW_BYTES = 16
+
+
+class Chain:
+    """A server whose ensemble ``chain`` runs the model ``gpu`` twice, and a client."""
+
+    def __init__(self, root: Path, kind: str, *flags: str) -> None:
+        add_doubler(root, "gpu", "KIND_GPU", more="dynamic_batching { }")
+        add_chain(root, "chain")
+        self.kind = kind
+        environment = {PLAYED_GPUS_VARIABLE: "1"} if kind == "host" else {}
+        self.server = ForebayServer(root, *flags, environment=environment)
+
+    def infer(self, first: int = 0, count: int = 1) -> None:
+        """Send requests at the same time and check every answer."""
+        with httpclient.InferenceServerClient(self.server.http_url, concurrency=count) as client:
+            sent: list[tuple[int, Any]] = []
+            for number in range(first, first + count):
+                tensor = httpclient.InferInput("X", [1, 4], "FP32")
+                tensor.set_data_from_numpy(np.full((1, 4), number, np.float32))
+                sent.append((number, client.async_infer("chain", [tensor])))
+            for number, request in sent:
+                np.testing.assert_array_equal(request.get_result().as_numpy("Y"), np.full((1, 4), 4 * number))
+
+    def counter(self, family: str, model: str = "gpu", **labels: str) -> int:
+        """Return a counter of a model; 0: there is no such series."""
+        for line in self.server.metrics().splitlines():
+            shown = dict(re.findall(r'(\w+)="([^"]*)"', line))
+            if line.startswith(f"{family}{{") and shown.get("model") == model and labels.items() <= shown.items():
+                return int(line.rpartition(" ")[2])
+        return 0
+
+    @property
+    def passed(self) -> int:
+        return self.counter("forebay_device_passed_bytes_total")
+
+    @property
+    def crossed(self) -> tuple[int, int]:
+        """Bytes to and from the GPU."""
+        family = "forebay_device_copied_bytes_total"
+        return self.counter(family, direction="to_device"), self.counter(family, direction="from_device")
+
+    def wait_passing(self) -> None:
+        """Send requests until there is a pool; they are answered before it is there, too."""
+        before = self.passed
+
+        def passes() -> bool:
+            self.infer(7)
+            return self.passed > before
+
+        self.server.wait_for(passes, "steps to pass tensors on the GPU")
+
+    @property
+    def courier(self) -> int:
+        return self.server.pid_of("worker courier")
+
+    def pool_count(self) -> int:
+        """Return how many memories the courier keeps on the host, where they are files."""
+        links = [link.path for link in os.scandir(f"/proc/{self.courier}/fd")]
+        return len({os.stat(link).st_ino for link in links if "forebay-device" in os.readlink(link)})
+
+    def wait_pools(self, count: int) -> None:
+        if self.kind == "host":
+            self.server.wait_for(lambda: self.pool_count() == count, f"{count} pools")
+
+
+@pytest.fixture(params=KINDS)
+def chain(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Chain]:
+    made = Chain(tmp_path, request.param, "--model-control-mode=explicit", "--load-model=chain")
+    with made.server:
+        made.wait_passing()
+        yield made
+
+
+def test_what_only_steps_read_stays_on_the_gpu(chain: Chain) -> None:
+    """Of two steps the first reads from the host, and the second answers there; between them nothing crosses."""
+    passed, (into, out) = chain.passed, chain.crossed
+    chain.infer(count=20)
+    assert chain.passed - passed == 20 * ROW_BYTES
+    assert chain.crossed == (into + 20 * ROW_BYTES, out + 20 * ROW_BYTES)
+    assert not any(
+        chain.counter("forebay_copied_bytes_total", model, place=place)
+        for model in ("gpu", "chain")
+        for place in ("gather", "scatter")
+    )
+
+
+def test_a_worker_that_dies_between_steps_loses_no_request(chain: Chain) -> None:
+    """What a request has on the GPU is kept until it has ended, so its step is tried again."""
+    for round_number in range(3):
+        [victim] = (pid for role, pid in chain.server.pids().items() if role.startswith("worker gpu"))
+        with httpclient.InferenceServerClient(chain.server.http_url, concurrency=32) as client:
+            tensor = httpclient.InferInput("X", [1, 4], "FP32")
+            tensor.set_data_from_numpy(np.full((1, 4), 3, np.float32))
+            sent = [client.async_infer("chain", [tensor]) for _ in range(64)]
+            sent.pop(4 * round_number).get_result()
+            os.kill(victim, signal.SIGKILL)
+            for request in sent:
+                np.testing.assert_array_equal(request.get_result().as_numpy("Y"), np.full((1, 4), 12))
+        chain.server.wait_logged("is back", count=round_number + 1)
+    chain.wait_passing()
+
+
+def test_a_courier_that_dies_takes_its_pool_along_and_the_next_one_makes_another(chain: Chain) -> None:
+    os.kill(chain.courier, signal.SIGKILL)
+    for number in range(20):
+        chain.infer(number)
+    chain.server.wait_logged("worker courier of GPU 0:1 #0 is back")
+    chain.wait_passing()
+
+
+def test_a_frontend_that_dies_gives_its_pool_back(chain: Chain) -> None:
+    victim = chain.server.pid_of("http")
+    os.kill(victim, signal.SIGKILL)
+    chain.server.wait_for(lambda: chain.server.pid_of("http") not in (0, victim), "the next frontend")
+    chain.wait_passing()
+    chain.wait_pools(1)
+
+
+def test_a_pool_goes_with_the_last_ensemble_that_needs_it(chain: Chain) -> None:
+    chain.wait_pools(1)
+    assert chain.server.post("/v2/repository/models/chain/unload", b"{}")[0] == 200
+    chain.wait_pools(0)
+    assert chain.server.post("/v2/repository/models/chain/load", b"{}")[0] == 200
+    chain.wait_passing()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_finds_no_room_in_the_pool_goes_through_the_host(tmp_path: Path, kind: str) -> None:
+    """F-151: room for one tensor at a time."""
+    chain = Chain(tmp_path, kind, "--cuda-memory-pool-byte-size=0:256")
+    with chain.server:
+        chain.wait_passing()
+        passed = chain.passed
+        chain.infer(count=32)
+        assert 0 < chain.passed - passed <= 32 * ROW_BYTES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pool_where_none_is_wanted(tmp_path: Path, kind: str) -> None:
+    """F-151; steps then have rows in host memory, as on a CPU."""
+    chain = Chain(tmp_path, kind, "--cuda-memory-pool-byte-size=0:0")
+    with chain.server:
+        for number in range(5):
+            chain.infer(number)
+        assert (chain.passed, chain.courier) == (0, 0)
