@@ -38,6 +38,11 @@ class _Courier:
     entry: ModelEntry
 
 
+def _restarting(device_id: int) -> str:
+    """Return what clients are told: they know of GPUs, not of couriers."""
+    return f"the server's access to memory of GPU {device_id} is being restored, try again in a moment"
+
+
 class Couriers:
     """All couriers of a server."""
 
@@ -60,7 +65,7 @@ class Couriers:
         courier = await self._courier(memory.device_id)
         worker = courier.instance.worker
         if worker is None:
-            raise InvalidArgument(f"the courier of GPU {memory.device_id} is being started again, try again")
+            raise InvalidArgument(_restarting(memory.device_id))
         return courier.entry, await worker.check_memory(memory)
 
     async def make(self, device_id: int, owner: int, number: int, byte_size: int) -> DeviceMemory:
@@ -71,7 +76,7 @@ class Couriers:
         """
         worker = (await self._courier(device_id)).instance.worker
         if worker is None:
-            raise Unavailable(f"the courier of GPU {device_id} is being started again")
+            raise Unavailable(_restarting(device_id))
         return DeviceMemory(owner, number, device_id, byte_size, await worker.make_memory(owner, number, byte_size))
 
     def worker_of(self, device_id: int) -> int:
