@@ -55,7 +55,7 @@ def lower(pid: int) -> bool:
 
 
 def restore(pid: int) -> None:
-    """Give a process, and the threads that it has started meanwhile, the usual policy again."""
+    """Give a process, and what it has started meanwhile, the usual policy again."""
     _set_policy(pid, os.SCHED_OTHER)
 
 
@@ -89,6 +89,10 @@ def _set_policy(pid: int, policy: int) -> None:
 
 
 def _threads(pid: int) -> Iterator[int]:
+    """Yield the threads of a process, and those of the processes that it has started, a Python model's for example."""
     with contextlib.suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/task"):
             yield int(name)
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{name}/children") as children:
+                for child in children.read().split():
+                    yield from _threads(int(child))

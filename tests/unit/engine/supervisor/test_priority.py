@@ -19,6 +19,13 @@ for line in sys.stdin:
     print(flush=True)
 """
 
+#: Starts a process that ends when its own standard input does, and says which.
+_PARENT = """
+import subprocess, sys
+with subprocess.Popen([sys.executable, "-c", "input()"]) as process:
+    print(process.pid, flush=True)
+"""
+
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[str]]:
@@ -75,6 +82,15 @@ def test_a_thread_that_is_started_meanwhile_is_not_forgotten(
     priority.restore(child.pid)
     assert len(threads(child)) == 3
     assert policies(child) == {os.SCHED_OTHER}
+
+
+def test_a_process_that_was_started_meanwhile_is_not_forgotten() -> None:
+    """A Python model may start some when it is loaded, and a copy with shared weights is made by one."""
+    with subprocess.Popen([sys.executable, "-c", _PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        grandchild = int(process.stdout.readline())
+        priority.let_others_first(process.pid)
+        assert os.getpriority(os.PRIO_PROCESS, grandchild) == 19
 
 
 def test_trying_changes_nothing_for_this_process() -> None:
