@@ -190,9 +190,7 @@ class Connection(asyncio.BufferedProtocol):
         self._count_owed(0)
         if self._side_door is not None:
             self._side_door.connection_lost(exc)
-        for call in self._calls:
-            call.cancel()
-        self._calls.clear()
+        self._cancel_calls()
         self._frontend.closed(self)
 
     def get_buffer(self, sizehint: int) -> memoryview | bytearray:
@@ -586,10 +584,14 @@ class Connection(asyncio.BufferedProtocol):
         self._is_closing = self._must_linger = True
         self.answer(call, [reply])
 
-    def _close_after_writing(self) -> None:
-        for call in self._calls:
+    def _cancel_calls(self) -> None:
+        # A call may end, with an answer for nobody, while it is cancelled.
+        calls, self._calls = self._calls, deque()
+        for call in calls:
             call.cancel()
-        self._calls.clear()
+
+    def _close_after_writing(self) -> None:
+        self._cancel_calls()
         if self._must_linger and not self._is_half_closed and self._fd >= 0:
             self._linger()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
@@ -26,18 +27,20 @@ STREAM = INFER.replace(b"infer", b"generate_stream")
 class HandCall(Call):
     """Remembers its body; the test answers it."""
 
-    __slots__ = ("body", "is_cancelled")
+    __slots__ = ("body", "is_cancelled", "on_cancel")
 
     def __init__(self, connection: Connection, *, keep_alive: bool) -> None:
         super().__init__(connection, keep_alive=keep_alive)
         self.body = b""
         self.is_cancelled = False
+        self.on_cancel: Callable[[], None] = lambda: None
 
     def start(self, body: memoryview) -> None:
         self.body = bytes(body)
 
     def cancel(self) -> None:
         self.is_cancelled = True
+        self.on_cancel()
 
 
 class Bench:
@@ -109,6 +112,33 @@ def test_answers_wait_for_their_turn() -> None:
         assert bench.sent == b""
         bench.answer(0, b"1")
         assert bench.sent == b"123"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_requests_that_end_while_they_are_cancelled_do_not_keep_the_connection(count: int) -> None:
+    """Rows that have not been sent yet are answered at once, with an error that nobody reads."""
+
+    async def scenario(bench: Bench) -> None:
+        bench.receive(*(INFER + b"a" for _ in range(count)))
+        for index, call in enumerate(bench.calls):
+            call.on_cancel = functools.partial(bench.answer, index, b"cancelled")
+        bench.connection.connection_lost(None)
+        assert all(call.is_cancelled for call in bench.calls)
+        assert bench.frontend.connection_count == 0
+
+    run(scenario)
+
+
+def test_requests_behind_the_last_one_may_end_while_they_are_cancelled() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.receive(INFER.replace(b"Host", b"Connection: close\r\nHost"), b"a", INFER, b"b", INFER, b"c")
+        for index, call in enumerate(bench.calls):
+            call.on_cancel = functools.partial(bench.answer, index, b"cancelled")
+        bench.answer(0, b"1")
+        assert bench.sent == b"1"
+        assert [call.is_cancelled for call in bench.calls] == [False, True, True]
 
     run(scenario)
 
