@@ -91,10 +91,11 @@ class InferCall(Call):
 
     def cancelled(self) -> None:
         placed, self._placed = self._placed, None
+        slab, self._slab = self._slab, None
         if placed is not None:
             placed.cancel()
-        elif self._slab is not None:
-            self._plan.route.cancel_rows(self._slab, self._first, self)
+        elif slab is not None:
+            self._plan.route.cancel_rows(slab, self._first, self)
 
     # --- answers, with a plan ---
 
@@ -123,7 +124,8 @@ class InferCall(Call):
         self.reply(pieces, plan.reply_bytes + len(id_field) + len(own))
 
     def rows_failed(self, slab: OwnedSlab, first: int, error: ServingError, *, ran: bool) -> None:
-        self.fail(error)
+        if self._slab is not None:  # Else whoever let go of the rows says why.
+            self.fail(error)
 
     # --- answers, without ---
 
