@@ -346,8 +346,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "cuda-memory-pool-byte-size",
         "gpu.memory_pool_byte_sizes",
-        ACCEPTED,
-        "each GPU worker sizes its own staging buffers",
         metavar="DEVICE:BYTES",
         parse=values.parse_device_bytes,
     ),

@@ -474,6 +474,8 @@ class Worker:
             time.sleep(_BACKLOG_RETRY_S)
 
     def close(self) -> None:
+        if self._parcels is not None and self._parcels.memories is not None:
+            self._parcels.memories.close()
         if self._instance is not None:
             self._instance.close()
 

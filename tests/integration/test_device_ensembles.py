@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -155,6 +156,24 @@ def test_what_finds_no_room_in_the_pool_goes_through_the_host(tmp_path: Path, ki
         passed = chain.passed
         chain.infer(count=32)
         assert 0 < chain.passed - passed <= 32 * ROW_BYTES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_that_are_traced_come_to_the_host(tmp_path: Path, kind: str) -> None:
+    """O-007."""
+    traces = tmp_path / "traces.json"
+    models = tmp_path / "models"
+    models.mkdir()
+    flags = [f"--trace-config={each}" for each in (f"triton,file={traces}", "level=TENSORS", "rate=1")]
+    chain = Chain(models, kind, *flags)
+    with chain.server:
+        for number in range(5):
+            chain.infer(number)
+        chain.server.wait_for(lambda: chain.pool_count() == 1 if chain.courier else False, "the pool")
+        chain.infer(6)
+        assert chain.passed == 0
+    shown = [json.loads(part) for part in re.findall(r'"data":("[^"]*")', traces.read_text())]
+    assert "12,12,12,12" in shown
 
 
 @pytest.mark.parametrize("kind", KINDS)
