@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 _BINARY = pathlib.Path(__file__).parent / "model_config.binpb"
-_FILE_NAME = "model_config.proto"
 
 
 class EnumValue(Protocol):

@@ -141,10 +141,6 @@ class ClientDoor:
         for visitor in list(self._visitors):
             visitor.leave()
 
-    @property
-    def client_count(self) -> int:
-        return len(self._visitors)
-
     def _accept(self) -> None:
         assert self._listener is not None
         try:

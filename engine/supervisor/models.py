@@ -49,11 +49,6 @@ class Model:
     """Loaded because an ensemble needs it, not because anybody asked for it (spec R-095)."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    @property
-    def is_known_only(self) -> bool:
-        """True if it was never loaded: only its directory is known."""
-        return not self.status and not self.problem
-
 
 class LoadFailed(ServingError):
     """A load failed; what served before goes on. Carries Triton's text and code."""

@@ -150,9 +150,6 @@ class Zygotes:
             zygote = self._by_family[family] = ZygoteHandle(family)
         return zygote
 
-    def pids(self) -> dict[str, int]:
-        return {family: zygote.pid for family, zygote in self._by_family.items()}
-
     async def stop(self, timeout_s: float) -> None:
         await asyncio.gather(*(zygote.stop(timeout_s) for zygote in self._by_family.values()))
 

@@ -72,10 +72,6 @@ class ParcelsRunner:
         """True if somebody who waits here can hear of lent blocks."""
         return self.take_signals is not _nothing
 
-    @property
-    def open_count(self) -> int:
-        return len(self._open)
-
     def forget_producer(self, producer: int) -> None:
         """Its requests have no reader any more."""
         if self._tensors is not None:
