@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.engine.supervisor.instance import Instance
+from forebay.engine.supervisor.instance import Instance, start_all
 from forebay.engine.supervisor.preparation import PreparedVersion, instance_specs
 from forebay.ipc.messages import InstanceSpec
 
@@ -63,14 +63,7 @@ class Adjustment:
             ServingError: an instance could not be loaded; the caller abandons.
         """
         self._served.assign_cores(self._added)
-        tasks = [asyncio.create_task(instance.start(quietly=True)) for instance in self._added]
-        try:
-            await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        await start_all(self._added, quietly=True)
 
     def commit(self) -> None:
         """From now on the version is the new one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -29,6 +29,25 @@ LOOP_RETRY_S = 60.0
 
 #: How long a worker may take to finish its last batch when it is stopped, s.
 STOP_TIMEOUT_S = 10.0
+
+
+async def start_all(instances: Iterable[Instance], *, quietly: bool) -> None:
+    """Start instances side by side.
+
+    Args:
+        quietly: see :meth:`Instance.start`.
+
+    Raises:
+        ServingError: the first reason why one could not be started; none is being started any more.
+    """
+    tasks = [asyncio.create_task(instance.start(quietly=quietly)) for instance in instances]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True)

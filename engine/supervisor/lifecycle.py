@@ -166,6 +166,11 @@ class ModelLifecycle:
                 return False
         return not self.models[name].is_excused
 
+    @property
+    def _has_clients(self) -> bool:
+        """Whether there may be requests that a load would disturb."""
+        return self.is_initialised and any(model.serving for model in self.models.values())
+
     def _expect_cores(self, models: Iterable[FoundModel]) -> None:
         """Pin instances to cores only if all that are about to be loaded find one."""
         count = 0
@@ -305,7 +310,7 @@ class ModelLifecycle:
             served = self._create(prepared)
             count = len(served.instances)
             self._progress(name, version, "starting worker", 0, count, "")
-            await served.start(quietly=self.is_initialised)
+            await served.start(quietly=self._has_clients)
         except ServingError as error:
             self._progress(name, version, "failed", 0, 0, error.text)
             raise
@@ -403,7 +408,8 @@ class ModelLifecycle:
         log.info(f"successfully loaded '{model.name}'")
         self.ensembles.loaded(found.identity)
         if retired:
-            self._retire_later(model, retired, replaced, generation, old_found if old_found is not found else None)
+            left_over = old_found if old_found is not found else None
+            self._retire_in_background(self._retire(model, retired, replaced, generation, left_over))
         if self.is_initialised:
             # Whoever asked for the load may use the model on any connection as soon as it has the answer (spec H-214).
             await self._wait_seen(generation, _CATALOG_TIMEOUT_S)
@@ -431,7 +437,7 @@ class ModelLifecycle:
             generation = self.touch()
             found, model.found = model.found, None
             if retired:
-                self._retire_later(model, retired, set(), generation, found)
+                self._retire_in_background(self._retire(model, retired, set(), generation, found))
             # New requests are refused from here on (spec R-094).
             await self._wait_seen(generation, _CATALOG_TIMEOUT_S)
 
@@ -441,16 +447,6 @@ class ModelLifecycle:
         if model is not None and not model.serving:
             del self.models[name]
             self.touch()
-
-    def _retire_later(
-        self,
-        model: Model,
-        retired: list[ServedVersion],
-        replaced: set[int],
-        generation: int,
-        found: FoundModel | None,
-    ) -> None:
-        self._retire_in_background(self._retire(model, retired, replaced, generation, found))
 
     def _retire_in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from forebay.engine.backend_families import family_of
 from forebay.engine.repository.model_spec import EnsembleSpec
-from forebay.engine.supervisor.instance import Instance, InstanceEvents
+from forebay.engine.supervisor.instance import Instance, InstanceEvents, start_all
 from forebay.engine.supervisor.latency_settings import (
     first_response_buckets_ms,
     measures_latencies,
@@ -120,13 +120,9 @@ class ServedVersion:
         self.plant.switchboard.add_route(self._route_up())
         if self.instances:
             self.plant.zygotes.start(family_of(self.prepared.runtime.backend))
-        tasks = [asyncio.create_task(instance.start(quietly=quietly)) for instance in self.instances]
         try:
-            await asyncio.gather(*tasks)
+            await start_all(self.instances, quietly=quietly)
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self.stop()
             raise
         self.load_ns = time.monotonic_ns() - began_ns
