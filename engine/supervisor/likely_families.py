@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from forebay.engine.backend_families import FAMILIES, FILE_HINTS
 
 
-def likely_families(repositories: Iterable[str]) -> list[str]:
-    """Return the families that the model files in ``repositories`` hint at, of those whose library is installed."""
+def likely_families(repositories: Iterable[str], models: Collection[str] | None = None) -> list[str]:
+    """Return the families that the model files in ``repositories`` hint at, of those whose library is installed.
+
+    Args:
+        models: names of those that count; None: all do.
+    """
     families: dict[str, None] = {}
     for path in repositories:
         with contextlib.suppress(OSError):
             for model in os.scandir(path):
+                if models is not None and model.name not in models:
+                    continue
                 for name in _files_two_below(model):
                     if (family := FILE_HINTS.get(name)) is not None:
                         families[family] = None

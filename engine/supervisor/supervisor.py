@@ -249,10 +249,17 @@ class Supervisor:
 
     # --- start ---
 
+    @property
+    def _wanted_models(self) -> tuple[str, ...] | None:
+        """What is loaded at the start; None: everything."""
+        repository = self.settings.repository
+        if repository.control_mode != "explicit" or repository.load_models == ("*",):
+            return None
+        return repository.load_models
+
     def _start_likely_zygotes(self) -> None:
-        if self.settings.repository.control_mode != "explicit":
-            for family in likely_families(self.settings.repository.paths):
-                self._zygotes.start(family)
+        for family in likely_families(self.settings.repository.paths, self._wanted_models):
+            self._zygotes.start(family)
 
     def _create_frontends(self, counters: CountersFile) -> list[FrontendRole]:
         settings: dict[str, Any] = msgspec.to_builtins(self.settings)
@@ -303,16 +310,11 @@ class Supervisor:
         Raises:
             StartFailed: a process or, with ``--exit-on-error``, a model cannot be started.
         """
-        if self.settings.repository.control_mode == "explicit":
-            names = self.settings.repository.load_models
-            wanted = None if names == ("*",) else names
-        else:
-            wanted = None
         needed = [role for role in self._roles if role not in self._watchers]
         ready = asyncio.gather(*(role.ready for role in needed))
         ticking = asyncio.create_task(self._display.run())
         try:
-            if await self._lifecycle.load_at_start(wanted) and self.settings.repository.exit_on_error:
+            if await self._lifecycle.load_at_start(self._wanted_models) and self.settings.repository.exit_on_error:
                 self._display.show_models(self._lifecycle.models)
                 raise StartFailed("failed to load all models")
             await asyncio.wait_for(ready, _START_TIMEOUT_S)
