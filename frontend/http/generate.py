@@ -16,7 +16,7 @@ from forebay.frontend.codec.generate import (
 from forebay.frontend.codec.infer_response import JSON_TYPE, OutputTensor
 from forebay.frontend.codec.validation import validate_infer
 from forebay.frontend.errors import error_body, http_status
-from forebay.frontend.http.connection import Call
+from forebay.frontend.http.call import Call
 from forebay.frontend.http.general_path import begin_trace, fill
 from forebay.frontend.http.head import Head, Target
 from forebay.frontend.http.replies import error_reply, head_bytes, stream_head

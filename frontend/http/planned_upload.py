@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from forebay.frontend.http.connection import Connection, PlannedCall
+from forebay.frontend.http.call import PlannedCall
+from forebay.frontend.http.connection import Connection
 from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.head import Head
 

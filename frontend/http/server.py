@@ -11,8 +11,9 @@ from forebay.frontend.app import ControlServer
 from forebay.frontend.catalog_view import CatalogView
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.http.connection import SCRATCH_BYTES, UPLOAD_HEAD_BYTES, Connection
+from forebay.frontend.http.direct_upload import DirectUpload
 from forebay.frontend.http.fast_path import InferPlan
-from forebay.frontend.http.general_path import DirectUpload, GeneralCall
+from forebay.frontend.http.general_path import GeneralCall
 from forebay.frontend.http.generate import GenerateCall
 from forebay.frontend.http.head import Head, HeadError, HeadParser, Target
 from forebay.frontend.http.known_request import find_plan

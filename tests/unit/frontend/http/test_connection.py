@@ -12,7 +12,8 @@ from unittest import mock
 
 import pytest
 
-from forebay.frontend.http.connection import PIPELINE_MAX, Call, Connection
+from forebay.frontend.http.call import Call
+from forebay.frontend.http.connection import PIPELINE_MAX, Connection
 from forebay.frontend.http.head import HeadParser
 from forebay.frontend.http.server import HttpFrontend
 from forebay.frontend.http.settings import HttpView

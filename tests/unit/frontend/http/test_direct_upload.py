@@ -1,4 +1,4 @@
-"""Requests that no plan is known for: large bodies on their way into shared memory, and what is kept of them."""
+"""Large bodies of no known plan, and what is kept of them for the next."""
 
 from __future__ import annotations
 
