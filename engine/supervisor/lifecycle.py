@@ -288,7 +288,8 @@ class ModelLifecycle:
         prepared: dict[int, PreparedVersion] = {}
         for version in sorted(kept):
             try:
-                prepared[version] = self.ensembles.join(await prepare_version(self.plant, found, version))
+                looked_at = await prepare_version(self.plant, found, version, quietly=True)
+                prepared[version] = self.ensembles.join(looked_at)
             except ServingError as error:
                 raise self._load_failed(model, found, {version: error}, [version]) from None
         possible = {v: new for v, new in prepared.items() if Adjustment.is_possible(model.serving[v], new)}
@@ -306,11 +307,12 @@ class ModelLifecycle:
         name = found.name
         self._progress(name, version, "loading config", 0, 0, "")
         try:
-            prepared = self.ensembles.join(await prepare_version(self.plant, found, version))
+            quietly = self._has_clients
+            prepared = self.ensembles.join(await prepare_version(self.plant, found, version, quietly=quietly))
             served = self._create(prepared)
             count = len(served.instances)
             self._progress(name, version, "starting worker", 0, count, "")
-            await served.start(quietly=self._has_clients)
+            await served.start(quietly=quietly)
         except ServingError as error:
             self._progress(name, version, "failed", 0, 0, error.text)
             raise

@@ -133,8 +133,11 @@ class PreparedVersion:
         return self.runtime.backend in _SEES_REQUESTS
 
 
-async def prepare_version(plant: Plant, found: FoundModel, version: int) -> PreparedVersion:
+async def prepare_version(plant: Plant, found: FoundModel, version: int, *, quietly: bool = False) -> PreparedVersion:
     """Complete and check one version's configuration.
+
+    Args:
+        quietly: others serve meanwhile; none of their requests waits for a look into the model.
 
     Raises:
         MissingLibrary: the backend's framework is not installed.
@@ -152,7 +155,7 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int) -> Prep
         runtime = await asyncio.to_thread(find_runtime, backend, plant.settings.backend.directory)
     await asyncio.to_thread(_check_model_file, found, version, config)
     if not plant.settings.repository.disable_auto_complete_config and not is_ensemble:
-        config = await _auto_complete(plant, found, version, config, runtime)
+        config = await _auto_complete(plant, found, version, config, runtime, quietly=quietly)
     settings = plant.settings.gpu
     gpus = gpus_of_backend(plant.gpus, config)
     notes = normalise_instance_groups(
@@ -231,11 +234,11 @@ def _read_outputs(found: FoundModel, spec: ModelSpec) -> tuple[TensorSpec, ...]:
 
 
 async def _auto_complete(
-    plant: Plant, found: FoundModel, version: int, config: ModelConfig, runtime: ModelRuntime
+    plant: Plant, found: FoundModel, version: int, config: ModelConfig, runtime: ModelRuntime, *, quietly: bool
 ) -> ModelConfig:
     backend = runtime.backend
     if backend in _SELF_CONFIGURED:
-        return _declared_config(config, await _describe(plant, found, version, config, runtime))
+        return _declared_config(config, await _describe(plant, found, version, config, runtime, quietly=quietly))
     if backend not in _DESCRIBING:
         if not is_complete(config):
             require_config(config, bool(found.config_file) or found.is_override)
@@ -246,7 +249,7 @@ async def _auto_complete(
             f"skipping model configuration auto-complete for '{found.name}': inputs and outputs already specified",
         )
         return config
-    described = await _describe(plant, found, version, config, runtime)
+    described = await _describe(plant, found, version, config, runtime, quietly=quietly)
     if backend in _SELF_COMPLETING:
         completed = merge_completed(config, _edited_config(config, described))
     else:
@@ -317,11 +320,12 @@ def _described_tensor(item: dict[str, Any]) -> DescribedTensor:
 
 
 async def _describe(
-    plant: Plant, found: FoundModel, version: int, config: ModelConfig, runtime: ModelRuntime
+    plant: Plant, found: FoundModel, version: int, config: ModelConfig, runtime: ModelRuntime, *, quietly: bool = False
 ) -> Described:
     """Fork a worker, ask it, end it."""
     number = next(plant.next_instance)
     worker = WorkerHandle(number, f"{found.name}:{version} describe", lambda _worker: None)
+    worker.loads_quietly = quietly
     message = config.message
     spec = InstanceSpec(
         model=found.name,
