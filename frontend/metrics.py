@@ -9,8 +9,7 @@ joins lines. Families, HELP texts and order: spec 9.2, 9.3, appendix G, and metr
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -30,30 +29,26 @@ from forebay.frontend.histograms import (
     rebucket_ms,
     with_label,
 )
+from forebay.frontend.machine_metrics import Machine
+from forebay.frontend.metric_families import (
+    BATCH_SIZE,
+    CACHE_SUMMARIES,
+    DURATIONS,
+    FIRST_RESPONSE,
+    OUR_FAMILIES,
+    PENDING,
+    SUMMARIES,
+    TRITON_FAMILIES,
+    ModelFamily,
+    Reader,
+    Value,
+    cache_gauges,
+)
 from forebay.frontend.statistics import ModelTotals, Words, sum_blocks
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.clock import Clock, MonotonicClock
-from forebay.ipc.counters import (
-    CACHE_WORDS,
-    DURATION_BUCKETS,
-    LATENCY_WORDS,
-    CacheCounter,
-    InstanceCounter,
-    ProducerCounter,
-    SchedulerCounter,
-    Stage,
-)
+from forebay.ipc.counters import LATENCY_WORDS, Stage
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
-
-_NS_PER_US = 1_000
-_NS_PER_MS = 1_000_000
-
-#: A number as prometheus-cpp prints it.
-Value = int | float
-
-#: One model version's value in a family.
-Reader = Callable[[ModelTotals], Value]
 
 
 class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,430 +85,6 @@ class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True):
         if "summary_quantiles" in options:
             found["summary_quantiles"] = parse_quantiles(options["summary_quantiles"])
         return msgspec.convert({name: value for name, value in found.items() if value is not None}, cls)
-
-
-# --- families ---------------------------------------------------------------------------------------------------------
-
-
-class ModelFamily(msgspec.Struct, frozen=True):
-    """A family with one series per READY model version, or several told apart by one more label."""
-
-    name: str
-    help: str
-    kind: str
-    readers: tuple[tuple[str, Reader], ...]
-    """(value of the further label, how to read it); one with an empty value if there is no further label."""
-    label: str = ""
-    is_latency: bool = False
-    """Dropped by ``--metrics-config counter_latencies=false``."""
-    needs_cache: bool = False
-    """Only models with the response cache have series (spec M-029)."""
-    needs_device: bool = False
-    """Only models that live on a GPU have series."""
-
-
-def _producer(counter: ProducerCounter, unit: int = 1) -> Reader:
-    return lambda totals: totals.producers[counter] // unit
-
-
-def _instance(counter: InstanceCounter, unit: int = 1) -> Reader:
-    return lambda totals: totals.instances[counter] // unit
-
-
-def _scheduler(counter: SchedulerCounter, unit: int = 1) -> Reader:
-    return lambda totals: totals.scheduler[counter] // unit
-
-
-def _counter(
-    name: str, text: str, reader: Reader, *, is_latency: bool = False, needs_cache: bool = False
-) -> ModelFamily:
-    return ModelFamily(name, text, "counter", (("", reader),), is_latency=is_latency, needs_cache=needs_cache)
-
-
-def _gauge(name: str, text: str, reader: Reader) -> ModelFamily:
-    return ModelFamily(name, text, "gauge", (("", reader),))
-
-
-_PENDING = "nv_inference_pending_request_count"
-
-#: Triton's families of models, in Triton's order; `_us` families cumulate nanoseconds and print microseconds.
-_TRITON_FAMILIES = (
-    _counter(
-        "nv_inference_request_success",
-        "Number of successful inference requests, all batch sizes",
-        _producer(ProducerCounter.SUCCESS),
-    ),
-    ModelFamily(
-        "nv_inference_request_failure",
-        "Number of failed inference requests, all batch sizes",
-        "counter",
-        (
-            ("OTHER", _producer(ProducerCounter.FAILED_OTHER)),
-            ("BACKEND", _producer(ProducerCounter.FAILED_BACKEND)),
-            ("REJECTED", _producer(ProducerCounter.REJECTED)),
-            ("CANCELED", _producer(ProducerCounter.CANCELED)),
-        ),
-        label="reason",
-    ),
-    _counter(
-        "nv_inference_count",
-        "Number of inferences performed (does not include cached requests)",
-        _instance(InstanceCounter.INFERENCES),
-    ),
-    _counter(
-        "nv_inference_exec_count",
-        "Number of model executions performed (does not include cached requests)",
-        _instance(InstanceCounter.EXECUTIONS),
-    ),
-    _counter(
-        "nv_inference_request_duration_us",
-        "Cumulative inference request duration in microseconds (includes cached requests)",
-        _producer(ProducerCounter.SUCCESS_NS, _NS_PER_US),
-        is_latency=True,
-    ),
-    _counter(
-        "nv_inference_queue_duration_us",
-        "Cumulative inference queuing duration in microseconds (includes cached requests)",
-        _instance(InstanceCounter.QUEUE_NS, _NS_PER_US),
-        is_latency=True,
-    ),
-    _counter(
-        "nv_inference_compute_input_duration_us",
-        "Cumulative compute input duration in microseconds (does not include cached requests)",
-        _instance(InstanceCounter.INPUT_NS, _NS_PER_US),
-        is_latency=True,
-    ),
-    _counter(
-        "nv_inference_compute_infer_duration_us",
-        "Cumulative compute inference duration in microseconds (does not include cached requests)",
-        _instance(InstanceCounter.INFER_NS, _NS_PER_US),
-        is_latency=True,
-    ),
-    _counter(
-        "nv_inference_compute_output_duration_us",
-        "Cumulative inference compute output duration in microseconds (does not include cached requests)",
-        _instance(InstanceCounter.OUTPUT_NS, _NS_PER_US),
-        is_latency=True,
-    ),
-    _counter(
-        "nv_cache_num_hits_per_model",
-        "Number of cache hits per model",
-        _producer(ProducerCounter.CACHE_HITS),
-        needs_cache=True,
-    ),
-    _counter(
-        "nv_cache_hit_duration_per_model",
-        "Total cache hit duration per model, in microseconds",
-        _producer(ProducerCounter.CACHE_HIT_NS, _NS_PER_US),
-        needs_cache=True,
-    ),
-    _counter(
-        "nv_cache_num_misses_per_model",
-        "Number of cache misses per model",
-        _producer(ProducerCounter.CACHE_MISSES),
-        needs_cache=True,
-    ),
-    _counter(
-        "nv_cache_miss_duration_per_model",
-        "Total cache miss (insert+lookup) duration per model, in microseconds",
-        _producer(ProducerCounter.CACHE_MISS_NS, _NS_PER_US),
-        needs_cache=True,
-    ),
-    _gauge(
-        _PENDING,
-        "Instantaneous number of pending requests awaiting execution per-model.",
-        _scheduler(SchedulerCounter.PENDING),
-    ),
-    _gauge(
-        "nv_model_load_duration_secs",
-        "Model load time in seconds",
-        lambda totals: totals.entry.load_ns / 1e9,
-    ),
-)
-
-#: Families of ours about models on GPUs.
-_DEVICE_FAMILIES = (
-    ModelFamily(
-        "forebay_device_copied_bytes_total",
-        "Tensor bytes copied between host and GPU memory",
-        "counter",
-        (
-            ("to_device", _instance(InstanceCounter.DEVICE_BYTES_IN)),
-            ("from_device", _instance(InstanceCounter.DEVICE_BYTES_OUT)),
-        ),
-        label="direction",
-        needs_device=True,
-    ),
-    ModelFamily(
-        "forebay_device_copies_total",
-        "Copies from host to GPU memory; divided by forebay_batch_segments_total: per segment",
-        "counter",
-        (("", _instance(InstanceCounter.DEVICE_COPIES_IN)),),
-        needs_device=True,
-    ),
-    ModelFamily(
-        "forebay_device_passed_bytes_total",
-        "Output bytes of ensembles' steps that the next steps read on the GPU",
-        "counter",
-        (("", _producer(ProducerCounter.DEVICE_PASSED_BYTES)),),
-        needs_device=True,
-    ),
-    ModelFamily(
-        "forebay_device_busy_us_total",
-        "Microseconds that GPUs spent on batches, copies included, summed over instances",
-        "counter",
-        (("", _instance(InstanceCounter.DEVICE_NS, _NS_PER_US)),),
-        needs_device=True,
-    ),
-    ModelFamily(
-        "forebay_cuda_graph_launches_total",
-        "Batches that ran as a CUDA graph",
-        "counter",
-        (("", _instance(InstanceCounter.GRAPH_LAUNCHES)),),
-        needs_device=True,
-    ),
-)
-
-#: Families of ours, about what Triton does not show.
-_OUR_FAMILIES = (
-    ModelFamily(
-        "forebay_copied_bytes_total",
-        "Tensor bytes copied in user space: ingress and egress in the frontends, gather and scatter in workers",
-        "counter",
-        (
-            ("ingress", _producer(ProducerCounter.COPIED_IN_BYTES)),
-            ("gather", _instance(InstanceCounter.GATHERED_BYTES)),
-            ("scatter", _instance(InstanceCounter.SCATTERED_BYTES)),
-            ("egress", _producer(ProducerCounter.COPIED_OUT_BYTES)),
-        ),
-        label="stage",
-    ),
-    _counter(
-        "forebay_batch_segments_total",
-        "Segments of executed batches; divided by nv_inference_exec_count: segments per batch, 1 is ideal",
-        _instance(InstanceCounter.SEGMENTS),
-    ),
-    _counter(
-        "forebay_batches_gathered_total",
-        "Executed batches whose rows were not contiguous and had to be gathered",
-        _instance(InstanceCounter.BATCHES_GATHERED),
-    ),
-    _counter(
-        "forebay_worker_busy_us_total",
-        "Microseconds that workers spent on batches, summed over instances",
-        _instance(InstanceCounter.BUSY_NS, _NS_PER_US),
-    ),
-    _counter(
-        "forebay_granted_batches_total",
-        "Batches that a frontend sent to a worker by itself, with the scheduler's grant",
-        _producer(ProducerCounter.GRANTED_BATCHES),
-    ),
-    _counter(
-        "forebay_resubmitted_requests_total",
-        "Requests sent a second time because the worker or scheduler that had them was lost",
-        _producer(ProducerCounter.RESUBMITTED),
-    ),
-    _counter(
-        "forebay_lost_batches_total",
-        "Batches whose worker died while it had them",
-        _scheduler(SchedulerCounter.LOST_BATCHES),
-    ),
-    _counter(
-        "forebay_worker_restarts_total",
-        "Workers that died and were replaced",
-        lambda totals: totals.entry.worker_restart_count,
-    ),
-    _gauge("forebay_slab_rows_in_use", "Rows of slabs that hold requests", _producer(ProducerCounter.ROWS_IN_USE)),
-    _gauge("forebay_slab_rows", "Rows of slabs, used or free", _producer(ProducerCounter.ROWS_CAPACITY)),
-    _gauge(
-        "forebay_arena_block_bytes_in_use",
-        "Arena bytes outside of slabs that hold tensors of requests",
-        _producer(ProducerCounter.BLOCK_BYTES_IN_USE),
-    ),
-    *_DEVICE_FAMILIES,
-)
-
-
-def cache_gauges(words: Words, offsets: Iterable[int]) -> list[tuple[str, str, Value]]:
-    """Return (name, help, value) of each gauge of the local response cache, summed over frontends (spec M-054)."""
-    totals = sum_blocks(words, offsets, CACHE_WORDS)
-    size_bytes = totals[CacheCounter.SIZE_BYTES]
-    return [
-        (
-            "nv_cache_util",
-            "Cache utilization [0.0 - 1.0]",
-            totals[CacheCounter.USED_BYTES] / size_bytes if size_bytes else 0.0,
-        ),
-        ("nv_cache_num_entries", "Number of responses stored in response cache", totals[CacheCounter.ENTRIES]),
-        ("nv_cache_num_lookups", "Number of cache lookups in response cache", totals[CacheCounter.LOOKUPS]),
-        ("nv_cache_num_hits", "Number of cache hits in response cache", totals[CacheCounter.HITS]),
-        ("nv_cache_num_misses", "Number of cache misses in response cache", totals[CacheCounter.MISSES]),
-        ("nv_cache_num_evictions", "Number of cache evictions in response cache", totals[CacheCounter.EVICTIONS]),
-        (
-            "nv_cache_lookup_duration",
-            "Total cache lookup duration (hit and miss), in microseconds",
-            totals[CacheCounter.LOOKUP_NS] // _NS_PER_US,
-        ),
-        (
-            "nv_cache_insertion_duration",
-            "Total cache insertion duration, in microseconds",
-            totals[CacheCounter.INSERTION_NS] // _NS_PER_US,
-        ),
-    ]
-
-
-#: Triton's summaries (spec M-031, M-032), in Triton's order.
-_SUMMARIES: tuple[tuple[str, str, Stage], ...] = (
-    (
-        "nv_inference_request_summary_us",
-        "Summary of inference request duration in microseconds (includes cached requests)",
-        Stage.REQUEST,
-    ),
-    (
-        "nv_inference_queue_summary_us",
-        "Summary of inference queuing duration in microseconds (includes cached requests)",
-        Stage.QUEUE,
-    ),
-    (
-        "nv_inference_compute_input_summary_us",
-        "Summary of compute input duration in microseconds (does not include cached requests)",
-        Stage.INPUT,
-    ),
-    (
-        "nv_inference_compute_infer_summary_us",
-        "Summary of compute inference duration in microseconds (does not include cached requests)",
-        Stage.INFER,
-    ),
-    (
-        "nv_inference_compute_output_summary_us",
-        "Summary of inference compute output duration in microseconds (does not include cached requests)",
-        Stage.OUTPUT,
-    ),
-)
-
-#: Those of models with the response cache (spec M-032).
-_CACHE_SUMMARIES: tuple[tuple[str, str, Stage], ...] = (
-    (
-        "nv_cache_hit_summary_per_model",
-        "Summary of cache hit duration per model, in microseconds",
-        Stage.CACHE_HIT,
-    ),
-    (
-        "nv_cache_miss_summary_per_model",
-        "Summary of cache miss duration per model, in microseconds",
-        Stage.CACHE_MISS,
-    ),
-)
-
-_FIRST_RESPONSE = "nv_inference_first_response_histogram_ms"
-
-#: Our histograms of durations, in seconds: name, help, what is counted, where the sum of the nanoseconds is.
-_DURATIONS: tuple[tuple[str, str, Callable[[ModelTotals], list[int]], Callable[[ModelTotals], int]], ...] = (
-    (
-        "forebay_request_duration_seconds",
-        "Durations of answered requests, from their hand-over to the engine to the answer",
-        lambda totals: _buckets(totals.producers, ProducerCounter.REQUEST_BUCKETS),
-        lambda totals: totals.producers[ProducerCounter.SUCCESS_NS],
-    ),
-    (
-        "forebay_queue_duration_seconds",
-        "Time that executed requests waited for an instance; requests of one batch count with their mean",
-        lambda totals: _buckets(totals.instances, InstanceCounter.QUEUE_BUCKETS),
-        lambda totals: totals.instances[InstanceCounter.QUEUE_NS],
-    ),
-    (
-        "forebay_compute_duration_seconds",
-        "Durations of the executions that requests were part of",
-        lambda totals: _buckets(totals.instances, InstanceCounter.COMPUTE_BUCKETS),
-        lambda totals: sum(
-            totals.instances[word]
-            for word in (InstanceCounter.INPUT_NS, InstanceCounter.INFER_NS, InstanceCounter.OUTPUT_NS)
-        ),
-    ),
-)
-
-_BATCH_SIZE = "forebay_batch_size"
-
-
-def _buckets(words: list[int], first: int) -> list[int]:
-    return words[first : first + DURATION_BUCKETS]
-
-
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-
-class MachineReading(msgspec.Struct, frozen=True):
-    """What /proc said."""
-
-    busy_ticks: int
-    total_ticks: int
-    memory_total_bytes: int
-    memory_available_bytes: int
-
-
-def read_machine() -> MachineReading:
-    """Read /proc/stat and /proc/meminfo."""
-    with open("/proc/stat", "rb") as file:
-        # user nice system idle iowait irq softirq steal; guest time is part of user already
-        ticks = [int(word) for word in file.readline().split()[1:9]]
-    memory_bytes: dict[bytes, int] = {}
-    with open("/proc/meminfo", "rb") as file:
-        for line in file:
-            name, _, rest = line.partition(b":")
-            if name in (b"MemTotal", b"MemAvailable"):
-                memory_bytes[name] = int(rest.split()[0]) * 1024
-    idle_ticks = ticks[3] + ticks[4]
-    return MachineReading(sum(ticks) - idle_ticks, sum(ticks), memory_bytes[b"MemTotal"], memory_bytes[b"MemAvailable"])
-
-
-class Machine:
-    """CPU and memory of the machine, read when scraped but not more often than every interval (spec M-005).
-
-    Nothing wakes up between scrapes. Utilisation is that since the reading before, which is at least one interval old.
-    """
-
-    def __init__(
-        self,
-        interval_ms: int,
-        *,
-        read: Callable[[], MachineReading] = read_machine,
-        clock: Clock | None = None,
-    ) -> None:
-        self._interval_ns = interval_ms * _NS_PER_MS
-        self._read = read
-        self._clock = clock or MonotonicClock()
-        self._last = read()
-        self._last_ns = self._clock.now_ns()
-        self._utilization = 0.0
-
-    def gauges(self) -> list[tuple[str, str, Value]]:
-        """Return (name, help, value) of each gauge (spec M-050, M-051)."""
-        now_ns = self._clock.now_ns()
-        if now_ns - self._last_ns >= self._interval_ns:
-            # In a container that hides /proc the old values stay.
-            with contextlib.suppress(OSError, KeyError, ValueError, IndexError):
-                self._advance(self._read(), now_ns)
-        last = self._last
-        return [
-            ("nv_cpu_utilization", "CPU utilization rate [0.0 - 1.0]", self._utilization),
-            ("nv_cpu_memory_total_bytes", "CPU total memory (RAM), in bytes", last.memory_total_bytes),
-            (
-                "nv_cpu_memory_used_bytes",
-                "CPU used memory (RAM), in bytes",
-                max(last.memory_total_bytes - last.memory_available_bytes, 0),
-            ),
-        ]
-
-    def _advance(self, reading: MachineReading, now_ns: int) -> None:
-        passed = reading.total_ticks - self._last.total_ticks
-        if passed > 0:
-            busy = reading.busy_ticks - self._last.busy_ticks
-            self._utilization = min(max(busy / passed, 0.0), 1.0)
-        self._last = reading
-        self._last_ns = now_ns
-
-
-# --- rendering --------------------------------------------------------------------------------------------------------
 
 
 def escape_label(value: str) -> str:
@@ -587,11 +158,11 @@ class MetricsPage:
     def _take(self, entries: tuple[ModelEntry, ...]) -> None:
         self._entries = entries
         self._labels = [render_labels(model_labels(entry)) for entry in entries]
-        place = next(index for index, family in enumerate(_TRITON_FAMILIES) if family.name == _PENDING)
+        place = next(index for index, family in enumerate(TRITON_FAMILIES) if family.name == PENDING)
         # Custom metrics stand between Triton's counters and its gauges (appendix G).
-        self._counters = self._show(_TRITON_FAMILIES[:place])
-        self._gauges = self._show(_TRITON_FAMILIES[place:])
-        self._ours = self._show(_OUR_FAMILIES)
+        self._counters = self._show(TRITON_FAMILIES[:place])
+        self._gauges = self._show(TRITON_FAMILIES[place:])
+        self._ours = self._show(OUR_FAMILIES)
         alive = {entry.route for entry in entries}
         self._windows = {key: window for key, window in self._windows.items() if key[0] in alive}
 
@@ -599,7 +170,7 @@ class MetricsPage:
         """Move the windows of the summaries on."""
         for entry in self._entries:
             words = self._latencies(entry)
-            for _name, _text, stage in (*_SUMMARIES, *_CACHE_SUMMARIES):
+            for _name, _text, stage in (*SUMMARIES, *CACHE_SUMMARIES):
                 self._window(entry, stage).step(read_stage(words, stage).buckets)
 
     def _window(self, entry: ModelEntry, stage: Stage) -> SlidingWindow:
@@ -660,7 +231,7 @@ class MetricsPage:
 
     def _render_summaries(self, lines: list[str]) -> None:
         latencies = [self._latencies(entry) for entry in self._entries]
-        for name, text, stage in (*_SUMMARIES, *_CACHE_SUMMARIES):
+        for name, text, stage in (*SUMMARIES, *CACHE_SUMMARIES):
             is_of_cache = stage in (Stage.CACHE_HIT, Stage.CACHE_MISS)
             # Times in a queue and in all mean little where most requests are answered from a cache (spec M-031).
             is_mixed = stage in (Stage.REQUEST, Stage.QUEUE)
@@ -688,23 +259,23 @@ class MetricsPage:
             if not has_header:
                 has_header = True
                 text = "Duration from request to first response in milliseconds"
-                lines += (f"# HELP {_FIRST_RESPONSE} {text}", f"# TYPE {_FIRST_RESPONSE} histogram")
+                lines += (f"# HELP {FIRST_RESPONSE} {text}", f"# TYPE {FIRST_RESPONSE} histogram")
             bounds = entry.first_response_buckets_ms or FIRST_RESPONSE_BOUNDS_MS
             totals = read_stage(self._latencies(entry), Stage.FIRST_RESPONSE)
             counts = rebucket_ms(totals, bounds)
             texts = [format_value(float(bound)) for bound in bounds]
-            lines += histogram_lines(_FIRST_RESPONSE, labels, texts, counts, totals.sum_us / 1000)
+            lines += histogram_lines(FIRST_RESPONSE, labels, texts, counts, totals.sum_us / 1000)
 
     def _render_durations(self, lines: list[str], totals: list[ModelTotals]) -> None:
         if not totals:
             return
-        for name, text, buckets, sum_ns in _DURATIONS:
+        for name, text, buckets, sum_ns in DURATIONS:
             lines += (f"# HELP {name} {text}", f"# TYPE {name} histogram")
             for model, labels in zip(totals, self._labels, strict=True):
                 lines += histogram_lines(name, labels, DURATION_BOUNDS, buckets(model), sum_ns(model) / 1e9)
         lines += (
-            f"# HELP {_BATCH_SIZE} Batch items of executed batches",
-            f"# TYPE {_BATCH_SIZE} histogram",
+            f"# HELP {BATCH_SIZE} Batch items of executed batches",
+            f"# TYPE {BATCH_SIZE} histogram",
         )
         for model, labels in zip(totals, self._labels, strict=True):
             bounds = _powers_of_two(max(model.entry.max_batch_size, 1))
@@ -713,7 +284,7 @@ class MetricsPage:
             for batch in model.batch_sizes():
                 items += batch.batch_size * batch.executions
                 counts[next(n for n, bound in enumerate(bounds) if batch.batch_size <= bound)] += batch.executions
-            lines += histogram_lines(_BATCH_SIZE, labels, [str(bound) for bound in bounds], counts, items)
+            lines += histogram_lines(BATCH_SIZE, labels, [str(bound) for bound in bounds], counts, items)
 
     def _render_server(self, lines: list[str]) -> None:
         gauges: Iterable[tuple[str, str, Value]] = (
