@@ -32,6 +32,9 @@ DEFAULT_BYTES = 64 << 20
 #: Where pools begin and end on CUDA anyway.
 _ALIGNMENT_BYTES = 256
 
+#: When to try again to make a pool that could not be made, s.
+_RETRY_S = 60.0
+
 
 class PoolMaker(Protocol):
     """Makes device memory elsewhere: the couriers."""
@@ -141,8 +144,9 @@ class DevicePools:
         try:
             memory = await maker.make(device_id, number, next(self._numbers), size)
         except ServingError as error:
-            # A courier that is being started again says when it is back.
             log.warning(f"ensembles pass tensors through host memory on GPU {device_id}: {error.text}")
+            # A courier that is started again says when it is back; nobody says when there is room.
+            asyncio.get_running_loop().call_later(_RETRY_S, self.settle)
             return
         self._pools[number, device_id] = _Pool(memory, maker.worker_of(device_id))
         frontend = self._frontends.get(number)

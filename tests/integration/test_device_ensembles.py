@@ -169,7 +169,8 @@ def test_tensors_that_are_traced_come_to_the_host(tmp_path: Path, kind: str) -> 
     with chain.server:
         for number in range(5):
             chain.infer(number)
-        chain.server.wait_for(lambda: chain.pool_count() == 1 if chain.courier else False, "the pool")
+        chain.server.wait_for(lambda: chain.courier != 0, "the courier")
+        chain.wait_pools(1)
         chain.infer(6)
         assert chain.passed == 0
     shown = [json.loads(part) for part in re.findall(r'"data":("[^"]*")', traces.read_text())]
