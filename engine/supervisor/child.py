@@ -57,6 +57,9 @@ class Child(Generic[Received]):
             union: the type of the messages that it sends.
             on_message: called in the event loop with each message and its descriptors, which it then owns.
             on_exit: called once with the exit code (negative: signal), after everything it had sent.
+
+        Raises:
+            OSError: there is no room for it; nothing of it is left.
         """
         self.name = name
         self.exit_code: int | None = None
@@ -65,7 +68,8 @@ class Child(Generic[Received]):
         self._on_message = on_message
         self._on_exit = on_exit
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
             command = [sys.executable, "-P", "-m", module, "--lifeline-fd", str(theirs.fileno()), *arguments]
             self._process = subprocess.Popen(
                 command,
@@ -73,11 +77,14 @@ class Child(Generic[Received]):
                 pass_fds=(theirs.fileno(),),
                 env=dict(os.environ, **CHILD_ENVIRONMENT, **(environment or {})),
             )
+            undo.callback(self._process.wait)
+            undo.callback(self._process.kill)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            undo.pop_all()
         ours.setblocking(False)
         self.lifeline: Lifeline[Received] = Lifeline(ours, union)
         self._reading = True
         self._loop.add_reader(ours.fileno(), self._readable)
-        self._pidfd = os.pidfd_open(self._process.pid)
         self._loop.add_reader(self._pidfd, self._reap)
 
     @property

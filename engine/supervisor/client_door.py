@@ -209,9 +209,12 @@ class ClientDoor:
 
     def _introduce(self, visitor: _Visitor, request: int, name: str, arena_bytes: int) -> None:
         number = next(self._numbers)
-        arena_fd = create_memory_file(f"forebay-arena-{number}", arena_bytes)
-        completions_in, completions_out = create_doorbell()
-        submit_in, submit_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.ExitStack() as undo:
+            arena_fd = create_memory_file(f"forebay-arena-{number}", arena_bytes)
+            undo.callback(os.close, arena_fd)
+            completions_in, completions_out = map(undo.enter_context, create_doorbell())
+            submit_in, submit_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.pop_all()
         producer = Producer(
             number, f"client {visitor.pid} {name}", arena_fd, arena_bytes, completions_in.detach(), submit_out.detach()
         )

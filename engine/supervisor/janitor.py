@@ -56,9 +56,11 @@ class Janitor:
     def _died(self) -> None:
         self.unwatch()
         self._reap()
-        now_s = time.monotonic()
-        delay_s = self._backoff.died(now_s, now_s - self._since_s)
         log.error("the janitor died; restarting it")
+        self._replace_later(time.monotonic() - self._since_s)
+
+    def _replace_later(self, lived_s: float) -> None:
+        delay_s = self._backoff.died(time.monotonic(), lived_s)
         self._restart = asyncio.get_running_loop().call_later(delay_s, self._replace)
 
     def _replace(self) -> None:
@@ -68,7 +70,8 @@ class Janitor:
         try:
             process = subprocess.Popen(command, stdin=self._watched_fd, start_new_session=True)
         except OSError as error:
-            log.error(f"the janitor cannot be started again: {error.strerror}")
+            log.error(f"the janitor cannot be started: {error.strerror}; trying again")
+            self._replace_later(0.0)
             return
         self.pid = process.pid
         # It is reaped here, by number, as the first one.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
@@ -135,13 +137,25 @@ class Role(abc.ABC, Generic[Received]):
         why = f": {self._failure}" if self._failure else ""
         log.error(f"{self.name} died ({describe_exit(exit_code)}){why}; restarting it")
         self._failure = ""
-        now_s = time.monotonic()
-        delay_s = self._backoff.died(now_s, now_s - self._up_since_s if was_up else 0.0)
+        self._restart_later(time.monotonic() - self._up_since_s if was_up else 0.0)
+
+    def _restart_later(self, lived_s: float) -> None:
+        delay_s = self._backoff.died(time.monotonic(), lived_s)
         asyncio.get_running_loop().call_later(delay_s, self._restart)
 
     def _restart(self) -> None:
-        if not self._is_stopping and self.child is None:
+        if self._is_stopping or self.child is not None:
+            return
+        try:
             self.start()
+        except OSError as error:
+            # Processes, memory or descriptors are short for the moment.
+            log.error(f"{self.name} cannot be started: {error.strerror}; trying again")
+            if self.child is None:
+                self._restart_later(0.0)
+            else:
+                # It could not be introduced: its end is followed by the next try.
+                self.child.kill()
 
 
 class SchedulerRole(Role[Started | Failed | Drained | Explained]):
@@ -247,8 +261,11 @@ class FrontendRole(Role[FrontendToSupervisor]):
 
     def _introduce(self, child: Child[FrontendToSupervisor]) -> None:
         self.number = next(self._numbers)
-        arena_fd = create_memory_file(f"forebay-arena-{self.number}", self._arena_bytes)
-        sender, receiver = create_doorbell()
+        with contextlib.ExitStack() as undo:
+            arena_fd = create_memory_file(f"forebay-arena-{self.number}", self._arena_bytes)
+            undo.callback(os.close, arena_fd)
+            sender, receiver = create_doorbell()
+            undo.pop_all()
         producer = Producer(self.number, self.name, arena_fd, self._arena_bytes, sender.detach())
         if self.submits:
             # Everybody else knows it before it can send anything.

@@ -118,9 +118,9 @@ class ServedVersion:
         warn_of_unknown_families(self.prepared.spec)
         self.assign_cores(self.instances)
         self.plant.switchboard.add_route(self._route_up())
-        if self.instances:
-            self.plant.zygotes.start(family_of(self.prepared.runtime.backend))
         try:
+            if self.instances:
+                self.plant.zygotes.start(family_of(self.prepared.runtime.backend))
             await start_all(self.instances, quietly=quietly)
         except BaseException:
             await self.stop()

@@ -223,8 +223,8 @@ class Switchboard:
         """A worker has loaded: let it have batches."""
         instance = self._instances[worker.number] = _Instance(route, name, worker, resources, rate_priority)
         for client in self._clients.values():
-            if route in client.routes:
-                client.on_instance(route, worker.number, self._connect_ring(client, worker))
+            if route in client.routes and (ring := self._connect_ring(client, worker)) is not None:
+                client.on_instance(route, worker.number, ring)
         self._announce_instance(worker.number, instance)
         for frontend in self._frontends.values():
             self._announce_doorbell(frontend, worker.number, instance)
@@ -314,9 +314,9 @@ class Switchboard:
         client = self._clients[number]
         client.routes.add(route)
         return [
-            (instance_number, self._connect_ring(client, instance.worker))
+            (instance_number, ring)
             for instance_number, instance in self._instances.items()
-            if instance.route == route
+            if instance.route == route and (ring := self._connect_ring(client, instance.worker)) is not None
         ]
 
     def _introduce_client(self, client: _Client, worker: WorkerHandle) -> None:
@@ -324,9 +324,13 @@ class Switchboard:
             client.told.add(worker.number)
             self._tell_worker(worker, client.producer)
 
-    def _connect_ring(self, client: _Client, worker: WorkerHandle) -> socket.socket:
+    def _connect_ring(self, client: _Client, worker: WorkerHandle) -> socket.socket | None:
+        """Return the sending end of a new ring; None: descriptors are short, and it goes by way of the scheduler."""
         self._introduce_client(client, worker)
-        sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            return None
         with receiver:
             worker.tell(RingUp(producer=client.producer.number), (receiver.fileno(),))
         return sender

@@ -132,8 +132,15 @@ class ZygoteHandle:
         asyncio.get_running_loop().call_later(delay_s, self._restart)
 
     def _restart(self) -> None:
-        if not self._stopping and self._child is None:
+        if self._stopping or self._child is not None:
+            return
+        try:
             self._start()
+        except OSError as error:
+            # Processes, memory or descriptors are short for the moment.
+            log.error(f"zygote {self.family} cannot be started: {error.strerror}; trying again")
+            delay_s = self._backoff.died(time.monotonic(), 0.0)
+            asyncio.get_running_loop().call_later(delay_s, self._restart)
 
 
 class Zygotes:

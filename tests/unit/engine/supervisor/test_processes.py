@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -78,3 +80,60 @@ def test_a_process_that_was_up_for_long_is_started_again_at_once(
         return [*delays, await kill(role, monkeypatch), await kill(role, monkeypatch)]
 
     assert asyncio.run(live_and_die()) == [0.0, 0.1, 0.2, 0.4, 0.0, 0.1]
+
+
+class Shortage:
+    """Fails as often as is asked for."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def __call__(self) -> None:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def die_and_come_back(monkeypatch: pytest.MonkeyPatch, *, start: Shortage, introduction: Shortage) -> None:
+    """Have a process that was up die while something is short; return when its successor is introduced."""
+
+    class ShortChild(FakeChild):
+        def __init__(self, *arguments: object, **named: Any) -> None:
+            if FakeChild.started:
+                start()
+            super().__init__(*arguments, **named)
+
+        def kill(self) -> None:
+            self.die()
+
+    class ShortRole(AnyRole):
+        def _introduce(self, child: processes.Child[Started | Failed]) -> None:
+            if len(FakeChild.started) > 1:
+                introduction()
+                is_back.set()
+
+    is_back = asyncio.Event()
+    FakeChild.started = []
+    monkeypatch.setattr(processes, "Child", ShortChild)
+
+    async def scenario() -> None:
+        role = ShortRole("http 0", "some.module", SchedulerToSupervisor)
+        role.start()
+        FakeChild.started[-1].say_up()
+        FakeChild.started[-1].die()
+        await asyncio.wait_for(is_back.wait(), 60)
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_cannot_be_started_again_for_the_moment_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    die_and_come_back(monkeypatch, start=Shortage(2), introduction=Shortage(0))
+    assert len(FakeChild.started) == 2
+    assert capfd.readouterr().err.count("http 0 cannot be started: Resource temporarily unavailable; trying again") == 2
+
+
+def test_a_process_that_cannot_be_introduced_is_ended_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    die_and_come_back(monkeypatch, start=Shortage(0), introduction=Shortage(1))
+    assert len(FakeChild.started) == 3
