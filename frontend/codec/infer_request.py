@@ -122,10 +122,6 @@ class ParsedInfer(msgspec.Struct, frozen=True):
             and len(self.outputs) in (0, len(entry.outputs))
         )
 
-    @property
-    def wants_all_outputs(self) -> bool:
-        return not self.outputs
-
     def output_plan(self, entry: ModelEntry) -> tuple[ParsedOutput, ...]:
         """Return how to answer each output, in the model's order (spec H-094, H-095)."""
         if not self.outputs:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from forebay.frontend.codec.header_forward import RESERVED_NAMES
+from forebay.frontend.codec.header_forward import reserved_name_error
 from forebay.frontend.grpc.http2.hpack_decoder import Field
 from forebay.frontend.grpc.status import RpcError, Status
 from forebay.ipc.errors import InvalidArgument
@@ -140,8 +140,7 @@ class HeadReader:
                 if self._pattern.search(name.decode("latin-1"))
             }
             for name in forwarded:
-                if name in RESERVED_NAMES or name.startswith("triton_"):
-                    error = InvalidArgument(f"Header '{name}' is reserved for Triton usage and cannot be forwarded.")
+                error = reserved_name_error(name) or error
         return RequestHead(
             path=path,
             timeout_ns=timeout_ns,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import httptools
 
+from forebay.frontend.codec.header_forward import reserved_name_error
 from forebay.frontend.codec.infer_request import Parameter
-from forebay.ipc.errors import InvalidArgument
 
 #: Bytes of a header block at most; longer ones are refused with 431.
 HEAD_BYTES_MAX = 32 * 1024
@@ -34,11 +34,6 @@ _PROTOCOL = re.compile(rb" HTTP/([0-9]+)(?:\.[0-9]+)?\r\n")
 #: What a reply says about the connection, where it is not what HTTP/1.1 takes for granted.
 CLOSE_LINE = b"Connection: close\r\n"
 _KEEP_ALIVE_LINE = b"Connection: keep-alive\r\n"
-
-#: Request parameters that a forwarded header must not shadow (spec H-159).
-_RESERVED = frozenset(
-    ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output")
-)
 
 
 class HeadError(Exception):
@@ -241,8 +236,8 @@ class HeadParser:
         if unmet.get(lowered) == value:
             del unmet[lowered]
         if self._forward is not None and self._forward.search(name):
-            if lowered in _RESERVED or lowered.startswith("triton_"):
-                raise InvalidArgument(f"Header '{name}' is reserved for Triton usage and cannot be forwarded.")
+            if (error := reserved_name_error(name)) is not None:
+                raise error
             head.forwarded[name] = value.encode("latin-1").decode("utf-8", "replace")
 
     @staticmethod

@@ -89,8 +89,7 @@ def test_everything_a_request_may_say():
         ParsedOutput("B"),
         ParsedOutput("C", region=RegionData("r", byte_size=8, offset=4)),
     )
-    assert not parsed.wants_all_outputs
-    assert parse(request(outputs=[])).wants_all_outputs
+    assert parse(request(outputs=[])).outputs == ()
 
 
 def test_sequence_ids_are_numbers_or_strings():
