@@ -12,7 +12,7 @@ from forebay.frontend.catalog_view import parse_version
 from forebay.frontend.codec.infer_request import BinaryData, JsonData, ParsedInfer, RegionData
 from forebay.frontend.codec.infer_response import classify
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.codec.validation import InputFacts, Validated, validate_infer, validate_request
+from forebay.frontend.codec.validation import Validated, check_strings, validate_infer
 from forebay.frontend.grpc.infer_message import InferMessage, WireRequest, read_request
 from forebay.frontend.grpc.infer_plan import make_plan
 from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
@@ -54,19 +54,8 @@ class PlacedRequest(msgspec.Struct, frozen=True):
             self.meta.trace.end()
 
     def check_strings(self) -> None:
-        """Check the framing of BYTES that could not be looked at before they were in their places.
-
-        Raises:
-            InvalidArgument: with Triton's texts (spec H-091).
-        """
-        request = self.request
-        if all(tensor.datatype != "BYTES" for tensor in request.inputs):
-            return
-        facts = [
-            InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place or None)
-            for tensor, place in zip(request.inputs, self.inference.places, strict=True)
-        ]
-        validate_request(self.entry, request.id, facts, [output.name for output in request.outputs])
+        """Check what could not be looked at before it was in its place; see the function."""
+        check_strings(self.entry, self.request, self.inference.places)
 
 
 def find_model(frontend: GrpcFrontend, wire: WireRequest) -> ModelEntry:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forebay.frontend.codec.infer_request import BinaryData, ParsedInfer, parse_infer_request, raw_infer_request
-from forebay.frontend.codec.validation import InputFacts, validate_request
-from forebay.frontend.http.general_path import GeneralCall, check_strings, fill, remember_plan
+from forebay.frontend.codec.validation import InputFacts, check_strings, validate_request
+from forebay.frontend.http.general_path import GeneralCall, fill, remember_plan
 from forebay.frontend.http.head import Head
 from forebay.frontend.http.known_request import KnownRequest, find_plan
 from forebay.frontend.http.replies import TEXT_TYPE

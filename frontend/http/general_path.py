@@ -18,7 +18,7 @@ from forebay.frontend.codec.infer_request import (
 )
 from forebay.frontend.codec.infer_response import OutputTensor, classify, render_infer_response
 from forebay.frontend.codec.json_tensor import Buffer
-from forebay.frontend.codec.validation import InputFacts, validate_infer, validate_request
+from forebay.frontend.codec.validation import check_strings, validate_infer
 from forebay.frontend.http.call import Call
 from forebay.frontend.http.fast_path import make_plan
 from forebay.frontend.http.head import Head
@@ -294,21 +294,6 @@ class GeneralCall(Call):
     def count_copy(self, count: int) -> None:
         if self._inference is not None:
             self._inference.route.copied_out_bytes += count
-
-
-def check_strings(entry: ModelEntry, request: ParsedInfer, places: Sequence[memoryview]) -> None:
-    """Check the framing of BYTES that could not be looked at before they were in their places.
-
-    Raises:
-        InvalidArgument: with Triton's texts (spec H-091).
-    """
-    if all(tensor.datatype != "BYTES" for tensor in request.inputs):
-        return
-    facts = [
-        InputFacts(tensor.name, tensor.datatype, tensor.shape, tensor.source.byte_size, content=place or None)
-        for tensor, place in zip(request.inputs, places, strict=True)
-    ]
-    validate_request(entry, request.id, facts, [output.name for output in request.outputs])
 
 
 def fill(place: memoryview, tensor: ParsedInput, body: memoryview, regions: RegionUse | None = None) -> int:

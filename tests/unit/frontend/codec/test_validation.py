@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from forebay.frontend.codec.infer_request import ParsedInfer, ParsedInput, RegionData
 from forebay.frontend.codec.json_tensor import frame_element
-from forebay.frontend.codec.validation import InputFacts, validate_infer, validate_request
+from forebay.frontend.codec.validation import InputFacts, check_strings, validate_infer, validate_request
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import InvalidArgument, ServingError
 from forebay.ipc.tensor import TensorSpec
@@ -162,15 +162,16 @@ def test_string_framing(model, content, text):
     assert validate_request(entry, "", [facts("IN0", (2,), "BYTES", len(content))], []).byte_sizes == (len(content),)
 
 
-def test_strings_in_regions_are_walked_if_readable(model):
+def test_strings_in_regions_are_walked_when_they_are_in_their_places(model):
     """Spec H-202."""
     entry = model("m", [("BYTES", (1,))])
     place = RegionData("r", byte_size=5, offset=0)
     request = ParsedInfer(inputs=(ParsedInput("IN0", "BYTES", (1,), place),))
     assert validate_infer(entry, request, b"").byte_sizes == (5,)
-    assert validate_infer(entry, request, b"", read_region=lambda _: frame_element(b"a")).byte_sizes == (5,)
-    with pytest.raises(InvalidArgument, match="expected 1 string elements"):
-        validate_infer(entry, request, b"", read_region=lambda _: b"")
+    check_strings(entry, request, [frame_element(b"a")])
+    check_strings(entry, request, [b""])  # In device memory.
+    with pytest.raises(InvalidArgument, match="unexpected number of string elements"):
+        check_strings(entry, request, [frame_element(b"") * 2])
 
 
 def test_shape_tensors_carry_no_batch_dimension():
