@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
-
-from forebay.frontend.catalog_view import CatalogView
+from forebay.frontend.control_client import CommandSender
 
 #: Why a model is not ready that the catalog does not know, or not as READY.
 NOT_READY_TEXT = "Model version not ready"
 
 
-class Control(Protocol):
-    """What is asked of the supervisor."""
-
-    async def command(self, verb: str, arguments: Mapping[str, Any] | None = None) -> Any: ...
-
-
-async def why_not_ready(catalog: CatalogView, control: Control, name: str, version: int | None) -> str:
+async def why_not_ready(control: CommandSender, name: str, version: int | None) -> str:
     """Return why requests for a version (None: the highest) should not be sent; an empty text: they may.
 
     Raises:
         ServingError: the supervisor cannot be asked.
     """
+    catalog = control.catalog
     if not catalog.is_ready(name, version):
         return NOT_READY_TEXT
     entry = catalog.find(name, version)

@@ -50,7 +50,7 @@ async def server_ready(frontend: GrpcFrontend, message: memoryview) -> bytes:
 async def model_ready(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``ModelReady``; an unknown model is not ready, as in Triton 2.51 (spec G-003, F2-15)."""
     request = descriptors.parse("ModelReadyRequest", message)
-    reason = await why_not_ready(frontend.catalog, frontend.control, request.name, parse_version(request.version))
+    reason = await why_not_ready(frontend.control, request.name, parse_version(request.version))
     return _encode(descriptors.build("ModelReadyResponse", ready=not reason))
 
 

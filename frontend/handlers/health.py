@@ -20,6 +20,5 @@ async def server_health(context: ControlContext, call: Call) -> Reply:
 async def model_ready(context: ControlContext, call: Call) -> Reply:
     """Answer ``/v2/models/M[/versions/V]/ready``; an unknown model is not ready, as in Triton 2.51 (E-011)."""
     version = parse_version(call.groups["version"])
-    control = context.control
-    reason = await why_not_ready(control.catalog, control, call.groups["model"], version)
+    reason = await why_not_ready(context.control, call.groups["model"], version)
     return Reply(error_body(reason), status=400, content_type=TEXT_TYPE) if reason else _YES
