@@ -52,7 +52,8 @@ async def load_model(context: ControlContext, call: Call) -> Reply:
     document = call.json()
     name = as_text(member(document, "model_name")) if has(document, "model_name") else ""
     url = as_text(member(document, "url")) if has(document, "url") else ""
-    if not name or not url or posixpath.normpath(posixpath.join("/", url)).startswith(_NO_MODELS):
+    # Two slashes at the beginning would stay two, by POSIX.
+    if not name or not url or posixpath.normpath("/" + url.lstrip("/")).startswith(_NO_MODELS):
         return _BAD_REQUEST
     try:
         await context.control.command("mount", {"name": name, "url": url})
