@@ -65,8 +65,9 @@ def chain_of(ensemble: EnsembleModel) -> Chain | None:
     route = ensemble.route
     find = route.engine.find_route
     targets = tuple(find(step.namespace, step.model, step.version) for step in route.entry.steps)
-    if targets != ensemble.chain_targets:
-        ensemble.chain_targets = targets
+    devices = tuple(-1 if target is None else target.entry.device_id for target in targets)
+    if (targets, devices) != ensemble.chain_targets:
+        ensemble.chain_targets = (targets, devices)
         links = find_links(route)
         ensemble.chain = Chain(ensemble, links) if links else None
     return ensemble.chain

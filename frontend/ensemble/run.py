@@ -30,8 +30,8 @@ class EnsembleModel(Ensemble):
         super().__init__(route.entry)
         self.route = route
         self.outcomes = Outcomes(route)
-        #: The latest versions of the steps' models, and how requests lie in their rows; kept by ``chain.py``.
-        self.chain_targets: tuple[RouteClient | None, ...] = ()
+        #: The latest versions of the steps' models and their GPUs, and how requests lie in rows; kept by ``chain.py``.
+        self.chain_targets: tuple[tuple[RouteClient | None, ...], tuple[int, ...]] = ((), ())
         self.chain: Chain | None = None
 
 

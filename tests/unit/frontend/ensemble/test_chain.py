@@ -297,6 +297,19 @@ def test_models_on_one_gpu_are_no_chain_unless_they_have_no_pool_there() -> None
     play(scenario, **lines(*on_gpu, LINE))
 
 
+def test_models_that_move_between_gpus_and_cpus_in_place_become_a_chain_or_cease_to_be_one() -> None:
+    on_gpu = [msgspec.structs.replace(entry, device_id=0) for entry in (FIRST, SECOND)]
+
+    async def scenario(s: Surroundings) -> None:
+        line = Line(s)
+        s.engine.update_catalog(Catalog(generation=2, models=(*on_gpu, LINE)))
+        assert chain_of(ensemble_of(line.ensemble)) is None
+        s.engine.update_catalog(Catalog(generation=3, models=(FIRST, SECOND, LINE)))
+        assert chain_of(ensemble_of(line.ensemble)) is not None
+
+    play(scenario, **lines(FIRST, SECOND, LINE))
+
+
 def test_models_on_different_gpus_are_a_chain() -> None:
     first, second = (msgspec.structs.replace(entry, device_id=gpu) for gpu, entry in enumerate((FIRST, SECOND)))
 
