@@ -133,7 +133,7 @@ def import_family(family: str) -> None:
     Raises:
         ImportError: a library is missing or broken.
     """
-    for module in ("forebay.engine.worker.loop", *FAMILIES[family].modules):
+    for module in ("forebay.engine.worker.worker_process", *FAMILIES[family].modules):
         importlib.import_module(module)
 
 
@@ -144,7 +144,7 @@ def thread_count() -> int:
 
 def become_worker(worker: NewWorker) -> NoReturn:
     """Turn this freshly forked process into a worker. Does not return."""
-    from forebay.engine.worker.loop import run_worker
+    from forebay.engine.worker.worker_process import run_worker
 
     set_name(f"worker {worker.name}")
     try:

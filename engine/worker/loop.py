@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -478,55 +478,3 @@ class Worker:
             self._parcels.memories.close()
         if self._instance is not None:
             self._instance.close()
-
-
-def run_loop(
-    lifeline: socket.socket, doorbell: socket.socket, done: socket.socket, counters_fd: int, siblings: LoopThreads
-) -> int:
-    """Run one instance until its end. Takes ownership of all descriptors; returns the exit code of its process."""
-    status = 0
-    with lifeline, doorbell:
-        counters = CountersFile(counters_fd)
-        os.close(counters_fd)
-        worker = Worker(Lifeline(lifeline, SupervisorToWorker), doorbell, Bell(done), counters, siblings)
-        try:
-            if worker.prepare():
-                worker.serve()
-        except PeerClosed:
-            status = 1
-        worker.close()
-    return status
-
-
-def run_worker(lifeline: socket.socket, doorbell: socket.socket, done: socket.socket, counters_fd: int) -> NoReturn:
-    """Run one worker in this (forked) process; never returns. Takes ownership of all four."""
-    status = 1
-    try:
-        siblings = LoopThreads(_run_sibling)
-        status = run_loop(lifeline, doorbell, done, counters_fd, siblings)
-        # Instances that were adopted may outlive the first.
-        siblings.join()
-    except BaseException:
-        traceback.print_exc(file=sys.stderr)
-        status = 1
-    finally:
-        _end_process(status)
-
-
-def _run_sibling(siblings: LoopThreads, fds: list[int]) -> None:
-    try:
-        doorbell_fd, done_fd, lifeline_fd, counters_fd = fds
-        lifeline, doorbell, done = (socket.socket(fileno=fd) for fd in (lifeline_fd, doorbell_fd, done_fd))
-        run_loop(lifeline, doorbell, done, counters_fd, siblings)
-    except BaseException:
-        # What broke one loop may have broken what all of them share.
-        traceback.print_exc(file=sys.stderr)
-        _end_process(1)
-
-
-def _end_process(status: int) -> NoReturn:
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    # The frameworks' exit handlers are not needed here, and some crash in a forked process.
-    os._exit(status)

@@ -75,7 +75,7 @@ _TIMES_END = HEADER.size + TIMES.size
 
 _CHILD = """
 import socket, sys
-from forebay.engine.worker.loop import run_worker
+from forebay.engine.worker.worker_process import run_worker
 lifeline, doorbell, done, counters = map(int, sys.argv[1:])
 run_worker(socket.socket(fileno=lifeline), socket.socket(fileno=doorbell), socket.socket(fileno=done), counters)
 """
