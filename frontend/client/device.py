@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -105,6 +106,8 @@ class DeviceArena:
             owner=0, number=next(_numbers), device_id=memory.device_id, byte_size=memory.byte_size, handle=memory.handle
         )
         self._blocks = BlockAllocator(memory.byte_size)
+        #: What requests that were given up have left, by whichever thread reads answers.
+        self._returns: deque[tuple[int, int]] = deque()
 
     def model(self, name: str, version: int | str | None = None) -> DeviceModel:
         """Return a handle of a model.
@@ -120,11 +123,22 @@ class DeviceArena:
         Raises:
             ArenaFull: there are not so many.
         """
+        while self._returns:
+            self.free(*self._returns.popleft())
         return self._blocks.allocate(max(size, 1))
 
     def free(self, offset: int, size: int) -> None:
         """Give bytes back."""
         self._blocks.free(offset, max(size, 1))
+
+    def free_after(self, pending: PendingParcel, places: Sequence[tuple[int, int]]) -> None:
+        """Give (offset, size) of a request back when the engine has let go of it."""
+
+        def give_back() -> None:
+            self._returns.extend(places)
+
+        if not self.engine.connection.completions.notify(pending, give_back):
+            give_back()
 
 
 class DeviceModel:
@@ -211,6 +225,7 @@ class DeviceModel:
                 connection.completions.wait(pending, deadline_after(timeout_s))
         except BaseException:
             # The engine still has the places: others for the next request.
+            self._arena.free_after(pending, list(self._room.values()))
             self._room.clear()
             self._inputs.clear()
             connection.cancel(pending)
