@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterable
 
 import msgspec
 
@@ -138,6 +139,7 @@ class Door:
         _flags, body, fds = self._ask(DoorKind.HELLO, hello, DoorKind.WELCOME)
         version, producer, granted_bytes, epoch, outstanding_max = WELCOME.unpack_from(body)
         if len(fds) != 3 or version != PROTOCOL_VERSION:
+            _close_all(fds)
             raise Internal("the server's answer at its door makes no sense")
         arena_fd, completions, submissions = fds
         return Welcome(
@@ -208,9 +210,10 @@ class Door:
         with self._lock:
             while True:
                 try:
-                    self._take(socket.MSG_DONTWAIT)
+                    message = self._take(socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     return
+                _close_all(message[-1])
 
     def is_open(self) -> bool:
         """False once the server has closed its end."""
@@ -244,11 +247,13 @@ class Door:
             kind, flags, answered, body, fds = self._take(0)
             is_refused = kind == DoorKind.REFUSED
             if answered != request and not (is_refused and not answered):
+                _close_all(fds)  # The answer to a question that was given up.
                 continue
             if is_refused:
                 (code,) = NUMBER.unpack_from(body)
                 raise from_wire(code, bytes(body[NUMBER.size :]).decode(errors="replace"))
             if kind != expected:
+                _close_all(fds)
                 raise Internal("the server's answer at its door makes no sense")
             return flags, body, fds
 
@@ -280,3 +285,8 @@ class Door:
             self.gone.add(NUMBER.unpack_from(body)[0])
             return message, flag_bits, 0, body, []
         return message, flag_bits, request, body, list(fds)
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
