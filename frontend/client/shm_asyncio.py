@@ -51,6 +51,8 @@ class AsyncEngine:
         if self._watched is not None:
             self._loop.remove_reader(self._watched.completions.fileno())
             self._watched = None
+        # Nobody else would wake them.
+        self._wake_crowd()
 
     def _read(self) -> None:
         assert self._watched is not None
@@ -59,6 +61,9 @@ class AsyncEngine:
         except EngineGone:
             # Every request in flight has been told; end of file would be told over and over.
             self._stop_watching()
+        self._wake_crowd()
+
+    def _wake_crowd(self) -> None:
         crowd, self._crowd = self._crowd, []
         for waiting in crowd:
             if not waiting.done():
