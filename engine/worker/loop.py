@@ -478,3 +478,6 @@ class Worker:
             self._parcels.memories.close()
         if self._instance is not None:
             self._instance.close()
+        # Threads of the model may have answered until now. Other instances may go on in this process.
+        for producer in self._producers:
+            self._producers.detach(producer.id)

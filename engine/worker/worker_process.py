@@ -52,7 +52,7 @@ def _run_loop(
 ) -> int:
     """Run one instance until its end. Takes ownership of all descriptors; returns the exit code of its process."""
     status = 0
-    with lifeline, doorbell:
+    with lifeline, doorbell, done:
         counters = CountersFile(counters_fd)
         os.close(counters_fd)
         worker = Worker(Lifeline(lifeline, SupervisorToWorker), doorbell, Bell(done), counters, siblings)
@@ -62,6 +62,7 @@ def _run_loop(
         except PeerClosed:
             status = 1
         worker.close()
+        os.close(counters.fd)
     return status
 
 
