@@ -28,7 +28,7 @@ from forebay.ipc.channel import SubmitSender
 from forebay.ipc.counters import CACHE_WORDS, CountersFile
 from forebay.ipc.errors import Code, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.log import LogOptions, log
+from forebay.ipc.log import log
 from forebay.ipc.messages import (
     DoorbellDown,
     DoorbellUp,
@@ -148,8 +148,7 @@ class FrontendProcess:
                 case Stop():
                     self.stopping.set()
                 case LogChanged():
-                    with contextlib.suppress(TypeError, ValueError):
-                        log.configure(LogOptions(**message.options))
+                    log.follow(message.options)
                 case RegionUp():
                     self.regions.add(open_region(message, fds))
                     self._confirm_regions(message.generation)

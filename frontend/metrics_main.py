@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import os
 import socket
 import sys
 
-import msgspec
 import uvloop
 from aiohttp import hdrs, web
 
@@ -27,7 +25,7 @@ from forebay.frontend.plain_server import PlainServer
 from forebay.ipc.counters import CountersFile
 from forebay.ipc.errors import Code, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.log import LogOptions, log
+from forebay.ipc.log import log
 from forebay.ipc.messages import (
     Failed,
     FrontendStart,
@@ -140,8 +138,7 @@ class MetricsProcess:
             elif isinstance(message, ModelMetrics):
                 self._page.custom.take(message)
             elif isinstance(message, LogChanged):
-                with contextlib.suppress(OSError):
-                    log.configure(msgspec.convert(message.options, LogOptions))
+                log.follow(message.options)
             elif isinstance(message, Stop):
                 self._stop.set()
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import msgspec
@@ -59,6 +59,11 @@ class Log:
             os.close(self._fd)
         self._fd = fd
         self.options = options
+
+    def follow(self, options: Mapping[str, object]) -> None:
+        """Use the options that the supervisor has sent, if this process can; else the former ones stay in force."""
+        with suppress(OSError, msgspec.ValidationError):
+            self.configure(msgspec.convert(options, LogOptions))
 
     def info(self, text: str) -> None:
         if self.options.info:

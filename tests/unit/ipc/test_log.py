@@ -64,6 +64,14 @@ def test_file_that_cannot_be_opened_leaves_the_former_options(tmp_path: Path) ->
     assert log.options == LogOptions()
 
 
+@pytest.mark.parametrize("options", [{"file": "/no/such/directory/log"}, {"verbose": "much"}, {"file": 1}])
+def test_options_from_the_supervisor_that_cannot_be_used_leave_the_former_ones(options: dict[str, object]) -> None:
+    log = Log()
+    log.follow({"verbose": 2})
+    log.follow(options)
+    assert log.options == LogOptions(verbose=2)
+
+
 def test_children_take_their_options_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, '{"verbose":2,"format":"ISO8601"}')
     assert options_from_environment() == LogOptions(verbose=2, format="ISO8601")
