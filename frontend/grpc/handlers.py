@@ -12,6 +12,7 @@ from forebay.frontend.codec.rapid_json import Json
 from forebay.frontend.grpc import descriptors
 from forebay.frontend.handlers.log_settings import parse_log_settings
 from forebay.frontend.handlers.metadata import EXTENSIONS, TRITON_VERSION, describe_model
+from forebay.frontend.handlers.repository import check_model_name
 from forebay.frontend.handlers.trace_settings import parse_trace_settings
 from forebay.frontend.model_readiness import why_not_ready
 from forebay.frontend.statistics import model_statistics
@@ -120,7 +121,7 @@ async def load(frontend: GrpcFrontend, message: memoryview) -> bytes:
     request = descriptors.parse("RepositoryModelLoadRequest", message)
     if request.repository_name:
         raise Unsupported(_REPOSITORY_NAMED)
-    name = _model_name(request.model_name)
+    name = check_model_name(request.model_name)
     config: str | None = None
     files: dict[str, bytes] = {}
     for key, parameter in request.parameters.items():
@@ -151,20 +152,9 @@ async def unload(frontend: GrpcFrontend, message: memoryview) -> bytes:
         if parameter.WhichOneof("parameter_choice") != "bool_param":
             raise InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
         unload_dependents = parameter.bool_param
-    arguments = {"name": _model_name(request.model_name), "unload_dependents": unload_dependents}
+    arguments = {"name": check_model_name(request.model_name), "unload_dependents": unload_dependents}
     await frontend.control.command("unload", arguments)
     return b""
-
-
-def _model_name(name: str) -> str:
-    """Return the model to control.
-
-    Raises:
-        InvalidArgument: the name could leave the repository's directory (spec H-223).
-    """
-    if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise InvalidArgument(f"invalid model name '{name}', model name must not contain path traversal characters")
-    return name
 
 
 # --- regions ---

@@ -78,8 +78,16 @@ def _model_name(call: Call) -> str:
     """
     if call.groups["repository"]:
         raise Unsupported("'repository_name' specification is not supported")
-    name = call.groups["model"]
-    if name in (".", "..") or "\\" in name or "\0" in name:
+    return check_model_name(call.groups["model"])
+
+
+def check_model_name(name: str) -> str:
+    """Return the name of a model to control.
+
+    Raises:
+        InvalidArgument: the name could leave the repository's directory (spec H-223).
+    """
+    if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise InvalidArgument(f"invalid model name '{name}', model name must not contain path traversal characters")
     return name
 
