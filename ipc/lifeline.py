@@ -73,7 +73,9 @@ class Lifeline(Generic[Received]):
                 return socket.send_fds(self.sock, [data], list(fds)) if fds else self.sock.send(data)
             except BlockingIOError:
                 # A lifeline of an asyncio process is non-blocking; its messages are rare and its peers read promptly.
-                if not select.select([], [self.sock], [], _SEND_SECS_MAX)[1]:
+                poll = select.poll()
+                poll.register(self.sock, select.POLLOUT)
+                if not poll.poll(_SEND_SECS_MAX * 1000):
                     raise TimeoutError("it does not read its lifeline") from None
 
     def _read(self) -> None:

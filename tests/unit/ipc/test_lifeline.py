@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import fcntl
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -68,6 +71,27 @@ def test_non_blocking_sender_of_a_large_message_sends_every_byte_once(pair: Pair
     assert following == Started(detail="after")
     for fd in (*fds, read_end, write_end):
         os.close(fd)
+
+
+def test_process_of_many_descriptors_can_wait_for_its_peer() -> None:
+    """``select`` takes no descriptor above 1023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    one, other = socket.socketpair()
+    high = socket.socket(fileno=fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 2000))
+    one.close()
+    sender = Lifeline[Started | Failed](high, FrontendToSupervisor)
+    receiver = Lifeline[Started | Failed](other, FrontendToSupervisor)
+    sender.sock.setblocking(False)
+    large = Failed(code=1, text="z" * 3_000_000)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        sending = threads.submit(sender.send, large)
+        other.settimeout(20)
+        assert receiver.receive() == (large, [])
+        sending.result()
+    sender.close()
+    receiver.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_peer_that_is_gone_is_an_error_for_both_directions(pair: Pair) -> None:
