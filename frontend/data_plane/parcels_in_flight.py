@@ -47,6 +47,10 @@ class ParcelsInFlight:
     def __len__(self) -> int:
         return len(self._in_flight)
 
+    def routes(self) -> set[RouteClient]:
+        """Return the routes that parcels were handed to."""
+        return {parcel.route for parcel in self._in_flight.values()}
+
     def expect(self, route: RouteClient, submit: ParcelSubmit, owner: ParcelOwner) -> None:
         """A parcel is about to be handed over."""
         self._in_flight[submit.token] = ParcelInFlight(route, submit, owner)

@@ -41,7 +41,9 @@ def resubmit_all(engine: EngineClient, running: set[int]) -> None:
             exempt_rows.update((granted.base, row) for row in range(granted.first, granted.first + granted.rows))
         exempt_tokens.update(grant.tokens)
     engine.grants.forget_scheduler()
-    for route in engine.routes.values():
+    # Those of couriers, and of models that were unloaded and still have requests, are in no catalog.
+    in_use = (*(route for route, _slab in engine.slabs.values()), *engine.parcels.routes())
+    for route in {*engine.routes.values(), *in_use}:
         route.grant_finished()
         for run in route.turn:
             rows = run.requests * run.rows_each

@@ -408,6 +408,21 @@ def test_what_is_not_answered_is_handed_in_again_to_a_new_scheduler() -> None:
     play(scenario)
 
 
+def test_new_scheduler_gets_what_was_about_to_be_sent_once_even_if_its_model_was_just_unloaded() -> None:
+    async def scenario(s: Surroundings) -> None:
+        s.publish()
+        s.submit(5)
+        s.engine.update_catalog(Catalog(generation=2, models=()))
+        s.bell.send(HEADER.pack(Kind.RESYNC, 0, 0, 0, 2))
+        s.engine._on_completion()
+        await turn()
+        (message,) = s.take_sent()
+        assert [(run.first, run.requests) for run in message.runs] == [(0, 1)]
+        assert [parcel.token for parcel in message.parcels] == [5]
+
+    play(scenario)
+
+
 def test_what_was_rung_under_a_grant_is_not_handed_in_again_but_lost_with_its_worker() -> None:
     async def scenario(s: Surroundings) -> None:
         await s.grant()
