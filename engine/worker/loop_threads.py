@@ -21,6 +21,7 @@ class LoopThreads:
         """
         self._run = run
         self._lock = threading.Lock()
+        self._collecting = threading.Lock()
         self._threads: list[threading.Thread] = []
 
     def start(self, name: str, fds: list[int]) -> None:
@@ -41,7 +42,12 @@ class LoopThreads:
     def _run_one(self, fds: list[int]) -> None:
         self._run(self, fds)
         # Its model, its mappings and its descriptors go now: who is idle does not collect.
-        gc.collect()
+        self._collect()
+
+    def _collect(self) -> None:
+        # A collection that finds another one under way does nothing.
+        with self._collecting:
+            gc.collect()
 
     def join(self) -> None:
         """Wait until every loop has ended, those included that are started meanwhile. The first one has ended."""
@@ -50,6 +56,6 @@ class LoopThreads:
                 running = [thread for thread in self._threads if thread.is_alive()]
             if not running:
                 return
-            gc.collect()
+            self._collect()
             for thread in running:
                 thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,13 +163,20 @@ def test_waiting_cancelling_and_deadlines(server: ForebayServer, build: Path) ->
     ]
 
 
-def test_reconnecting_to_the_next_server(tmp_path: Path, build: Path) -> None:
-    models, base = write_models(tmp_path / "models"), tmp_path / "run"
-    environment = {"FOREBAY_RUNTIME_DIRECTORY": str(base)}
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose sockets have names that are short enough, which those below tmp_path need not be."""
+    with tempfile.TemporaryDirectory(prefix="forebay-") as directory:
+        yield Path(directory)
+
+
+def test_reconnecting_to_the_next_server(tmp_path: Path, short_path: Path, build: Path) -> None:
+    models = write_models(tmp_path / "models")
+    environment = {"FOREBAY_RUNTIME_DIRECTORY": str(short_path)}
     program = compile_program(build, "reconnect")
     gone = "101 the engine is gone: the server has ended"
     with ForebayServer(models, protocols=("metrics",), environment=environment) as first:
-        process = subprocess.Popen([program, base], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([program, short_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         first.process.kill()

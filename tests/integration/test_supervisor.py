@@ -587,6 +587,8 @@ def test_descriptors_and_memory_come_back_after_unloading(explicit: ForebayServe
 
     for _ in range(3):
         cycle()
+    # One that is being started has not said its name yet.
+    explicit.wait_for(lambda: "" not in explicit.pids(), "every process to be up")
     before = descriptor_counts()
     for _ in range(10):
         cycle()
