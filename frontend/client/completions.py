@@ -22,8 +22,9 @@ from forebay.client.pending import Pending
 from forebay.ipc.wire import MESSAGE_BYTES_MAX
 
 #: A client that parks looks for an answer for so long before it sleeps, as long as answers have been that quick: to
-#: wake a process on an idle core takes longer than many a model (measured: 25 to 30 us of 75). With 50 us, which many
-#: answers just miss on a busy machine, p50 was 111 and 129 us above the model's own; with this, 53 and 54, ns.
+#: wake a process on an idle core takes longer than many a model (measured: 25 to 30 us of 75), ns. In turns with 50 us
+#: and a pause of 512 answers (below), `bench.shm_latency` showed for alpha_model 54 and 53 us above the model's own p50
+#: instead of 129 and 111; which of the two numbers did it was not looked into.
 _GLANCE_NS = 120_000
 #: After so many answers in a row that took longer, it goes to sleep at once ...
 _GLANCE_MISSES = 8
