@@ -1,7 +1,7 @@
 /* The lane: what RowsRunner does for a batch that is one slice, bound before, without Python between the steps.
  *
  * Why C: with one client a fifth of the server's CPU time was the worker's Python between its doorbell and the model.
- * The lane took p50 to 0.84 and CPU time to 0.85 of what they were (medians of 14 paired runs, one connection). All
+ * With the lane p50 is 0.90 and CPU time 0.86 of what they are without (medians of 10 paired runs, one connection). All
  * that is not this one case is left to rows.py, which alone checks numbers and makes bindings; without a C compiler
  * there is no lane, and rows.py does everything.
  *
