@@ -16,11 +16,11 @@ from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.device_places import NO_TARGETS, DevicePlace, HeadMemories, Targets
 from forebay.frontend.engine_client import EngineClient
-from forebay.frontend.tracing import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import QUEUE_FULL_TEXT, ArenaFull, NotReady, ServingError, from_wire
 from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
+from forebay.ipc.spans import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.tensor import byte_size
 from forebay.ipc.validation import id_prefix
 

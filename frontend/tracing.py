@@ -8,47 +8,17 @@ the supervisor, which writes it down, on the control socket: ahead of whatever i
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from forebay.ipc.errors import ServingError
-from forebay.ipc.tensor import DATATYPES, decode_bytes
-from forebay.ipc.trace import (
-    TENSORS,
-    TIMESTAMPS,
-    TracedTensor,
-    TraceRecord,
-    TraceRule,
-    TraceRules,
-    TraceSpan,
-)
-from forebay.ipc.wire import Times
+from forebay.ipc.spans import REQUEST_END, RESPONSE_COMPLETE, SpanTree, Trace, trace_id_of
+from forebay.ipc.trace import TraceRecord, TraceRule, TraceRules
 
 if TYPE_CHECKING:
     from forebay.frontend.inference import Response
 
-REQUEST_START, QUEUE_START = "REQUEST_START", "QUEUE_START"
-COMPUTE_EVENTS = ("COMPUTE_START", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPUTE_END")
-RESPONSE_COMPLETE, REQUEST_END = "INFER_RESPONSE_COMPLETE", "REQUEST_END"
-QUEUE_INPUT, BACKEND_INPUT, BACKEND_OUTPUT = "TENSOR_QUEUE_INPUT", "TENSOR_BACKEND_INPUT", "TENSOR_BACKEND_OUTPUT"
-
-#: Elements of a tensor that a trace shows; the rest is left out.
-TENSOR_ELEMENTS_MAX = 16_384
 #: Traces that may wait to be handed in; beyond, they are dropped.
 PENDING_MAX = 1024
-#: Spans below one request that are kept (ensembles with streams could make any number).
-SPANS_MAX = 256
-#: Events of one request that are kept (one per response of a stream).
-_EVENTS_MAX = 1024
-
-
-#: W3C trace context: version, trace id, parent's span id, flags.
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Sampler:
@@ -86,133 +56,13 @@ class Sampler:
             self._until_next = self._rule.rate
         if self.remaining > 0:
             self.remaining -= 1
-        record = _Record(self._tracer, self._rule, context if is_asked_for else "", has_ids=self.accepts_context)
-        return Trace(record, model, version, request_id)
+        given = context if is_asked_for else ""
 
+        def hand_in(tree: SpanTree) -> None:
+            self._tracer.take(TraceRecord(self._rule.group, tree.take(), given, tree.trace_id))
 
-class Trace:
-    """One traced request, or one of its steps. Life: begun -> events -> ``end``, once; the root's end hands it in."""
-
-    __slots__ = (
-        "_events",
-        "_index",
-        "_is_ended",
-        "_model",
-        "_received",
-        "_record",
-        "_request_id",
-        "_span_id",
-        "_tensors",
-        "_version",
-    )
-
-    def __init__(self, record: _Record, model: str, version: int, request_id: str, parent: int = -1) -> None:
-        self._record = record
-        self._index = record.add(self, parent)
-        self._span_id = int.from_bytes(os.urandom(8)) if record.trace_id else 0
-        self._model = model
-        self._version = version
-        self._request_id = request_id
-        self._received: list[tuple[str, int]] = []
-        self._events: list[tuple[str, int]] = []
-        self._tensors: list[TracedTensor] = []
-        self._is_ended = False
-
-    @property
-    def shows_tensors(self) -> bool:
-        return self._record.shows_tensors
-
-    @property
-    def context(self) -> str:
-        """What a model is told, to add spans of its own: W3C context as JSON; empty in Triton's own mode."""
-        trace_id = self._record.trace_id
-        return f'{{"traceparent":"00-{trace_id.hex()}-{self._span_id:016x}-01"}}' if trace_id else ""
-
-    def note(self, name: str, ns: int | None = None) -> None:
-        """Note an event, now unless said otherwise (monotonic ns)."""
-        if len(self._events) < _EVENTS_MAX:
-            self._events.append((name, time.monotonic_ns() if ns is None else ns))
-
-    def received(self, name: str, ns: int) -> None:
-        """Note an event of the protocol from before the request was known."""
-        self._received.append((name, ns))
-
-    def executed(self, times: Times) -> None:
-        """Note what the worker said of the execution; nothing, if there was none."""
-        if times.start_ns:
-            self._events.extend(zip(COMPUTE_EVENTS, times, strict=True))
-
-    def tensor(self, activity: str, name: str, datatype: str, shape: tuple[int, ...], data: memoryview | bytes) -> None:
-        """Keep a tensor's value, if tensors are traced."""
-        if self._record.shows_tensors and len(self._tensors) < _EVENTS_MAX:
-            text = render_tensor(datatype, shape, data)
-            self._tensors.append(TracedTensor(activity, name, text, ",".join(map(str, shape)), datatype))
-
-    def step(self, model: str, version: int) -> Trace | None:
-        """Begin the trace of a request that this one makes; None: there are too many of them."""
-        record = self._record
-        if record.span_count >= SPANS_MAX:
-            return None
-        child = Trace(record, model, version, self._request_id, self._index)
-        child.note(REQUEST_START)
-        return child
-
-    def end(self) -> None:
-        """The request is over, with or without an answer."""
-        if self._is_ended:
-            return
-        self._is_ended = True
-        if self._index == 0:
-            self._record.hand_in()
-
-    def span(self, parent: int) -> TraceSpan:
-        """Return what was noted."""
-        # Without the level TIMESTAMPS there are only tensors.
-        has_times = TIMESTAMPS in self._record.rule.levels
-        return TraceSpan(
-            self._model,
-            self._version,
-            self._request_id,
-            parent,
-            tuple(self._received) if has_times else (),
-            tuple(self._events) if has_times else (),
-            tuple(self._tensors),
-            self._span_id,
-        )
-
-
-class _Record:
-    """A traced request with its steps."""
-
-    __slots__ = ("_context", "_spans", "rule", "shows_tensors", "trace_id", "tracer")
-
-    def __init__(self, tracer: Tracer, rule: TraceRule, context: str, *, has_ids: bool) -> None:
-        """
-        Args:
-            context: the ``traceparent`` that came with the request.
-            has_ids: spans have identifiers that others may refer to.
-        """
-        self.tracer = tracer
-        known = _TRACEPARENT.match(context)
-        self.trace_id = (bytes.fromhex(known[1]) if known else os.urandom(16)) if has_ids else b""
-        self.rule = rule
-        self.shows_tensors = TENSORS in rule.levels
-        self._context = context
-        self._spans: list[tuple[Trace, int]] = []
-
-    @property
-    def span_count(self) -> int:
-        return len(self._spans)
-
-    def add(self, trace: Trace, parent: int) -> int:
-        self._spans.append((trace, parent))
-        return len(self._spans) - 1
-
-    def hand_in(self) -> None:
-        spans = tuple(trace.span(parent) for trace, parent in self._spans)
-        self.tracer.take(TraceRecord(self.rule.group, spans, self._context, self.trace_id))
-        # They hold each other.
-        self._spans = []
+        trace_id = trace_id_of(given) if self.accepts_context else b""
+        return Trace(SpanTree(self._rule.levels, trace_id, hand_in), model, version, request_id)
 
 
 def begin_sending(trace: Trace, response: Response) -> None:
@@ -282,31 +132,3 @@ class Tracer:
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
         self._hand_in(tuple(pending))
-
-
-def render_tensor(datatype: str, shape: tuple[int, ...], data: memoryview | bytes) -> str:
-    """Return a tensor's elements as text, separated by commas; BYTES as they are, in quotes as in Triton's traces."""
-    if datatype not in DATATYPES:
-        return ""
-    try:
-        if datatype == "BYTES":
-            elements: Iterable[object] = (
-                '"' + bytes(item).decode("utf-8", "replace") + '"'
-                for item in decode_bytes(memoryview(data), shape).reshape(-1)[:TENSOR_ELEMENTS_MAX]
-            )
-        else:
-            dtype = np.dtype(DATATYPES[datatype].numpy_dtype)
-            flat = np.frombuffer(data, dtype)[:TENSOR_ELEMENTS_MAX]
-            if datatype == "BF16":
-                flat = (flat.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-            elements = (_number(item) for item in flat.tolist())
-    except (ServingError, ValueError):
-        return ""
-    return ",".join(str(item) for item in elements)
-
-
-def _number(value: object) -> object:
-    """Return a number as C++ streams print it: 1, not 1.0; true is 1."""
-    if isinstance(value, bool):
-        return int(value)
-    return format(value, ".6g") if isinstance(value, float) else value

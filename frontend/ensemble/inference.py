@@ -14,13 +14,13 @@ from forebay.frontend.ensemble.rows_route import sequence_changes
 from forebay.frontend.ensemble.run import ensemble_of, ensemble_run
 from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, OutputView, RequestMeta, Response
-from forebay.frontend.tracing import REQUEST_END, RESPONSE_COMPLETE, Trace
 from forebay.ipc.arena import align
 from forebay.ipc.ensemble.run import EnsembleRun, sequence_parameters
 from forebay.ipc.ensemble.steps import StepReply, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.errors import Cancelled
 from forebay.ipc.messages import TensorPlace
+from forebay.ipc.spans import REQUEST_END, RESPONSE_COMPLETE, Trace
 
 
 class EnsembleInference:

@@ -8,7 +8,12 @@ from forebay.frontend.data_plane.device_pools import DeviceBlock
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
-from forebay.frontend.tracing import (
+from forebay.ipc.counters import ProducerCounter
+from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepRequest, StepTimes
+from forebay.ipc.ensemble.tensors import Tensor, hold_all, release_all
+from forebay.ipc.errors import Internal, from_wire
+from forebay.ipc.messages import DeviceMemory, ReplyHead, TensorPlace
+from forebay.ipc.spans import (
     BACKEND_INPUT,
     BACKEND_OUTPUT,
     QUEUE_INPUT,

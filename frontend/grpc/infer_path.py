@@ -19,9 +19,9 @@ from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, rend
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
 from forebay.frontend.start_inference import PlacedInference, start_inference
-from forebay.frontend.tracing import REQUEST_START, Trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import QUEUE_FULL_TEXT, Code, ServingError, Unsupported
+from forebay.ipc.spans import REQUEST_START, Trace
 
 if TYPE_CHECKING:
     from forebay.frontend.grpc.request_head import RequestHead

@@ -27,9 +27,9 @@ from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
 from forebay.frontend.start_inference import PlacedInference, start_inference
-from forebay.frontend.tracing import REQUEST_END, REQUEST_START, RESPONSE_COMPLETE, Trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import ServingError, Unsupported
+from forebay.ipc.spans import REQUEST_END, REQUEST_START, RESPONSE_COMPLETE, Trace
 
 if TYPE_CHECKING:
     from forebay.frontend.http.connection import Connection

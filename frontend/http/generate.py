@@ -23,9 +23,9 @@ from forebay.frontend.http.replies import error_reply, head_bytes, stream_head
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.regions import take_places
 from forebay.frontend.start_inference import PlacedInference, start_inference
-from forebay.frontend.tracing import REQUEST_END, RESPONSE_COMPLETE, Trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import ServingError
+from forebay.ipc.spans import REQUEST_END, RESPONSE_COMPLETE, Trace
 
 if TYPE_CHECKING:
     from forebay.frontend.http.connection import Connection
