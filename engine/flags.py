@@ -316,6 +316,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("load-timeout-secs", "process.load_timeout_secs", minimum=0),
     Flag("instances-per-process", "process.instances_per_process", minimum=1),
     Flag("wait", "process.wait", metavar="park|spin[=MICROSECONDS]", parse=values.parse_wait),
+    Flag("share-cores", "process.share_cores"),
     Flag(
         "host-policy",
         "process.host_policies",

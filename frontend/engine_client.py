@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from forebay.frontend.data_plane.cancellations import Cancellations
+from forebay.frontend.data_plane.core_sharing import CoreSharing
 from forebay.frontend.data_plane.device_pools import DevicePools
 from forebay.frontend.data_plane.grants import Grants
 from forebay.frontend.data_plane.owners import OwnedSlab
@@ -118,6 +119,8 @@ class EngineClient:
         #: Runs of ensembles that need a model version, by the offset of its counters; none: 0.
         self.ensemble_uses: dict[int, int] = {}
         self._no_counters = memoryview(bytearray(PRODUCER_WORDS * 8)).cast("Q")
+        #: Has a worker run on our core while requests come one at a time.
+        self.cores = CoreSharing(producer)
         self.rows = RowAnswers(self)
         self.parcels = ParcelsInFlight(self)
         self.grants = Grants(
@@ -271,6 +274,7 @@ class EngineClient:
                 route.turn_parcels.clear()
             route.write_counters()
         if runs or parcels:
+            self.cores.crowded()
             message = Submit(producer=self.producer, epoch=self._epoch, runs=tuple(runs), parcels=tuple(parcels))
             if not self._submit.send_nowait(message):
                 self._refuse_unsent(runs, parcels)

@@ -112,6 +112,10 @@ class FrontendProcess:
             counters=self.counters,
             submit=SubmitSender(self._context, start.runtime_directory),
         )
+        process = start.settings["process"]
+        # A worker that looks for work without sleeping needs a core of its own.
+        if process["share_cores"] and process["wait"] == "park":
+            self.engine.cores.allow()
         if start.cache_bytes:
             counters = self.counters.block(start.cache_counter_offset, CACHE_WORDS)
             self.engine.response_cache = ResponseCache(self.engine, start.cache_bytes, counters)

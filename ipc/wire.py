@@ -16,6 +16,7 @@ To a worker (senders: scheduler, and frontends that hold a grant)::
     RING_OPEN  header                          sender, a client, may ring its own socket; batch: the ticket
     RING_CLOSE header                          it may not any more; answered to it with REVOKE
     CANCEL_ROWS header + SLAB + count * ROW    batch: which one; the clients of these requests in it left
+    PLACE    header                            batch: run on this core, plus one; 0: anywhere again
 
 To a producer, its completion doorbell (senders: workers, scheduler)::
 
@@ -66,6 +67,7 @@ class Kind(enum.IntEnum):
     RING_OPEN = 8
     RING_CLOSE = 9
     CANCEL_ROWS = 10
+    PLACE = 11
     RUNS_DONE = 16
     RUNS_FAILED = 17
     RUNS_LOST = 18

@@ -27,6 +27,7 @@ from forebay.engine.worker.custom_metrics import MetricsSender
 from forebay.engine.worker.inbox import Inbox
 from forebay.engine.worker.loop_threads import LoopThreads
 from forebay.engine.worker.parcels import ParcelsRunner
+from forebay.engine.worker.placement import Placement
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.ragged import RaggedPolicy, with_batch_tensors
 from forebay.engine.worker.ready_check import start_ready_check
@@ -108,6 +109,7 @@ class Worker:
         self._sequences: SequencesRunner | None = None
         self._rings: Rings | None = None
         self._wait = Park()
+        self._placement: Placement | None = None
         #: Reads ahead while a batch of parcels runs, so that a model hears of cancellations.
         self._inbox = Inbox(doorbell, self._handle_early)
         #: Our counters; only for :attr:`InstanceCounter.RUNNING_SINCE_NS`, which tells the supervisor of a hung batch.
@@ -137,6 +139,8 @@ class Worker:
             case RingUp():
                 self._attach_ring(message.producer, fds[0])
             case ArenaDown():
+                if self._placement is not None:
+                    self._placement.leave(message.producer)
                 if self._rings is not None:
                     self._rings.detach(message.producer)
                 if self._instance is not None and message.producer in self._producers:
@@ -301,6 +305,7 @@ class Worker:
         receive, doorbell = self._wait.receive, self._doorbell
         runs, parcels = Kind.RUNS, Kind.PARCELS
         self._doorbell.setblocking(True)
+        self._placement = Placement()
         rows_runner, rings, clock = self._rows, self._rings, self._clock
         assert rings is not None
         while not self._stopping:
@@ -452,6 +457,11 @@ class Worker:
                     self._handle(received, fds)
             except PeerClosed:
                 self._stopping = True
+        elif kind == Kind.PLACE and self._placement is not None:
+            if batch:
+                self._placement.join(sender, batch - 1)
+            else:
+                self._placement.leave(sender)
         elif kind == Kind.RING_OPEN and self._rings is not None:
             self._rings.open(sender, batch)
         elif kind == Kind.RING_CLOSE and self._rings is not None:

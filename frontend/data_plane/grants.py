@@ -67,6 +67,7 @@ class Grant:
         """
         self.outstanding = runs
         self.batches += 1
+        self.route.engine.cores.begun(self, sum([run.requests for run in runs]))
         batch = GRANTED_BATCH | self.batches
         self.bell.ring(pack_runs(Kind.RUNS, FLAG_GRANTED, self.route.engine.producer, batch, runs))
         self.route.counters[Count.GRANTED_BATCHES] += 1
@@ -76,6 +77,7 @@ class Grant:
         producer = self.route.engine.producer
         self.tokens = [parcel.token for parcel in parcels]
         self.batches += 1
+        self.route.engine.cores.begun(self, len(parcels))
         pieces = [HEADER.pack(Kind.PARCELS, FLAG_GRANTED, len(parcels), producer, GRANTED_BATCH | self.batches)]
         for parcel in parcels:
             head = parcel.head

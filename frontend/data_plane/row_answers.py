@@ -57,6 +57,7 @@ class RowAnswers:
         now_ns = time.monotonic_ns()
         slabs = self._engine.slabs
         remarks = _read_remarks(message, count) if has_remarks else _NO_REMARKS
+        elapsed_ns = 0
         for index in range(count):
             _producer, requests, base, _capacity, first, rows, _attempt, enqueue_sum_ns = RUN.unpack_from(
                 message, TIMES_END + index * RUN.size
@@ -71,13 +72,15 @@ class RowAnswers:
             _answer_rows(slab, first, rows)
             route.release(slab, first, rows)
             enqueue_ns = enqueue_sum_ns // requests
+            elapsed_ns = now_ns - enqueue_ns
             requests -= failed
             if requests:
-                count_answered(route.counters, requests, requests * (now_ns - enqueue_ns))
+                count_answered(route.counters, requests, requests * elapsed_ns)
             if requests and route.details is not None:
-                route.details.answered(requests, now_ns - enqueue_ns, enqueue_ns, self._engine.reply_times())
+                route.details.answered(requests, elapsed_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
         self._engine.grants.runs_ended(instance)
+        self._engine.cores.ended(elapsed_ns)
 
     @staticmethod
     def _answer_remarked(route: RouteClient, slab: OwnedSlab, remarks: list[RowRemark], elapsed_ns: int) -> int:

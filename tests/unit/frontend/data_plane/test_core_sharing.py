@@ -1,0 +1,146 @@
+"""When a frontend and a worker share a core, and when they part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from forebay.frontend.data_plane.core_sharing import CoreSharing
+from forebay.ipc.wire import HEADER, Kind
+
+PRODUCER = 7
+QUICK_NS, SLOW_NS = 100_000, 5_000_000
+
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+
+
+class Grant:
+    """What of a grant matters here; its own doorbell."""
+
+    def __init__(self, instance: int) -> None:
+        self.instance = instance
+        self.is_idle = True
+        self.bell = self
+        self.places: list[int] = []
+
+    def ring(self, message: bytes) -> None:
+        kind, _flags, _count, producer, place = HEADER.unpack(message)
+        assert (kind, producer) == (Kind.PLACE, PRODUCER)
+        self.places.append(place)
+
+
+class Scene:
+    """A frontend that asks workers one request at a time, and its cores."""
+
+    def __init__(self) -> None:
+        self.home = os.sched_getaffinity(0)
+        self.cores = CoreSharing(PRODUCER)
+        self.cores.allow()
+        self.first, self.second = Grant(1), Grant(2)
+
+    def begin(self, grant: Any, requests: int = 1) -> None:
+        self.cores.begun(grant, requests)
+
+    def ask(self, grant: Grant, count: int, elapsed_ns: int = QUICK_NS) -> None:
+        for _ in range(count):
+            self.begin(grant)
+            self.cores.ended(elapsed_ns)
+
+    @property
+    def shared(self) -> int | None:
+        """The one core of this thread; None: it has all."""
+        cores = os.sched_getaffinity(0)
+        return None if cores == self.home else min(cores)
+
+
+@pytest.fixture
+def play() -> Iterator[Callable[[Callable[[Scene], None]], None]]:
+    """Run in a thread of its own: whatever is left of it, the cores of pytest's stay."""
+    with ThreadPoolExecutor(1) as thread:
+        yield lambda scenario: thread.submit(lambda: scenario(Scene())).result()
+
+
+Play = Callable[[Callable[[Scene], None]], None]
+
+
+def test_worker_that_serves_one_request_at_a_time_comes_to_our_core(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 200)
+        assert scene.shared is None
+        scene.ask(scene.first, 100)
+        assert scene.shared is not None
+        assert scene.first.places == [scene.shared + 1]
+
+    play(scenario)
+
+
+def test_second_worker_joins_when_it_is_asked_by_turns_with_the_first(play: Play) -> None:
+    """As the steps of an ensemble are."""
+
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        scene.ask(scene.second, 2)
+        assert scene.shared is not None
+        assert scene.second.places == scene.first.places == [scene.shared + 1]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("crowd", ["a batch of two", "another worker runs", "the scheduler is asked"])
+def test_all_run_anywhere_again_as_soon_as_two_requests_are_in_flight(play: Play, crowd: str) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        if crowd == "a batch of two":
+            scene.begin(scene.first, 2)
+        elif crowd == "another worker runs":
+            scene.begin(scene.first)
+            scene.first.is_idle = False
+            scene.begin(scene.second)
+        else:
+            scene.cores.crowded()
+        assert scene.shared is None
+        assert scene.first.places[-1] == 0
+        assert 0 in scene.first.places
+        assert not any(scene.second.places)
+
+    play(scenario)
+
+
+def test_requests_that_become_slow_end_it_for_a_long_time(play: Play) -> None:
+    """Somebody else needs the core, or the model takes its time."""
+
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        scene.ask(scene.first, 1, SLOW_NS)
+        assert scene.shared is not None
+        scene.ask(scene.first, 8, SLOW_NS)
+        assert scene.shared is None
+        scene.ask(scene.first, 2000)
+        assert scene.shared is None
+        scene.ask(scene.first, 3000)
+        assert scene.shared is not None
+
+    play(scenario)
+
+
+def test_slow_model_never_shares(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 1000, SLOW_NS)
+        assert scene.shared is None
+        assert scene.first.places == []
+
+    play(scenario)
+
+
+def test_nothing_is_shared_that_is_not_allowed(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.cores = CoreSharing(PRODUCER)
+        scene.ask(scene.first, 1000)
+        assert scene.shared is None
+        assert scene.first.places == []
+
+    play(scenario)
