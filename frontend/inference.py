@@ -137,6 +137,7 @@ def make_parcel(
         trace_context="" if meta.trace is None else meta.trace.context,
         memories=tuple(memories),
         targets=targets,
+        trace_levels=() if meta.trace is None else meta.trace.levels,
     )
     return ParcelSubmit(
         route=route.route,
@@ -296,7 +297,9 @@ class Inference:
                 trace_inputs(trace, self._inputs, self.places)
             trace.note(QUEUE_START)
         if self._slab is not None:
-            self.route.publish(self._slab, self._first, self.rows, self, meta.priority, meta.timeout_us)
+            self.route.publish(
+                self._slab, self._first, self.rows, self, meta.priority, meta.timeout_us, meta.deadline_ns
+            )
             return
         self._token = self._engine.next_token()
         offset = self._block
@@ -360,6 +363,7 @@ class Inference:
         trace = self._meta.trace
         if trace is not None and ran:
             trace.executed(self._engine.reply_times())
+            trace.adopt(reply.spans)
         if reply.text or reply.code:
             text = reply.text
             if text == QUEUE_FULL_TEXT and not ran:

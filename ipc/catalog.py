@@ -93,6 +93,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """The model says itself whether it is ready (spec P-012); the supervisor asks it."""
     sees_requests: bool = False
     """The backend gets requests one by one (Python): only what carries nothing but tensors may live in slab rows."""
+    objective_us: int = 0
+    """Within what time requests are to be answered, by :class:`BatchingPolicy`; 0: there is no such objective."""
 
     @property
     def is_ready(self) -> bool:

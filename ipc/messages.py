@@ -12,7 +12,7 @@ import msgspec
 
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.tensor import TensorSpec
-from forebay.ipc.trace import TraceRecord, TraceRules
+from forebay.ipc.trace import TraceRecord, TraceRules, TraceSpan
 
 #: What a request or response parameter may be (spec H-156, H-098).
 ParameterValue = str | int | bool | float
@@ -75,6 +75,8 @@ class ParcelHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Device memory that places lie in."""
     targets: tuple[TensorPlace, ...] = ()
     """Outputs that go to device memory: where to, and how much room there is; their shapes mean nothing."""
+    trace_levels: tuple[str, ...] = ()
+    """What is noted of requests that the model makes for this one; empty: it is not traced."""
 
 
 class InlineTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -99,6 +101,8 @@ class ReplyHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Which response of this request, from 0."""
     needs_bytes: int = 0
     """Above 0: no answer yet, the outputs need a reply block of so many bytes (answer with COLLECT)."""
+    spans: tuple[TraceSpan, ...] = ()
+    """Of a traced request's last answer: what the model has asked others for it; see :meth:`Trace.adopt`."""
 
 
 class RowRemark(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -131,6 +135,8 @@ class RunSubmit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     attempt: int = 0
     priority: int = 0
     timeout_us: int = 0
+    deadline_ns: int = 0
+    """Monotonic time after which nobody waits for any of them; 0: none, or their producer sees to it."""
 
 
 class ParcelSubmit(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -462,6 +468,13 @@ class RegionsSeen(Message, frozen=True, tag=27):
     generation: int
 
 
+class RegionUnused(Message, frozen=True, tag=53):
+    """Frontend -> supervisor: no request uses this CUDA region any more, which was taken away."""
+
+    number: int
+    """Of its device memory."""
+
+
 class PoolUp(Message, frozen=True, tag=50):
     """Supervisor -> frontend: device memory of its own, for what the steps of ensembles on that GPU tell each other."""
 
@@ -521,7 +534,7 @@ SupervisorToFrontend = (
     | ModelMetrics
     | Stop
 )
-FrontendToSupervisor = Started | Failed | RegionsSeen | PoolEmpty
+FrontendToSupervisor = Started | Failed | RegionsSeen | RegionUnused | PoolEmpty
 
 
 # --- supervisor <-> zygote and worker (lifeline, with descriptors) ---------------------------------------------------

@@ -1,8 +1,8 @@
 """Batches for a latency objective: as large as the oldest request's time allows, and no request that comes too late.
 
-Each request has a time by which its answer is to be there: its own (a client's deadline, its ``timeout``), else the
-model's objective after its arrival. What a batch costs is learned for each instance (:mod:`cost_model`), so that three
-questions have answers:
+Each request has a time by which its answer is to be there: its own ``timeout``, else the model's objective, after its
+arrival, or its client's deadline if that comes first. What a batch costs is learned for each instance
+(:mod:`cost_model`), so that three questions have answers:
 
 - *How large?* The first requests of the queue, as many as an instance can finish before the earliest of their times.
 - *Now, or wait for more?* An idle instance waits as long as larger batches would leave it idle for half of its time
@@ -126,12 +126,19 @@ class AdaptiveBatcher:
     # --- times ---
 
     def given_ns(self, item: Waiting) -> int:
-        """Return how long an item's requests may take from their arrival to their answers."""
-        own_ns = item.timeout_us * 1000
+        """Return how long an item's requests may take from their arrival to their answers.
+
+        A timeout takes the objective's place, be it shorter or longer; a deadline can only take time away: clients set
+        generous ones for the case that all else fails.
+        """
+        given_ns = item.timeout_us * 1000 or self._objective_ns
         if item.deadline_ns:
-            left_ns = max(item.deadline_ns - item.enqueue_ns, 1)
-            own_ns = min(own_ns, left_ns) if own_ns else left_ns
-        return own_ns or self._objective_ns
+            given_ns = min(given_ns, max(item.deadline_ns - item.enqueue_ns, 1))
+        return given_ns
+
+    def has_own_time(self, item: Waiting) -> bool:
+        """Tell whether it is an item's timeout or deadline, and not the objective, that says how long it may take."""
+        return bool(item.timeout_us) or self.given_ns(item) < self._objective_ns
 
     def due_ns(self, item: Waiting) -> int:
         """Return when the batch of an item's requests is to be done; :data:`NEVER_NS`: whenever."""
@@ -212,8 +219,7 @@ class AdaptiveBatcher:
         if others or not self.has_idle:
             return False
         # A client that says when it stops waiting has no use for a late answer.
-        has_own_time = bool(item.deadline_ns or item.timeout_us)
-        return not has_own_time or now_ns - self._observed_ns >= _STALE_NS
+        return not self.has_own_time(item) or now_ns - self._observed_ns >= _STALE_NS
 
     def next_look_ns(self, first: Waiting | None) -> int:
         """Return when the first item may become hopeless by the passing of time; 0: never."""
@@ -265,7 +271,7 @@ class AdaptiveBatcher:
         taken = min((limit - batch.rows) // item.rows_each, item.requests)
         if taken > 0:
             if due_ns < batch.due_ns:
-                batch.due_ns, batch.is_own_time = due_ns, bool(item.deadline_ns or item.timeout_us)
+                batch.due_ns, batch.is_own_time = due_ns, self.has_own_time(item)
             batch.requests += taken
             batch.rows += taken * item.rows_each
         if batch.rows >= batch.most or (taken < item.requests and batch.rows + item.rows_each > batch.most):

@@ -67,8 +67,8 @@ class AdaptiveLine(QueueLine):
         given_ns = self.batcher.given_ns(item)
         # As the client sees it: with the time that is kept for the way.
         taken_ms = (given_ns + answer_ns - self.batcher.due_ns(item)) / 1e6
-        given_ms = given_ns / 1e6
-        if item.timeout_us or item.deadline_ns:
+        given_ms = round(given_ns / 1e6, 1)
+        if self.batcher.has_own_time(item):
             return Unavailable(
                 f"Exceeds request timeout: the answer would take {taken_ms:.1f} ms or more, and {given_ms:g} ms are "
                 "given; try again later, or with a longer timeout"

@@ -82,10 +82,12 @@ class WaitingRun(Waiting):
         attempt: int = 0,
         priority: int = 0,
         timeout_us: int = 0,
+        deadline_ns: int = 0,
     ) -> None:
         super().__init__(
-            producer, requests, rows_each, enqueue_ns, attempt=attempt, priority=priority, timeout_us=timeout_us
-        )
+            producer, requests, rows_each, enqueue_ns, attempt=attempt, priority=priority, timeout_us=timeout_us,
+            deadline_ns=deadline_ns,
+        )  # fmt: skip
         self.base = base
         self.capacity = capacity
         self.first = first
@@ -95,7 +97,7 @@ class WaitingRun(Waiting):
         """Return what a producer submitted."""
         return cls(
             producer, run.base, run.capacity, run.first, run.requests, run.rows_each, run.enqueue_ns,
-            attempt=run.attempt, priority=run.priority, timeout_us=run.timeout_us,
+            attempt=run.attempt, priority=run.priority, timeout_us=run.timeout_us, deadline_ns=run.deadline_ns,
         )  # fmt: skip
 
     @property
@@ -115,6 +117,7 @@ class WaitingRun(Waiting):
             attempt=self.attempt,
             priority=self.priority,
             timeout_us=self.timeout_us,
+            deadline_ns=self.deadline_ns,
         )
         head.expiry_ns = self.expiry_ns
         self.first += requests * self.rows_each

@@ -335,4 +335,5 @@ class ServedVersion:
             instance_count=len(self.instances),
             device_id=self._device_id,
             gpu_uuid=self._gpu_uuid,
+            objective_us=prepared.batching.objective_us,
         )

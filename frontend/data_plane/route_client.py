@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: A request whose tensors take more bytes per row than this lives in blocks of its own: slabs keep room for batches.
 SLAB_ROW_BYTES_MAX = 1024 * 1024
 
+#: Deadlines of requests in rows are rounded up to multiples of this, so that those of one turn make one run, ns.
+_DEADLINE_GRID_NS = 500_000
+
 
 class RouteClient:
     """One loaded model version as this frontend uses it."""
@@ -131,8 +134,9 @@ class RouteClient:
         self.slabs = slab_set.slabs
 
     def publish(
-        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
-    ) -> None:
+        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner,
+        priority: int = 0, timeout_us: int = 0, deadline_ns: int = 0,
+    ) -> None:  # fmt: skip
         """Hand filled rows over.
 
         They go out at the end of this event-loop turn, together with what else arrives in it; or at once, if nothing
@@ -140,6 +144,8 @@ class RouteClient:
         of the event loop is saved. With others in flight the turn is awaited: more of them make one batch.
         """
         slab.owners[first] = owner
+        if deadline_ns:
+            deadline_ns = self._told_deadline_ns(deadline_ns)
         turn = self.turn
         if not self.engine.are_gauges_due:
             self.engine.want_gauges()
@@ -157,11 +163,23 @@ class RouteClient:
                 and last.first + last.requests * rows == first
                 and last.priority == priority
                 and last.timeout_us == timeout_us
+                and last.deadline_ns == deadline_ns
             ):
                 last.requests += 1
                 self.turn_rows += rows
                 return
-        self.append_turn(TurnRun(slab, first, rows, self.engine.turn_ns(), 1, 0, priority, timeout_us))
+        self.append_turn(TurnRun(slab, first, rows, self.engine.turn_ns(), 1, 0, priority, timeout_us, deadline_ns))
+
+    def _told_deadline_ns(self, deadline_ns: int) -> int:
+        """Return the deadline that the scheduler is told of; 0: none.
+
+        Whoever waits for rows takes them back at the deadline. The scheduler needs it where batches are formed for a
+        latency objective, and only if it comes first: a run is of requests with one deadline, so they are rounded too.
+        """
+        objective_us = self.entry.objective_us
+        if not objective_us or deadline_ns - self.engine.turn_ns() >= objective_us * 1000:
+            return 0
+        return deadline_ns + -deadline_ns % _DEADLINE_GRID_NS
 
     def append_turn(self, run: TurnRun) -> None:
         """Add to what goes out at the end of the turn."""

@@ -10,7 +10,9 @@ from forebay.ipc.wire import Run
 class TurnRun:
     """Consecutive rows published in this event-loop turn."""
 
-    __slots__ = ("attempt", "enqueue_ns", "first", "priority", "requests", "rows_each", "slab", "timeout_us")
+    __slots__ = (
+        "attempt", "deadline_ns", "enqueue_ns", "first", "priority", "requests", "rows_each", "slab", "timeout_us",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -22,6 +24,7 @@ class TurnRun:
         attempt: int,
         priority: int,
         timeout_us: int,
+        deadline_ns: int = 0,
     ) -> None:
         self.slab = slab
         self.first = first
@@ -31,6 +34,7 @@ class TurnRun:
         self.attempt = attempt
         self.priority = priority
         self.timeout_us = timeout_us
+        self.deadline_ns = deadline_ns
 
     def without(self, first: int) -> list[TurnRun]:
         """Return what is left without the request that begins at ``first``."""
@@ -40,7 +44,7 @@ class TurnRun:
         return [
             TurnRun(
                 self.slab, start, self.rows_each, self.enqueue_ns, requests, self.attempt, self.priority,
-                self.timeout_us,
+                self.timeout_us, self.deadline_ns,
             )
             for start, requests in parts
             if requests
@@ -59,6 +63,7 @@ class TurnRun:
             attempt=self.attempt,
             priority=self.priority,
             timeout_us=self.timeout_us,
+            deadline_ns=self.deadline_ns,
         )
 
     def to_wire(self, producer: int) -> Run:

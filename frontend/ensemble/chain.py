@@ -256,11 +256,12 @@ class ChainRoute(EnsembleRows):
         self._chain.slabs.free_idle()
 
     def publish(
-        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
-    ) -> None:
+        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner,
+        priority: int = 0, timeout_us: int = 0, deadline_ns: int = 0,
+    ) -> None:  # fmt: skip
         """Hand filled rows over to the first model."""
         assert isinstance(slab, ChainSlab)
-        request = ChainedRequest(self._chain, slab, first, rows, owner, priority, timeout_us)
+        request = ChainedRequest(self._chain, slab, first, rows, owner, priority, timeout_us, deadline_ns)
         slab.owners[first] = request
         self._chain.began()
         request.start_step()
@@ -278,6 +279,7 @@ class ChainedRequest:
     __slots__ = (
         "_began_ns",
         "_chain",
+        "_deadline_ns",
         "_first",
         "_is_cancelled",
         "_parameters",
@@ -300,6 +302,7 @@ class ChainedRequest:
         owner: RowOwner,
         priority: int,
         timeout_us: int,
+        deadline_ns: int,
     ) -> None:
         self._chain = chain
         self._slab = slab
@@ -308,6 +311,7 @@ class ChainedRequest:
         self.owner = owner
         self._priority = priority
         self._timeout_us = timeout_us
+        self._deadline_ns = deadline_ns
         #: Which model has it.
         self._place = 0
         self._began_ns = self._sent_ns = time.monotonic_ns()
@@ -320,7 +324,7 @@ class ChainedRequest:
         link = self._slab.links[self._place]
         link.live += self.rows
         route = self._chain.routes[self._place]
-        route.publish(link, self._first, self.rows, self, self._priority, self._timeout_us)
+        route.publish(link, self._first, self.rows, self, self._priority, self._timeout_us, self._deadline_ns)
 
     def cancel(self) -> None:
         """Take it out of the queue that it waits in; of a model that has begun with it, it goes on to no other."""

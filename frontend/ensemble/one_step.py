@@ -101,12 +101,13 @@ class OneStepRoute(EnsembleRows):
         self._one.route.release(slab, first, rows)
 
     def publish(
-        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner, priority: int = 0, timeout_us: int = 0
-    ) -> None:
+        self, slab: OwnedSlab, first: int, rows: int, owner: RowOwner,
+        priority: int = 0, timeout_us: int = 0, deadline_ns: int = 0,
+    ) -> None:  # fmt: skip
         """Hand filled rows over."""
         route = self._one.route
         counted = _CountedRows(self._one, owner, time.monotonic_ns())
-        route.publish(slab, first, rows, counted, priority, timeout_us)
+        route.publish(slab, first, rows, counted, priority, timeout_us, deadline_ns)
 
     def cancel_rows(self, slab: OwnedSlab, first: int, owner: RowOwner) -> None:
         """Nobody waits any more for the request of ``owner`` at ``first``; the owner still hears once of its end."""

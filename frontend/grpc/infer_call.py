@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import msgspec
-
 from forebay.frontend.codec.json_tensor import Buffer
 from forebay.frontend.data_plane.owners import NO_PARAMETERS, OwnedSlab
 from forebay.frontend.grpc.call import Call
@@ -61,7 +59,7 @@ class InferCall(Call):
             return
         self._plan = plan
         self._slab, self._first = slab, first = plan.place(message, begin)
-        route.publish(slab, first, plan.rows, self, plan.priority, plan.timeout_us)
+        route.publish(slab, first, plan.rows, self, plan.priority, plan.timeout_us, self.deadline_ns)
 
     def _take_unknown(self, message: memoryview) -> None:
         wire = walk_request(message)
@@ -80,10 +78,7 @@ class InferCall(Call):
 
     def _submit(self, placed: PlacedRequest) -> None:
         self._placed = placed
-        meta = placed.meta
-        if self.deadline_ns:
-            meta = msgspec.structs.replace(meta, deadline_ns=self.deadline_ns)
-        placed.inference.submit(meta, self._on_response)
+        placed.submit(self.deadline_ns, self._on_response)
 
     def take_end(self) -> None:
         if not self._is_taken:

@@ -16,7 +16,7 @@ from forebay.frontend.codec.validation import Validated, check_strings, validate
 from forebay.frontend.grpc.infer_message import InferMessage, WireRequest, read_request
 from forebay.frontend.grpc.infer_plan import make_plan
 from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
-from forebay.frontend.inference import RequestMeta, Response
+from forebay.frontend.inference import OnResponse, RequestMeta, Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.ipc.catalog import ModelEntry
@@ -40,6 +40,15 @@ class PlacedRequest(msgspec.Struct, frozen=True):
     meta: RequestMeta
     regions: RegionUse | None
     """Memory of the client's that the request names."""
+
+    def submit(self, deadline_ns: int, on_response: OnResponse) -> None:
+        """Hand the request over.
+
+        Args:
+            deadline_ns: monotonic time at which the client gives up; 0: never.
+        """
+        meta = msgspec.structs.replace(self.meta, deadline_ns=deadline_ns) if deadline_ns else self.meta
+        self.inference.submit(meta, on_response)
 
     def release(self) -> None:
         """The request has been answered for the last time."""

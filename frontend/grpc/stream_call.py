@@ -91,7 +91,7 @@ class StreamSlot:
         self._plan = plan
         self._id_field = id_field
         self._slab, self._first = slab, first = plan.place(message, begin)
-        plan.route.publish(slab, first, plan.rows, self, plan.priority, plan.timeout_us)
+        plan.route.publish(slab, first, plan.rows, self, plan.priority, plan.timeout_us, self._call.deadline_ns)
 
     @property
     def rows(self) -> int:
@@ -129,7 +129,7 @@ class StreamSlot:
     def submit(self, placed: PlacedRequest) -> None:
         """Hand over a placed request."""
         self._placed = placed
-        placed.inference.submit(placed.meta, self._on_response)
+        placed.submit(self._call.deadline_ns, self._on_response)
 
     def _on_response(self, response: Response) -> None:
         placed = self._placed

@@ -62,7 +62,7 @@ def flood(client: grpcclient.InferenceServerClient, model: str, count: int, **op
     for _ in range(count):
         client.async_infer(model, [given], lambda result, error: ended.put(error), **options)
     errors = [error for _ in range(count) if (error := ended.get(timeout=60)) is not None]
-    assert {str(error.status()) for error in errors} <= {"StatusCode.UNAVAILABLE"}
+    assert {str(error.status()) for error in errors} <= {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"}
     return [str(error.message()) for error in errors]
 
 
@@ -94,6 +94,15 @@ def test_a_clients_own_timeout_takes_the_objectives_place(client: grpcclient.Inf
     assert refusals
     assert all(text.startswith("Exceeds request timeout: the answer would take ") for text in refusals)
     assert all("100 ms are given" in text for text in refusals)
+
+
+def test_a_deadline_counts_where_it_comes_before_the_objective(client: grpcclient.InferenceServerClient) -> None:
+    refusals = [text for text in flood(client, "by_flag", 48, client_timeout=0.15) if text != "Deadline Exceeded"]
+    assert refusals
+    assert all(text.startswith("Exceeds request timeout: the answer would take ") for text in refusals)
+    refusals = flood(client, "by_flag", 64, client_timeout=30)
+    assert refusals
+    assert all(text.startswith("Exceeds latency objective: ") for text in refusals)
 
 
 @pytest.mark.parametrize("model", ["exempt", "plain"])

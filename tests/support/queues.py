@@ -26,11 +26,12 @@ def run(
     attempt: int = 0,
     priority: int = 0,
     timeout_us: int = 0,
+    deadline_ns: int = 0,
 ) -> WaitingRun:
     """Return ``requests`` requests of ``rows`` rows each in slab rows from ``first``."""
     return WaitingRun(
         producer, base, capacity, first, requests, rows, at_ns, attempt=attempt, priority=priority,
-        timeout_us=timeout_us,
+        timeout_us=timeout_us, deadline_ns=deadline_ns,
     )  # fmt: skip
 
 

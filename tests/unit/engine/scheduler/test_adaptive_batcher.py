@@ -61,7 +61,16 @@ def test_a_timeout_of_its_own_takes_the_objectives_place() -> None:
     batcher = trained()
     assert decide(batcher, [run(0, 100, at_ns=NOW, timeout_us=2_278)]) == (10, "deadline")
     assert decide(batcher, [run(0, 100, at_ns=NOW - 9 * MS, timeout_us=60_000)]) == (64, "full")
-    assert decide(batcher, [parcel(n, at_ns=NOW, deadline_ns=NOW + 2_278_000) for n in range(40)]) == (10, "deadline")
+
+
+def test_a_deadline_counts_only_where_it_comes_first() -> None:
+    """One that is later than the objective, or the timeout, is there for the case that all else fails."""
+    batcher = trained()
+    soon, late = NOW + 2_278_000, NOW + 30_000 * MS
+    assert decide(batcher, [parcel(n, at_ns=NOW, deadline_ns=soon) for n in range(40)]) == (10, "deadline")
+    assert decide(batcher, [run(0, 100, at_ns=NOW, deadline_ns=soon)]) == (10, "deadline")
+    assert decide(batcher, [run(0, 100, at_ns=NOW, timeout_us=2_278, deadline_ns=late)]) == (10, "deadline")
+    assert decide(batcher, [run(0, 100, at_ns=NOW - 4_950_000, deadline_ns=late)]) == (40, "objective")
 
 
 def test_a_request_with_less_time_does_not_join_a_batch_that_is_too_long_for_it() -> None:

@@ -60,17 +60,14 @@ class Simulation:
         return self.in_time + self.late
 
     def _submit(self, item: Waiting) -> None:
-        must_run = self.line.is_empty and bool(self._idle) and item.requests == 1 and not self._has_own_time(item)
+        has_own_time = isinstance(self.line, AdaptiveLine) and self.line.batcher.has_own_time(item)
+        must_run = self.line.is_empty and bool(self._idle) and item.requests == 1 and not has_own_time
         try:
             self.line.append(item, item.enqueue_ns)
         except Unavailable as error:
             assert not must_run
             self.refused += item.requests
             self.errors.append(error)
-
-    @staticmethod
-    def _has_own_time(item: Waiting) -> bool:
-        return bool(item.timeout_us or item.deadline_ns)
 
     def _pass_until(self, at_ns: int) -> None:
         while True:
@@ -151,13 +148,20 @@ def steady(rate_per_s: float, seconds: float, *, seed: int = 1, timeout_us: int 
 
 
 _items = st.builds(
-    lambda at_us, requests, rows, timeout_us, attempt: run(
-        0, requests, rows, at_us * 1000, timeout_us=timeout_us, attempt=attempt
+    lambda at_us, requests, rows, timeout_us, deadline_us, attempt: run(
+        0,
+        requests,
+        rows,
+        at_us * 1000,
+        timeout_us=timeout_us,
+        attempt=attempt,
+        deadline_ns=(at_us + deadline_us) * 1000 if deadline_us else 0,
     ),
     st.integers(0, 200_000),
     st.integers(1, 40),
     st.integers(1, 4),
     st.sampled_from((0, 0, 0, 500, 3_000, 100_000)),
+    st.sampled_from((0, 0, 0, 2_000, 8_000, 50_000)),
     st.sampled_from((0, 0, 0, 0, 1)),
 )
 

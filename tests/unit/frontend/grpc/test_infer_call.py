@@ -47,6 +47,18 @@ def test_deadline_of_a_request_that_was_not_sent_yet_is_told_as_such() -> None:
     play(scenario)
 
 
+def test_what_the_scheduler_dropped_at_the_deadline_is_told_as_such() -> None:
+    """G-089: its timer may be the first to go off."""
+
+    async def scenario(s: Surroundings) -> None:
+        call = RowsCall(s)
+        await turn()
+        await s.tell_runs(Kind.RUNS_FAILED, (0, 1), error=bytes((Code.CANCELLED,)) + b"its deadline passed")
+        assert call.ends == [Status.DEADLINE_EXCEEDED]
+
+    play(scenario)
+
+
 def test_failure_of_the_model_is_told() -> None:
     async def scenario(s: Surroundings) -> None:
         call = RowsCall(s)

@@ -1,0 +1,42 @@
+"""What a frontend tells the scheduler of requests in rows."""
+
+from __future__ import annotations
+
+import msgspec
+from engine_scene import Rows, Surroundings, play, turn
+
+from forebay.ipc.messages import RunSubmit
+
+MS = 1_000_000
+
+
+async def runs_with_deadlines(s: Surroundings, objective_us: int, *left_ns: int) -> list[RunSubmit]:
+    """Publish a request for each of these times until its deadline, in one turn; return what is sent."""
+    s.route.update(msgspec.structs.replace(s.route.entry, objective_us=objective_us))
+    now_ns = s.engine.turn_ns()
+    for left in left_ns:
+        slab, first = s.route.loan(1)
+        s.route.publish(slab, first, 1, Rows(), deadline_ns=now_ns - now_ns % MS + left)
+    await turn()
+    (message,) = s.take_sent()
+    return list(message.runs)
+
+
+def test_deadlines_within_a_models_objective_are_told_and_near_ones_share_a_run() -> None:
+    async def scenario(s: Surroundings) -> None:
+        runs = await runs_with_deadlines(s, 20_000, 10 * MS + 1, 10 * MS + 400_000, 12 * MS)
+        assert [run.requests for run in runs] == [2, 1]
+        assert runs[1].deadline_ns - runs[0].deadline_ns == 1_500_000
+
+    play(scenario)
+
+
+def test_deadlines_that_the_scheduler_has_no_use_for_are_not_told() -> None:
+    """Requests with them remain one run; whoever waits takes them back in time."""
+
+    async def scenario(s: Surroundings) -> None:
+        for objective_us in (0, 20_000):
+            (run,) = await runs_with_deadlines(s, objective_us, 30 * MS, 40 * MS)
+            assert (run.requests, run.deadline_ns) == (2, 0)
+
+    play(scenario)
