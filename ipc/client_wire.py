@@ -131,7 +131,8 @@ COUNTS = struct.Struct("<IIQ")
 #: route u32, instance u32
 INSTANCE = struct.Struct("<II")
 
-#: route, requests u32; base u64; capacity, first, rows_each, attempt, priority, zero u32; timeout_us, enqueue_ns u64
+#: route, requests u32; base u64; capacity, first, rows_each, attempt, priority, patience_us (from enqueue_ns on; 0: for
+#: ever) u32; timeout_us, enqueue_ns u64
 SUBMIT_RUN = struct.Struct("<IIQIIIIIIQQ")
 #: route, rows u32; token, shape_key, timeout_us, deadline_ns, enqueue_ns, correlation u64;
 #: priority, attempt, head_bytes, correlation_bytes (0: the number counts), flags, zero u32

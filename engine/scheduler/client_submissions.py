@@ -249,11 +249,15 @@ class ClientSubmissions:
         now_ns = time.monotonic_ns()
         runs: list[RunSubmit] = []
         for fields in SUBMIT_RUN.iter_unpack(self._exactly(message, count * SUBMIT_RUN.size)):
-            route, requests, base, capacity, first, rows_each, attempt, priority, _zero, timeout_us, enqueue_ns = fields
+            (
+                route, requests, base, capacity, first, rows_each, attempt, priority, patience_us, timeout_us, made_ns,
+            ) = fields  # fmt: skip
+            enqueue_ns = believable_ns(made_ns, now_ns)
             run = RunSubmit(
                 route=route, base=base, capacity=capacity, first=first, requests=requests, rows_each=rows_each,
-                enqueue_ns=believable_ns(enqueue_ns, now_ns), attempt=min(attempt, _ATTEMPTS_MAX), priority=priority,
+                enqueue_ns=enqueue_ns, attempt=min(attempt, _ATTEMPTS_MAX), priority=priority,
                 timeout_us=min(timeout_us, 1 << 50),
+                deadline_ns=enqueue_ns + patience_us * 1000 if patience_us else 0,
             )  # fmt: skip
             try:
                 self._check_run(client, run)

@@ -104,6 +104,7 @@ class RowsPlacement:
         if options is not NO_OPTIONS:
             pending.priority = options.priority
             pending.timeout_us = options.timeout_us
+            pending.deadline_ns = options.deadline_ns
         self._connection.submit(pending)
         return pending
 

@@ -20,6 +20,9 @@ from forebay.ipc.wire import FLAG_GRANTED, GROW, HEADER, PARCEL, RUN, TOKEN, Kin
 #: How long the scheduler may leave the submission socket full, s.
 _SUBMIT_PATIENCE_S = 10.0
 
+#: What the field of a submission holds.
+_PATIENCE_US_MAX = 0xFFFFFFFF
+
 
 class Submissions:
     """The submission socket, and the rings of the workers that are granted."""
@@ -83,7 +86,7 @@ class Submissions:
                 pending.rows,
                 pending.attempt,
                 pending.priority,
-                0,
+                _patience_us(pending),
                 pending.timeout_us,
                 pending.enqueue_ns,
             )
@@ -178,3 +181,11 @@ class Submissions:
                 raise EngineGone(f"the engine is gone: {error.strerror or error}") from None
             return
         raise EngineGone(f"the scheduler has not read anything for {_SUBMIT_PATIENCE_S:g} s")
+
+
+def _patience_us(pending: Pending) -> int:
+    """Return how long after it was made somebody waits for a request in rows, µs; 0: for ever, or nearly so."""
+    if not pending.deadline_ns:
+        return 0
+    patience_us = max((pending.deadline_ns - pending.enqueue_ns) // 1000, 1)
+    return patience_us if patience_us <= _PATIENCE_US_MAX else 0

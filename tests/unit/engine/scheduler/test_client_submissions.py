@@ -93,7 +93,7 @@ class Scene:
     def send_run(self, **changes: int) -> None:
         fields = {
             "route": 5, "requests": 2, "base": 64, "capacity": 16, "first": 4, "rows_each": 3, "attempt": 0,
-            "priority": 1, "zero": 0, "timeout_us": 7, "enqueue_ns": 0,
+            "priority": 1, "patience_us": 0, "timeout_us": 7, "enqueue_ns": 0,
         } | changes  # fmt: skip
         self.send(SubmitKind.RUNS, SUBMIT_RUN.pack(*fields.values()))
 
@@ -125,6 +125,14 @@ def test_runs_are_handed_on(scene: Scene) -> None:
         route=5, base=64, capacity=16, first=4, requests=2, rows_each=3, enqueue_ns=now_ns, priority=1, timeout_us=7
     )
     assert scene.engine.accepted == [Submit(producer=3, epoch=EPOCH, runs=(expected,))]
+
+
+def test_deadlines_of_runs_count_from_when_the_requests_were_made(scene: Scene) -> None:
+    made_ns = time.monotonic_ns() - 1_000_000
+    scene.send_run(enqueue_ns=made_ns, patience_us=5_000)
+    scene.send_run(enqueue_ns=made_ns)
+    runs = [message.runs[0] for message in scene.engine.accepted if isinstance(message, Submit)]
+    assert [run.deadline_ns for run in runs] == [made_ns + 5_000_000, 0]
 
 
 def test_parcels_are_handed_on(scene: Scene) -> None:
