@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -25,17 +25,25 @@ class DevicePlace(msgspec.Struct, frozen=True):
 class DeviceRegion:
     """A registered part of a client's device memory.
 
-    Requests that use it when it is taken away are answered, or fail cleanly, by the worker that has it open: see
+    ``uses`` counts requests; a region that is taken away stays open in the workers until the last of them has ended
+    (spec H-194). The supervisor waits for that, though not for ever: what has not run by then fails cleanly, see
     ``engine/worker/device_memories.py``.
     """
 
-    __slots__ = ("courier", "memory", "name")
+    __slots__ = ("_is_gone", "_on_unused", "_uses", "courier", "memory", "name")
 
-    def __init__(self, name: str, memory: DeviceMemory, courier: ModelEntry) -> None:
+    def __init__(self, name: str, memory: DeviceMemory, courier: ModelEntry, on_unused: Callable[[int], None]) -> None:
+        """
+        Args:
+            on_unused: told the memory's number when the region was taken away and no request uses it.
+        """
         self.name = name
         self.memory = memory
         #: Who carries tensors for models that do not live on its GPU.
         self.courier = courier
+        self._on_unused = on_unused
+        self._uses = 0
+        self._is_gone = False
 
     def check(self, offset: int, byte_size: int) -> None:
         """Raise InvalidArgument unless the place lies in the region (spec H-200)."""
@@ -43,12 +51,21 @@ class DeviceRegion:
 
     def acquire(self) -> None:
         """A request uses the region."""
+        self._uses += 1
 
     def release(self) -> None:
         """A request has ended."""
+        self._uses -= 1
+        self._report_if_unused()
 
     def retire(self) -> None:
         """It is not registered any more."""
+        self._is_gone = True
+        self._report_if_unused()
+
+    def _report_if_unused(self) -> None:
+        if self._is_gone and not self._uses:
+            self._on_unused(self.memory.number)
 
 
 #: Output name to where it goes.

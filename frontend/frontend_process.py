@@ -42,6 +42,7 @@ from forebay.ipc.messages import (
     PoolUp,
     RegionDown,
     RegionsSeen,
+    RegionUnused,
     RegionUp,
     Serve,
     Started,
@@ -154,7 +155,7 @@ class FrontendProcess:
                 case LogChanged():
                     log.follow(message.options)
                 case RegionUp():
-                    self.regions.add(open_region(message, fds))
+                    self.regions.add(open_region(message, fds, self._tell_region_unused))
                     self._confirm_regions(message.generation)
                 case RegionDown():
                     for name in message.names:
@@ -173,6 +174,9 @@ class FrontendProcess:
 
     def _confirm_regions(self, generation: int) -> None:
         self._tell(RegionsSeen(generation=generation))
+
+    def _tell_region_unused(self, number: int) -> None:
+        self._tell(RegionUnused(number=number))
 
     def _tell_pool_empty(self, number: int) -> None:
         self._tell(PoolEmpty(number=number))

@@ -6,7 +6,7 @@ protocol when ``register`` has been answered (spec H-192, H-194).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from forebay.frontend.codec.infer_request import ParsedInfer, ParsedOutput, RegionData
@@ -19,10 +19,14 @@ from forebay.ipc.regions import Region
 AnyRegion: TypeAlias = Region | DeviceRegion
 
 
-def open_region(message: RegionUp, fds: Sequence[int]) -> AnyRegion:
-    """Return the region that the supervisor announces; takes ownership of its descriptors."""
+def open_region(message: RegionUp, fds: Sequence[int], on_unused: Callable[[int], None]) -> AnyRegion:
+    """Return the region that the supervisor announces; takes ownership of its descriptors.
+
+    Args:
+        on_unused: see :class:`DeviceRegion`.
+    """
     if message.memory is not None and message.courier is not None:
-        return DeviceRegion(message.name, message.memory, message.courier)
+        return DeviceRegion(message.name, message.memory, message.courier, on_unused)
     return Region(message.name, message.kind, fds[0], message.offset, message.byte_size)
 
 

@@ -30,6 +30,7 @@ from forebay.ipc.messages import (
     Message,
     PoolEmpty,
     RegionsSeen,
+    RegionUnused,
     SchedulerToSupervisor,
     Serve,
     Started,
@@ -296,6 +297,8 @@ class FrontendRole(Role[FrontendToSupervisor]):
     def _handle(self, message: FrontendToSupervisor, fds: list[int]) -> None:
         if isinstance(message, RegionsSeen):
             self._regions.note_seen(self.number, message.generation)
+        elif isinstance(message, RegionUnused):
+            self._regions.note_unused(self.number, message.number)
         elif isinstance(message, PoolEmpty):
             self._pools.note_empty(self.number, message.number)
 

@@ -9,6 +9,13 @@ A CUDA region is a handle that the courier of its GPU opens in our stead; fronte
                                     supervisor <-- RegionsSeen ----------- every frontend
     frontend <-- reply ------------ supervisor
 
+    frontend -- region_unregister -> supervisor: forget
+                                    supervisor -- RegionDown ------------> every frontend: for no further request
+                                    supervisor <-- RegionsSeen ----------- every frontend
+                                    supervisor <-- RegionUnused ---------- every frontend, of a CUDA region: its last
+                                                                           request has ended
+    frontend <-- reply ------------ supervisor: closed
+
 so that a client may use a region in any protocol once it has the reply. A frontend that is restarted gets all of them
 again. Regions are opened once and never by name again: clients unlink the name while they still use the memory.
 """
@@ -19,7 +26,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from forebay.ipc.catalog import ModelEntry
@@ -39,6 +46,10 @@ _REPORT_S = 30.0
 
 #: How long frontends may take to know a region, s.
 _SEEN_TIMEOUT_S = 10.0
+
+#: How long the requests that use a CUDA region may go on when it is taken away, s: shorter than clients wait for a
+#: reply. Their owner frees the memory after it, so what has not run by then fails.
+_IN_USE_TIMEOUT_S = 30.0
 
 _TITLES = {"system": "system", "cuda": "CUDA"}
 
@@ -122,6 +133,20 @@ class _RegisteredDevice:
             log.warning(f"a worker has not closed the CUDA shared memory region '{self.name}' yet")
 
 
+@dataclass(frozen=True)
+class _Leaving:
+    """A region of device memory that no further request may use."""
+
+    users: set[int]
+    """Frontends with requests that use it."""
+    is_unused: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def discard(self, frontend: int) -> None:
+        self.users.discard(frontend)
+        if not self.users:
+            self.is_unused.set()
+
+
 class RegionRegistry:
     """All regions of a server, and which frontends know them."""
 
@@ -137,6 +162,8 @@ class RegionRegistry:
         self._seen: dict[int, int] = {}
         #: Changes that wait until every frontend knows them, with their number.
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        #: Device memory that requests may still use though it was taken away, by number.
+        self._leaving: dict[int, _Leaving] = {}
         self._reporting: asyncio.TimerHandle | None = None
         #: Regions that the log has named as abandoned.
         self._reported: set[str] = set()
@@ -155,12 +182,20 @@ class RegionRegistry:
         if self._frontends.pop(number, None) is not None:
             self._seen.pop(number, None)
             self._notify()
+            for leaving in self._leaving.values():
+                leaving.discard(number)
 
     def note_seen(self, number: int, generation: int) -> None:
         """A frontend knows the regions as of a change."""
         if number in self._seen:
             self._seen[number] = max(self._seen[number], generation)
             self._notify()
+
+    def note_unused(self, number: int, region_number: int) -> None:
+        """No request of a frontend uses a region any more that was taken away."""
+        leaving = self._leaving.get(region_number)
+        if leaving is not None:
+            leaving.discard(number)
 
     def _notify(self) -> None:
         known = min(self._seen.values(), default=self._generation)
@@ -261,7 +296,8 @@ class RegionRegistry:
     async def unregister(self, arguments: dict[str, Any]) -> None:
         """Carry out ``region_unregister``: one region, or all of a kind; unknown ones are no error (spec H-194).
 
-        Requests in flight keep what they use; see :class:`forebay.ipc.regions.Region`.
+        Requests in flight keep what they use; see :class:`forebay.ipc.regions.Region`. Device memory is its owner's to
+        free as soon as we have answered, so they are waited for.
         """
         kind, name = _kind(arguments), _text(arguments, "name")
         await self._forget([r.name for r in self._regions.values() if r.kind == kind and name in ("", r.name)])
@@ -269,10 +305,31 @@ class RegionRegistry:
     async def _forget(self, names: list[str]) -> None:
         if names:
             gone = [self._regions.pop(name) for name in names]
+            for region in gone:
+                if isinstance(region, _RegisteredDevice):
+                    self._leaving[region.memory.number] = _Leaving(set(self._frontends))
             self._generation += 1
             await self._announce(RegionDown(generation=self._generation, names=tuple(names)))
             # Now that no further request uses them.
-            await asyncio.gather(*(region.close() for region in gone))
+            await asyncio.gather(*map(self._close, gone))
+
+    async def _close(self, region: _Registered | _RegisteredDevice) -> None:
+        if isinstance(region, _RegisteredDevice):
+            await self._wait_unused(region)
+        await region.close()
+
+    async def _wait_unused(self, region: _RegisteredDevice) -> None:
+        number = region.memory.number
+        try:
+            if self._leaving[number].users:
+                await asyncio.wait_for(self._leaving[number].is_unused.wait(), _IN_USE_TIMEOUT_S)
+        except TimeoutError:
+            log.warning(
+                f"CUDA shared memory region '{region.name}' was unregistered {_IN_USE_TIMEOUT_S:g} s ago and is still "
+                "in use; requests that have not run yet fail"
+            )
+        finally:
+            del self._leaving[number]
 
     def _report(self) -> None:
         """Look for abandoned regions, now and as long as there are any regions."""

@@ -14,6 +14,7 @@ import re
 import signal
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,6 +61,13 @@ class Setup:
         self.stream.synchronize()
         return array
 
+    def pending(self, model: str) -> int:
+        """Return how many requests wait in a model's queue."""
+        found = re.search(
+            rf'^nv_inference_pending_request_count\{{[^}}]*model="{model}".*\}} (\d+)$', self.server.metrics(), re.M
+        )
+        return 0 if found is None else int(found[1])
+
     def client(self, protocol: str) -> Any:
         if protocol == "http":
             return httpclient.InferenceServerClient(self.server.http_url)
@@ -72,6 +80,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root: Path = tmp_path_factory.mktemp("models")
     add_doubler(root, "gpu", "KIND_GPU", more="dynamic_batching { }")
     add_doubler(root, "gpu_varying", "KIND_GPU", dim=-1)
+    add_doubler(root, "gpu_patient", "KIND_GPU", more="dynamic_batching { max_queue_delay_microseconds: 700000 }")
     add_doubler(root, "cpu", "KIND_CPU")
     add_doubler(root, "both", "KIND_CPU", more="instance_group { kind: KIND_GPU count: 1 gpus: [ 0 ] }")
     add_chain(root, "chain")
@@ -185,6 +194,24 @@ def test_places_outside_and_too_little_room(setup: Setup, protocol: str, model: 
             client.infer(model, [tensor], outputs=[wanted])
     with pytest.raises(InferenceServerException, match="Unable to find shared memory region: 'r'"):
         client.infer(model, [tensor])
+
+
+def test_a_region_stays_open_until_the_requests_that_wait_have_run(setup: Setup) -> None:
+    """H-194: unregistering is answered then, so that the client may free its memory."""
+    client = setup.client("http")
+    memory, handle = setup.allocate()
+    client.register_cuda_shared_memory("in", handle, 0, BYTES)
+    setup.put(memory, 0, np.ones((1, 4), np.float32))
+    tensor = httpclient.InferInput("X", [1, 4], "FP32")
+    tensor.set_shared_memory("in", 16)
+    with ThreadPoolExecutor(2) as others:
+        waiting = [others.submit(setup.client("http").infer, "gpu_patient", [tensor]) for _ in range(2)]
+        setup.server.wait_for(lambda: setup.pending("gpu_patient") == 2, "requests to wait in the queue")
+        client.unregister_cuda_shared_memory("in")
+        assert setup.pending("gpu_patient") == 0
+        memory.close()
+        for request in waiting:
+            np.testing.assert_array_equal(request.result().as_numpy("Y"), np.full((1, 4), 2, np.float32))
 
 
 def test_a_courier_that_dies_is_replaced(setup: Setup) -> None:

@@ -7,9 +7,12 @@ import os
 import pytest
 
 from forebay.frontend.codec.infer_request import RegionData
+from forebay.frontend.device_places import DeviceRegion
 from forebay.frontend.regions import RegionTable, RegionUse
 from forebay.ipc.arena import create_memory_file
+from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound
+from forebay.ipc.messages import DeviceMemory
 from forebay.ipc.regions import Region
 
 
@@ -60,3 +63,21 @@ def test_a_removed_region_serves_who_uses_it() -> None:
     use.release()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fds[0])
+
+
+def test_a_removed_region_of_device_memory_is_reported_when_its_last_request_has_ended() -> None:
+    """H-194."""
+    unused: list[int] = []
+    regions, place = RegionTable(), RegionData("d", 4, 0)
+    courier = ModelEntry(name="courier", version=1, state="READY")
+    regions.add(DeviceRegion("d", DeviceMemory(0, 1, 0, 4096, b"handle"), courier, unused.append))
+    uses = [RegionUse(regions, [place]) for _ in range(2)]
+    uses.pop().release()
+    regions.remove("d")
+    regions.add(DeviceRegion("d", DeviceMemory(0, 2, 0, 4096, b"handle"), courier, unused.append))
+    RegionUse(regions, [place]).release()
+    assert unused == []
+    uses.pop().release()
+    assert unused == [1]
+    regions.remove("d")
+    assert unused == [1, 2]

@@ -35,11 +35,17 @@ class Frontend:
         self._registry = registry
         self._number = number
         self._answers = answers
+        #: Requests use every CUDA region, until :meth:`end_requests`.
+        self.is_busy = False
+        #: Of the CUDA regions that it knows, by name.
+        self._memories: dict[str, int] = {}
         registry.attach(number, self)
 
     def send(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
         assert len(fds) == (1 if isinstance(message, RegionUp) and message.memory is None else 0)
         self.messages.append(message)
+        if isinstance(message, RegionUp) and message.memory is not None:
+            self._memories[message.name] = message.memory.number
         if self._answers:
             self.confirm()
         return True
@@ -48,6 +54,14 @@ class Frontend:
         last = self.messages[-1]
         assert isinstance(last, RegionUp | RegionDown)
         self._registry.note_seen(self._number, last.generation)
+        if isinstance(last, RegionDown) and not self.is_busy:
+            self.end_requests()
+
+    def end_requests(self) -> None:
+        last = self.messages[-1]
+        assert isinstance(last, RegionDown)
+        for number in (self._memories[name] for name in last.names if name in self._memories):
+            self._registry.note_unused(self._number, number)
 
 
 def arguments(name: str, key: str = "", byte_size: int = 0, offset: int = 0, kind: str = "system") -> dict[str, Any]:
@@ -187,12 +201,59 @@ def device_arguments(name: str, handle: bytes = b"h" * 64, device_id: int = 1, b
     return {"kind": "cuda", "name": name, "raw_handle": handle, "device_id": device_id, "byte_size": byte_size}
 
 
+def device_registry() -> tuple[RegionRegistry, Opener]:
+    registry, opener = RegionRegistry(), Opener()
+    registry.use_devices(opener, (0, 1))
+    return registry, opener
+
+
+def test_device_memory_stays_open_until_the_requests_that_use_it_have_ended() -> None:
+    """H-194; a frontend that dies takes its requests along."""
+
+    async def scenario() -> None:
+        registry, opener = device_registry()
+        for number in (1, 2):
+            Frontend(registry, number).is_busy = True
+        await registry.register(device_arguments("d"))
+        task = asyncio.create_task(registry.unregister(arguments("d", kind="cuda")))
+        await asyncio.sleep(0.01)
+        assert await registry.status(arguments("", kind="cuda")) == []
+        await registry.register(device_arguments("d"))  # The name is free at once.
+        registry.note_unused(1, 1)
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        assert opener.closed == []
+        registry.detach(2)
+        await task
+        assert opener.closed == opener.opened[:1]
+        registry.close()
+
+    asyncio.run(scenario())
+
+
+def test_requests_that_go_on_for_ever_lose_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(module.log, "warning", warnings.append)
+    monkeypatch.setattr(module, "_IN_USE_TIMEOUT_S", 0.02)
+
+    async def scenario() -> None:
+        registry, opener = device_registry()
+        Frontend(registry, 1).is_busy = True
+        await registry.register(device_arguments("d"))
+        await registry.unregister(arguments("d", kind="cuda"))
+        assert opener.closed == opener.opened
+        registry.close()
+
+    asyncio.run(scenario())
+    [warning] = warnings
+    assert "region 'd' was unregistered 0.02 s ago and is still in use" in warning
+
+
 def test_device_memory_is_opened_by_couriers_and_closed_after_its_last_frontend() -> None:
     """H-195, H-196, H-201."""
 
     async def scenario() -> None:
-        registry, opener = RegionRegistry(), Opener()
-        registry.use_devices(opener, (0, 1))
+        registry, opener = device_registry()
         frontend = Frontend(registry, 1)
         await registry.register(device_arguments("d"))
         [announced] = frontend.messages
