@@ -26,6 +26,7 @@ from forebay.ipc.arena import align
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, ServingError
 from forebay.ipc.messages import InlineTensor, ParameterValue, ParcelHead, ReplyHead, TensorPlace
+from forebay.ipc.spans import Trace
 from forebay.ipc.tensor import DATATYPES, byte_size, decode_bytes, encode_bytes
 from forebay.ipc.wire import FLAG_FINAL, HEADER, MESSAGE_BYTES_MAX, TIMES, TOKEN, Kind
 
@@ -46,6 +47,9 @@ WAITING_MAX = 8
 
 #: How long a model's thread waits for such a producer before the request counts as abandoned.
 BACKLOG_WAIT_S = 10.0
+
+#: Bytes of a ``ReplyHead`` at most.
+_REPLY_BYTES_MAX = MESSAGE_BYTES_MAX - 256
 
 _encode_reply = msgspec.msgpack.Encoder().encode
 
@@ -77,6 +81,10 @@ class ParcelRequest:
         self._block_used_bytes = 0
         #: Outputs that are where their client wants them in device memory, besides those of the (only) reply.
         self.placed: tuple[TensorPlace, ...] = ()
+        #: What is noted of requests that the model makes for this one; None: it is not traced.
+        self.trace: Trace | None = None
+        if head.trace_levels:
+            self.trace = Trace.of_request(head.trace_levels, head.trace_context, runner.spec.model, runner.spec.version)
         #: Control tensors of a sequence model, by name: (datatype, array in the model's shape).
         self.control_inputs: dict[str, tuple[str, Array]] = {}
 
@@ -397,7 +405,10 @@ class ParcelRequest:
         if self.placed and not reply.text and not reply.needs_bytes:
             reply = msgspec.structs.replace(reply, outputs=(*reply.outputs, *self.placed))
         payload = _encode_reply(reply)
-        if len(payload) > MESSAGE_BYTES_MAX - 256:
+        if final and self.trace is not None:
+            spans = self.trace.below(_REPLY_BYTES_MAX - len(payload))
+            payload = _encode_reply(msgspec.structs.replace(reply, spans=spans))
+        if len(payload) > _REPLY_BYTES_MAX:
             payload = _encode_reply(
                 ReplyHead(code=int(Internal.code), text="the response's parameters are too large", index=reply.index)
             )

@@ -32,7 +32,8 @@ from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.parcels import describe
 from forebay.client.pending import PendingParcel
-from forebay.client.placement import full_shape, unknown_tensor
+from forebay.client.placement import unknown_tensor
+from forebay.client.places import full_shape
 from forebay.client.shm import Engine
 from forebay.ipc.arena import BlockAllocator
 from forebay.ipc.errors import InvalidArgument, ServingError

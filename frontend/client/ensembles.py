@@ -22,6 +22,7 @@ from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
 from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor
+from forebay.ipc.ensemble.traced import traced_reply, traced_run
 from forebay.ipc.errors import Cancelled, Internal, ServingError, Unavailable, from_wire
 from forebay.ipc.messages import InlineTensor, ReplyHead, TensorPlace
 
@@ -122,6 +123,8 @@ class ClientSteps:
         assert model.ensemble is not None
         sequence = (options.sequence_id, options.sequence_start, options.sequence_end)
         request = EnsembleRequest(options.request_id, options.outputs, sequence)
+        if options.trace is not None:
+            on_reply = traced_reply(options.trace, traced_run(options.trace, inputs, self._memory, on_reply))
         return EnsembleRun(model.ensemble, model.entry, self, inputs, rows, request, on_reply)
 
     def find(self, step: EnsembleStep) -> Opened | None:
@@ -144,8 +147,10 @@ class ClientSteps:
 
     def call(self, model: Opened, request: StepRequest, on_reply: OnStepReply) -> StepCall:
         sequence_id, is_start, is_end = request.sequence
+        trace = self._options.trace
         options = msgspec.structs.replace(
             self._options,
+            trace=None if trace is None else trace.step(model.name, model.version),
             outputs=request.outputs,
             sequence_id=sequence_id,
             sequence_start=is_start,

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.pending import Array, PartOfRows, Pending, leased_array
-from forebay.client.placement import input_places, output_places, unknown_tensor
+from forebay.client.placement import unknown_tensor
+from forebay.client.places import input_places, output_places
 from forebay.ipc.errors import InvalidArgument, ServingError
 
 if TYPE_CHECKING:

@@ -19,9 +19,11 @@ from forebay.client.memory import Memory
 from forebay.client.models import Models
 from forebay.client.pending import Pending, PendingParcel, RowsLease
 from forebay.client.submissions import Submissions
+from forebay.client.traced import trace_end, trace_response, trace_rows, trace_start
 from forebay.ipc.arena import Arena
 from forebay.ipc.errors import ArenaFull, Cancelled, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ReplyHead
+from forebay.ipc.trace import TraceSpan
 from forebay.ipc.wire import (
     FLAG_FINAL,
     FLAG_GONE,
@@ -43,6 +45,11 @@ ATTEMPTS_MAX = 1
 
 #: What is acted on when nothing is.
 NO_REPLY = bytes(TIMES_END)
+
+#: Times of a request that no worker had.
+NOT_RUN = Times(0, 0, 0, 0)
+#: Messages that tell when an execution passed its stages.
+_TIMED = (Kind.PARCEL_REPLY, Kind.RUNS_DONE, Kind.RUNS_FAILED)
 
 #: Larger reply blocks are not lent to begin with.
 _REPLY_GUESS_MAX = 1 << 20
@@ -98,6 +105,8 @@ class InFlight:
         elif pending.lease is not None:
             pending.lease.slab.owners[pending.lease.first] = pending
         self.count += 1
+        if pending.trace is not None:
+            trace_start(pending.trace, pending, self._arena.view)
         try:
             self._submissions.submit(pending)
         except EngineGone as error:
@@ -214,8 +223,8 @@ class InFlight:
 
     def reply_times(self) -> Times:
         """Return when the execution whose answer is acted on passed its stages; zeros: there was none."""
-        if self._message[0] != Kind.PARCEL_REPLY:
-            return Times(0, 0, 0, 0)
+        if self._message[0] not in _TIMED:
+            return NOT_RUN
         return Times._make(TIMES.unpack_from(self._message, HEADER.size))
 
     def _owners(self, base: int, first: int, rows: int) -> list[Pending]:
@@ -233,14 +242,23 @@ class InFlight:
         for row, pending in enumerate(owners[first : first + rows], first):
             if pending is not None:
                 owners[row] = None
+                if pending.trace is not None and error is None:
+                    trace_rows(pending.trace, pending, self._arena.view)
                 self._end(pending, error, ran=ran)
 
-    def _end(self, pending: Pending, error: ServingError | None, *, ran: bool) -> None:
-        """It is in flight no more; ``ran``: a worker had it."""
+    def _end(self, pending: Pending, error: ServingError | None, *, ran: bool, spans: Sequence[TraceSpan] = ()) -> None:
+        """It is in flight no more.
+
+        Args:
+            ran: a worker had it, and its answer is acted on.
+            spans: of a traced request: what its model has asked others.
+        """
         self.count -= 1
         counts = pending.model.counts
         if counts is not None:
             counts.ended(pending.enqueue_ns, error, ran=ran)
+        if pending.trace is not None:
+            trace_end(pending.trace, self.reply_times() if ran else NOT_RUN, spans)
         pending.finish(error)
 
     def _finish(self, pending: Pending, error: ServingError) -> None:
@@ -293,9 +311,11 @@ class InFlight:
             # An answer lies in the block that was lent for it; the first one, else, in that of the request.
             held = (pending.lent.popleft(),) if pending.lent else tuple(pending.blocks)
             pending.respond(reply, held)
+            if pending.trace is not None:
+                trace_response(pending.trace, reply, self._arena.view)
         if is_final:
             del self._parcels[pending.token]
-            self._end(pending, error, ran=self.reply_ran)
+            self._end(pending, error, ran=self.reply_ran, spans=reply.spans)
         else:
             pending.wake()
 

@@ -7,6 +7,7 @@ import time
 import msgspec
 
 from forebay.ipc.messages import ParameterValue
+from forebay.ipc.spans import Trace
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +25,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """For the model's queue policy; how long the caller waits is another matter."""
     deadline_ns: int = 0
     """Monotonic time after which nobody waits."""
+    trace: Trace | None = None
+    """Of a request that is made for one that is traced."""
 
     @property
     def is_bare(self) -> bool:

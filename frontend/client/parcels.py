@@ -35,7 +35,7 @@ def describe(
     pending.blocks = [reply]
     pending.shape_key = shape_key(pending.model, places)
     pending.priority, pending.timeout_us = options.priority, options.timeout_us
-    pending.deadline_ns = options.deadline_ns
+    pending.deadline_ns, pending.trace = options.deadline_ns, options.trace
     text, number = (options.sequence_id, 0) if isinstance(options.sequence_id, str) else ("", options.sequence_id)
     flags = options.sequence_start * FLAG_SEQUENCE_START | options.sequence_end * FLAG_SEQUENCE_END
     pending.sequence = (text, number, flags)
@@ -55,6 +55,8 @@ def describe(
             deadline_ns=options.deadline_ns,
             memories=memories,
             targets=targets,
+            trace_context="" if options.trace is None else options.trace.context,
+            trace_levels=() if options.trace is None else options.trace.levels,
         )
     )
 

@@ -20,6 +20,7 @@ from forebay.client.errors import DeadlineExceeded
 from forebay.ipc.errors import Cancelled, ServingError
 from forebay.ipc.messages import ReplyHead
 from forebay.ipc.slabs import Slab
+from forebay.ipc.spans import Trace
 from forebay.ipc.tensor import DATATYPES
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Pending:
         "route",
         "rows",
         "timeout_us",
+        "trace",
         "waiter",
     )
 
@@ -132,6 +134,8 @@ class Pending:
         self.timeout_us = 0
         self.deadline_ns = 0
         self.enqueue_ns = 0
+        #: Of a request that is traced.
+        self.trace: Trace | None = None
         self.error: ServingError | None = None
         self.is_done = False
         self.is_cancelled = False

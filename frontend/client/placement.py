@@ -6,7 +6,7 @@ the answer. Both kinds have the same methods, so that a model handle need not kn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,33 +14,17 @@ from forebay.client.connection import Connection
 from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options
 from forebay.client.parcels import describe, reply_bytes
-from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, PendingResponses, Rows, leased_array
+from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, PendingResponses, leased_array
+from forebay.client.places import full_shape, output_places
 from forebay.ipc.errors import InvalidArgument, Unsupported
 from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, datatype_of, decode_bytes, encode_bytes, view_tensor
-
-
-def full_shape(spec: TensorSpec, rows: int, max_batch_size: int) -> tuple[int, ...]:
-    """Return the shape of a tensor with ``rows`` batch items."""
-    return (rows, *spec.dims) if max_batch_size > 0 else spec.dims
 
 
 def unknown_tensor(kind: str, name: str, specs: Sequence[TensorSpec], model: str) -> InvalidArgument:
     """Return the error for a name that the model does not have."""
     names = ", ".join(f"'{spec.name}'" for spec in specs)
     return InvalidArgument(f"model '{model}' has no {kind} '{name}', but {names}")
-
-
-def input_places(model: Opened, rows: Rows) -> Iterator[tuple[TensorSpec, int]]:
-    """Yield every input and the arena offset at which it begins in these rows."""
-    for spec, area in zip(model.signature.inputs, rows.slab.layout.inputs, strict=True):
-        yield spec, rows.slab.base + area.offset + rows.first * area.row_bytes
-
-
-def output_places(model: Opened, rows: Rows) -> Iterator[tuple[TensorSpec, int]]:
-    """Yield every output and the arena offset at which it begins in these rows."""
-    for spec, area in zip(model.signature.outputs, rows.slab.layout.outputs, strict=True):
-        yield spec, rows.slab.base + area.offset + rows.first * area.row_bytes
 
 
 class RowsPlacement:

@@ -20,7 +20,7 @@ from forebay.ipc.ensemble.steps import StepReply, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.errors import Cancelled
 from forebay.ipc.messages import TensorPlace
-from forebay.ipc.spans import REQUEST_END, RESPONSE_COMPLETE, Trace
+from forebay.ipc.spans import QUEUE_START, REQUEST_END, Trace
 
 
 class EnsembleInference:
@@ -141,14 +141,15 @@ class OneStepInference:
         self._began_ns = time.monotonic_ns()
         wanted = tuple(name for name, tensor in self._one.outputs.items() if tensor in meta.outputs)
         model = self._one.route.entry
-        self._trace = None if meta.trace is None else meta.trace.step(model.name, model.version)
+        if meta.trace is not None:
+            meta.trace.note(QUEUE_START)
+            self._trace = meta.trace.step(model.name, model.version)
         self._inner.submit(msgspec.structs.replace(meta, outputs=wanted, trace=self._trace), self._respond)
 
     def _respond(self, response: Response) -> None:
         self._is_counted = True
         self._count(response)
         if self._trace is not None:
-            self._trace.note(RESPONSE_COMPLETE)
             self._trace.note(REQUEST_END)
         if response.error is not None:
             self._on_response(Response(error=self._one.ensemble.prefixed(response.error)))

@@ -10,13 +10,14 @@ import msgspec
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.cached_call import CachedCall
 from forebay.frontend.ensemble.outcome import Outcomes
-from forebay.frontend.ensemble.step_call import ModelCall, traced_reply
+from forebay.frontend.ensemble.step_call import ModelCall
 from forebay.frontend.ensemble.tensors import placed
 from forebay.frontend.inference import RequestMeta
 from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, Ensemble, EnsembleRequest, EnsembleRun
 from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest
 from forebay.ipc.ensemble.tensors import Tensor
+from forebay.ipc.ensemble.traced import traced_reply, traced_run
 from forebay.ipc.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def ensemble_run(
     """
     model = ensemble_of(route)
     request = EnsembleRequest(meta.id, meta.outputs, (meta.sequence_id, meta.sequence_start, meta.sequence_end))
+    if meta.trace is not None:
+        on_reply = traced_run(meta.trace, inputs, route.engine, on_reply)
     return EnsembleRun(model, route.entry, FrontendSteps(model, meta, depth), inputs, rows, request, on_reply)
 
 

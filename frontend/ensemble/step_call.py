@@ -11,6 +11,7 @@ from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_
 from forebay.ipc.counters import ProducerCounter
 from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepRequest, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor, hold_all, release_all
+from forebay.ipc.ensemble.traced import trace_tensors
 from forebay.ipc.errors import Internal, from_wire
 from forebay.ipc.messages import DeviceMemory, ReplyHead, TensorPlace
 from forebay.ipc.spans import (
@@ -18,31 +19,10 @@ from forebay.ipc.spans import (
     BACKEND_OUTPUT,
     QUEUE_INPUT,
     QUEUE_START,
-    REQUEST_END,
-    RESPONSE_COMPLETE,
-    Trace,
 )
-from forebay.ipc.counters import ProducerCounter
-from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepRequest, StepTimes
-from forebay.ipc.ensemble.tensors import Tensor, hold_all, release_all
-from forebay.ipc.errors import Internal, from_wire
-from forebay.ipc.messages import DeviceMemory, ReplyHead, TensorPlace
 
 _NO_BLOCKS: Mapping[str, DeviceBlock] = {}
 _NO_TARGETS: tuple[TensorPlace, ...] = ()
-
-
-def traced_reply(trace: Trace, on_reply: OnStepReply) -> OnStepReply:
-    """Return what takes a step's replies and ends its trace with the last one."""
-
-    def take(reply: StepReply) -> None:
-        trace.note(RESPONSE_COMPLETE)
-        if reply.final:
-            trace.note(REQUEST_END)
-            trace.end()
-        on_reply(reply)
-
-    return take
 
 
 def _unreadable() -> StepReply:
@@ -91,7 +71,9 @@ class ModelCall:
         self._token = engine.next_token()
         self._enqueue_ns = engine.turn_ns()
         if self._meta.trace is not None:
-            self._trace_start(self._meta.trace)
+            for activity in (QUEUE_INPUT, BACKEND_INPUT):
+                trace_tensors(self._meta.trace, activity, request.inputs, engine)
+            self._meta.trace.note(QUEUE_START)
         reply = (first.offset, first.byte_size)
         memories, targets = request.memories, _NO_TARGETS
         if request.device_outputs:
@@ -121,13 +103,6 @@ class ModelCall:
         self._device_blocks = blocks
         return tuple(memories), tuple(targets)
 
-    def _trace_start(self, trace: Trace) -> None:
-        if trace.shows_tensors:
-            for name, tensor in self._request.inputs.items():
-                for activity in (QUEUE_INPUT, BACKEND_INPUT):
-                    trace.tensor(activity, name, tensor.datatype, tensor.shape, tensor.view(self._route.engine))
-        trace.note(QUEUE_START)
-
     def cancel(self) -> None:
         """Nobody waits any more; the blocks are given back when the engine has let go of them."""
         if not self._is_cancelled:
@@ -149,8 +124,12 @@ class ModelCall:
         try:
             if not self._is_cancelled:
                 found = self._read(reply, blocks, final=final, ran=ran)
-                if self._meta.trace is not None:
-                    self._trace_reply(self._meta.trace, found, ran=ran)
+                trace = self._meta.trace
+                if trace is not None:
+                    if ran:
+                        trace.executed(self._route.engine.reply_times())
+                        trace.adopt(reply.spans)
+                    trace_tensors(trace, BACKEND_OUTPUT, found.outputs, self._route.engine)
                 self._on_reply(found)
         finally:
             for block in self._lent:
@@ -161,14 +140,6 @@ class ModelCall:
                 release_all(self._request.inputs.values())
                 for device_block in self._device_blocks.values():
                     device_block.release()
-
-    def _trace_reply(self, trace: Trace, reply: StepReply, *, ran: bool) -> None:
-        engine = self._route.engine
-        if ran:
-            trace.executed(engine.reply_times())
-        if trace.shows_tensors:
-            for name, tensor in reply.outputs.items():
-                trace.tensor(BACKEND_OUTPUT, name, tensor.datatype, tensor.shape, tensor.view(engine))
 
     def _on_device(self, place: TensorPlace) -> Tensor | None:
         """Return an output that has stayed on the GPU; None: it was not to."""

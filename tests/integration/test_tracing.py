@@ -27,6 +27,8 @@ CORE_EVENTS = {
     "INFER_RESPONSE_COMPLETE",
     "REQUEST_END",
 }
+#: Of a request that was made for another one.
+CHILD_EVENTS = CORE_EVENTS - {"INFER_RESPONSE_COMPLETE"}
 HTTP_EVENTS = {"HTTP_RECV_START", "HTTP_RECV_END", "HTTP_SEND_START", "HTTP_SEND_END"}
 GRPC_EVENTS = {"GRPC_WAITREAD_START", "GRPC_WAITREAD_END", "GRPC_SEND_START", "GRPC_SEND_END"}
 
@@ -45,6 +47,42 @@ class TritonPythonModel:
             for request in requests
         ]
 """
+
+_CALLER = """
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        tensor = pb_utils.get_input_tensor_by_name(request, "IN").as_numpy()
+        for model, name, output, request_id in CALLS:
+            answer = pb_utils.InferenceRequest(
+                request_id=request_id,
+                model_name=model,
+                inputs=[pb_utils.Tensor(name, tensor)],
+                requested_output_names=[output],
+                trace=None if request_id == "untraced" else request.trace(),
+            ).exec()
+            if request_id == "refused":
+                assert answer.has_error()
+                continue
+            tensor = pb_utils.get_output_tensor_by_name(answer, output).as_numpy()
+        return pb_utils.InferenceResponse([pb_utils.Tensor("OUT", tensor)])
+"""
+#: Model, input, output and id of each request that is made.
+_CALLS = {
+    "caller": [
+        ("fixed", "INPUT0", "OUTPUT0", "model"),
+        ("fixed", "INPUT0", "OUTPUT0", "untraced"),
+        ("nobody", "IN", "OUT", "refused"),
+        ("twice", "IN", "OUT", "ensemble"),
+        ("relay", "IN", "OUT", "chain"),
+    ],
+    "relay": [("fixed", "INPUT0", "OUTPUT0", "from relay")],
+}
 
 
 def _write_models(repository: Path) -> Path:
@@ -69,6 +107,13 @@ def _write_models(repository: Path) -> Path:
         'backend: "python"\ninput { name: "IN" data_type: TYPE_FP32 dims: [ 1 ] }\n'
         'output { name: "OUT" data_type: TYPE_STRING dims: [ 1 ] }\n'
     )
+    for name, calls in _CALLS.items():
+        (repository / name / "1").mkdir(parents=True)
+        (repository / name / "1" / "model.py").write_text(f"CALLS = {calls!r}\n{_CALLER}")
+        (repository / name / "config.pbtxt").write_text(
+            'backend: "python"\nmax_batch_size: 4\ninput { name: "IN" data_type: TYPE_FP32 dims: [ 2 ] }\n'
+            'output { name: "OUT" data_type: TYPE_FP32 dims: [ 2 ] }\n'
+        )
     return repository
 
 
@@ -206,7 +251,34 @@ class TestFile:
         children = [t for t in _traces(path).values() if t["start"].get("parent_id") == parent()]
         assert [child["start"]["model_name"] for child in children] == ["fixed", "fixed"]
         for child in children:
-            assert {name for name, _ns in child["events"]} == CORE_EVENTS
+            assert {name for name, _ns in child["events"]} == CHILD_EVENTS
+
+    def test_requests_of_a_model_are_below_its_own(self, traced: tuple[ForebayServer, str, Path]) -> None:
+        """P-099, O-008: those made with the trace, of models, of models that call others, of ensembles."""
+        _server, base, path = traced
+        _infer_json(base, "caller", "top", name="IN")
+
+        def spans() -> dict[int, dict[str, Any]]:
+            return {number: trace["start"] for number, trace in _traces(path).items()}
+
+        def made_for(number: int) -> list[tuple[str, str]]:
+            children = (start for start in spans().values() if start.get("parent_id") == number)
+            return [(start["model_name"], start["request_id"]) for start in children]
+
+        def number_of(request_id: str) -> int:
+            return next((number for number, start in spans().items() if start.get("request_id") == request_id), 0)
+
+        wait_until(lambda: number_of("top") > 0, "the trace")
+        assert made_for(number_of("top")) == [("fixed", "model"), ("twice", "ensemble"), ("relay", "chain")]
+        assert made_for(number_of("chain")) == [("fixed", "from relay")]
+        assert made_for(number_of("ensemble")) == [("fixed", "ensemble"), ("fixed", "ensemble")]
+        events = [name for name, _ns in _traces(path)[number_of("from relay")]["events"]]
+        assert set(events) == CHILD_EVENTS
+        assert [name for name, _ns in _traces(path)[number_of("ensemble")]["events"]] == [
+            "REQUEST_START",
+            "QUEUE_START",
+            "REQUEST_END",
+        ]
 
 
 class TestSettings:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.errors import ServingError, Unsupported
 from forebay.ipc.messages import ParameterValue
+from forebay.ipc.spans import Trace
 
 
 class NestedRequest(NamedTuple):
@@ -29,7 +30,8 @@ class NestedRequest(NamedTuple):
     flags: int
     """Sequence start 1, sequence end 2."""
     timeout_us: int
-    trace_context: str
+    trace: Trace | None
+    """Of the request that it is made for."""
     allows_many_responses: bool
     """False: a decoupled target is refused with the text of spec P-093."""
 

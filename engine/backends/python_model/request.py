@@ -19,6 +19,7 @@ from forebay.engine.backends.python_model.response import (
 )
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.messages import InstanceSpec, ParameterValue, TensorPlace
+from forebay.ipc.spans import Trace
 
 if TYPE_CHECKING:
     from forebay.engine.worker.parcel_request import ParcelRequest
@@ -40,14 +41,15 @@ class Phase:
 
 
 class InferenceTrace:
-    """The trace context of a request."""
+    """The trace of a request; requests that are made with it appear below that (spec P-099)."""
 
-    def __init__(self, context: str = "") -> None:
-        self._context = context
+    def __init__(self, trace: Trace | None = None) -> None:
+        """None: the request is not traced."""
+        self.trace = trace
 
     def get_context(self) -> str | None:
         """Return the W3C context as JSON in OpenTelemetry mode, else None."""
-        return self._context or None
+        return None if self.trace is None else self.trace.context or None
 
 
 class PreferredMemory:
@@ -131,7 +133,7 @@ class InferenceRequest:
         self._flags = flags
         self._timeout = timeout
         self._preferred_memory = preferred_memory
-        self._trace = trace or InferenceTrace()
+        self._trace = trace or _NO_TRACE
         self._parameters: Mapping[str, ParameterValue] = check_parameters(parameters)
         self._release_flags = RELEASE_ALL
         self._recipient: Recipient | None = None
@@ -157,7 +159,7 @@ class InferenceRequest:
         request._output_names = parcel.requested_outputs
         request._flags = SEQUENCE_START * head.sequence_start + SEQUENCE_END * head.sequence_end
         request._timeout = head.timeout_us
-        request._trace = InferenceTrace(head.trace_context)
+        request._trace = _NO_TRACE if parcel.trace is None else InferenceTrace(parcel.trace)
         request._parameters = head.parameters
         if recipient.decoupled:
             # Somebody must notice if the model never takes its sender.
@@ -234,7 +236,7 @@ class InferenceRequest:
         return self._preferred_memory
 
     def trace(self) -> InferenceTrace:
-        """Return the trace context."""
+        """Return the trace, to read its context and to hand on to requests that are made for this one."""
         return self._trace
 
     def model_name(self) -> str:
@@ -338,7 +340,7 @@ class InferenceRequest:
             correlation_id=self._correlation_id,
             flags=self._flags,
             timeout_us=self._timeout,
-            trace_context=self._trace.get_context() or "",
+            trace=self._trace.trace,
             allows_many_responses=decoupled,
         )
 

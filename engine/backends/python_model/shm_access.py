@@ -68,8 +68,9 @@ class ShmEngineAccess:
                 "'async_exec' calls for decoupled models.'"
             )
         rows = self._checked_rows(model, request)
+        trace = None if request.trace is None else request.trace.step(model.name, model.version, request.id)
         if _lives_in_rows(model, request):
-            return RowsCall(link, model, rows, request)
+            return RowsCall(link, model, rows, request, trace)
         options = Options(
             request_id=request.id,
             outputs=request.outputs,
@@ -78,6 +79,7 @@ class ShmEngineAccess:
             sequence_start=bool(request.flags & _START),
             sequence_end=bool(request.flags & _END),
             timeout_us=request.timeout_us,
+            trace=trace,
         )
         return BlockCall(link, model, request, options)
 
@@ -154,5 +156,6 @@ def _lives_in_rows(model: Opened, request: NestedRequest) -> bool:
         return False
     if signature.uses_rows:
         return True
-    # The model sees an id, and which outputs are wanted; all of them is the same as none in particular.
-    return signature.allows_rows and not request.id and len(request.outputs) in (0, len(signature.outputs))
+    # The model sees an id, a trace, and which outputs are wanted; all of them is the same as none in particular.
+    is_bare = not request.id and request.trace is None and len(request.outputs) in (0, len(signature.outputs))
+    return signature.allows_rows and is_bare

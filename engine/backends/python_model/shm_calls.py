@@ -11,11 +11,13 @@ from forebay.client.errors import EngineGone
 from forebay.client.opened import Opened
 from forebay.client.options import Options
 from forebay.client.pending import BlockLease, Pending, PendingResponses, RowsLease, leased_array
-from forebay.client.placement import BlockPlacement, full_shape, output_places
+from forebay.client.placement import BlockPlacement
+from forebay.client.places import full_shape, output_places
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.errors import from_wire
 from forebay.ipc.messages import ReplyHead
+from forebay.ipc.spans import Trace
 
 
 class Link:
@@ -84,7 +86,7 @@ class RowsCall(Call):
 
     __slots__ = ("_lease", "_outputs")
 
-    def __init__(self, link: Link, model: Opened, rows: int, request: NestedRequest) -> None:
+    def __init__(self, link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None) -> None:
         """Copy the inputs, which fit the model, into rows and hand them over.
 
         Raises:
@@ -101,6 +103,7 @@ class RowsCall(Call):
             connection.memory.copied_bytes += tensor.data.nbytes
         pending = Pending(model, lease, rows)
         pending.timeout_us = request.timeout_us
+        pending.trace = trace
         connection.submit(pending)
         super().__init__(link, pending)
 
