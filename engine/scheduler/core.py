@@ -173,7 +173,9 @@ class SchedulerCore:
         route = self._routes.pop(gone.route, None)
         self.clients.remove_route(gone.route)
         self._counters.pop(gone.route, None)
-        self._alarms.pop(gone.route, None)
+        if self._alarms.pop(gone.route, None) is not None:
+            # Others have alarms: decide, though not about this route, so that the next of them is set.
+            self._dirty.add(gone.route)
         if route is None:
             return
         error = from_wire(gone.code, gone.text)

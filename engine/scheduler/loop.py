@@ -122,6 +122,7 @@ class Scheduler:
 
     def close(self) -> None:
         self.core.close()
+        self._timer.close()
         if self._submit is not None:
             self._submit.close()
         self._context.term()

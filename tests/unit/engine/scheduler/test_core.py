@@ -160,6 +160,18 @@ def test_expired_request_is_answered_at_its_time_while_every_instance_is_busy(en
     assert (answer.tokens, answer.code, answer.text) == ([2], Code.UNAVAILABLE, "Request timeout expired")
 
 
+def test_timeouts_of_others_are_kept_when_a_route_goes(engine: SchedulerHarness) -> None:
+    """L-005: the alarm that was set for it alone must not be the last one."""
+    for route, timeout_us in ((8, 10_000), (9, 20_000)):
+        queue_policy = QueuePolicy(default_timeout_us=timeout_us)
+        engine.add_route(BatchingPolicy(max_batch_size=8, dynamic=True, default_queue_policy=queue_policy), route=route)
+        engine.add_instance(route, route=route)
+        engine.submit_parcels(route * 10, route=route)
+        engine.submit_parcels(route * 10 + 1, route=route)
+    engine.handle(RouteGone(route=8, code=Code.UNAVAILABLE, text="unloaded"))
+    assert engine.alarm_ns == engine.now_ns + 20 * MS
+
+
 def test_unknown_route_and_route_without_instances_refuse(engine: SchedulerHarness) -> None:
     engine.submit_runs((0, 1), route=99)
     engine.add_route(route=9)
