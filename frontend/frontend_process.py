@@ -100,7 +100,7 @@ class FrontendProcess:
         arena_fd, completion_fd, counters_fd, *listener_fds = fds
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self.counters = CountersFile(counters_fd)
-        self.arena = Arena(arena_fd, start.arena_bytes)
+        self.arena = Arena(arena_fd, start.arena_bytes, keeps_pages=start.keeps_pages)
         os.close(counters_fd)
         os.close(arena_fd)
         self.sockets = [socket.socket(fileno=fd) for fd in listener_fds]

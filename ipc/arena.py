@@ -44,12 +44,18 @@ def create_memory_file(name: str, byte_size: int) -> int:
 class Arena:
     """A mapping of one arena file in this process. Owns the mapping and its duplicate of the descriptor."""
 
-    def __init__(self, fd: int, byte_size: int) -> None:
-        """Map ``fd``; the caller keeps ownership of ``fd`` itself."""
+    def __init__(self, fd: int, byte_size: int, *, keeps_pages: bool = False) -> None:
+        """Map ``fd``; the caller keeps ownership of ``fd`` itself.
+
+        Args:
+            keeps_pages: workers may page-lock it: nothing is ever discarded.
+        """
         if os.fstat(fd).st_size < byte_size:
             raise Internal("arena file is smaller than announced")
         self._fd = os.dup(fd)
         self.byte_size = byte_size
+        #: Nothing is ever discarded.
+        self.keeps_pages = keeps_pages
         self._map = mmap.mmap(self._fd, byte_size)
         #: uint8 [byte_size], writable, shared
         self.view = memoryview(self._map)
@@ -69,7 +75,12 @@ class Arena:
         return self.view[offset : offset + byte_size]
 
     def discard(self, offset: int, byte_size: int) -> None:
-        """Give whole pages inside a free range back to the kernel; they read as zero afterwards."""
+        """Give whole pages inside a free range back to the kernel; they read as zero afterwards.
+
+        A GPU would go on reading and writing the pages that it knows, when everybody else has others in their place.
+        """
+        if self.keeps_pages:
+            return
         first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (offset + byte_size) // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:

@@ -95,6 +95,8 @@ class SubmitKind(enum.IntEnum):
     CANCEL_RUNS = 53
 
 
+#: Flag of WELCOME: workers may page-lock the arena; no page of its file may be given back (hole punching).
+FLAG_KEEPS_PAGES = 1
 #: Flag of MODEL: requests live in slab rows; without it, they are parcels.
 FLAG_ROWS = 1
 #: Flag of MODEL: a request may have any number of responses.

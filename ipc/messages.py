@@ -411,6 +411,8 @@ class FrontendStart(Message, frozen=True, tag=20):
     cache_counter_offset: int = 0
     name: str = ""
     """The frontend's name in log lines and ps, for example ``http 0``; the same after a restart."""
+    keeps_pages: bool = False
+    """Workers on GPUs may page-lock the arena, so that its pages must stay."""
 
 
 class DoorbellUp(Message, frozen=True, tag=21):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 
 from forebay.engine.devices.base import Device
 from forebay.ipc.errors import Unsupported
@@ -15,6 +16,16 @@ PLAYED_GPUS_VARIABLE = "FOREBAY_TEST_GPUS"
 def played_gpu_count() -> int:
     """Return how many GPUs the host plays for a test; 0: GPUs are GPUs."""
     return int(os.environ.get(PLAYED_GPUS_VARIABLE, "0"))
+
+
+def has_gpu_files() -> bool:
+    """Whether the driver shows this machine any GPU (or, on Windows' Linux, its only device file); asks no library."""
+    if played_gpu_count():
+        return True
+    try:
+        return any(re.fullmatch(r"nvidia\d+|dxg", name) for name in os.listdir("/dev"))
+    except OSError:
+        return False
 
 
 def open_device(kind: str, index: int = 0) -> Device:

@@ -34,6 +34,7 @@ from forebay.ipc.client_wire import (
     FLAG_BARE_ROWS,
     FLAG_DECOUPLED,
     FLAG_ENSEMBLE,
+    FLAG_KEEPS_PAGES,
     FLAG_LAST,
     FLAG_ROWS,
     FLAG_RUNS_ENSEMBLES,
@@ -94,6 +95,7 @@ class ClientDoor:
         catalog: Callable[[], Catalog],
         counters: CountersFile,
         arena_bytes_max: int,
+        keeps_pages: Callable[[int], bool] = lambda _byte_size: False,
     ) -> None:
         """Create nothing yet.
 
@@ -102,12 +104,14 @@ class ClientDoor:
             catalog: returns what is served at the moment, with the offsets of the clients' counters.
             counters: where clients' requests are counted.
             arena_bytes_max: what a client gets that asks for nothing, and at most.
+            keeps_pages: whether workers may page-lock an arena of so many bytes.
         """
         self.path = os.path.join(runtime_directory, DOOR_NAME)
         self._switchboard = switchboard
         self._numbers = numbers
         self._catalog = catalog
         self._arena_bytes_max = arena_bytes_max
+        self._keeps_pages = keeps_pages
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._visitors: set[_Visitor] = set()
@@ -227,6 +231,7 @@ class ClientDoor:
                 request,
                 WELCOME.pack(PROTOCOL_VERSION, number, arena_bytes, self._switchboard.epoch, OUTSTANDING_MAX),
                 (arena_fd, completions_out.fileno(), submit_in.fileno()),
+                flags=FLAG_KEEPS_PAGES if self._keeps_pages(arena_bytes) else 0,
             )
         log.verbose(1, f"shared-memory client {number} is process {visitor.pid} {name}")
 

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from forebay.engine.devices.memory_limit import LIMIT_KEY, PINNED_KEY
-from forebay.engine.devices.opening import played_gpu_count
+from forebay.engine.devices.opening import has_gpu_files, played_gpu_count
 from forebay.engine.repository.model_config_schema import ModelConfig, enum_number
 from forebay.engine.repository.normalise import Gpu
 from forebay.engine.settings import Settings
@@ -31,7 +31,7 @@ def find_gpus(*, cpu_only: bool = False, run_query: Callable[[], str] | None = N
         return ()
     if played := played_gpu_count():
         return tuple(Gpu(index, 9.0, f"GPU-played-{index}") for index in range(played))
-    if not any(re.fullmatch(r"nvidia\d+", name) for name in _device_names()):
+    if not has_gpu_files():
         return ()
     return visible_gpus((run_query or _query)(), os.environ.get(_VISIBLE_VARIABLE))
 
@@ -56,13 +56,6 @@ def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
             break
         gpus.append(Gpu(len(gpus), chosen[0][2], wanted if slice_of else chosen[0][1]))
     return tuple(gpus)
-
-
-def _device_names() -> list[str]:
-    try:
-        return os.listdir("/dev")
-    except OSError:
-        return []
 
 
 def _query() -> str:

@@ -213,6 +213,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
         submits: bool = True,
         cache_bytes: int = 0,
         cache_counter_offset: int = 0,
+        keeps_pages: Callable[[int], bool] = lambda _byte_size: False,
     ) -> None:
         """Start nothing yet.
 
@@ -226,6 +227,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
             submits: it sends requests into the engine; False for the metrics frontend.
             cache_bytes: its share of the response cache, for which its arena has room as well.
             cache_counter_offset: of its block of ``CacheCounter`` words.
+            keeps_pages: whether workers may page-lock an arena of so many bytes.
         """
         super().__init__(name, module, FrontendToSupervisor)
         self.number = 0
@@ -235,6 +237,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
         self._arena_bytes = arena_bytes + cache_bytes
         self._cache_bytes = cache_bytes
         self._cache_counter_offset = cache_counter_offset
+        self._keeps_pages = keeps_pages(self._arena_bytes)
         self._settings = settings
         self._listeners = listeners
         self._on_gone = on_gone
@@ -282,6 +285,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
             cache_bytes=self._cache_bytes,
             cache_counter_offset=self._cache_counter_offset,
             name=self.name,
+            keeps_pages=self._keeps_pages,
         )
         sockets = tuple(listener.sock.fileno() for listener in self._listeners)
         child.send(start, (arena_fd, receiver.fileno(), self._switchboard.counters_fd, *sockets))

@@ -33,6 +33,7 @@ from forebay.engine.supervisor.listeners import Listener
 from forebay.engine.supervisor.log_settings import LogSettings
 from forebay.engine.supervisor.memory import settle_memory
 from forebay.engine.supervisor.mps import Mps
+from forebay.engine.supervisor.page_locking import may_be_page_locked
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
 from forebay.engine.supervisor.rate_limits import limits_of
@@ -178,6 +179,7 @@ class Supervisor:
             catalog=self._catalog_for_clients,
             counters=counters,
             arena_bytes_max=self.settings.memory.arena_byte_size,
+            keeps_pages=functools.partial(may_be_page_locked, self.settings),
         )
         try:
             self._create_traces()
@@ -284,6 +286,7 @@ class Supervisor:
                 submits=submits,
                 cache_bytes=share_bytes if submits else 0,
                 cache_counter_offset=next(cache_offsets, 0) if submits else 0,
+                keeps_pages=functools.partial(may_be_page_locked, self.settings),
             )
 
         frontends: list[FrontendRole] = []

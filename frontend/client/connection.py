@@ -58,7 +58,7 @@ class Connection:
             self._door.close()
             raise
         self.producer = welcome.producer
-        self.arena = Arena(welcome.arena_fd, welcome.arena_bytes)
+        self.arena = Arena(welcome.arena_fd, welcome.arena_bytes, keeps_pages=welcome.keeps_pages)
         os.close(welcome.arena_fd)
         #: uint8 [arena bytes]
         self.view = self.arena.view

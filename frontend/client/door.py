@@ -25,6 +25,7 @@ from forebay.ipc.client_wire import (
     FLAG_BARE_ROWS,
     FLAG_DECOUPLED,
     FLAG_ENSEMBLE,
+    FLAG_KEEPS_PAGES,
     FLAG_LAST,
     FLAG_ROWS,
     FLAG_RUNS_ENSEMBLES,
@@ -59,6 +60,8 @@ class Welcome(msgspec.Struct, frozen=True):
     arena_fd: int
     completions: socket.socket
     submissions: socket.socket
+    keeps_pages: bool = False
+    """Workers may page-lock the arena."""
 
 
 class Signature(msgspec.Struct, frozen=True):
@@ -136,7 +139,7 @@ class Door:
         """
         name = os.path.basename(sys.argv[0] if sys.argv else "python").encode()[:64]
         hello = HELLO.pack(MAGIC, PROTOCOL_VERSION, 0, arena_bytes) + name.decode(errors="ignore").encode()
-        _flags, body, fds = self._ask(DoorKind.HELLO, hello, DoorKind.WELCOME)
+        flags, body, fds = self._ask(DoorKind.HELLO, hello, DoorKind.WELCOME)
         version, producer, granted_bytes, epoch, outstanding_max = WELCOME.unpack_from(body)
         if len(fds) != 3 or version != PROTOCOL_VERSION:
             _close_all(fds)
@@ -150,6 +153,7 @@ class Door:
             arena_fd=arena_fd,
             completions=socket.socket(fileno=completions),
             submissions=socket.socket(fileno=submissions),
+            keeps_pages=bool(flags & FLAG_KEEPS_PAGES),
         )
 
     def open_model(self, name: str, version: int, namespace: str = "") -> OpenedModel:

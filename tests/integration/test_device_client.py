@@ -72,6 +72,11 @@ def test_fill_in_place_and_take_in_place(arena: DeviceArena) -> None:
         np.testing.assert_array_equal(to_host(y), np.full((2, 4), 2 * factor, np.float32))
 
 
+def test_arena_in_host_memory_keeps_its_pages(arena: DeviceArena) -> None:
+    """The server says so: its workers on the GPU page-lock it."""
+    assert arena.engine.connection.arena.keeps_pages
+
+
 def test_tensors_of_other_libraries_go_in_by_dlpack(arena: DeviceArena) -> None:
     model = arena.model("gpu")
     source = arena.memory.view(arena.allocate(32), (2, 4), np.dtype(np.float32))

@@ -77,6 +77,17 @@ def test_discarded_pages_read_as_zero_and_neighbours_stay(arena: Arena) -> None:
     assert bytes(arena.slice(8192, 20_000 - 8192)) == b"x" * (20_000 - 8192)
 
 
+def test_pages_that_a_gpu_may_know_are_not_discarded() -> None:
+    """A page-locked page would be the GPU's alone once everybody else has another in its place."""
+    fd = create_memory_file("test", SIZE)
+    mapped = Arena(fd, SIZE, keeps_pages=True)
+    os.close(fd)
+    mapped.slice(0, SIZE)[:] = b"x" * SIZE
+    mapped.discard(0, SIZE)
+    assert bytes(mapped.slice(0, SIZE)) == b"x" * SIZE
+    mapped.close()
+
+
 def test_closing_leaves_arrays_that_still_look_into_it_alive() -> None:
     fd = create_memory_file("test", SIZE)
     mapped = Arena(fd, SIZE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import os
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,9 @@ def test_a_machine_without_device_files_is_not_asked(monkeypatch: pytest.MonkeyP
     def fail() -> str:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(module, "_device_names", lambda: ["null", "nvidiactl"])
+    monkeypatch.setattr(os, "listdir", lambda _path: ["null", "nvidiactl"])
     assert find_gpus(run_query=fail) == ()
-    monkeypatch.setattr(module, "_device_names", lambda: ["nvidia0"])
+    monkeypatch.setattr(os, "listdir", lambda _path: ["nvidia3"])
     assert find_gpus(cpu_only=True, run_query=fail) == ()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [gpu.device_id for gpu in find_gpus(run_query=lambda: LISTING)] == [0, 1, 2]
