@@ -84,11 +84,13 @@ class Route:
         shared = SharedLine(up.batching)
         self.line = shared
         self.grant_rows = shared.batcher.grant_rows
+        queueing = up.batching.default_queue_policy
         self._is_grantable = (
             shared.batcher.can_be_granted
             and not up.batching.priority_levels
             and not up.batching.preserve_ordering
-            and not up.batching.default_queue_policy.max_queue_size
+            # A frontend keeps a few requests back while the instances that it is granted are busy, but no timeouts.
+            and not (queueing.max_queue_size or queueing.default_timeout_us or queueing.allow_timeout_override)
             and not up.extra
             and not self._hold_back
         )

@@ -148,6 +148,20 @@ def test_request_timeout_shortens_the_default_and_works_without_one(
         client.infer(model, tensor(SLOW), timeout=20_000)
 
 
+def test_queue_timeouts_hold_after_a_quiet_time_too(
+    server: ForebayServer, client: httpclient.InferenceServerClient
+) -> None:
+    """L-005: no frontend may keep requests back for an instance that it was granted while it was alone."""
+    for model in ("impatient", "override"):
+        for _ in range(12):
+            client.infer(model, tensor(1.0), timeout=1_000_000)
+        with Busy(server, model):
+            start = time.monotonic()
+            with pytest.raises(InferenceServerException, match="Request timeout expired"):
+                client.infer(model, tensor(1.0), timeout=50_000)
+            assert time.monotonic() - start < 0.4
+
+
 def test_default_scheduler_ignores_timeouts(server: ForebayServer, client: httpclient.InferenceServerClient) -> None:
     """Spec S-004."""
     with Busy(server, "plain"):

@@ -357,7 +357,14 @@ def test_models_whose_policies_need_the_scheduler_are_never_granted(engine: Sche
         BatchingPolicy(max_batch_size=8, dynamic=True, max_queue_delay_us=1),
         BatchingPolicy(max_batch_size=8, dynamic=True, priority_levels=2, default_priority_level=1),
         BatchingPolicy(max_batch_size=8, dynamic=True, preserve_ordering=True),
-        BatchingPolicy(max_batch_size=8, dynamic=True, default_queue_policy=QueuePolicy(max_queue_size=9)),
+        *(
+            BatchingPolicy(max_batch_size=8, dynamic=True, default_queue_policy=queue_policy)
+            for queue_policy in (
+                QueuePolicy(max_queue_size=9),
+                QueuePolicy(default_timeout_us=1_000_000),
+                QueuePolicy(allow_timeout_override=True),
+            )
+        ),
     ]
     for number, policy in enumerate(policies, 20):
         engine.add_route(policy, route=number)
