@@ -433,7 +433,8 @@ class SchedulerCore:
             answered = self._note_open(route, instance, left, now_ns)
         route.line.answered(answered, now_ns)
         self._set_idle(instance)
-        if route.wants_grant() and not instance.draining:
+        # Whoever rings an instance by a grant asks nobody for its resources.
+        if self._limiter is None and route.wants_grant() and not instance.draining:
             self._grants.give(route, instance)
 
     def _synced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:

@@ -533,6 +533,18 @@ def test_an_instance_whose_whole_batch_is_cancelled_waits_for_no_resources() -> 
     engine.close()
 
 
+def test_nobody_gets_past_the_rate_limiter_by_a_grant() -> None:
+    """Spec S-152: however quiet it is."""
+    engine = limited()
+    engine.add_route()
+    engine.add_instance(resources=(Resource("R", 1),))
+    for row in range(QUIET_BATCHES + 2):
+        engine.submit_runs((row, 1))
+        engine.finish(engine.batch())
+    assert engine.answers() == []
+    engine.close()
+
+
 def test_set_limit_lets_more_run() -> None:
     """Spec S-152: ``--rate-limit-resource``."""
     engine = limited(Resource("R", 2))
