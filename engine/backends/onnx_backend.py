@@ -132,13 +132,12 @@ def open_plain_session(
         Internal: a provider could not be started.
     """
     try:
+        # Otherwise a provider that fails is silently replaced by the CPU's, now or in the middle of serving.
         session = ort.InferenceSession(
-            path, options, providers=[(provider.name, provider.options) for provider in chosen]
+            path, options, providers=[(provider.name, provider.options) for provider in chosen], enable_fallback=False
         )
     except Exception as error:  # ONNX Runtime raises its own classes, all directly under Exception
         raise InvalidArgument(f"failed to load ONNX model '{spec.model}' version {spec.version}: {error}") from None
-    # Otherwise a failing provider is silently replaced by the CPU's, in the middle of serving.
-    session.disable_fallback()
     wanted = {provider.name for provider in chosen}
     if missing := wanted - set(session.get_providers()):
         raise Internal(

@@ -34,6 +34,9 @@ _INITIALIZER_KEY = "session.use_device_allocator_for_initializers"
 
 _PRECISIONS = {"FP16": "trt_fp16_enable", "BF16": "trt_bf16_enable", "INT8": "trt_int8_enable"}
 
+#: The only words for yes and no that ONNX Runtime's Python takes for the TensorRT provider.
+_BOOLEAN_WORDS = ("False", "True")
+
 #: Parameters of the ``tensorrt`` accelerator that have another name in ONNX Runtime.
 _TENSORRT_RENAMED = {
     "max_workspace_size_bytes": "trt_max_workspace_size",
@@ -247,17 +250,18 @@ def tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
         InvalidArgument: with Triton's texts.
     """
     options: dict[str, str] = {}
-    for key, value in parameters.items():
+    for key, given in parameters.items():
+        value = given
         if key == "precision_mode":
             if value in _PRECISIONS:
-                options[_PRECISIONS[value]] = "1"
+                options[_PRECISIONS[value]] = _BOOLEAN_WORDS[True]
             elif value != "FP32":
                 raise InvalidArgument(f"unsupported precision mode '{value}' is requested")
             continue
         if key in _TENSORRT_INTEGERS:
             parse_int(parameters, key, 0)
         elif key in _TENSORRT_BOOLEANS:
-            parse_bool(parameters, key, False)
+            value = _BOOLEAN_WORDS[parse_bool(parameters, key, False)]
         elif key not in _TENSORRT_TEXTS:
             raise InvalidArgument(f"unknown parameter '{key}' is provided for TensorRT Execution Accelerator")
         if value:

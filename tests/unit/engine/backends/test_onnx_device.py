@@ -14,8 +14,9 @@ from onnx import TensorProto, helper
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.backends.onnx_backend import read_signature
-from forebay.engine.backends.onnx_cuda import OnnxDeviceInstance, load_on_gpu, with_stream
-from forebay.engine.backends.onnx_options import CUDA_PROVIDER, Provider
+from forebay.engine.backends.onnx_cuda import OnnxDeviceInstance, inputs_on_host, load_on_gpu, with_stream
+from forebay.engine.backends.onnx_options import CUDA_PROVIDER, Provider, tensorrt_options
+from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.host_device import HostDevice
 from forebay.ipc.errors import BackendFailed
 from forebay.ipc.messages import InstanceSpec
@@ -43,15 +44,16 @@ def make_spec(directory: Path, dim: int, **overrides: Any) -> InstanceSpec:
 
 
 class Setup:
-    """An instance that subtracts, on the host as a device."""
+    """An instance that subtracts, on the host as a device; ``on_host``: inputs that the session reads on the host."""
 
-    def __init__(self, directory: Path, dim: int) -> None:
+    def __init__(self, directory: Path, dim: int, *on_host: str) -> None:
         write_model(directory, "Sub", dims=("n", 3 if dim == 3 else "k"))
         spec = make_spec(directory, dim)
         session = ort.InferenceSession(directory / "1" / "model.onnx", providers=["CPUExecutionProvider"])
         self.device = HostDevice()
         stream = self.device.make_stream()
-        self.instance = OnnxDeviceInstance(spec, session, read_signature(spec, session), self.device, stream)
+        signature = read_signature(spec, session)
+        self.instance = OnnxDeviceInstance(spec, session, signature, self.device, stream, frozenset(on_host))
 
 
 @pytest.fixture
@@ -107,6 +109,30 @@ def test_shapes_that_vary(tmp_path: Path) -> None:
     setup.instance.close()
 
 
+@pytest.mark.parametrize("dim", [3, -1])
+def test_inputs_that_are_read_on_the_host_stay_there(tmp_path: Path, dim: int) -> None:
+    """ONNX Runtime copies such an input when it is bound; bound once, it would be the first batch's for ever."""
+    setup = Setup(tmp_path, dim, "b")
+    for start in (0, 7):
+        segments = [(rows(count, start + count), {"y": np.zeros((count, 3), np.float32)}) for count in (1, 3)]
+        setup.instance.run_segments(segments)
+        for inputs, outputs in segments:
+            np.testing.assert_array_equal(outputs["y"], inputs["a"] - inputs["b"])
+    assert setup.device.traffic.copies_in == 2 * 2
+    with setup.device.allocate(12) as memory:
+        on_device = DeviceArray(memory.address, (1, 3), np.dtype(np.float32))
+        setup.instance.stream.copy_in(memory.address, rows(1)["a"].ctypes.data, 12)
+        results = setup.instance.fetch(setup.instance.compute([{"a": on_device, "b": on_device}], ("y",)))
+        np.testing.assert_array_equal(results["y"], np.zeros((1, 3), np.float32))
+    setup.instance.close()
+
+
+def test_what_a_session_reads_on_the_host_is_told_by_it(tmp_path: Path) -> None:
+    write_model(tmp_path, "Sub")
+    session = ort.InferenceSession(tmp_path / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert inputs_on_host(session) == {"a", "b"}
+
+
 def test_failed_run_leaves_the_instance_usable(tmp_path: Path) -> None:
     setup = Setup(tmp_path, -1)
     wrong = {"a": np.zeros((2, 3), np.float32), "b": np.zeros((2, 4), np.float32)}
@@ -132,10 +158,27 @@ def test_providers_of_the_gpu_work_on_our_stream() -> None:
         stream.handle = 4711
         assert with_stream(Provider(CUDA_PROVIDER, {"device_id": "1"}), stream).options == {
             "device_id": "1",
-            "has_user_compute_stream": "1",
             "user_compute_stream": "4711",
         }
         assert with_stream(Provider("CPUExecutionProvider", {}), stream).options == {}
+
+
+def test_tensorrt_provider_gets_the_words_that_it_takes() -> None:
+    """B-015. Its Python interface refuses 1 and 0 where it wants True and False."""
+    given = {
+        "precision_mode": "FP16",
+        "trt_engine_cache_enable": "1",
+        "trt_dla_enable": "false",
+        "max_workspace_size_bytes": "1024",
+        "trt_engine_cache_path": "/cache",
+    }
+    assert tensorrt_options(given) == {
+        "trt_fp16_enable": "True",
+        "trt_engine_cache_enable": "True",
+        "trt_dla_enable": "False",
+        "trt_max_workspace_size": "1024",
+        "trt_engine_cache_path": "/cache",
+    }
 
 
 def test_gpu_instance_without_a_gpu_build_says_so(tmp_path: Path) -> None:
@@ -159,4 +202,39 @@ def test_cuda_answers_like_the_cpu(tmp_path: Path, graphs: bool) -> None:
         instance.bind(rows(count), outputs)()
         np.testing.assert_array_equal(outputs["y"], rows(count)["a"] - rows(count)["b"])
     np.testing.assert_array_equal(instance.run(rows(2), ("y",))["y"], rows(2)["a"] - rows(2)["b"])
+    instance.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_cuda_reads_shapes_on_the_host_each_time(tmp_path: Path, graphs: bool) -> None:
+    """Where a slice begins and ends is read by the CPU, before the GPU begins."""
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed: make gpu")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Slice", ["x", "first", "end"], ["y"])],
+        "g",
+        [value("x", TensorProto.FLOAT, (6,)), *(value(name, TensorProto.INT64, (1,)) for name in ("first", "end"))],
+        [value("y", TensorProto.FLOAT, ("n",))],
+    )
+    (tmp_path / "1").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "1" / "model.onnx")
+    config = {
+        "backend": "onnxruntime",
+        "input": [
+            {"name": "x", "data_type": "TYPE_FP32", "dims": [6]},
+            *({"name": name, "data_type": "TYPE_INT64", "dims": [1]} for name in ("first", "end")),
+        ],
+        "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [3]}],
+    }
+    optimization = {"cuda_graphs": graphs}
+    instance = load_on_gpu(
+        spec_from_config(config, model="m", model_path=str(tmp_path), kind="GPU", optimization=optimization)
+    )
+    x = np.arange(6, dtype=np.float32)
+    for first in (0, 2, 1, 3):
+        places = {"first": np.array([first], np.int64), "end": np.array([first + 3], np.int64)}
+        assert instance.run({"x": x, **places}, ("y",))["y"].tolist() == x[first : first + 3].tolist()
     instance.close()
