@@ -153,7 +153,8 @@ TRITON_FAMILIES = (
     _gauge(
         PENDING,
         "Instantaneous number of pending requests awaiting execution per-model.",
-        _scheduler(SchedulerCounter.PENDING),
+        # In the scheduler's queue, or on the way there: a frontend keeps a few back under a grant.
+        lambda totals: totals.scheduler[SchedulerCounter.PENDING] + totals.producers[ProducerCounter.REQUESTS_HELD],
     ),
     _gauge(
         "nv_model_load_duration_secs",

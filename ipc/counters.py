@@ -85,6 +85,8 @@ class ProducerCounter(enum.IntEnum):
     CACHE_MISS_NS = 19
     #: Outputs that the next steps of an ensemble read from the GPU's memory.
     DEVICE_PASSED_BYTES = 20
+    #: Requests that the frontend keeps back for an instance that it was granted; goes down again.
+    REQUESTS_HELD = 21
     #: From here, one word per bucket: answered requests by how long they took.
     REQUEST_BUCKETS = 24
 

@@ -342,10 +342,12 @@ class RouteClient:
             self.copied_out_bytes = 0
 
     def write_gauges(self) -> bool:
-        """Write how much memory requests use right now; return whether they use any."""
+        """Write how much memory requests use right now, and how many are held back; return whether they use any."""
         counters = self.counters
         rows = sum(slab.live for slab in self.slabs)
         counters[Count.ROWS_IN_USE] = rows
         counters[Count.ROWS_CAPACITY] = sum(slab.capacity for slab in self.slabs)
         counters[Count.BLOCK_BYTES_IN_USE] = self.block_bytes
+        held = sum(run.requests for run in self.turn) + len(self.turn_parcels) if self.is_holding else 0
+        counters[Count.REQUESTS_HELD] = held
         return bool(rows or self.block_bytes)

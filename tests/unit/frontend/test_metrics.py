@@ -159,6 +159,7 @@ def test_counts_of_what_waits_and_what_came_from_the_cache() -> None:
     block[SchedulerCounter.PENDING] = 6
     producer = counters.allocate(PRODUCER_WORDS)
     counts = counters.block(producer, PRODUCER_WORDS)
+    counts[ProducerCounter.REQUESTS_HELD] = 3
     counts[ProducerCounter.CACHE_HITS] = 2
     counts[ProducerCounter.CACHE_MISS_NS] = 5_999
     cached = entry(
@@ -170,7 +171,7 @@ def test_counts_of_what_waits_and_what_came_from_the_cache() -> None:
     )
     text = page(cached, entry("plain"), words=counters.words)
     lines = text.splitlines()
-    assert 'nv_inference_pending_request_count{model="cached",version="1"} 6' in lines
+    assert 'nv_inference_pending_request_count{model="cached",version="1"} 9' in lines
     assert 'forebay_worker_restarts_total{model="cached",version="1"} 4' in lines
     assert lines_of(text, "nv_cache_num_hits_per_model") == [
         'nv_cache_num_hits_per_model{model="cached",version="1"} 2'

@@ -5,7 +5,9 @@ from __future__ import annotations
 import msgspec
 from engine_scene import Rows, Surroundings, play, turn
 
+from forebay.ipc.counters import ProducerCounter
 from forebay.ipc.messages import RunSubmit
+from forebay.ipc.wire import Kind
 
 MS = 1_000_000
 
@@ -38,5 +40,23 @@ def test_deadlines_that_the_scheduler_has_no_use_for_are_not_told() -> None:
         for objective_us in (0, 20_000):
             (run,) = await runs_with_deadlines(s, objective_us, 30 * MS, 40 * MS)
             assert (run.requests, run.deadline_ns) == (2, 0)
+
+    play(scenario)
+
+
+def test_requests_that_are_kept_back_under_a_grant_are_counted() -> None:
+    """M-027: they wait, though not in the scheduler's queue."""
+
+    async def scenario(s: Surroundings) -> None:
+        await s.grant()
+        s.publish()
+        await turn()
+        s.publish()
+        await turn()
+        assert s.route.write_gauges()
+        assert s.count(ProducerCounter.REQUESTS_HELD) == 1
+        await s.tell_runs(Kind.RUNS_DONE, (0, 1))
+        s.route.write_gauges()
+        assert s.count(ProducerCounter.REQUESTS_HELD) == 0
 
     play(scenario)
