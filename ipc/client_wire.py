@@ -16,6 +16,11 @@ The door, a listening Unix socket in the runtime directory (control; the client'
     INSTANCE header + route u32 + instance u32               +1 descriptor; unasked: a worker was started (again)
     COUNTS   header + COUNTS                                 no answer: where the client counts its requests
     GONE     header + route u32                              unasked: what was opened there has another one now
+    MAKE_MEMORY  header + MEMORY_NAME                        ->  MEMORY or REFUSED: what the server keeps for it
+    MEMORY   header + MEMORY
+    CLOSE_MEMORY header + MEMORY_NAME                        ->  CLOSED or REFUSED: nobody has it open any more
+    CLOSED   header
+    LOST     header + number u64                             unasked: a memory that the server kept is gone
 
 Submissions, to the scheduler; the header is that of doorbells (:mod:`forebay.ipc.wire`), ``batch`` is the epoch::
 
@@ -82,6 +87,11 @@ class DoorKind(enum.IntEnum):
     MODELS = 8
     GONE = 9
     COUNTS = 10
+    MAKE_MEMORY = 11
+    MEMORY = 12
+    CLOSE_MEMORY = 13
+    CLOSED = 14
+    LOST = 15
 
 
 class SubmitKind(enum.IntEnum):
@@ -122,7 +132,8 @@ HELLO = struct.Struct("<8sIIQ")
 WELCOME = struct.Struct("<IIQII")
 #: version i64; 0: the newest
 OPEN = struct.Struct("<q")
-#: route u32, max_batch_size u32, version i64, inputs u16, outputs u16, instances u16, zero u16
+#: route u32, max_batch_size u32, version i64, inputs u16, outputs u16, instances u16,
+#: device u16: one more than the number of the GPU in whose memory tensors of requests may lie; 0: there is none
 MODEL = struct.Struct("<IIqHHHH")
 #: datatype number u8, flags u8, rank u16, name bytes u16, zero u16; then rank * dim i64, then the name
 TENSOR = struct.Struct("<BBHHH")
@@ -130,6 +141,12 @@ DIM = struct.Struct("<q")
 NUMBER = struct.Struct("<I")
 #: route u32, zero u32, offset u64 of a block of ``ProducerCounter`` words, of an ensemble ``InstanceCounter`` words too
 COUNTS = struct.Struct("<IIQ")
+#: number u64 that the client has chosen, device u32, zero u32
+MEMORY_NAME = struct.Struct("<QII")
+#: number u64, device u32, zero u32, byte_size u64, handle
+MEMORY = struct.Struct("<QIIQ64s")
+#: number u64
+MEMORY_NUMBER = struct.Struct("<Q")
 #: route u32, instance u32
 INSTANCE = struct.Struct("<II")
 

@@ -16,11 +16,13 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
 from forebay.engine.supervisor.client_counts import ClientCounts, words_of
+from forebay.engine.supervisor.client_memories import ClientMemories
 from forebay.engine.supervisor.switchboard import Producer, Switchboard
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.catalog import Catalog, ModelEntry, no_ready_version
@@ -41,6 +43,9 @@ from forebay.ipc.client_wire import (
     HELLO,
     INSTANCE,
     MAGIC,
+    MEMORY,
+    MEMORY_NAME,
+    MEMORY_NUMBER,
     MODEL,
     NUMBER,
     OPEN,
@@ -74,6 +79,9 @@ ARENA_BYTES_MIN = 64 * 1024
 #: Lines of a MODELS message take so many bytes at most.
 _LIST_BYTES_MAX = 32 * 1024
 
+#: Questions about device memory that one client may have open at a time.
+_MEMORY_TASKS_MAX = 64
+
 #: Name, version (0: the newest), namespace (None: any).
 _Wanted = tuple[str, int, str | None]
 
@@ -94,6 +102,7 @@ class ClientDoor:
         numbers: itertools.count[int],
         catalog: Callable[[], Catalog],
         counters: CountersFile,
+        memories: ClientMemories,
         arena_bytes_max: int,
         keeps_pages: Callable[[int], bool] = lambda _byte_size: False,
     ) -> None:
@@ -103,6 +112,7 @@ class ClientDoor:
             numbers: producer numbers, shared with the frontends.
             catalog: returns what is served at the moment, with the offsets of the clients' counters.
             counters: where clients' requests are counted.
+            memories: clients' device memory.
             arena_bytes_max: what a client gets that asks for nothing, and at most.
             keeps_pages: whether workers may page-lock an arena of so many bytes.
         """
@@ -115,6 +125,8 @@ class ClientDoor:
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._visitors: set[_Visitor] = set()
+        self._memories = memories
+        self._memories.on_lost = self._tell_lost
         self._counts = ClientCounts(counters, lambda: catalog().models)
         self._counting: asyncio.TimerHandle | None = None
 
@@ -169,6 +181,7 @@ class ClientDoor:
         if visitor.number:
             log.verbose(1, f"shared-memory client {visitor.number} (process {visitor.pid}) is gone")
             self._counts.remove(visitor.number)
+            self._memories.forget(visitor.number)
             self._switchboard.remove_producer(visitor.number)
 
     # --- requests ---
@@ -187,6 +200,12 @@ class ClientDoor:
                 self._take_counts(visitor, body)
             elif kind == DoorKind.LIST:
                 self._list_models(visitor, request)
+            elif kind == DoorKind.MAKE_MEMORY:
+                number, device_id, _zero = MEMORY_NAME.unpack_from(body)
+                self._begin(visitor, request, self._make_memory(visitor, request, number, device_id))
+            elif kind == DoorKind.CLOSE_MEMORY:
+                number, device_id, _zero = MEMORY_NAME.unpack_from(body)
+                self._begin(visitor, request, self._close_memory(visitor, request, number, device_id))
             else:
                 raise InvalidArgument(f"unknown message {kind}")
         except ServingError as error:
@@ -250,8 +269,9 @@ class ClientDoor:
             flags = FLAG_ENSEMBLE | entry.decoupled * FLAG_DECOUPLED
             visitor.send(DoorKind.MODEL, request, pack_entry(entry, []), flags=flags)
             return
-        if not version:
-            # Requests for a certain version hear from the scheduler that it is not served any more.
+        if not version or entry.gpu_uuid:
+            # Requests for a certain version hear from the scheduler that it is not served any more, but from nobody
+            # else that it has left its GPU.
             visitor.watched[wanted] = entry
         # Descriptors beyond what a message can carry: those instances are reached by way of the scheduler only.
         rings = self._switchboard.open_route(visitor.number, entry.route)
@@ -266,6 +286,41 @@ class ClientDoor:
         finally:
             for _instance, ring in rings:
                 ring.close()
+
+    # --- device memory ---
+
+    def _begin(self, visitor: _Visitor, request: int, answering: Coroutine[Any, Any, None]) -> None:
+        """Answer when it is time to."""
+        if len(visitor.tasks) >= _MEMORY_TASKS_MAX:
+            answering.close()
+            raise Unavailable(f"the client has asked {_MEMORY_TASKS_MAX} questions that are not answered yet")
+        task = self._loop.create_task(self._answer(visitor, request, answering))
+        visitor.tasks.add(task)
+        task.add_done_callback(visitor.tasks.discard)
+
+    @staticmethod
+    async def _answer(visitor: _Visitor, request: int, answering: Coroutine[Any, Any, None]) -> None:
+        try:
+            await answering
+        except ServingError as error:
+            visitor.refuse(request, error)
+
+    async def _make_memory(self, visitor: _Visitor, request: int, number: int, device_id: int) -> None:
+        memory = await self._memories.make(visitor.number, number, device_id)
+        if visitor in self._visitors:
+            body = MEMORY.pack(number, device_id, 0, memory.byte_size, memory.handle)
+            visitor.send(DoorKind.MEMORY, request, body)
+        else:
+            self._memories.forget(visitor.number)
+
+    async def _close_memory(self, visitor: _Visitor, request: int, number: int, device_id: int) -> None:
+        await self._memories.close(visitor.number, number, device_id)
+        visitor.send(DoorKind.CLOSED, request, b"")
+
+    def _tell_lost(self, client: int, number: int) -> None:
+        for visitor in self._visitors:
+            if visitor.number == client:
+                visitor.send(DoorKind.LOST, 0, MEMORY_NUMBER.pack(number))
 
     # --- counts ---
 
@@ -333,6 +388,8 @@ class _Visitor:
         self.arena: tuple[int, int] = (-1, 0)
         #: What it has opened and is to be told of when it changes, and what it got.
         self.watched: dict[_Wanted, ModelEntry] = {}
+        #: Its questions that are not answered yet.
+        self.tasks: set[asyncio.Task[None]] = set()
         self._sock = sock
         self._on_message = on_message
         self._on_gone = on_gone
@@ -401,7 +458,9 @@ def _is_superseded(known: ModelEntry, now: ModelEntry | None) -> bool:
     """
     if now is None:
         return known.is_ensemble
-    return now.route != known.route and now.version >= known.version
+    if now.route == known.route:
+        return now.device_id != known.device_id
+    return now.version >= known.version
 
 
 def find_entry(catalog: Catalog, name: str, version: int, namespace: str | None = None) -> ModelEntry:
@@ -442,9 +501,8 @@ def rows_flag(entry: ModelEntry) -> int:
 
 def pack_entry(entry: ModelEntry, instances: list[int]) -> bytes:
     """Return the body of a MODEL message."""
-    head = MODEL.pack(
-        entry.route, entry.max_batch_size, entry.version, len(entry.inputs), len(entry.outputs), len(instances), 0
-    )
+    counts = (len(entry.inputs), len(entry.outputs), len(instances))
+    head = MODEL.pack(entry.route, entry.max_batch_size, entry.version, *counts, entry.device_id + 1)
     numbers = b"".join(NUMBER.pack(instance) for instance in instances)
     tensors = b"".join(pack_tensor(spec) for spec in (*entry.inputs, *entry.outputs))
     plan = EnsemblePlan(entry.max_inflight_requests, entry.steps)

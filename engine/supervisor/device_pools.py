@@ -22,15 +22,13 @@ from typing import Protocol
 
 from forebay.engine.settings import GpuSettings
 from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.device_blocks import ALIGNMENT_BYTES
 from forebay.ipc.errors import ServingError
 from forebay.ipc.log import log
 from forebay.ipc.messages import DeviceMemory, Message, PoolDown, PoolUp
 
 #: Bytes of all pools on a GPU that ``--cuda-memory-pool-byte-size`` does not name (spec F-151).
 DEFAULT_BYTES = 64 << 20
-
-#: Where pools begin and end on CUDA anyway.
-_ALIGNMENT_BYTES = 256
 
 #: When to try again to make a pool that could not be made, s.
 _RETRY_S = 60.0
@@ -138,7 +136,7 @@ class DevicePools:
             self._settling = None
 
     async def _make(self, maker: PoolMaker, number: int, device_id: int) -> None:
-        size = self._bytes.get(device_id, DEFAULT_BYTES) // self.share_count // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+        size = self._bytes.get(device_id, DEFAULT_BYTES) // self.share_count // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         if not size:
             return
         try:

@@ -25,6 +25,7 @@ import msgspec
 from forebay.engine.command_line import version as own_version
 from forebay.engine.console import Console
 from forebay.engine.settings import Settings
+from forebay.engine.supervisor.client_memories import ClientMemories
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
 from forebay.engine.supervisor.device_pools import DevicePools
 from forebay.engine.supervisor.host_policies import HostPolicies
@@ -141,6 +142,7 @@ class Supervisor:
         self._cache_counter_offsets: tuple[int, ...] = ()
         self._regions = RegionRegistry()
         self._pools = DevicePools(self.settings.gpu)
+        self._client_memories = ClientMemories(self.settings.gpu)
         self._frontends = self._create_frontends(counters)
         #: Those that no request waits for; started last, so that they delay nobody.
         self._watchers = [frontend for frontend in self._frontends if not frontend.submits]
@@ -170,7 +172,8 @@ class Supervisor:
         self._regions.use_devices(self._couriers, (gpu.device_id for gpu in plant.gpus))
         if plant.gpus:
             self._pools.use_maker(self._couriers)
-            self._couriers.on_changed = self._pools.settle
+            self._client_memories.use_maker(self._couriers, (gpu.device_id for gpu in plant.gpus))
+            self._couriers.on_changed = self._courier_changed
         self._control = ControlServer(self._runtime.path, self._catalog_for)
         self._door = ClientDoor(
             self._runtime.path,
@@ -178,6 +181,7 @@ class Supervisor:
             numbers=self._numbers,
             catalog=self._catalog_for_clients,
             counters=counters,
+            memories=self._client_memories,
             arena_bytes_max=self.settings.memory.arena_byte_size,
             keeps_pages=functools.partial(may_be_page_locked, self.settings),
         )
@@ -390,6 +394,10 @@ class Supervisor:
         if self._lifecycle.plant.gpus:
             self._pools.follow(self._catalog_for_clients().models)
 
+    def _courier_changed(self) -> None:
+        self._pools.settle()
+        self._client_memories.note_couriers()
+
     def _catalog_for_clients(self) -> Catalog:
         # Clients ask once per model; the catalog is built anew only when something has changed.
         if self._client_catalog is None or self._client_catalog.generation != self._lifecycle.generation:
@@ -487,6 +495,7 @@ class Supervisor:
         await asyncio.gather(*stopping)
         await self._lifecycle.unload_all()
         self._pools.stop()
+        self._client_memories.stop()
         await self._couriers.stop()
         ends: list[Awaitable[Any]] = [role.stop(_STOP_TIMEOUT_S) for role in watching]
         await asyncio.gather(self._scheduler.stop(_STOP_TIMEOUT_S), self._zygotes.stop(_STOP_TIMEOUT_S), *ends)

@@ -219,11 +219,12 @@ class WorkerHandle:
             del self._asked[request]
 
     async def close_memory(self, owner: int, number: int) -> None:
-        """Have it close a device memory; returns when it has, or is gone."""
+        """Have it close a device memory; returns when it has, or is gone. Whoever gives up waiting may ask again."""
         future = self._closing.setdefault((owner, number), self._loop.create_future())
         if self.tell(MemoryDown(owner=owner, number=number)):
-            await future
-        self._closing.pop((owner, number), None)
+            await asyncio.shield(future)
+        else:
+            self._closing.pop((owner, number), None)
 
     async def _call(self, message: Message, limit_s: float = 0.0) -> _Reply:
         self._reply = self._loop.create_future()
@@ -343,7 +344,7 @@ class WorkerHandle:
             if self.on_metrics is not None:
                 self.on_metrics(message)
         elif isinstance(message, MemoryClosed):
-            closing = self._closing.get((message.owner, message.number))
+            closing = self._closing.pop((message.owner, message.number), None)
             if closing is not None and not closing.done():
                 closing.set_result(None)
         elif isinstance(message, ReadyAnswer):

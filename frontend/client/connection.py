@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Sequence
 
 from forebay.client.completions import Completions
+from forebay.client.device_pools import DeviceLease, DevicePools
 from forebay.client.door import Door
 from forebay.client.ensembles import ClientSteps, PendingEnsemble
 from forebay.client.errors import EngineGone, ModelChanged, WrongProcess, changed_text
@@ -70,6 +71,8 @@ class Connection:
         self._in_flight = InFlight(
             self.arena, self.memory, self._grants, self._submissions, self._models, welcome.outstanding_max
         )
+        #: Device memory that the server keeps for us.
+        self.device_pools = DevicePools(self._door)
         #: Where callers wait for answers.
         self.completions = Completions(welcome.completions, self._lock, self._in_flight, spins=spins)
         self._is_closed = False
@@ -139,6 +142,12 @@ class Connection:
                         raise
             self.completions.wait_any()
 
+    def loan_device_block(self, device_id: int, byte_size: int) -> DeviceLease | None:
+        """Return a block of device memory of the server's; None: there is none, or not yet, or no room in it."""
+        self._look_at_door()
+        with self._lock:
+            return self.device_pools.take(device_id, byte_size)
+
     @property
     def used_bytes(self) -> int:
         """Bytes of the arena in use, slabs as a whole."""
@@ -183,7 +192,7 @@ class Connection:
         self, model: Opened, inputs: Sequence[tuple[TensorPlace, BlockLease]], rows: int, options: Options
     ) -> PendingEnsemble:
         """Return a request to an ensemble, to be submitted."""
-        host = ClientSteps(model, self._in_flight, self._models, self.memory, options)
+        host = ClientSteps(model, self._in_flight, self._models, self.memory, self.device_pools, options)
         return PendingEnsemble(host, model, inputs, rows)
 
     @staticmethod

@@ -10,7 +10,7 @@ import time
 
 from forebay.client.pending import BlockLease
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.counters import PRODUCER_WORDS, InstanceCounter, instance_words
+from forebay.ipc.counters import PRODUCER_WORDS, InstanceCounter, ProducerCounter, instance_words
 from forebay.ipc.counting import count_answered, count_failure
 from forebay.ipc.ensemble.steps import StepReply, StepTimes
 from forebay.ipc.errors import ServingError
@@ -39,6 +39,10 @@ class RequestCounts:
             count_answered(self._requests, 1, elapsed_ns)
         else:
             count_failure(self._requests, error, 1, elapsed_ns, ran=ran)
+
+    def passed(self, byte_size: int) -> None:
+        """Count an output that whoever asked for it got on the GPU."""
+        self._requests[ProducerCounter.DEVICE_PASSED_BYTES] += byte_size
 
     def ensemble_ended(self, rows: int, began_ns: int, reply: StepReply) -> None:
         """Count a request to an ensemble, and what its steps took as an instance would (spec S-112)."""

@@ -11,7 +11,7 @@ import struct
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -32,6 +32,9 @@ from forebay.ipc.client_wire import (
     HELLO,
     INSTANCE,
     MAGIC,
+    MEMORY,
+    MEMORY_NAME,
+    MEMORY_NUMBER,
     MODEL,
     NUMBER,
     OPEN,
@@ -42,6 +45,7 @@ from forebay.ipc.client_wire import (
     unpack_tensor,
 )
 from forebay.ipc.errors import Internal, from_wire
+from forebay.ipc.messages import DeviceMemory
 from forebay.ipc.tensor import TensorSpec
 
 #: How long the server may take to answer at its door, s.
@@ -87,6 +91,8 @@ class OpenedModel(msgspec.Struct, frozen=True):
     """Instance to the sending end of its ring."""
     plan: EnsemblePlan = EnsemblePlan()
     """Of an ensemble."""
+    device_id: int = -1
+    """GPU in whose memory tensors of requests may lie; -1: in host memory only."""
 
     def entry(self, name: str) -> ModelEntry:
         """Return it as a catalog describes it."""
@@ -102,6 +108,7 @@ class OpenedModel(msgspec.Struct, frozen=True):
             is_ensemble=self.signature.is_ensemble,
             steps=self.plan.steps,
             max_inflight_requests=self.plan.max_inflight_requests,
+            device_id=self.device_id,
         )
 
 
@@ -119,6 +126,10 @@ class Door:
         self.news: deque[tuple[int, int, socket.socket]] = deque()
         #: Routes of opened models that others have taken the place of.
         self.gone: set[int] = set()
+        #: Device memory that the server keeps for this client, from now on.
+        self.memories: deque[DeviceMemory] = deque()
+        #: Numbers of such memories that are no more.
+        self.lost_memories: deque[int] = deque()
         self._requests = itertools.count(1)
         self._lock = threading.Lock()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -166,7 +177,7 @@ class Door:
         request = OPEN.pack(version) + wanted.encode()
         flags, body, fds = self._ask(DoorKind.OPEN, request, DoorKind.MODEL, FLAG_RUNS_ENSEMBLES)
         rings = [socket.socket(fileno=fd) for fd in fds]
-        route, max_batch_size, found, input_count, output_count, instance_count, _zero = MODEL.unpack_from(body)
+        route, max_batch_size, found, input_count, output_count, instance_count, device = MODEL.unpack_from(body)
         offset = MODEL.size
         instances = [NUMBER.unpack_from(body, offset + NUMBER.size * index)[0] for index in range(instance_count)]
         offset += NUMBER.size * instance_count
@@ -185,13 +196,36 @@ class Door:
         )
         plan = msgspec.msgpack.decode(body[offset:], type=EnsemblePlan) if signature.is_ensemble else EnsemblePlan()
         return OpenedModel(
-            route=route, version=found, signature=signature, rings=dict(zip(instances, rings, strict=False)), plan=plan
+            route=route,
+            version=found,
+            signature=signature,
+            rings=dict(zip(instances, rings, strict=False)),
+            plan=plan,
+            device_id=device - 1,
         )
 
     def tell_counts(self, route: int, offset: int) -> None:
         """Say where in the arena the requests to a version are counted; there is no answer."""
         with self._lock:
             self._send(DoorKind.COUNTS, next(self._requests), COUNTS.pack(route, 0, offset))
+
+    def ask_memory(self, number: int, device_id: int) -> None:
+        """Ask for device memory, to be known by ``number``; if there is any it comes to :attr:`memories`."""
+        with self._lock:
+            self._send(DoorKind.MAKE_MEMORY, next(self._requests), MEMORY_NAME.pack(number, device_id, 0))
+
+    def give_memory_back(self, number: int, device_id: int) -> None:
+        """Say that a memory of the server's is not used any more."""
+        with self._lock:
+            self._send(DoorKind.CLOSE_MEMORY, next(self._requests), MEMORY_NAME.pack(number, device_id, 0))
+
+    def close_memory(self, number: int, device_id: int) -> None:
+        """Have all workers close a memory of ours, so that it may be freed.
+
+        Raises:
+            Unavailable: one has not yet; ask again.
+        """
+        self._ask(DoorKind.CLOSE_MEMORY, MEMORY_NAME.pack(number, device_id, 0), DoorKind.CLOSED)
 
     def list_models(self) -> list[tuple[str, int, str]]:
         """Return (name, version, state) of every version that the server knows."""
@@ -281,14 +315,25 @@ class Door:
             raise EngineGone(f"the server at '{self.path}' has closed the connection")
         message, flag_bits, request = DOOR_HEADER.unpack_from(data)
         body = memoryview(data)[DOOR_HEADER.size :]
+        if self._put_aside(message, body, fds):
+            return message, flag_bits, 0, body, []
+        return message, flag_bits, request, body, list(fds)
+
+    def _put_aside(self, message: int, body: memoryview, fds: Sequence[int]) -> bool:
+        """Keep news; False if the message is none."""
         if message == DoorKind.INSTANCE and len(fds) == 1:
             route, instance = INSTANCE.unpack_from(body)
             self.news.append((route, instance, socket.socket(fileno=fds[0])))
-            return message, flag_bits, 0, body, []
-        if message == DoorKind.GONE:
+        elif message == DoorKind.GONE:
             self.gone.add(NUMBER.unpack_from(body)[0])
-            return message, flag_bits, 0, body, []
-        return message, flag_bits, request, body, list(fds)
+        elif message == DoorKind.MEMORY:
+            number, device_id, _zero, byte_size, handle = MEMORY.unpack_from(body)
+            self.memories.append(DeviceMemory(0, number, device_id, byte_size, handle))
+        elif message == DoorKind.LOST:
+            self.lost_memories.append(MEMORY_NUMBER.unpack_from(body)[0])
+        else:
+            return False
+        return True
 
 
 def _close_all(fds: Iterable[int]) -> None:

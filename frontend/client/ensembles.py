@@ -1,7 +1,8 @@
 """Ensembles as a client runs them: the steps are requests of its own, and tensors pass by place in its arena.
 
 Whoever reads the completion doorbell starts the next steps, so an ensemble makes progress as long as somebody waits. A
-step's output block is the next step's input block: nothing is copied on the way (spec L-030).
+step's output block is the next step's input block: nothing is copied on the way (spec L-030). What steps on one GPU
+tell each other stays in its memory, which the server keeps and this process does not open.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from forebay.client.device_pools import DeviceLease, DevicePools
 from forebay.client.in_flight import InFlight
 from forebay.client.memory import Memory
 from forebay.client.models import Models
 from forebay.client.opened import Opened
 from forebay.client.options import Options
-from forebay.client.parcels import describe, reply_bytes
+from forebay.client.parcels import describe, device_targets, reply_bytes
 from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
 from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
@@ -24,7 +26,9 @@ from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepReq
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.ensemble.traced import traced_reply, traced_run
 from forebay.ipc.errors import Cancelled, Internal, ServingError, Unavailable, from_wire
-from forebay.ipc.messages import InlineTensor, ReplyHead, TensorPlace
+from forebay.ipc.messages import DeviceMemory, InlineTensor, ReplyHead, TensorPlace
+
+_NO_TARGETS: tuple[TensorPlace, ...] = ()
 
 
 class KeptBlock:
@@ -102,7 +106,14 @@ class ClientSteps:
     """Runs the steps of one request: a :class:`forebay.ipc.ensemble.steps.StepHost`."""
 
     def __init__(
-        self, model: Opened, in_flight: InFlight, models: Models, memory: Memory, options: Options, depth: int = 0
+        self,
+        model: Opened,
+        in_flight: InFlight,
+        models: Models,
+        memory: Memory,
+        device_pools: DevicePools,
+        options: Options,
+        depth: int = 0,
     ) -> None:
         """
         Args:
@@ -114,6 +125,7 @@ class ClientSteps:
         self._in_flight = in_flight
         self._models = models
         self._memory = memory
+        self._device_pools = device_pools
         self._options = options
         self._depth = depth
 
@@ -157,9 +169,14 @@ class ClientSteps:
             sequence_end=is_end,
         )
         if model.ensemble is not None:
-            host = ClientSteps(model, self._in_flight, self._models, self._memory, options, self._depth + 1)
+            host = ClientSteps(
+                model, self._in_flight, self._models, self._memory, self._device_pools, options, self._depth + 1
+            )
             return host.run(request.inputs, request.rows, on_reply)
-        return _ModelCall(self._in_flight, self._memory, model, request, options, on_reply)
+        if options.trace is not None and options.trace.shows_tensors:
+            # What a trace shows must be on the host.
+            request = request._replace(device_outputs={})
+        return _ModelCall(self._in_flight, self._memory, self._device_pools, model, request, options, on_reply)
 
     def ended(self, rows: int, began_ns: int, reply: StepReply) -> None:
         if self._model.counts is not None:
@@ -173,6 +190,7 @@ class _ModelCall:
         self,
         in_flight: InFlight,
         memory: Memory,
+        device_pools: DevicePools,
         model: Opened,
         request: StepRequest,
         options: Options,
@@ -180,18 +198,37 @@ class _ModelCall:
     ) -> None:
         self._in_flight = in_flight
         self._memory = memory
+        self._device_pools = device_pools
         self._request = request
         self._options = options
         self._on_reply = on_reply
         self._pending = _StepParcel(model, request.rows, in_flight.next_token(), self)
+        #: Where outputs go that stay on the model's GPU, by name.
+        self._device_leases: dict[str, DeviceLease] = {}
 
     def start(self) -> None:
         pending, tensors = self._pending, self._request.inputs.values()
         reply = self._memory.loan_block(reply_bytes(pending.model, pending.rows))
-        describe(pending, self._request.places, reply, self._options)
+        memories, targets = self._request.memories, _NO_TARGETS
+        if self._request.device_outputs:
+            memories, targets = self._take_device_blocks()
+        describe(pending, self._request.places, reply, self._options, memories=memories, targets=targets)
         pending.inputs = tuple(tensor.block.lease for tensor in tensors if isinstance(tensor.block, KeptBlock))
         pending.enqueue_ns = time.monotonic_ns()
         self._in_flight.submit_step(pending)
+
+    def _take_device_blocks(self) -> tuple[tuple[DeviceMemory, ...], tuple[TensorPlace, ...]]:
+        """Take room for outputs on the model's GPU, as long as there is any; the others come to the host.
+
+        Returns:
+            The device memories of the request, and the targets in them.
+        """
+        request, device_id = self._request, self._pending.model.entry.device_id
+        for name, byte_size in request.device_outputs.items():
+            lease = self._device_pools.take(device_id, byte_size)
+            if lease is not None:
+                self._device_leases[name] = lease
+        return device_targets(request.memories, self._device_leases)
 
     def cancel(self) -> None:
         self._in_flight.cancel_step(self._pending)
@@ -219,14 +256,30 @@ class _ModelCall:
             return StepReply(error=from_wire(reply.code, reply.text), final=is_final)
         outputs: dict[str, Tensor] = {}
         for place in reply.outputs:
-            lease = next((lease for lease in held if lease.contains(place.offset, place.byte_size)), None)
+            lease = self._lease_of(place, held)
             if lease is None:
                 return StepReply(error=Internal("the model's answer could not be read"))
-            outputs[place.name] = Tensor(place.datatype, place.shape, place.byte_size, place.offset, KeptBlock(lease))
+            memory = lease.memory if isinstance(lease, DeviceLease) else None
+            block = KeptBlock(lease)
+            outputs[place.name] = Tensor(
+                place.datatype, place.shape, place.byte_size, place.offset, block, memory=memory
+            )
         for inline in reply.inline:
             outputs[inline.name] = Tensor(inline.datatype, inline.shape, len(inline.data), data=inline.data)
         times = self._times() if is_final else StepTimes()
         return StepReply(outputs, reply.parameters, final=is_final, times=times)
+
+    def _lease_of(self, place: TensorPlace, held: tuple[BlockLease, ...]) -> BlockLease | None:
+        """Return what an output lies in; None: the answer makes no sense."""
+        if not place.memory:
+            return next((lease for lease in held if lease.contains(place.offset, place.byte_size)), None)
+        lease = self._device_leases.get(place.name)
+        if lease is None or not lease.contains(place.offset, place.byte_size):
+            return None
+        counts = self._pending.model.counts
+        if counts is not None:
+            counts.passed(place.byte_size)
+        return lease
 
     def _times(self) -> StepTimes:
         return StepTimes.since(self._pending.enqueue_ns, self._in_flight.reply_times())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from forebay.client.device_pools import DeviceLease
 from forebay.client.opened import Opened
 from forebay.client.options import Options
 from forebay.client.pending import BlockLease, PendingParcel
@@ -59,6 +60,24 @@ def describe(
             trace_levels=() if options.trace is None else options.trace.levels,
         )
     )
+
+
+def device_targets(
+    memories: Sequence[DeviceMemory], leases: Mapping[str, DeviceLease]
+) -> tuple[tuple[DeviceMemory, ...], tuple[TensorPlace, ...]]:
+    """Return the device memories of a request, and where in them its outputs go, as a worker is told.
+
+    Args:
+        memories: that its inputs lie in.
+        leases: outputs by name.
+    """
+    named = list(memories)
+    targets: list[TensorPlace] = []
+    for name, lease in leases.items():
+        if lease.memory not in named:
+            named.append(lease.memory)
+        targets.append(TensorPlace(name, "", (), lease.offset, lease.byte_size, memory=named.index(lease.memory) + 1))
+    return tuple(named), tuple(targets)
 
 
 def reply_bytes(model: Opened, rows: int) -> int:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from forebay.ipc.arena import BlockAllocator
+from forebay.ipc.device_blocks import DeviceBlocks
 from forebay.ipc.errors import ArenaFull
 from forebay.ipc.messages import DeviceMemory
-
-#: Where blocks begin: what CUDA's own allocations are aligned to.
-_ALIGNMENT_BYTES = 256
 
 
 class DeviceBlock:
@@ -50,19 +47,19 @@ class DevicePool:
             on_empty: told the memory's number when the pool is retired and nothing of it is used.
         """
         self.memory = memory
-        self._blocks = BlockAllocator(memory.byte_size)
+        self._blocks = DeviceBlocks(memory.byte_size)
         self._on_empty = on_empty
         self._is_retired = False
 
     def take(self, byte_size: int) -> DeviceBlock | None:
         """Return a block; None: there is no room."""
         try:
-            return DeviceBlock(self, self._blocks.allocate(_aligned(byte_size)), byte_size)
+            return DeviceBlock(self, self._blocks.allocate(byte_size), byte_size)
         except ArenaFull:
             return None
 
     def free(self, offset: int, byte_size: int) -> None:
-        self._blocks.free(offset, _aligned(byte_size))
+        self._blocks.free(offset, byte_size)
         self._report_if_over()
 
     def retire(self) -> None:
@@ -107,10 +104,6 @@ class DevicePools:
 
     def _forward(self, number: int) -> None:
         self.on_empty(number)
-
-
-def _aligned(byte_size: int) -> int:
-    return (max(byte_size, 1) + _ALIGNMENT_BYTES - 1) & -_ALIGNMENT_BYTES
 
 
 def _ignore(_number: int) -> None:

@@ -16,6 +16,7 @@ import tritonclient.http as httpclient
 from device_models import add_chain, add_doubler
 from forebay_server import ForebayServer
 
+from forebay.client import shm
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
 
 KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -30,6 +31,9 @@ class Chain:
         add_doubler(root, "gpu", "KIND_GPU", more="dynamic_batching { }")
         add_chain(root, "chain")
         self.kind = kind
+        self.models = root
+        #: Requests to the model ``gpu`` that :meth:`infer` has made.
+        self.sent = 0
         environment = {PLAYED_GPUS_VARIABLE: "1"} if kind == "host" else {}
         self.server = ForebayServer(root, *flags, environment=environment)
 
@@ -41,6 +45,7 @@ class Chain:
                 tensor = httpclient.InferInput("X", [1, 4], "FP32")
                 tensor.set_data_from_numpy(np.full((1, 4), number, np.float32))
                 sent.append((number, client.async_infer("chain", [tensor])))
+            self.sent += 2 * count
             for number, request in sent:
                 np.testing.assert_array_equal(request.get_result().as_numpy("Y"), np.full((1, 4), 4 * number))
 
@@ -51,6 +56,11 @@ class Chain:
             if line.startswith(f"{family}{{") and shown.get("model") == model and labels.items() <= shown.items():
                 return int(line.rpartition(" ")[2])
         return 0
+
+    @property
+    def requests(self) -> int:
+        """Requests to the model ``gpu`` that have succeeded."""
+        return self.counter("nv_inference_request_success")
 
     @property
     def passed(self) -> int:
@@ -145,6 +155,78 @@ def test_a_pool_goes_with_the_last_ensemble_that_needs_it(chain: Chain) -> None:
     chain.wait_pools(0)
     assert chain.server.post("/v2/repository/models/chain/load", b"{}")[0] == 200
     chain.wait_passing()
+
+
+class Client:
+    """A program that runs the ensemble itself, over shared memory."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._engine = shm.connect(chain.server.runtime_base)
+        self._model = self._engine.model("chain")
+        self._number = 0
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._engine.close()
+
+    def infer(self) -> None:
+        self._number += 1
+        self._model.input("X", rows=1)[:] = self._number
+        np.testing.assert_array_equal(self._model.infer(), np.full((1, 4), 4 * self._number))
+
+    def wait_passing(self) -> None:
+        """Run requests until there is a pool; they are answered before it is there, too."""
+        before = self._chain.passed
+
+        def passes() -> bool:
+            self.infer()
+            return self._chain.passed > before
+
+        self._chain.server.wait_for(passes, "steps to pass tensors on the GPU")
+
+    def settled_counters(self) -> tuple[int, tuple[int, int]]:
+        """Return what was passed and what crossed once the server has read this client's counts."""
+        self._chain.server.wait_for(lambda: self._chain.requests == 2 * self._number + self._chain.sent, "the counts")
+        return self._chain.passed, self._chain.crossed
+
+
+def test_what_only_steps_read_stays_on_the_gpu_where_a_client_runs_them(chain: Chain) -> None:
+    with Client(chain) as client:
+        client.wait_passing()
+        passed, (into, out) = client.settled_counters()
+        for _ in range(20):
+            client.infer()
+        assert client.settled_counters() == (passed + 20 * ROW_BYTES, (into + 20 * ROW_BYTES, out + 20 * ROW_BYTES))
+        chain.wait_pools(2)
+    chain.wait_pools(1)
+
+
+def test_a_client_survives_the_courier_that_keeps_its_memory(chain: Chain) -> None:
+    with Client(chain) as client:
+        client.wait_passing()
+        os.kill(chain.courier, signal.SIGKILL)
+        for _ in range(20):
+            client.infer()
+        chain.server.wait_logged("worker courier of GPU 0:1 #0 is back")
+        client.wait_passing()
+
+
+def test_a_client_follows_models_off_the_gpu_and_back(chain: Chain) -> None:
+    """Updated in place: the route stays, and only the place of its instances changes."""
+    config = chain.models / "gpu" / "config.pbtxt"
+    on_gpu = config.read_text()
+    with Client(chain) as client:
+        client.wait_passing()
+        for text, passes in ((on_gpu.replace("KIND_GPU", "KIND_CPU"), False), (on_gpu, True)):
+            config.write_text(text)
+            assert chain.server.post("/v2/repository/models/gpu/load", b"{}")[0] == 200
+            passed, _crossed = client.settled_counters()
+            for _ in range(5):
+                client.infer()
+            assert (client.settled_counters()[0] > passed) == passes
 
 
 @pytest.mark.parametrize("kind", KINDS)
