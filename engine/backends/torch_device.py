@@ -20,14 +20,10 @@ from forebay.engine.backends.torch_library import LoadedModule, Tensor, torch
 from forebay.engine.backends.torch_tensors import data_type
 from forebay.engine.devices.base import Device, Stream
 from forebay.engine.devices.device_array import DeviceArray
-from forebay.engine.devices.poisoning import end_poisoned_process
 from forebay.engine.devices.staging import Staging
 from forebay.ipc.errors import BackendFailed, InvalidArgument
 from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
-
-#: What PyTorch says when the context is lost rather than the request wrong.
-_POISONED_TEXTS = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
 
 
 class _OnDevice:
@@ -94,10 +90,6 @@ class TorchDeviceInstance(DeviceInstance):
             try:
                 results = self._call.run(arguments)
                 return {name: self._on_device(name, self._call.pick(results, name)) for name in outputs}
-            except BackendFailed as error:
-                if any(text in error.text for text in _POISONED_TEXTS):
-                    end_poisoned_process(error)
-                raise
             finally:
                 if self._cleans_cache and self._torch_stream is not None:
                     torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from forebay.engine.devices.base import (
@@ -38,9 +38,16 @@ _GLANCE_NS = 100_000
 #: cudaError_t: memory allocation.
 _OUT_OF_MEMORY = 2
 
-#: cudaError_t after which a context cannot be used any more: illegal address and instruction, misaligned address,
-#: hardware stack error, invalid address space and program counter, launch failure and time-out, assert, ECC errors.
-_STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721})
+#: cudaError_t after which a context cannot be used any more: uncorrectable ECC and NVLink errors, an error contained by
+#: the GPU, illegal address, launch time-out, context destroyed, assert, hardware stack error, illegal instruction,
+#: misaligned address, invalid address space and program counter, launch failure, tensor memory leak, MPS client
+#: terminated, external device, and unknown: what comes after that nobody knows either.
+_STICKY = frozenset({214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999})
+
+#: cudaError_t to what helps.
+_ADVICE = {
+    46: "; if another process has the GPU for itself (nvidia-smi shows E. Process): --mps on, or nvidia-smi -c DEFAULT"
+}
 
 
 @contextlib.contextmanager
@@ -54,7 +61,7 @@ def translated(what: str) -> Generator[None]:
         yield
     except runtime.CUDARuntimeError as error:
         number = int(error.status)
-        text = f"{what}: {error}"
+        text = f"{what}: {error}{_ADVICE.get(number, '')}"
         if number == _OUT_OF_MEMORY:
             raise DeviceMemoryFull(text) from None
         if number in _STICKY:
@@ -62,15 +69,21 @@ def translated(what: str) -> Generator[None]:
         raise DeviceError(text) from None
 
 
-def is_recorded(event: int) -> bool:
-    """Whether everything before the recording of an event is done."""
-    # 0: done; cudaErrorNotReady comes back as a number or as an exception, by CuPy's version.
+def is_done(query: Callable[[int], int | None], handle: int) -> bool:
+    """Whether an event's (``eventQuery``) or a stream's (``streamQuery``) work is done.
+
+    Raises:
+        DeviceBroken, DeviceError: some of it failed.
+    """
+    # By CuPy's version the status comes back as a number or as an exception.
     try:
-        return int(runtime.eventQuery(event) or 0) == 0
+        status = int(query(handle) or 0)
     except runtime.CUDARuntimeError as error:
-        if int(error.status) == _NOT_READY:
-            return False
-        raise DeviceBroken(f"an event failed: {error}") from None
+        status = int(error.status)
+    if status not in (0, _NOT_READY):
+        with translated("work on the device"):
+            raise runtime.CUDARuntimeError(status)
+    return status == 0
 
 
 class CudaMemory(Memory):
@@ -114,7 +127,7 @@ class CudaEvent(Event):
 
     @property
     def is_done(self) -> bool:
-        return is_recorded(self.handle)
+        return is_done(runtime.eventQuery, self.handle)
 
     def synchronize(self) -> None:
         with translated("waiting for an event"):
@@ -132,11 +145,11 @@ class CudaGraph(Graph):
 
     def __init__(self, graph: int) -> None:
         """Take ownership of a captured graph."""
-        try:
-            with translated("instantiating a graph"):
+        with translated("instantiating a graph"):
+            try:
                 self.handle: int = runtime.graphInstantiate(graph)
-        finally:
-            runtime.graphDestroy(graph)
+            finally:
+                runtime.graphDestroy(graph)
 
     def close(self) -> None:
         if self.handle:
@@ -186,12 +199,7 @@ class CudaStream(Stream):
 
     @property
     def is_idle(self) -> bool:
-        try:
-            return int(runtime.streamQuery(self.handle) or 0) == 0
-        except runtime.CUDARuntimeError as error:
-            if int(error.status) == _NOT_READY:
-                return False
-            raise DeviceBroken(f"a stream failed: {error}") from None
+        return is_done(runtime.streamQuery, self.handle)
 
     def synchronize(self) -> None:
         with translated("waiting for a stream"):
@@ -211,7 +219,7 @@ class CudaStream(Stream):
         with translated("waiting for a stream"):
             runtime.eventRecord(end, self.handle)
             give_up_ns = time.monotonic_ns() + _GLANCE_NS
-            while not is_recorded(end) and time.monotonic_ns() < give_up_ns:
+            while not is_done(runtime.eventQuery, end) and time.monotonic_ns() < give_up_ns:
                 pass
             runtime.eventSynchronize(end)
             self._traffic.device_ns += int(runtime.eventElapsedTime(begin, end) * 1e6)
@@ -310,10 +318,13 @@ class CudaDevice(Device):
         with translated("opening exported memory"):
             address = int(runtime.ipcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess))
         memory = CudaMemory(address, byte_size, is_opened=True)
-        size = allocation_bytes(address)
-        if byte_size > size:
+        try:
+            size = allocation_bytes(address)
+            if byte_size > size:
+                raise DeviceError(f"the exported memory has {size} bytes, not {byte_size}")
+        except DeviceError:
             memory.close()
-            raise DeviceError(f"the exported memory has {size} bytes, not {byte_size}")
+            raise
         return memory
 
     def memory_info(self) -> tuple[int, int]:

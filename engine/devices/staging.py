@@ -15,6 +15,7 @@ from forebay.engine.backends.base import Array
 from forebay.engine.devices.base import Device, DeviceBroken, DeviceError, Memory, Pin, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.memory_limit import PINNED_KEY
+from forebay.ipc.log import log
 from forebay.ipc.messages import InstanceSpec
 
 #: ``optimization.priority`` to a stream's (spec C-051).
@@ -133,12 +134,16 @@ class PinnedArenas:
     def attach(self, address: int, byte_size: int) -> bool:
         """Lock a mapping; whether that was possible."""
         if self._bytes_max is not None and byte_size > self._bytes_max:
+            log.verbose(
+                1, f"an arena of {byte_size} bytes is not page-locked: more than --pinned-memory-pool-byte-size"
+            )
             return False
         try:
             self._pins[address] = self._device.pin(address, byte_size)
         except DeviceBroken:
             raise
-        except DeviceError:
+        except DeviceError as error:
+            log.warning(f"an arena cannot be page-locked, copies from and to it are slower: {error.text}")
             return False
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import multiprocessing
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from forebay.engine.devices.base import (
     ALIGNMENT_BYTES,
     HANDLE_BYTES,
     Device,
+    DeviceBroken,
     DeviceError,
     DeviceMemoryFull,
     Memory,
@@ -39,6 +41,11 @@ def device(request: pytest.FixtureRequest) -> Device:
 def stream(device: Device) -> Iterator[Stream]:
     with device.make_stream() as made:
         yield made
+
+
+def whole_pages(count: int) -> np.ndarray:
+    """Return zeros, float32 [count], on pages of their own: what shares one cannot be page-locked twice."""
+    return np.frombuffer(mmap.mmap(-1, max(4 * count, mmap.PAGESIZE)), np.float32, count)
 
 
 def put(stream: Stream, memory: Memory, array: np.ndarray) -> None:
@@ -68,7 +75,8 @@ def test_copies_there_and_back(device: Device, stream: Stream) -> None:
 
 
 def test_pinned_memory_is_copied_from(device: Device, stream: Stream) -> None:
-    numbers = np.arange(4096, dtype=np.float32)
+    numbers = whole_pages(4096)
+    numbers[:] = np.arange(4096)
     with device.pin(numbers.ctypes.data, numbers.nbytes), device.allocate(numbers.nbytes) as memory:
         put(stream, memory, numbers)
         assert (get(stream, memory, 4096) == numbers).all()
@@ -93,7 +101,7 @@ def test_streams_wait_for_events(device: Device, stream: Stream) -> None:
 
 
 def test_graph_repeats_what_was_captured(device: Device, stream: Stream) -> None:
-    source, target = np.zeros(256, np.float32), np.zeros(256, np.float32)
+    source, target = whole_pages(256), whole_pages(256)
     with (
         device.pin(source.ctypes.data, source.nbytes),
         device.pin(target.ctypes.data, target.nbytes),
@@ -186,6 +194,41 @@ def test_what_cuda_is_asked_for_by_name_is_there() -> None:
     names = set(re.findall(r"\bruntime\.(\w+)", source))
     assert len(names) > 30
     assert {name for name in names if not hasattr(cuda_device.runtime, name)} == set()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "text"),
+    [
+        (1, DeviceError, "trying: cudaErrorInvalidValue: invalid argument"),
+        (2, DeviceMemoryFull, "cudaErrorMemoryAllocation"),
+        (46, DeviceError, "--mps on, or nvidia-smi -c DEFAULT"),
+        *((status, DeviceBroken, "trying: cudaError") for status in (214, 220, 226, 700, 709, 710, 719, 810, 999)),
+    ],
+)
+def test_errors_of_cuda_are_told_apart(status: int, kind: type[DeviceError], text: str) -> None:
+    """What cannot be used on ends its worker; what can does not."""
+    pytest.importorskip("cupy")
+    from forebay.engine.devices.cuda_device import runtime, translated
+
+    with pytest.raises(DeviceError, match=text) as caught, translated("trying"):
+        raise runtime.CUDARuntimeError(status)
+    assert type(caught.value) is kind
+
+
+def test_a_query_tells_done_from_not_ready_and_from_broken() -> None:
+    pytest.importorskip("cupy")
+    from forebay.engine.devices.cuda_device import is_done, runtime
+
+    def raising(status: int) -> int:
+        raise runtime.CUDARuntimeError(status)
+
+    assert is_done(lambda _handle: 0, 1)
+    assert is_done(lambda _handle: None, 1)
+    # As a number or as an exception, by CuPy's version.
+    for query in (int, raising):
+        assert not is_done(query, 600)
+        with pytest.raises(DeviceBroken):
+            is_done(query, 700)
 
 
 def test_timed_work_is_counted(device: Device, stream: Stream) -> None:
