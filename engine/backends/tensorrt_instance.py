@@ -86,7 +86,9 @@ class TensorRtInstance(DeviceInstance):
         self._owner: LoadedEngine | None = owner
         self._engine: Any = owner.engine
         self._model = spec.model
-        self._staging = Staging(device, stream)
+        is_fixed = all(tensor.is_fixed for tensor in (*spec.inputs, *spec.outputs))
+        # With room for the largest batch at once, so that nothing moves, and no graph is captured in vain.
+        self._staging = Staging(device, stream, rows_max=spec.max_batch_size if is_fixed else 0)
         self._inputs = tensor_names(trt, self._engine, "INPUT")
         self._outputs = tensor_names(trt, self._engine, "OUTPUT")
         host = trt.TensorLocation.HOST
@@ -102,9 +104,10 @@ class TensorRtInstance(DeviceInstance):
             name: DATATYPES[datatype_of_tensor(self._engine, name)].numpy_dtype
             for name in (*self._inputs, *self._outputs)
         }
-        is_fixed = all(tensor.is_fixed for tensor in (*spec.inputs, *spec.outputs))
         wants_graphs = bool(spec.optimization.get("cuda_graphs")) and is_fixed and not self._on_host
         self._uses_graphs = wants_graphs and not owner.makes_graphs
+        #: Generation of the staging's buffers that the graphs use.
+        self._captured_generation = 0
         self._has_run = False
         self._allocators: dict[str, Any] = {}
         self._scratch: Memory | None = None
@@ -187,7 +190,10 @@ class TensorRtInstance(DeviceInstance):
                 raise InvalidArgument(self._shape_problem(shapes))
             address = placed[name].address if name in placed else on_host[name].ctypes.data
             context.set_tensor_address(name, address)
-        unknown = list(context.infer_shapes())
+        try:
+            unknown = list(context.infer_shapes())
+        except RuntimeError as error:
+            raise InvalidArgument(f"model '{self._model}': {error}: {self._take_errors()}") from None
         if unknown:
             raise InvalidArgument(f"model '{self._model}': the shape of '{unknown[0]}' cannot be told from the inputs")
         return profile, shapes
@@ -218,22 +224,22 @@ class TensorRtInstance(DeviceInstance):
                     self._allocators[name] = allocator
                 context.set_output_allocator(name, allocator)
             else:
-                byte_size = int(np.prod(shape)) * self._dtypes[name].itemsize
-                context.set_tensor_address(name, self._staging.reserve(name, byte_size))
+                context.set_tensor_address(name, self._staging.place(name, shape, self._dtypes[name]).address)
         return on_host
 
     def _output_place(self, context: Any, name: str) -> tuple[tuple[int, ...], int]:
         """Return an output's shape and address after the run."""
         allocator = self._allocators.get(name)
-        shape = tuple(context.get_tensor_shape(name))
-        if allocator is None or -1 not in shape:
-            return shape, self._staging.reserve(name, 0)
+        if allocator is None:
+            return tuple(context.get_tensor_shape(name)), self._staging.reserve(name, 0)
         if allocator.memory is None:
             raise BackendFailed(f"model '{self._model}': no room on the GPU for output '{name}'")
         return allocator.shape, allocator.memory.address
 
     def _execute(self, profile: _Profile, key: tuple[object, ...]) -> None:
-        key = (self._staging.generation, *key)
+        if self._captured_generation != self._staging.generation:
+            self._captured_generation = self._staging.generation
+            self._forget_graphs()
         graph = profile.graphs.get(key)
         if graph is not None:
             self.stream.launch(graph)
@@ -269,13 +275,17 @@ class TensorRtInstance(DeviceInstance):
             return None
         return graph
 
-    def close(self) -> None:
-        self.stream.synchronize()
-        self._save_kernels()
+    def _forget_graphs(self) -> None:
         for profile in self._profiles:
             for graph in profile.graphs.values():
                 if graph is not None:
                     graph.close()
+            profile.graphs.clear()
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        self._save_kernels()
+        self._forget_graphs()
         # Contexts go before the engine, and all of them before the memory that they were given.
         self._profiles.clear()
         self._engine = None

@@ -46,8 +46,8 @@ class RuntimeCache:
 
     def save(self) -> None:
         """Keep what has been compiled so far, if there is more than before."""
-        found = bytes(self._cache.serialize())
-        if found == self._kept:
+        serialized = self._cache.serialize()
+        if serialized is None or (found := bytes(serialized)) == self._kept:
             return
         try:
             make_private_directory(self._directory)

@@ -119,6 +119,8 @@ class Context:
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._allocators: dict[str, Any] = {}
+        #: Shapes that only the last run could tell.
+        self._found: dict[str, Shape] = {}
 
     def set_device_memory(self, address: int, byte_size: int) -> None:
         self.scratch = (address, byte_size)
@@ -129,6 +131,7 @@ class Context:
 
     def set_input_shape(self, name: str, shape: Shape) -> bool:
         self._shapes[name] = tuple(shape)
+        self._found.clear()
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -143,7 +146,7 @@ class Context:
         return []
 
     def get_tensor_shape(self, name: str) -> Shape:
-        return self.engine.shapes(self._shapes)[name]
+        return self._found.get(name) or self.engine.shapes(self._shapes)[name]
 
     def execute_async_v3(self, stream: int) -> bool:
         if self.engine.fails:
@@ -156,6 +159,7 @@ class Context:
                 allocator = self._allocators[name]
                 address = allocator.reallocate_output_async(name, 0, array.nbytes, 256, stream)
                 allocator.notify_shape(name, array.shape)
+                self._found[name] = array.shape
                 if not address:
                     return False
             else:

@@ -169,6 +169,30 @@ def test_second_batch_of_a_size_is_captured_and_then_launched() -> None:
     instance.close()
 
 
+def test_each_size_is_captured_once_in_whatever_order_they_come() -> None:
+    """The buffers have room for the largest batch from the first on, so that no graph's addresses become stale."""
+    engine = doubling((1, 8))
+    instance = open_instance(engine, msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True}))
+    for count in (1, 8, 4, 1, 8, 4):
+        instance.run({"x": rows(count)}, ("y",))
+    assert engine.contexts[0].runs_count == 3 * 2
+    assert instance.device.traffic.graph_launches == 3
+    instance.close()
+
+
+def test_shapes_that_tensorrt_cannot_infer_are_the_requests_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = doubling((1, 8))
+    instance = open_instance(engine)
+
+    def infer_shapes() -> list[str]:
+        raise RuntimeError("inferShapes failed")
+
+    monkeypatch.setattr(engine.contexts[0], "infer_shapes", infer_shapes)
+    with pytest.raises(InvalidArgument, match="model 'm': inferShapes failed: because"):
+        instance.run({"x": rows(1)}, ("y",))
+    instance.close()
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs", "text"),
     [
