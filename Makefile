@@ -32,11 +32,9 @@ demo: $(VENV)/.installed-demo  ## Serve on free ports, send requests, check the 
 
 install: $(VENV)/.installed  ## Create .venv and install forebay into it
 
-gpu: $(VENV)/.installed  ## Add what a machine with an NVIDIA GPU needs (about 1 GB)
+gpu: $(VENV)/.installed  ## Add what a machine with an NVIDIA GPU needs (about 1.7 GB)
 	$(PIP) install -e '.[gpu]'
-	@# Both builds of ONNX Runtime own one directory: the CPU build's files go before the GPU build's come back.
-	$(PIP) uninstall --yes onnxruntime
-	$(PIP) install --force-reinstall --no-deps onnxruntime-gpu
+	$(GPU_BUILD_ON_TOP)
 
 test: $(VENV)/.installed-test  ## Install what the tests need and run them
 	@# What fails beside other files on two busy cores gets a second try alone; a real failure fails there too.
@@ -47,7 +45,8 @@ fuzz: $(VENV)/.installed-test  ## Send malformed requests to a running server fo
 	FOREBAY_FUZZ_EXAMPLES=5000 $(BIN)/python -P -m pytest -q -n0 tests/faults/test_http_fuzz.py
 
 test-gpu: $(VENV)/.installed-test  ## On a machine with an NVIDIA GPU, after `make gpu`: every test that needs one
-	$(BIN)/python -P -m pytest -n 0 -m gpu -rs $(TESTS)
+	@# The tests are written for one GPU; another than the first may be named in the environment.
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -P -m pytest -n 0 -m gpu -ra $(TESTS)
 
 format: $(VENV)/.installed-test  ## Format the code and sort its imports
 	$(BIN)/ruff format $(SOURCES)
@@ -75,6 +74,13 @@ clean:  ## Remove .venv, build output and caches
 
 # --- what the targets above need
 
+# Both builds of ONNX Runtime own one directory, and pip knows nothing of it: every install brings the CPU build's files
+# back over those of the GPU build. Where there is one, it goes on top again.
+define GPU_BUILD_ON_TOP
+@if $(PIP) show --quiet onnxruntime-gpu 2>/dev/null && $(PIP) show --quiet onnxruntime 2>/dev/null; then \
+	$(PIP) uninstall --quiet --yes onnxruntime && $(PIP) install --quiet --force-reinstall --no-deps onnxruntime-gpu; fi
+endef
+
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "forebay needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
@@ -83,10 +89,12 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml setup.py engine/worker/rows_lane.c | $(BIN)/python
 	$(PIP) install --quiet -e .
+	$(GPU_BUILD_ON_TOP)
 	@touch $@
 
 $(VENV)/.installed-demo: $(VENV)/.installed
 	$(PIP) install --quiet -e '.[demo]'
+	$(GPU_BUILD_ON_TOP)
 	@touch $@
 
 # PyTorch, TensorFlow and OpenVINO are large, so only CI fetches them unasked; without it the tests that need it are skipped, saying so.
@@ -97,6 +105,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 ifeq ($(CI),true)
 	$(PIP) install --quiet torch==2.13.0 tensorflow-cpu openvino
 endif
+	$(GPU_BUILD_ON_TOP)
 	@touch $@ $(VENV)/.installed-demo
 
 # mypy and pyright cannot see through an editable finder: give them one link that spells the name.

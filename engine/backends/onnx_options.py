@@ -32,6 +32,12 @@ SHRINK_KEY = "memory.enable_memory_arena_shrinkage"
 #: The only ``session.*`` key that Triton passes on (spec B-013).
 _INITIALIZER_KEY = "session.use_device_allocator_for_initializers"
 
+#: The CPU build's files replace those of a GPU build that is installed beside it.
+_GPU_BUILD_ADVICE = (
+    " (what puts the GPU build on top: "
+    "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu)"
+)
+
 _PRECISIONS = {"FP16": "trt_fp16_enable", "BF16": "trt_bf16_enable", "INT8": "trt_int8_enable"}
 
 #: The only words for yes and no that ONNX Runtime's Python takes for the TensorRT provider.
@@ -293,7 +299,8 @@ def cuda_parameters(parameters: Mapping[str, str]) -> dict[str, str]:
 
 def _require(provider: str, accelerator: str) -> None:
     if provider not in ort.get_available_providers():
+        advice = _GPU_BUILD_ADVICE if provider == CUDA_PROVIDER else ""
         raise Unsupported(
             f"execution accelerator '{accelerator}' needs ONNX Runtime's {provider}, which is not installed; "
-            f"this build has: {', '.join(ort.get_available_providers())}"
+            f"this build has: {', '.join(ort.get_available_providers())}{advice}"
         )
