@@ -43,11 +43,13 @@ from forebay.ipc.wire import (
     GRANT,
     HEADER,
     MESSAGE_BYTES_MAX,
+    SMALL_ANSWER_BYTES,
     TIMES,
     TIMES_END,
     TOKEN,
     Kind,
     Times,
+    is_small_answer,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at how much memory requests use, while they use any.
 GAUGE_SECS = 0.25
+#: Requests of a model that arrive in one event-loop turn and delay those of others.
+_CROWD = 8
 #: Answers to parcels that one event-loop turn takes at most.
 _REPLIES_PER_TURN = 32
 _PARCEL_ANSWERS = (Kind.PARCEL_REPLY, Kind.PARCEL_REPLIES)
@@ -101,6 +105,10 @@ class EngineClient:
         self._blocks.allocate(64)
         self._tokens = itertools.count(1)
         self._dirty: list[RouteClient] = []
+        #: Those of which many requests arrived together the last time.
+        self.crowded_routes: set[RouteClient] = set()
+        #: Called after each answer while any is crowded.
+        self.between_answers: Callable[[], None] | None = None
         self._is_flush_due = False
         self._turn_ns = 0
         self._cancellations = Cancellations()
@@ -115,6 +123,8 @@ class EngineClient:
         self.are_gauges_due = False
         self._buffer = bytearray(MESSAGE_BYTES_MAX)
         self._buffer_view = memoryview(self._buffer)
+        #: For an answer that passes those that are being given.
+        self._peeked = bytearray(SMALL_ANSWER_BYTES)
         self._encode_head = msgspec.msgpack.Encoder().encode
         #: Runs of ensembles that need a model version, by the offset of its counters; none: 0.
         self.ensemble_uses: dict[int, int] = {}
@@ -266,6 +276,7 @@ class EngineClient:
         parcels: list[ParcelSubmit] = []
         for route in dirty:
             route.is_flush_scheduled = False
+            self._note_crowd(route)
             if (route.turn or route.turn_parcels) and not route.flush_direct():
                 route.is_holding = False
                 runs.extend(run.to_submit(route.route) for run in route.turn)
@@ -285,6 +296,13 @@ class EngineClient:
                 self.grants.cancel_parcels(cancel.tokens)
                 self._submit.send_nowait(cancel)
 
+    def _note_crowd(self, route: RouteClient) -> None:
+        requests = sum([run.requests for run in route.turn])
+        if requests >= _CROWD:
+            self.crowded_routes.add(route)
+        elif requests * 4 <= _CROWD:
+            self.crowded_routes.discard(route)
+
     def _refuse_unsent(self, runs: list[RunSubmit], parcels: list[ParcelSubmit]) -> None:
         error = Unavailable("the scheduler does not keep up; try again later")
         for run in runs:
@@ -294,6 +312,34 @@ class EngineClient:
             self.parcels.fail(parcel.token, error)
 
     # --- completions ---
+
+    @property
+    def completions_fd(self) -> int:
+        """The receiving end of the completion doorbell, for who cannot wait until the event loop looks at it."""
+        return self._completions.fileno()
+
+    def take_answer_now(self) -> None:
+        """Give the answer that has come.
+
+        While others are being given, only the answer of a small batch: the large one is no quicker for being begun.
+        """
+        if not self._is_answering:
+            self._on_completion()
+            return
+        peeked = self._peeked
+        try:
+            size = self._completions.recv_into(peeked, 0, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        if not is_small_answer(peeked, size):
+            return
+        self._completions.recv(1)  # The rest of the message is dropped with its beginning.
+        outer = self._buffer, self.held_times
+        self._buffer, self.held_times = peeked, None
+        try:
+            self._completed(memoryview(peeked)[:size])
+        finally:
+            self._buffer, self.held_times = outer
 
     def _on_completion(self) -> None:
         self._is_answering = True

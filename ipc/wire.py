@@ -136,6 +136,8 @@ GROW = struct.Struct("<QQQ")
 NO_TIMES = TIMES.pack(0, 0, 0, 0)
 #: Where what follows the times of a message begins.
 TIMES_END = HEADER.size + TIMES.size
+#: What must be read of a message to know whether it is the answer of one run: one byte more than that has.
+SMALL_ANSWER_BYTES = TIMES_END + RUN.size + 1
 
 
 class Run(NamedTuple):
@@ -182,6 +184,17 @@ def unpack_runs(message: memoryview, count: int, offset: int) -> list[Run]:
     """Read ``count`` runs from ``offset``; raises ``struct.error`` if the message is too short."""
     size = RUN.size
     return [Run._make(RUN.unpack_from(message, offset + index * size)) for index in range(count)]
+
+
+def is_small_answer(message: bytearray, size: int) -> bool:
+    """Tell whether the first :data:`SMALL_ANSWER_BYTES` of a message are all of it, and it answers one request.
+
+    Args:
+        size: how many of them there are.
+    """
+    if size != SMALL_ANSWER_BYTES - 1 or message[0] != Kind.RUNS_DONE:
+        return False
+    return bool(RUN.unpack_from(message, TIMES_END)[1] == 1)
 
 
 def pack_rows_cancel(batch: int, producer: int, base: int, firsts: Sequence[int]) -> bytes:

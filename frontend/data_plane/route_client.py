@@ -212,6 +212,8 @@ class RouteClient:
         grant = self._idle_grant()
         if grant is None:
             return False
+        if self.engine.crowded_routes:
+            self.engine.crowded_routes.discard(self)
         run = Run(self.engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns())
         grant.ring([run])
         return True
@@ -330,6 +332,7 @@ class RouteClient:
     def retire(self) -> None:
         """The model version is no longer routed to; give back slabs as they empty."""
         self.is_retired = True
+        self.engine.crowded_routes.discard(self)
         self._slab_set.retire()
 
     def write_counters(self) -> None:

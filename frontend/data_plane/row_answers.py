@@ -33,16 +33,6 @@ def _read_remarks(message: memoryview, count: int) -> dict[int, list[RowRemark]]
     return by_run
 
 
-def _answer_rows(slab: OwnedSlab, first: int, rows: int) -> None:
-    """Call everybody who waits for one of these rows."""
-    owners = slab.owners
-    for row in range(first, first + rows):
-        owner = owners[row]
-        if owner is not None:
-            owners[row] = None
-            owner.rows_done(slab, row)
-
-
 class RowAnswers:
     """Gives requests in rows their answers."""
 
@@ -69,7 +59,7 @@ class RowAnswers:
             failed = 0
             if index in remarks:
                 failed = self._answer_remarked(route, slab, remarks[index], now_ns - enqueue_sum_ns // requests)
-            _answer_rows(slab, first, rows)
+            self._answer_rows(slab, first, rows)
             route.release(slab, first, rows)
             enqueue_ns = enqueue_sum_ns // requests
             elapsed_ns = now_ns - enqueue_ns
@@ -81,6 +71,17 @@ class RowAnswers:
             route.write_counters()
         self._engine.grants.runs_ended(instance)
         self._engine.cores.ended(elapsed_ns)
+
+    def _answer_rows(self, slab: OwnedSlab, first: int, rows: int) -> None:
+        """Call everybody who waits for one of these rows."""
+        owners = slab.owners
+        for row in range(first, first + rows):
+            owner = owners[row]
+            if owner is not None:
+                owners[row] = None
+                owner.rows_done(slab, row)
+                if self._engine.crowded_routes and self._engine.between_answers is not None:
+                    self._engine.between_answers()
 
     @staticmethod
     def _answer_remarked(route: RouteClient, slab: OwnedSlab, remarks: list[RowRemark], elapsed_ns: int) -> int:

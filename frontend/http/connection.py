@@ -62,6 +62,7 @@ class Connection(asyncio.BufferedProtocol):
         "_calls",
         "_chunks",
         "_expects_upload",
+        "_express_fd",
         "_fd",
         "_frontend",
         "_head",
@@ -86,6 +87,8 @@ class Connection(asyncio.BufferedProtocol):
         self._frontend = frontend
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._fd = -1
+        #: Our descriptor while it is in the express epoll; else -1.
+        self._express_fd = -1
         # Reading
         self._partial = bytearray()
         self._head: Head | None = None
@@ -124,7 +127,7 @@ class Connection(asyncio.BufferedProtocol):
         self._frontend.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fd = -1
+        self._forget_fd()
         self._is_closing = True
         self._drop_request()
         self._count_owed(0)
@@ -142,6 +145,26 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._is_closing:
             return
+        self._received(nbytes)
+        if self._frontend.engine.crowded_routes:
+            self._frontend.express.step()
+
+    def read_now(self) -> None:
+        """Take what has arrived, without waiting for the event loop."""
+        if self._fd < 0 or self._is_paused or self._is_closing:
+            return
+        try:
+            count = os.readv(self._fd, [self.get_buffer(-1)])
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if count:
+            self._received(count)
+        else:
+            self._leave_express()  # The loop will find out too.
+
+    def _received(self, nbytes: int) -> None:
         upload = self._upload
         if upload is not None:
             if upload.received(nbytes):
@@ -390,6 +413,26 @@ class Connection(asyncio.BufferedProtocol):
         call.slab = slab
         call.first = first
         route.publish(slab, first, rows, call, plan.priority, plan.timeout_us)
+        crowded = route.engine.crowded_routes
+        if crowded and (route in crowded) is (self._express_fd >= 0):
+            self._change_express()
+
+    def _change_express(self) -> None:
+        if self._express_fd >= 0:
+            self._leave_express()
+        elif self._fd >= 0:
+            self._express_fd = self._fd
+            self._frontend.express.join(self, self._fd)
+
+    def _leave_express(self) -> None:
+        if self._express_fd >= 0:
+            self._frontend.express.leave(self._express_fd)
+            self._express_fd = -1
+
+    def _forget_fd(self) -> None:
+        """Neither read nor write by ourselves any more."""
+        self._leave_express()
+        self._fd = -1
 
     def _infer_general(self, head: Head, body: memoryview) -> None:
         call = self._frontend.new_call(self, head)
@@ -540,7 +583,7 @@ class Connection(asyncio.BufferedProtocol):
     def _linger(self) -> None:
         # Closing while there are unread bytes resets the connection, and the client may never read our answer.
         self._is_lingering = True
-        self._fd = -1
+        self._forget_fd()
         self._transport.write_eof()
         if self._is_paused:
             self._is_paused = False
@@ -550,7 +593,7 @@ class Connection(asyncio.BufferedProtocol):
     def _close(self) -> None:
         """Close when everything is written."""
         self._is_closing = True
-        self._fd = -1
+        self._forget_fd()
         self._transport.close()
 
     def drain(self) -> None:
@@ -569,7 +612,7 @@ class Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close at once; what is not written yet is lost."""
         self._is_closing = True
-        self._fd = -1
+        self._forget_fd()
         self._count_owed(0)
         self._transport.abort()
 

@@ -12,6 +12,7 @@ from forebay.frontend.catalog_view import CatalogView
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.http.connection import SCRATCH_BYTES, UPLOAD_HEAD_BYTES, Connection
 from forebay.frontend.http.direct_upload import DirectUpload
+from forebay.frontend.http.express import Express
 from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.general_path import GeneralCall
 from forebay.frontend.http.generate import GenerateCall
@@ -45,6 +46,7 @@ class HttpFrontend:
         regions: RegionTable,
     ) -> None:
         self.engine = engine
+        self.express = Express(engine)
         self.regions = regions
         self.settings = settings
         self.catalog = catalog

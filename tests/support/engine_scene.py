@@ -149,13 +149,17 @@ class Surroundings:
 
     async def tell_runs(self, kind: Kind, *runs: tuple[int, int], batch: int = 1, **f: Any) -> None:
         """Tell of (first, rows) in a slab; without one, in the newest of the one route."""
+        await self.tell(self.packed_runs(kind, *runs, batch=batch, **f))
+
+    def packed_runs(self, kind: Kind, *runs: tuple[int, int], batch: int = 1, **f: Any) -> bytes:
+        """Build what :meth:`tell_runs` sends."""
         slab = f.pop("slab", None) or self.route.slabs[-1]
         instance, error = f.pop("instance", INSTANCE), f.pop("error", b"")
         packed = [
             Run(PRODUCER, rows, slab.base, slab.capacity, first, rows, f.get("attempt", 0), rows * 5)
             for first, rows in runs
         ]
-        await self.tell(pack_runs(kind, 0, instance, batch, packed, NO_TIMES) + error)
+        return pack_runs(kind, 0, instance, batch, packed, NO_TIMES) + error
 
     async def reply(
         self, token: int, *, text: str = "", final: bool = True, instance: int = INSTANCE, **more: Any

@@ -229,6 +229,46 @@ def test_lost_parcel_is_tried_again_unless_its_client_has_part_of_the_answer() -
     play(scenario)
 
 
+# --- crowds
+
+
+def test_model_is_crowded_while_many_of_its_requests_arrive_together() -> None:
+    async def scenario(s: Surroundings) -> None:
+        for _ in range(8):
+            s.publish()
+        await turn()
+        assert s.engine.crowded_routes == {s.route}
+        s.publish()
+        await turn()
+        assert not s.engine.crowded_routes
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_answer_of_one_request_passes_those_of_a_crowd_and_that_of_a_batch_does_not(late: int) -> None:
+    async def scenario(s: Surroundings) -> None:
+        crowd = [s.publish()[0] for _ in range(8)]
+        await turn()
+        others = [s.publish()[0] for _ in range(late)]
+        await turn()
+        s.engine.crowded_routes.add(s.route)
+        order: list[str] = []
+
+        def look() -> None:
+            s.engine.take_answer_now()
+            order.append(f"{sum(not owner.end for owner in crowd)} {sum(not owner.end for owner in others)}")
+
+        s.engine.between_answers = look
+        s.bell.send(s.packed_runs(Kind.RUNS_DONE, (0, 8)))
+        await s.tell_runs(Kind.RUNS_DONE, (8, late), batch=2)
+        assert order[0] == ("7 0" if late == 1 else "7 2")
+        assert order[-1][0] == "0"
+        assert all(owner.end for owner in (*crowd, *others))
+
+    play(scenario)
+
+
 # --- grants
 
 

@@ -48,7 +48,12 @@ class Bench:
     """A frontend with one connection whose other end the test holds."""
 
     def __init__(self, **settings: Any) -> None:
-        engine: Any = SimpleNamespace(arena=SimpleNamespace(byte_size=1 << 20))
+        self._bell, self._completions = socket.socketpair()
+        engine: Any = SimpleNamespace(
+            arena=SimpleNamespace(byte_size=1 << 20),
+            crowded_routes=set(),
+            completions_fd=self._completions.fileno(),
+        )
         control: Any = mock.Mock()
         catalog: Any = mock.Mock()
         self.frontend = HttpFrontend(engine, HttpView(**settings), control, catalog, HeadParser(), RegionTable())
@@ -89,8 +94,8 @@ class Bench:
 
     def close(self) -> None:
         self.connection.connection_lost(None)
-        self.client.close()
-        self._server.close()
+        for end in (self.client, self._server, self._bell, self._completions):
+            end.close()
 
 
 def run(scenario: Callable[[Bench], Coroutine[Any, Any, None]], **settings: Any) -> None:
@@ -425,3 +430,28 @@ def test_full_frontend_says_so_once_and_again_when_there_is_room() -> None:
         assert told == [True, False]
 
     run(scenario, max_connections=2)
+
+
+def test_what_has_arrived_can_be_read_before_the_event_loop_does() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.client.send(INFER + b"a" + INFER)
+        bench.connection.read_now()
+        bench.connection.read_now()
+        assert [call.body for call in bench.calls] == [b"a"]
+        bench.receive(b"b")
+        assert [call.body for call in bench.calls] == [b"a", b"b"]
+
+    run(scenario)
+
+
+def test_end_of_what_the_client_sends_is_left_to_the_event_loop() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.client.send(INFER + b"a")
+        bench.client.shutdown(socket.SHUT_WR)
+        for _ in range(3):
+            bench.connection.read_now()
+        assert len(bench.calls) == 1
+        bench.answer(0, b"1")
+        assert bench.sent == b"1"
+
+    run(scenario)
