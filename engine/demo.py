@@ -144,14 +144,14 @@ def show_start_times(url: str, metrics_url: str) -> None:
     client = httpclient.InferenceServerClient(url=url)
     serving = {backend: model for backend, model in _LOADED_ANEW.items() if client.is_model_ready(model)}
     client.close()
+    measured = {backend: start_times(url, metrics_url, model) for backend, model in serving.items()}
     print(f"\ninstance start on the running server, model files in the page cache (aim: {_START_MS_MAX} ms)")
-    for backend, model in serving.items():
-        starts, waits = start_times(url, metrics_url, model)
+    for backend, (starts, waits) in measured.items():
         print(
-            f"  {backend} ({model}): median {statistics.median(starts):.0f} ms, slowest {max(starts):.0f} ms "
-            f"of {_LOADS}; the request to load it took {statistics.median(waits):.0f} ms",
-            flush=True,
+            f"  {backend} ({serving[backend]}): median {statistics.median(starts):.0f} ms, slowest {max(starts):.0f} ms "
+            f"of {_LOADS}; the request to load it took {statistics.median(waits):.0f} ms"
         )
+    print(flush=True)
 
 
 def main(arguments: Sequence[str] = ()) -> int:
