@@ -35,7 +35,7 @@ _READY_SECS = 60.0
 _TOLERANCE = 1e-5
 
 #: Models that are loaded anew, by backend.
-_LOADED_ANEW = {"onnxruntime": "alpha_model", "python": "file_type_features", "pytorch": "risk_model"}
+_LOADED_ANEW = {"onnxruntime": "file_type_scores", "python": "file_type_features", "pytorch": "risk_model"}
 #: How often.
 _LOADS = 5
 #: What a start may take, ms.
@@ -148,8 +148,8 @@ def show_start_times(url: str, metrics_url: str) -> None:
     print(f"\ninstance start on the running server, model files in the page cache (aim: {_START_MS_MAX} ms)")
     for backend, (starts, waits) in measured.items():
         print(
-            f"  {backend} ({serving[backend]}): median {statistics.median(starts):.0f} ms, slowest {max(starts):.0f} ms "
-            f"of {_LOADS}; the request to load it took {statistics.median(waits):.0f} ms"
+            f"  {backend} ({serving[backend]}): median {statistics.median(starts):.0f} ms, slowest "
+            f"{max(starts):.0f} ms of {_LOADS}; the request to load it took {statistics.median(waits):.0f} ms"
         )
     print(flush=True)
 
