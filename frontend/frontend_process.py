@@ -219,8 +219,10 @@ class FrontendProcess:
         served.close_idle()
         if self.exit_code == 0:
             # Once in a process's life; an event would cost something on every answer.
-            while served.connection_count and (self.engine.in_flight_count or served.pending_count):  # noqa: ASYNC110
+            while served.connection_count and (self.engine.in_flight_count or served.pending_count):
                 await asyncio.sleep(_DRAIN_POLL_SECS)
+                # Sequences may have ended, and with them what their connections were kept for.
+                served.close_idle()
             # Answers are with the kernel or in the transports; let those be written.
             await asyncio.sleep(_DRAIN_POLL_SECS)
         served.abort()

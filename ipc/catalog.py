@@ -93,6 +93,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """The model says itself whether it is ready (spec P-012); the supervisor asks it."""
     sees_requests: bool = False
     """The backend gets requests one by one (Python): only what carries nothing but tensors may live in slab rows."""
+    sequence_idle_us: int = 0
+    """After so long without a request a sequence is over; 0: the model has no sequences."""
     objective_us: int = 0
     """Within what time requests are to be answered, by :class:`BatchingPolicy`; 0: there is no such objective."""
 

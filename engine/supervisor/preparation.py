@@ -388,6 +388,11 @@ def default_timeout_us(spec: ModelSpec) -> int:
     return scheduling.default_queue_policy.default_timeout_us if isinstance(scheduling, DynamicBatchingSpec) else 0
 
 
+def sequence_idle_us(spec: ModelSpec) -> int:
+    """Return after how long without a request a sequence is over; 0: the model has none."""
+    return spec.scheduling.max_sequence_idle_us if isinstance(spec.scheduling, SequenceBatchingSpec) else 0
+
+
 def instance_specs(plant: Plant, prepared: PreparedVersion, route: int) -> list[InstanceSpec]:
     """Return what each worker of a version needs, complete but for what belongs to its slot."""
     spec, found = prepared.spec, prepared.found

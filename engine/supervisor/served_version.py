@@ -21,6 +21,7 @@ from forebay.engine.supervisor.preparation import (
     instance_specs,
     preserves_ordering,
     scheduling_extra,
+    sequence_idle_us,
 )
 from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.catalog import ModelEntry
@@ -335,5 +336,6 @@ class ServedVersion:
             instance_count=len(self.instances),
             device_id=self._device_id,
             gpu_uuid=self._gpu_uuid,
+            sequence_idle_us=sequence_idle_us(spec),
             objective_us=prepared.batching.objective_us,
         )

@@ -25,6 +25,7 @@ from forebay.frontend.http.call import Call, PlannedCall
 from forebay.frontend.http.chunks import ChunkDecoder
 from forebay.frontend.http.fast_path import InferPlan
 from forebay.frontend.http.head import HEAD_BYTES_MAX, TOO_LARGE, Head, HeadError, Target, check_beginning
+from forebay.frontend.http.open_sequences import OpenSequences
 from forebay.frontend.http.replies import CLOSE_LINE, error_reply, text_reply, with_close_line
 from forebay.frontend.http.side_door import SideDoor
 from forebay.ipc.errors import ServingError
@@ -81,6 +82,7 @@ class Connection(asyncio.BufferedProtocol):
         "_upload",
         "deadline_s",
         "owed_bytes",
+        "sequences",
     )
 
     def __init__(self, frontend: HttpFrontend) -> None:
@@ -117,6 +119,8 @@ class Connection(asyncio.BufferedProtocol):
         self._must_linger = False
         #: Until when the client must have done something, monotonic seconds; 0: nothing is expected of it.
         self.deadline_s = 0.0
+        #: That go on over this connection; None: there never was one.
+        self.sequences: OpenSequences | None = None
 
     # --- transport callbacks ---
 
@@ -481,7 +485,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _part(self, call: Call, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """Have the last reply of a server that stops say so: the client then sends no request that nobody reads."""
-        if self._calls or not call.keep_alive:
+        if self._calls or not call.keep_alive or self.sequences:
             return buffers
         call.keep_alive = False
         self._is_closing = self._must_linger = True
@@ -556,8 +560,9 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def is_pending(self) -> bool:
-        """Whether a request is being received, or answered without the engine (``load`` may take long)."""
-        return self.is_receiving or (self._side_door is not None and self._side_door.is_busy)
+        """Whether a request is being received or answered without the engine (``load`` may take long), or will come."""
+        is_busy = self._side_door is not None and self._side_door.is_busy
+        return self.is_receiving or is_busy or (bool(self.sequences) and not self._is_closing)
 
     def _refuse(self, reply: bytes) -> None:
         """Answer what is no request that we take, after what has been asked before it, and close."""
@@ -599,14 +604,15 @@ class Connection(asyncio.BufferedProtocol):
     def drain(self) -> None:
         """The server stops: take nothing behind what is asked already, and close after the last answer.
 
-        An idle connection stays until :meth:`close_if_idle`: a request may be on its way.
+        An idle connection stays until :meth:`close_if_idle`: a request may be on its way. One with sequences stays
+        until they have ended (spec R-112).
         """
-        if self._is_waited_for:
+        if self._is_waited_for and not self.sequences:
             self._is_closing = True
 
     def close_if_idle(self) -> None:
         """Close now unless something is asked, or being asked."""
-        if not self._is_waited_for and not self._is_lingering and not self.is_receiving:
+        if not (self._is_waited_for or self._is_lingering or self.is_receiving or self.sequences):
             self._close()
 
     def abort(self) -> None:

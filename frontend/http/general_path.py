@@ -23,12 +23,13 @@ from forebay.frontend.http.call import Call
 from forebay.frontend.http.fast_path import make_plan
 from forebay.frontend.http.head import Head
 from forebay.frontend.http.known_request import KnownRequest, find_plan, is_repeatable, remember, uses_regions
+from forebay.frontend.http.open_sequences import OpenSequences
 from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
 from forebay.frontend.start_inference import PlacedInference, start_inference
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.errors import ServingError, Unsupported
+from forebay.ipc.errors import ServingError, Unavailable, Unsupported
 from forebay.ipc.spans import REQUEST_END, REQUEST_START, RESPONSE_COMPLETE, Trace
 
 if TYPE_CHECKING:
@@ -226,23 +227,41 @@ class GeneralCall(Call):
             self._regions = None
 
     def submit(self, entry: ModelEntry, request: ParsedInfer, inference: PlacedInference) -> None:
-        """Hand the placed request over."""
+        """Hand the placed request over; a server that stops only takes those of sequences that have begun."""
+        if entry.sequence_idle_us:
+            try:
+                self._note_sequence(entry, request)
+            except Unavailable as error:
+                inference.cancel()
+                self.fail(error)
+                return
         self._entry = entry
         self._request = request
         self._inference = inference
         self._trace = begin_trace(inference, self._head, request.id, self._received_ns, self._complete_ns)
         inference.submit(request_meta(request, self._head, self._trace), self._on_response)
 
+    def _note_sequence(self, entry: ModelEntry, request: ParsedInfer) -> None:
+        connection = self.connection
+        if connection.sequences is None:
+            connection.sequences = OpenSequences()
+        if self._frontend.is_draining:
+            connection.sequences.check_goes_on(entry, request)
+        connection.sequences.asked(entry, request)
+
     def _on_response(self, response: Response) -> None:
+        entry, request = self._entry, self._request
+        assert entry is not None
+        assert request is not None
+        if entry.sequence_idle_us and self.connection.sequences is not None:
+            self.connection.sequences.answered(entry, request, has_failed=response.error is not None)
         if response.error is not None:
             was_queued = response.ran or response.error.text in _QUEUED_TEXTS
             self.fail(response.error, TEXT_TYPE if was_queued else "application/json")
             return
-        assert self._entry is not None
-        assert self._request is not None
         try:
             rendered = render_infer_response(
-                self._entry.name, self._entry.version, self._request.id, response.parameters, self._outputs(response)
+                entry.name, entry.version, request.id, response.parameters, self._outputs(response)
             )
             head = self._head
             buffers = infer_reply(rendered, head.accept_encoding, head.connection_line, head.binary_type)

@@ -1,7 +1,8 @@
-"""A server that stops while a request is still arriving: the request lives out ``--exit-timeout-secs`` like others."""
+"""A server that stops: what has begun to arrive, and sequences that have begun, live out ``--exit-timeout-secs``."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,69 @@ def test_load_at_sigterm_is_answered(tmp_path: Path, protocol: str) -> None:
         assert server.stop() == 0
         assert loading.result(30)
         assert "Found 1 live models and 1 in-flight non-inference requests" in server.stderr
+
+
+SEQUENCES = """
+backend: "identity"
+max_batch_size: 2
+input {{ name: "INPUT0" data_type: TYPE_INT32 dims: [ 1 ] }}
+output {{ name: "OUTPUT0" data_type: TYPE_INT32 dims: [ 1 ] }}
+sequence_batching {{ max_sequence_idle_microseconds: {} }}
+"""
+
+
+class SequenceClient:
+    """One connection."""
+
+    def __init__(self, server: ForebayServer) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=30)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def ask(self, sequence: int, **flags: bool) -> tuple[int, str]:
+        body = {
+            "id": "mine",
+            "parameters": {"sequence_id": sequence, **flags},
+            "inputs": [{"name": "INPUT0", "datatype": "INT32", "shape": [1, 1], "data": [1]}],
+        }
+        self._connection.request("POST", "/v2/models/sequences/infer", json.dumps(body))
+        reply = self._connection.getresponse()
+        return reply.status, reply.read().decode()
+
+
+def serve_sequences(root: Path, *, idle_secs: int) -> ForebayServer:
+    (root / "sequences" / "1").mkdir(parents=True)
+    (root / "sequences" / "config.pbtxt").write_text(SEQUENCES.format(idle_secs * 1_000_000))
+    return ForebayServer(root, protocols=("http",))
+
+
+def test_sequence_that_has_begun_at_sigterm_goes_on_and_no_new_one_begins(tmp_path: Path) -> None:
+    """Spec R-112, S-071, S-036."""
+    with serve_sequences(tmp_path, idle_secs=60) as sequences, closing(SequenceClient(sequences)) as client:
+        assert client.ask(7, sequence_start=True)[0] == 200
+        stop_and_pause(sequences)
+        for _ in range(3):
+            time.sleep(PAUSE_S)
+            assert client.ask(7)[0] == 200
+        status, text = client.ask(8, sequence_start=True)
+        assert (status, json.loads(text)["error"]) == (
+            503,
+            "[request id: mine] Server is stopping, scheduler for model has stopped accepting new inference requests",
+        )
+        assert client.ask(7, sequence_end=True)[0] == 200
+        assert sequences.process.wait(30) == 0
+        assert "Exit timeout expired" not in sequences.stderr
+
+
+def test_sequence_that_nobody_continues_does_not_keep_the_server(tmp_path: Path) -> None:
+    """Spec R-112: an idle sequence is over, as it is at any other time."""
+    with serve_sequences(tmp_path, idle_secs=2) as sequences, closing(SequenceClient(sequences)) as client:
+        assert client.ask(7, sequence_start=True)[0] == 200
+        assert client.ask(9, sequence_start=True, sequence_end=True)[0] == 200
+        stop_and_pause(sequences)
+        assert sequences.process.wait(30) == 0
+        assert "Exit timeout expired" not in sequences.stderr
 
 
 def test_upload_that_never_ends_is_cut_by_the_exit_timeout(tmp_path: Path) -> None:
