@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from forebay.engine.repository.batching_library import batching_library_problems
 from forebay.engine.repository.beneath import (
     Beneath,
     Entry,
@@ -352,6 +353,7 @@ class ModelRepository:
             if wrong_name is not None:
                 problems.append(wrong_name)
         problems += file_problems(config)
+        problems += batching_library_problems(config, root, path, versions.numbers)
         return FoundModel(
             name=name,
             repository=repository,
