@@ -22,13 +22,14 @@ from forebay.client.submissions import Submissions
 from forebay.client.traced import trace_end, trace_response, trace_rows, trace_start
 from forebay.ipc.arena import Arena
 from forebay.ipc.errors import ArenaFull, Cancelled, Internal, ServingError, WorkerDied, from_wire
-from forebay.ipc.messages import ReplyHead
+from forebay.ipc.messages import ReplyHead, RowRemark
 from forebay.ipc.trace import TraceSpan
 from forebay.ipc.wire import (
     FLAG_FINAL,
     FLAG_GONE,
     FLAG_HUNG,
     FLAG_MOVED,
+    FLAG_REMARKS,
     GRANT,
     HEADER,
     RUN,
@@ -89,6 +90,7 @@ class InFlight:
         #: The message that is acted on.
         self._message = memoryview(NO_REPLY)
         self._decode_reply = msgspec.msgpack.Decoder(ReplyHead).decode
+        self._decode_remarks = msgspec.msgpack.Decoder(list[RowRemark]).decode
 
     def next_token(self) -> int:
         """Return a number that no parcel has had."""
@@ -181,12 +183,14 @@ class InFlight:
                 self._submit_waiting_steps()
         except EngineGone as error:
             raise self.broken(error.text) from None
-        except struct.error:
+        except (struct.error, msgspec.DecodeError):
             raise self.broken("the engine sent a message that cannot be read") from None
 
     def _act(self, kind: int, flags: int, count: int, instance: int, batch: int, message: memoryview) -> None:
         if kind == Kind.RUNS_DONE:
             self._grants.set_idle(instance)
+            if flags & FLAG_REMARKS:
+                self._take_remarks(message, count)
             for index in range(count):
                 _producer, _requests, base, _capacity, first, rows, _attempt, _sum_ns = RUN.unpack_from(
                     message, TIMES_END + index * RUN.size
@@ -245,6 +249,18 @@ class InFlight:
                 if pending.trace is not None and error is None:
                     trace_rows(pending.trace, pending, self._arena.view)
                 self._end(pending, error, ran=ran)
+
+    def _take_remarks(self, message: memoryview, count: int) -> None:
+        """Act on what a RUNS_DONE says of single requests: those that failed are over."""
+        for remark in self._decode_remarks(message[TIMES_END + count * RUN.size :]):
+            if not 0 <= remark.run < count:
+                continue
+            base: int = RUN.unpack_from(message, TIMES_END + remark.run * RUN.size)[2]
+            for pending in self._owners(base, remark.first, 1):
+                if remark.text:
+                    self._finish_rows(base, remark.first, 1, from_wire(remark.code, remark.text), ran=True)
+                else:
+                    pending.parameters = remark.parameters
 
     def _end(self, pending: Pending, error: ServingError | None, *, ran: bool, spans: Sequence[TraceSpan] = ()) -> None:
         """It is in flight no more.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from forebay.client.errors import DeadlineExceeded
 from forebay.ipc.errors import Cancelled, ServingError
-from forebay.ipc.messages import ReplyHead
+from forebay.ipc.messages import ParameterValue, ReplyHead
 from forebay.ipc.slabs import Slab
 from forebay.ipc.spans import Trace
 from forebay.ipc.tensor import DATATYPES
@@ -32,6 +32,9 @@ Array = npt.NDArray[np.generic]
 #: What is to be given back, by whoever next looks: a lease may end anywhere, even while the connection is locked.
 RowsReturns = deque[tuple["Slab[Pending]", int, int]]
 BlockReturns = deque[tuple[int, int]]
+
+
+_NO_PARAMETERS: Mapping[str, ParameterValue] = {}
 
 
 class Rows:
@@ -113,6 +116,7 @@ class Pending:
         "is_done",
         "lease",
         "model",
+        "parameters",
         "priority",
         "route",
         "rows",
@@ -137,6 +141,8 @@ class Pending:
         #: Of a request that is traced.
         self.trace: Trace | None = None
         self.error: ServingError | None = None
+        #: Response parameters of a request in rows.
+        self.parameters: Mapping[str, ParameterValue] = _NO_PARAMETERS
         self.is_done = False
         self.is_cancelled = False
         #: Called once, as soon as there is something to take.

@@ -39,6 +39,23 @@ class TritonPythonModel:
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """
 
+#: Its shapes are fixed, so requests to it live in slab rows.
+STRICT = """
+import json
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        array = pb_utils.get_input_tensor_by_name(request, "X").as_numpy()
+        if array[0] < 0:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError("negative", pb_utils.TritonError.INVALID_ARG))
+        seen = json.dumps([request.request_id(), request.timeout(), request.parameters()])
+        return pb_utils.InferenceResponse([pb_utils.Tensor("Y", array + 1)], parameters={"seen": seen})
+"""
+
 CALLER = """
 import asyncio
 import json
@@ -125,6 +142,21 @@ class TritonPythonModel:
             return await asyncio.gather(*(call("four_times", np.array([n], np.float32)).async_exec() for n in range(8)))
         return [value(response) for response in asyncio.run(all_of_them())]
 
+    def errors_and_parameters(self):
+        failed = call("strict", np.array([-1], np.float32)).exec()
+        answer = call("strict", np.array([1], np.float32)).exec()
+        return [failed.error().code(), failed.error().message(), value(answer), list(answer.parameters())]
+
+    def what_is_seen(self):
+        tensors = [pb_utils.Tensor("X", np.array([1], np.float32))]
+        found = []
+        for extra in ({}, {"request_id": "mine"}, {"timeout": 5000000}, {"parameters": {"a": 1}}):
+            request = pb_utils.InferenceRequest(
+                model_name="strict", requested_output_names=["Y"], inputs=tensors, **extra
+            )
+            found.append(json.loads(request.exec().parameters()["seen"]))
+        return found
+
     def ready(self):
         return [pb_utils.is_model_ready("double"), pb_utils.is_model_ready("nope")]
 """
@@ -146,6 +178,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )
     write_model(repository, "double", DOUBLE, floats)
     write_model(repository, "counting", COUNTING, floats, "model_transaction_policy { decoupled: true }")
+    write_model(repository, "strict", STRICT, floats.replace("-1", "1"))
     ensemble_models.write_ensemble(
         repository,
         "four_times",
@@ -191,6 +224,15 @@ def test_decoupled_target_gives_every_response(client: Any) -> None:
 
 def test_calls_from_a_background_thread(client: Any) -> None:
     assert ask(client, "thread") == 12.0
+
+
+def test_errors_and_parameters_of_single_requests_come_with_the_answer(client: Any) -> None:
+    """P-071, P-072: of a model whose requests live in slab rows, too."""
+    assert ask(client, "errors_and_parameters") == [3, "negative", 2.0, ["seen"]]
+
+
+def test_model_sees_what_a_request_carries_besides_tensors(client: Any) -> None:
+    assert ask(client, "what_is_seen") == [["", 0, "{}"], ["mine", 0, "{}"], ["", 5000000, "{}"], ["", 0, '{"a":1}']]
 
 
 def test_unknown_model_is_an_error_in_the_response(client: Any) -> None:

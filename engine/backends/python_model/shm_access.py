@@ -152,10 +152,15 @@ def _facts(tensor: Tensor) -> _Facts:
 
 def _lives_in_rows(model: Opened, request: NestedRequest) -> bool:
     signature = model.signature
-    if len(request.inputs) < len(signature.inputs) or request.parameters or request.correlation_id or request.flags:
+    if len(request.inputs) < len(signature.inputs):
         return False
-    if signature.uses_rows:
-        return True
-    # The model sees an id, a trace, and which outputs are wanted; all of them is the same as none in particular.
-    is_bare = not request.id and request.trace is None and len(request.outputs) in (0, len(signature.outputs))
-    return signature.allows_rows and is_bare
+    return signature.uses_rows or (signature.allows_rows and _is_bare(model, request))
+
+
+def _is_bare(model: Opened, request: NestedRequest) -> bool:
+    """Tell whether a model that looks at requests finds nothing in this one but its tensors."""
+    return (
+        not (request.id or request.parameters or request.timeout_us or request.correlation_id or request.flags)
+        and request.trace is None
+        and len(request.outputs) in (0, len(model.signature.outputs))
+    )

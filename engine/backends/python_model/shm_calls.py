@@ -121,7 +121,7 @@ class RowsCall(Call):
                 shape = full_shape(spec, pending.rows, max_batch_size)
                 array = leased_array(view, offset, spec.datatype, shape, self._lease)
                 tensors.append(Tensor.of_datatype(spec.name, spec.datatype, array))
-        return [NestedResponse(tuple(tensors), {}, None, True, True)]
+        return [NestedResponse(tuple(tensors), pending.parameters, None, True, True)]
 
 
 def _chosen(model: Opened, lease: RowsLease) -> slice | int:
