@@ -1,7 +1,7 @@
 """What does serving from a GPU cost beside running the model in process, by every way to hand tensors over?
 
-    python -m bench.gpu [--device cuda|cpu] [--batches 1,8,32,64] [--count 400] [--connections 8] [--duration 4]
-                        [--layouts] [--profile] [--save]
+    python -m bench.gpu [--device cuda|cpu] [--batches 1,8,32,64] [--parts ways,layouts,calls] [--duration 2]
+                        [--connections 8] [--minutes 9] [--save FILE]
 
 Two models, ``alpha_model``'s network (50 to 1) and one of ResNet-50's size made here, each at every batch size:
 
@@ -12,44 +12,44 @@ Two models, ``alpha_model``'s network (50 to 1) and one of ResNet-50's size made
 - *native client*: ``forebay.client.shm``;
 - *plain server*: ONNX Runtime behind aiohttp, ``bench/peer_onnx_server.py``.
 
-Latency is of one request after the other; throughput is of ``--connections`` at a time for ``--duration`` seconds
-(in process: of one thread). *Overhead* is the difference of the medians to *in process*: of CUDA shm to *device*, of
-the others to *host*. Aims: CUDA-shm overhead at most 80 us; throughput at batch 32 at least 95 % of in process; exactly
-one copy from host to device for each segment of a batch and input (counted by the server).
+Latency is of one request after the other; throughput is of ``--connections`` at a time (in process and of the native
+client: of one thread). *Overhead* is the difference of the medians to *in process*: of CUDA shm to *device*, of the
+others to *host*. Aims: CUDA-shm overhead at most 80 us; throughput at batch 32 at least 95 % of in process; exactly one
+copy from host to device for each segment of a batch and input (counted by the server).
 
-``--layouts`` compares two instances of the large model in two processes, in two with MPS, and in two threads of one.
-``--profile`` runs the server under ``nsys`` and counts calls that wait for a whole context; there must be none.
-``--device cpu`` lets the host play the GPU, to try this file; its figures mean nothing and are not saved.
+cuDNN chooses by its heuristics everywhere: to try all it has takes seconds for each new size of a batch. Part
+``layouts`` compares two instances of the large model in two processes, in two with MPS, and in two threads of one. Part
+``calls`` counts what the server's processes ask of CUDA while requests run (``bench/cuda_calls.py``); none may wait for
+a whole context. What fails is named at the end, and the rest is measured all the same; figures are saved as they come,
+and nothing new is begun after ``--minutes``. ``--device cpu`` lets the host play the GPU, to try this file;
+its figures mean nothing and are not saved.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import http.client
-import json
+import functools
+import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
-import tritonclient.utils.shared_memory as system_shm
 
+from bench import gpu_ways as ways
+from bench.cuda_calls import CannotCount, counted, read_calls
 from bench.gpu_models import RESNET50, SMALL, write_image_model
-from bench.kserve import infer_request
-from bench.load.client import run_load
+from bench.gpu_ways import Model, Way
 from bench.machine import describe_machine, machine_line, save_results
+from bench.peer_onnx_server import provider
 from bench.servers import EXAMPLE_REPOSITORY, Server, forebay, free_ports
 from bench.tables import markdown_table, number
 from forebay.client import shm
@@ -57,14 +57,21 @@ from forebay.engine.devices.base import Device
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
 from forebay.ipc.errors import Unsupported
 
-Array = npt.NDArray[np.float32]
-Latencies = npt.NDArray[np.int64]
+PARTS = ("ways", "layouts", "calls")
 
-#: Runs so many requests and returns how long each took, ns.
-Turn = Callable[[int], Latencies]
+_HOST, _DEVICE = "in process, host", "in process, device"
 
 #: Aims of the issue.
 OVERHEAD_US_MAX, SATURATION_MIN = 80.0, 0.95
+
+#: Bytes of shared memory of a frontend, all page-locked: for ``--connections`` of the largest request at a time.
+ARENA_BYTES = 1 << 30
+
+#: Requests whose calls of CUDA are counted.
+_COUNTED_S = 1.0
+
+#: Whose versions matter to what is measured, besides those that every benchmark names.
+_PACKAGES = ("onnxruntime-gpu", "cupy-cuda13x", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cuda-runtime")
 
 CONFIG = """
 backend: "onnxruntime"
@@ -73,161 +80,125 @@ input {{ name: "{input}" data_type: TYPE_FP32 dims: [ {dims} ] }}
 output {{ name: "{output}" data_type: TYPE_FP32 dims: [ {classes} ] }}
 instance_group {{ kind: KIND_GPU count: {count} gpus: [ 0 ] }}
 dynamic_batching {{ }}
+parameters {{ key: "cudnn_conv_algo_search" value {{ string_value: "1" }} }}
 """
 
 
-class Model(NamedTuple):
-    """One model that is measured."""
-
-    name: str
-    file: Path
-    input: str
-    output: str
-    dims: tuple[int, ...]
-    classes: int
-
-    def rows(self, batch: int) -> Array:
-        return np.random.default_rng(batch).standard_normal((batch, *self.dims), np.float32)
-
-
-class Way(NamedTuple):
-    """One way to have a model run."""
-
-    turn: Turn
-    load: Callable[[], float] | None
-    """Returns inferences per second of many at a time; None: as one after the other."""
-
-
 class Bench:
-    """One run: a device, a server, and this process as its client."""
+    """One run: a device, servers, and this process as their client."""
 
-    def __init__(self, options: argparse.Namespace, device: Device, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace, device: Device, folder: Path, machine: dict[str, Any]) -> None:
         self.options = options
         self.device = device
         self.stream = device.make_stream()
         self.folder = folder
+        self.machine = machine
         self.is_real = options.device == "cuda"
         self.models = write_models(folder, is_real=self.is_real)
-        self.provider = "CUDAExecutionProvider" if self.is_real else "CPUExecutionProvider"
+        self.provider = provider("CUDAExecutionProvider" if self.is_real else "CPUExecutionProvider")
+        self.figures: dict[str, Any] = {"ways": [], "layouts": [], "calls": []}
+        #: What could not be measured, and why.
+        self.failures: list[str] = []
+        self._end_s = time.monotonic() + 60 * options.minutes
 
-    # --- in process ---
-
-    def in_process(self, model: Model, batch: int, *, on_device: bool) -> Way:
-        """Run the model here; on the device its input and output are bound once."""
-        session = ort.InferenceSession(model.file, providers=[self.provider])
-        rows = model.rows(batch)
-        if not on_device:
-            return Way(timed(lambda: session.run([model.output], {model.input: rows})), None)
-        binding = session.io_binding()
-        binding.bind_ortvalue_input(model.input, ort.OrtValue.ortvalue_from_numpy(rows, "cuda", 0))
-        binding.bind_output(model.output, "cuda", 0)
-        return Way(timed(lambda: session.run_with_iobinding(binding)), None)
-
-    # --- by HTTP ---
-
-    def by_http(self, server: Server, model: Model, batch: int) -> Way:
-        request = infer_request(model.name, {model.input: model.rows(batch)}, [model.output], server.http_port)
-        return self._requests(server.http_port, request, batch)
-
-    @contextlib.contextmanager
-    def by_system_shm(self, server: Server, model: Model, batch: int) -> Iterator[Way]:
-        rows = model.rows(batch)
-        out_bytes = 4 * batch * model.classes
-        key = f"/forebay-bench-{os.getpid()}"
-        region = system_shm.create_shared_memory_region("bench", key, rows.nbytes + out_bytes)
+    def attempt(self, what: str, action: Callable[[], None]) -> None:
+        """Do something; note what fails, and go on."""
         try:
-            system_shm.set_shared_memory_region(region, [rows])
-            body = {"key": key, "offset": 0, "byte_size": rows.nbytes + out_bytes}
-            post(server.http_port, "/v2/systemsharedmemory/region/bench/register", body)
-            request = region_request(server.http_port, model, batch, rows.nbytes, out_bytes)
-            yield self._requests(server.http_port, request, batch)
-            post(server.http_port, "/v2/systemsharedmemory/region/bench/unregister", {})
-        finally:
-            system_shm.destroy_shared_memory_region(region)
+            if time.monotonic() > self._end_s:
+                raise TimeoutError("no time was left")
+            action()
+        except Exception as error:  # whatever it is, the other figures are wanted
+            self.failures.append(f"{what}: {type(error).__name__}: {error}")
+            print(f"FAILED {self.failures[-1]}", flush=True)
 
-    @contextlib.contextmanager
-    def by_cuda_shm(self, server: Server, model: Model, batch: int) -> Iterator[Way]:
-        rows = model.rows(batch)
-        out_bytes = 4 * batch * model.classes
-        with self.device.allocate(rows.nbytes + out_bytes) as memory:
-            self.stream.copy_in(memory.address, rows.ctypes.data, rows.nbytes)
-            self.stream.synchronize()
-            handle = base64.b64encode(self.device.export_memory(memory)).decode()
-            body = {"raw_handle": {"b64": handle}, "device_id": 0, "byte_size": rows.nbytes + out_bytes}
-            post(server.http_port, "/v2/cudasharedmemory/region/bench/register", body)
-            request = region_request(server.http_port, model, batch, rows.nbytes, out_bytes)
-            yield self._requests(server.http_port, request, batch)
-            # Before the memory goes: nobody has it open any more when this is answered.
-            post(server.http_port, "/v2/cudasharedmemory/region/bench/unregister", {})
+    def save(self) -> None:
+        """Write what there is so far."""
+        if self.is_real or self.options.save is not None:
+            figures = {**self.figures, "failures": self.failures}
+            path = save_results("gpu", self.machine, figures, self.options.save)
+            print(f"saved: {path}", flush=True)
 
-    def by_native_client(self, engine: shm.Engine, model: Model, batch: int) -> Way:
-        handle = engine.model(model.name)
-        handle.input(model.input, rows=batch)[:] = model.rows(batch)
-        return Way(timed(handle.infer), None)
+    # --- ways ---
 
-    def by_plain_server(self, server: Server, model: Model, batch: int) -> Way:
-        body = model.rows(batch).tobytes()
-        head = f"POST /{model.name} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        return self._requests(server.http_port, head.encode() + body, batch)
+    def measure_ways(self) -> None:
+        """Measure each model, batch and way."""
+        with self.start_server() as server, self.start_plain_server() as plain, shm.connect(str(self.folder)) as engine:
+            for model in self.models:
+                session = ort.InferenceSession(model.file, providers=[self.provider])
+                for batch in self.options.batches:
+                    self._measure_batch(server, plain, engine, session, model, batch)
+                    self.save()
+            if self.failures:
+                print(f"\nthe end of the server's log:\n{server.log_tail()}")
 
-    def _requests(self, port: int, request: bytes, batch: int) -> Way:
-        options = self.options
+    def _measure_batch(
+        self,
+        server: Server,
+        plain: Server,
+        engine: shm.Engine,
+        session: ort.InferenceSession,
+        model: Model,
+        batch: int,
+    ) -> None:
+        connections, port = self.options.connections, server.http_port
+        openers: dict[str, Callable[[], contextlib.AbstractContextManager[Way]]] = {
+            _HOST: lambda: ways.in_process(session, model, batch, on_device=False),
+            _DEVICE: lambda: ways.in_process(session, model, batch, on_device=True),
+            "native client": lambda: ways.by_native_client(engine, model, batch),
+            "HTTP": lambda: ways.by_http(port, model, batch, connections),
+            "system shm": lambda: ways.by_system_shm(port, model, batch, connections),
+            "CUDA shm": lambda: ways.by_cuda_shm(port, model, batch, connections, self.device, self.stream),
+            "plain server": lambda: ways.by_plain_server(plain.http_port, model, batch, connections),
+        }
+        if not self.is_real:
+            del openers[_DEVICE]
+        found: list[dict[str, Any]] = []
 
-        def load() -> float:
-            found = run_load(port, request, connections=options.connections, duration_s=options.duration)
-            return found.rate_per_s * batch
+        def measure(name: str) -> None:
+            before = Copies(server, model)
+            with openers[name]() as way:
+                found.append({"model": model.name, "batch": batch, "way": name, **self._figures(way, batch)})
+            # Of what the server did; nothing for ways that do not ask it.
+            found[-1]["copies_per_segment"] = before.per_segment()
 
-        return Way(one_connection(port, request), load)
+        for name in openers:
+            self.attempt(f"{model.name}, batch {batch}, {name}", functools.partial(measure, name))
+        self.figures["ways"] += with_overheads(found)
+        print_batch(model, batch, found)
 
-    # --- all of it ---
-
-    def measure(self, server: Server, plain: Server, engine: shm.Engine) -> list[dict[str, Any]]:
-        """Return one entry for each model, batch and way."""
-        figures: list[dict[str, Any]] = []
-        for model in self.models:
-            for batch in self.options.batches:
-                with contextlib.ExitStack() as stack:
-                    ways = {"in process, host": self.in_process(model, batch, on_device=False)}
-                    if self.is_real:
-                        ways["in process, device"] = self.in_process(model, batch, on_device=True)
-                    ways["HTTP"] = self.by_http(server, model, batch)
-                    ways["native client"] = self.by_native_client(engine, model, batch)
-                    ways["plain server"] = self.by_plain_server(plain, model, batch)
-                    ways["system shm"] = stack.enter_context(self.by_system_shm(server, model, batch))
-                    found = [self._figures(model, batch, name, way) for name, way in ways.items()]
-                with self.by_cuda_shm(server, model, batch) as way:
-                    found.append(self._figures(model, batch, "CUDA shm", way))
-                figures += with_overheads(found)
-                print_batch(model, batch, found)
-        return figures
-
-    def _figures(self, model: Model, batch: int, name: str, way: Way) -> dict[str, Any]:
-        way.turn(max(self.options.count // 10, 3))
-        took = way.turn(self.options.count) / 1e3
-        rate = way.load() if way.load is not None else batch / float(np.mean(took)) * 1e6
+    def _figures(self, way: Way, batch: int) -> dict[str, Any]:
+        alone = way.alone(self.options.duration)
+        loaded = alone if way.load is None else way.load(self.options.duration)
         return {
-            "model": model.name,
-            "batch": batch,
-            "way": name,
-            "p50_us": float(np.percentile(took, 50)),
-            "p99_us": float(np.percentile(took, 99)),
-            "inferences_per_s": rate,
+            "p50_us": alone.p50_us,
+            "p99_us": alone.p99_us,
+            "count": alone.count,
+            "inferences_per_s": loaded.calls_per_s * batch,
+            "loaded_p50_us": loaded.p50_us,
+            "loaded_p99_us": loaded.p99_us,
         }
 
-    def start_server(self, *flags: str, prefix: tuple[str, ...] = ()) -> Server:
+    # --- servers ---
+
+    def start_server(self, *flags: str, environment: dict[str, str] | None = None) -> Server:
         """Return a server of the models, not yet started."""
-        all_flags = ("--allow-client-shm=true", f"--runtime-directory={self.folder}", *flags)
-        server = forebay(self.folder / "models", *all_flags)
-        server.prefix_command(prefix)
+        memory = [f"--{name}-byte-size={ARENA_BYTES}" for name in ("arena", "pinned-memory-pool")]
+        own = ["--allow-client-shm=true", f"--runtime-directory={self.folder}", *(memory if self.is_real else ())]
+        server = forebay(self.folder / "models", *own, *flags)
+        if environment:
+            server.prefix_command(("env", *(f"{name}={value}" for name, value in environment.items())))
         return server
 
     def start_plain_server(self) -> Server:
+        """Return the peer, not yet started."""
         [port] = free_ports(1)
         models = [argument for model in self.models for argument in ("--model", f"{model.name}={model.file}")]
         command = [sys.executable, "-m", "bench.peer_onnx_server", f"--port={port}", *models]
-        return Server("plain server", [*command, f"--provider={self.provider}"], port)
+        return Server("plain server", [*command, f"--provider={self.provider[0]}"], port)
 
-    def compare_layouts(self) -> list[dict[str, Any]]:
+    # --- layouts ---
+
+    def compare_layouts(self) -> None:
         """Measure two instances of the large model: two processes, two with MPS, two threads of one process."""
         model = self.models[-1]
         layouts = {
@@ -238,86 +209,109 @@ class Bench:
         if shutil.which("nvidia-cuda-mps-control") is None:
             print("nvidia-cuda-mps-control is not installed: MPS is left out")
             del layouts["two processes, MPS"]
-        figures: list[dict[str, Any]] = []
+        figures = self.figures["layouts"]
         write_config(self.folder / "models", model, count=2)
-        for layout, flags in layouts.items():
-            with self.start_server(*flags) as server:
+
+        def measure(layout: str) -> None:
+            with self.start_server(*layouts[layout]) as server:
                 for batch in self.options.batches:
-                    way = self.by_http(server, model, batch)
-                    assert way.load is not None
-                    rate = way.load()
-                    figures.append({"layout": layout, "batch": batch, "inferences_per_s": rate})
+                    with ways.by_http(server.http_port, model, batch, self.options.connections) as way:
+                        assert way.load is not None
+                        rate = way.load(self.options.duration).calls_per_s
+                    figures.append({"layout": layout, "batch": batch, "inferences_per_s": rate * batch})
+
+        for layout in layouts:
+            self.attempt(f"layout {layout}", functools.partial(measure, layout))
         write_config(self.folder / "models", model, count=1)
         rows = [(each["layout"], str(each["batch"]), number(each["inferences_per_s"])) for each in figures]
         print(f"\n{model.name}, two instances by HTTP\n")
         print(markdown_table(("layout", "batch", "inferences/s"), rows))
-        return figures
+        self.save()
 
-    def count_context_waits(self) -> dict[str, int]:
-        """Serve under nsys, and return how often which call that waits for a whole context was made after the start."""
-        if shutil.which("nsys") is None:
-            print("nsys is not installed: no profile")
-            return {}
-        report = self.folder / "profile"
-        prefix = ("nsys", "profile", "--trace=cuda", "--delay=30", f"--output={report}", "--force-overwrite=true")
-        with self.start_server(prefix=prefix) as server:
-            time.sleep(max(0.0, 35 - server.ready_s))
+    # --- calls ---
+
+    def count_calls(self) -> None:
+        """Count what a server asks of CUDA for each request, once everything is warm."""
+        folder = self.folder / "calls"
+        folder.mkdir()
+        with self.start_server(environment=counted(folder)) as server:
             for model in self.models:
-                self.by_http(server, model, 1).turn(self.options.count)
-        command = ["nsys", "stats", "--report=cuda_api_sum", "--format=csv", f"{report}.nsys-rep"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        waits = dict.fromkeys(("cudaDeviceSynchronize", "cuCtxSynchronize"), 0)
-        for line in found.splitlines():
-            cells = line.split(",")
-            for name in waits:
-                if cells[-1].startswith(name):
-                    waits[name] += int(cells[2])
-        print(f"\nCalls that wait for a whole context, while requests ran: {waits}; there must be none")
-        return waits
+                for name, opener in {
+                    "HTTP": ways.by_http(server.http_port, model, 8, 1),
+                    "CUDA shm": ways.by_cuda_shm(server.http_port, model, 8, 1, self.device, self.stream),
+                }.items():
+                    action = functools.partial(self._count_calls, folder, model, name, opener)
+                    self.attempt(f"calls of CUDA, {model.name} by {name}", action)
+            print(f"\nthe end of the server's log:\n{server.log_tail(5)}")
+        self.save()
+
+    def _count_calls(
+        self, folder: Path, model: Model, name: str, opener: contextlib.AbstractContextManager[Way]
+    ) -> None:
+        with opener as way:
+            way.alone(_COUNTED_S)
+            before = read_calls(folder)
+            # Its own warm-up is counted too: per request there is a little less than is shown.
+            requests = way.alone(_COUNTED_S).count
+            calls = {call: count - before[call] for call, count in read_calls(folder).items()}
+        self.figures["calls"].append({"model": model.name, "way": name, "requests": requests, **calls})
+        print(f"\n{model.name} by {name}, {requests} requests, calls of CUDA: {calls}")
+        if not calls["launches"]:
+            raise CannotCount("CUPTI saw no launch; the server's log says why")
+        if waits := calls["waits for a context"]:
+            raise RuntimeError(f"{waits} waits for a whole context")
+
+
+class Copies:
+    """A model's counters of copies and segments, as of now."""
+
+    def __init__(self, server: Server, model: Model) -> None:
+        self._server = server
+        self._name = model.name
+        self._before = self._read()
+
+    def _read(self) -> tuple[int, int]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._server.metrics_port}/metrics", timeout=30) as reply:
+            return read_copies(reply.read().decode(), self._name)
+
+    def per_segment(self) -> float | None:
+        """Return copies from host to device for each segment since then; None: there were no segments."""
+        copies, segments = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        return round(copies / segments, 3) if segments else None
+
+
+def read_copies(page: str, model: str) -> tuple[int, int]:
+    """Return a model's copies from host to device and its segments, from a metrics page."""
+
+    def read(name: str) -> int:
+        pattern = rf'^forebay_{name}_total\{{[^}}]*model="{re.escape(model)}"[^}}]*\}} (\d+)$'
+        return sum(map(int, re.findall(pattern, page, re.M)))
+
+    return read("device_copies"), read("batch_segments")
 
 
 def with_overheads(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each entry what it takes longer than in process."""
+    """Add to each entry what it takes longer than in process, where that was measured."""
     by_way = {each["way"]: each for each in found}
-    host = by_way["in process, host"]
-    device = by_way.get("in process, device", host)
+    host = by_way.get(_HOST)
+    device = by_way.get(_DEVICE, host)
     for each in found:
         base = device if each["way"] == "CUDA shm" else host
-        each["overhead_us"] = each["p50_us"] - base["p50_us"]
-        each["of_in_process"] = each["inferences_per_s"] / base["inferences_per_s"]
+        if base is not None:
+            each["overhead_us"] = each["p50_us"] - base["p50_us"]
+            each["of_in_process"] = each["inferences_per_s"] / base["inferences_per_s"]
     return found
 
 
 def print_batch(model: Model, batch: int, found: list[dict[str, Any]]) -> None:
+    """Print the table of one batch size."""
     print(f"\n{model.name}, batch {batch}\n")
+    columns = ("p50_us", "p99_us", "overhead_us", "inferences_per_s", "of_in_process", "copies_per_segment")
     rows = [
-        (
-            each["way"],
-            *(number(each[name]) for name in ("p50_us", "p99_us", "overhead_us", "inferences_per_s")),
-            f"{each['of_in_process']:.0%}",
-        )
-        for each in found
+        (each["way"], *("-" if each.get(name) is None else number(each[name]) for name in columns)) for each in found
     ]
-    print(markdown_table(("way", "p50 us", "p99 us", "overhead us", "inferences/s", "of in process"), rows))
-
-
-def copies_per_segment(server: Server) -> dict[str, float]:
-    """Return, for each model, copies from host to device for each segment of a batch; each has one input."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as reply:
-        return read_copies(reply.read().decode())
-
-
-def read_copies(page: str) -> dict[str, float]:
-    """Return the same from a metrics page."""
-    found: dict[str, dict[str, int]] = {}
-    pattern = r'^forebay_(device_copies|batch_segments)_total\{[^}]*model="([^"]+)"[^}]*\} (\d+)$'
-    for name, model, value in re.findall(pattern, page, re.M):
-        found.setdefault(model, {})[name] = int(value)
-    return {
-        model: values["device_copies"] / values["batch_segments"]
-        for model, values in found.items()
-        if values.get("device_copies") and values.get("batch_segments")
-    }
+    titles = ("way", "p50 us", "p99 us", "overhead us", "inferences/s", "of in process", "copies/segment")
+    print(markdown_table(titles, rows), flush=True)
 
 
 # --- models ---
@@ -342,77 +336,13 @@ def write_models(folder: Path, *, is_real: bool) -> list[Model]:
 
 
 def write_config(repository: Path, model: Model, *, count: int) -> None:
+    """Write a model's configuration with so many instances."""
     dims = ", ".join(map(str, model.dims))
     text = CONFIG.format(input=model.input, output=model.output, dims=dims, classes=model.classes, count=count)
     (repository / model.name / "config.pbtxt").write_text(text)
 
 
-# --- requests ---
-
-
-def timed(call: Callable[[], object]) -> Turn:
-    """Return a turn of calls in this thread."""
-
-    def turn(count: int) -> Latencies:
-        took = np.empty(count, np.int64)
-        for index in range(count):
-            began_ns = time.perf_counter_ns()
-            call()
-            took[index] = time.perf_counter_ns() - began_ns
-        return took
-
-    return turn
-
-
-def one_connection(port: int, request: bytes) -> Turn:
-    """Return a turn of requests, one after the other over one connection."""
-    head, _, body = request.partition(b"\r\n\r\n")
-    first, *rest = head.decode().split("\r\n")
-    method, path, _version = first.split()
-    headers = dict(line.split(": ", 1) for line in rest)
-
-    def turn(count: int) -> Latencies:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-
-        def once() -> None:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            answer = response.read()
-            if response.status != 200:
-                raise RuntimeError(f"{path} answered {response.status}: {answer[:200]!r}")
-
-        try:
-            return timed(once)(count)
-        finally:
-            connection.close()
-
-    return turn
-
-
-def region_request(port: int, model: Model, batch: int, in_bytes: int, out_bytes: int) -> bytes:
-    """Return a request whose tensors lie in the region ``bench``, one behind the other."""
-
-    def place(offset: int, size: int) -> dict[str, object]:
-        return {"shared_memory_region": "bench", "shared_memory_offset": offset, "shared_memory_byte_size": size}
-
-    shape = [batch, *model.dims]
-    document = {
-        "inputs": [{"name": model.input, "shape": shape, "datatype": "FP32", "parameters": place(0, in_bytes)}],
-        "outputs": [{"name": model.output, "parameters": place(in_bytes, out_bytes)}],
-    }
-    body = json.dumps(document).encode()
-    head = (
-        f"POST /v2/models/{model.name}/infer HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-def post(port: int, path: str, document: dict[str, object]) -> None:
-    data = json.dumps(document).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=data, method="POST")
-    with urllib.request.urlopen(request, timeout=60):
-        pass
+# --- the device ---
 
 
 def open_gpu(kind: str) -> Device:
@@ -420,6 +350,8 @@ def open_gpu(kind: str) -> Device:
     if kind == "cpu":
         os.environ[PLAYED_GPUS_VARIABLE] = "1"
         return open_device("host")
+    # As the server's workers number them.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
         device = open_device("cuda")
     except Unsupported as error:
@@ -430,38 +362,28 @@ def open_gpu(kind: str) -> Device:
     return device
 
 
-def main() -> None:
-    """Measure, print and save."""
-    parser = argparse.ArgumentParser(prog="bench.gpu", description="Serve from a GPU, beside running in process.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--batches", default="1,8,32,64", type=lambda text: [int(part) for part in text.split(",")])
-    parser.add_argument("--count", type=int, default=400, help="requests one after the other")
-    parser.add_argument("--connections", type=int, default=8)
-    parser.add_argument("--duration", type=float, default=4.0, help="seconds of many requests at a time")
-    parser.add_argument("--layouts", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--save", type=Path, default=None, help="another file for the results")
-    options = parser.parse_args()
-    device = open_gpu(options.device)
-    machine = describe_machine() | {"gpu": device.name}
-    print(f"{machine_line(machine)}; GPU: {device.name}\n{machine['command']}")
-    with tempfile.TemporaryDirectory(prefix="fb-", dir="/tmp") as name:
-        bench = Bench(options, device, Path(name))
-        with bench.start_server() as server, bench.start_plain_server() as plain, shm.connect(name) as engine:
-            figures: dict[str, Any] = {"ways": bench.measure(server, plain, engine)}
-            figures["copies_per_segment"] = copies_per_segment(server)
-        if options.layouts:
-            figures["layouts"] = bench.compare_layouts()
-        if options.profile:
-            figures["context_waits"] = bench.count_context_waits()
-    print_aims(figures)
-    if options.device == "cuda" or options.save is not None:
-        print(f"saved: {save_results('gpu', machine, figures, options.save)}")
+def describe_gpu(device: Device) -> dict[str, Any]:
+    """Return what figures of a GPU belong to."""
+    packages: dict[str, str] = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    found: dict[str, Any] = {
+        "gpu": device.name,
+        "compute_capability": device.compute_capability,
+        "gpu_packages": packages,
+    }
+    with contextlib.suppress(Exception):  # only for the record: NVML may be missing, or not allowed
+        import pynvml
+
+        pynvml.nvmlInit()
+        found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+    return found
 
 
 def print_aims(figures: dict[str, Any]) -> None:
     """Say how what was measured compares with what was to be reached."""
-    by_cuda = [each for each in figures["ways"] if each["way"] == "CUDA shm"]
+    by_cuda = [each for each in figures["ways"] if each["way"] == "CUDA shm" and "overhead_us" in each]
     rows = [
         (
             f"{each['model']}, batch {each['batch']}",
@@ -472,8 +394,40 @@ def print_aims(figures: dict[str, Any]) -> None:
     ]
     print("\nAims\n")
     print(markdown_table(("CUDA shm", "overhead", "throughput"), rows))
-    print(f"\ncopies from host to device per segment: {figures['copies_per_segment']}; to be at most 1")
+    copies = {each["copies_per_segment"] for each in figures["ways"] if each.get("copies_per_segment")}
+    print(f"\ncopies from host to device per segment: {sorted(copies)}; to be 1")
+
+
+def read_options() -> argparse.Namespace:
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(prog="bench.gpu", description="Serve from a GPU, beside running in process.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--batches", default="1,8,32,64", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--parts", default=",".join(PARTS), type=lambda text: text.split(","))
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--duration", type=float, default=2.0, help="seconds of each measurement")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after so long")
+    parser.add_argument("--save", type=Path, default=None, help="another file for the results")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, print and save; 1 if anything could not be measured."""
+    options = read_options()
+    device = open_gpu(options.device)
+    machine = describe_machine() | describe_gpu(device)
+    print(f"{machine_line(machine)}; GPU: {device.name}, driver {machine.get('driver')}\n{machine['command']}")
+    with tempfile.TemporaryDirectory(prefix="fb-", dir="/tmp") as name:
+        bench = Bench(options, device, Path(name), machine)
+        parts = {"ways": bench.measure_ways, "layouts": bench.compare_layouts, "calls": bench.count_calls}
+        for part in options.parts:
+            bench.attempt(part, parts[part])
+    print_aims(bench.figures)
+    bench.save()
+    if bench.failures:
+        print("\nNot measured, or not as it should be:\n" + "\n".join(f"- {text}" for text in bench.failures))
+    return 1 if bench.failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

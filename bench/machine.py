@@ -53,7 +53,10 @@ def save_results(name: str, machine: dict[str, Any], figures: Any, path: Path | 
 def _commit() -> str:
     """Return the short commit, with ``-dirty`` where tracked files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    described = subprocess.run(command, cwd=REPOSITORY_ROOT, capture_output=True, text=True, check=False)
+    try:
+        described = subprocess.run(command, cwd=REPOSITORY_ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
     return described.stdout.strip() or "unknown"
 
 

@@ -17,6 +17,11 @@ import onnxruntime as ort
 from aiohttp import web
 
 
+def provider(name: str) -> tuple[str, dict[str, str]]:
+    """Return an execution provider with the options that all use who are compared."""
+    return name, {"cudnn_conv_algo_search": "HEURISTIC"} if name == "CUDAExecutionProvider" else {}
+
+
 def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(prog="bench.peer_onnx_server")
@@ -27,7 +32,7 @@ def main() -> None:
     if options.provider != "CPUExecutionProvider":
         ort.preload_dlls()
     sessions = {
-        name: ort.InferenceSession(file, providers=[options.provider])
+        name: ort.InferenceSession(file, providers=[provider(options.provider)])
         for name, _, file in (text.partition("=") for text in options.model)
     }
     thread = ThreadPoolExecutor(1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
-from bench.gpu import Model, open_gpu, read_copies, region_request, with_overheads
+from bench.gpu import Copies, open_gpu, read_copies, with_overheads
 from bench.gpu_models import CLASSES, RESNET50, SMALL, write_image_model
+from bench.gpu_ways import Model, region_request, timed
 
 
 def test_image_model_is_as_large_as_resnet50(tmp_path: Path) -> None:
@@ -58,7 +60,29 @@ def test_copies_are_counted_for_each_segment() -> None:
         'forebay_batch_segments_total{model="cpu",version="1"} 3\n'
         'forebay_device_copies_total{gpu_uuid="GPU-0",model="a",version="1"} 9\n'
     )
-    assert read_copies(page) == {"a": 0.9}
+    assert read_copies(page, "a") == (9, 10)
+    assert read_copies(page, "cpu") == (0, 3)
+
+
+def test_copies_are_those_since_it_was_asked_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = iter([(5, 5), (25, 15), (7, 7), (7, 7)])
+    monkeypatch.setattr(Copies, "_read", lambda _self: next(found))
+    server: Any = None
+    model = Model("m", tmp_path, "x", "y", (2,), 3)
+    assert Copies(server, model).per_segment() == 2
+    assert Copies(server, model).per_segment() is None
+
+
+def test_missing_measurements_leave_the_others_alone() -> None:
+    found = with_overheads([{"way": "HTTP", "p50_us": 1.0, "inferences_per_s": 1.0}])
+    assert found == [{"way": "HTTP", "p50_us": 1.0, "inferences_per_s": 1.0}]
+
+
+def test_calls_are_timed_for_as_long_as_told() -> None:
+    calls: list[None] = []
+    figures = timed(lambda: calls.append(None), 0.01)
+    assert figures.count == len(calls) - 3
+    assert 0 < figures.p50_us <= figures.p99_us
 
 
 def test_without_a_gpu_it_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
