@@ -138,7 +138,7 @@ class Model:
             InvalidArgument: no such input, or it cannot have that shape.
             ArenaFull: there is no room.
         """
-        if rows is not None and shape is None and not self._opened.signature.uses_rows:
+        if rows is not None and shape is None and not self._opened.signature.allows_rows:
             spec = self._input_named(name)
             shape = (rows, *spec.dims) if self.max_batch_size > 0 and -1 not in spec.dims else None
         return self._placement(rows, shape).input(self._input_named(name), shape)
@@ -178,7 +178,7 @@ class Model:
             return placement
         self._rebind()
         self._local.placement = None
-        if self._opened.signature.uses_rows:
+        if self._opened.signature.allows_rows:
             placement = RowsPlacement(self._connection, self._opened, 1 if rows is None else rows)
         else:
             placement = BlockPlacement(self._connection, self._opened)
@@ -217,7 +217,8 @@ class Model:
             EngineGone: the server has ended; ``engine.reconnect()``.
             ServingError: the server's answer.
         """
-        placement = self._filled()
+        self._local.answered = None
+        placement = self._filled(options)
         deadline_ns = 0
         if timeout_s is not None:
             deadline_ns = deadline_after(timeout_s)
@@ -232,7 +233,7 @@ class Model:
             self._connection.cancel(pending)
             raise
         pending.raise_error()
-        self._local.answered = pending
+        self._local.answered = placement, pending
         return placement.output(pending, None)
 
     def output(self, name: str) -> Array:
@@ -241,10 +242,10 @@ class Model:
         Raises:
             InvalidArgument: no such output, or nothing was inferred.
         """
-        placement: Placement | None = getattr(self._local, "placement", None)
-        pending: Pending | None = getattr(self._local, "answered", None)
-        if placement is None or pending is None:
+        answered: tuple[Placement, Pending] | None = getattr(self._local, "answered", None)
+        if answered is None:
             raise InvalidArgument(f"model '{self.name}' has no answer in this thread")
+        placement, pending = answered
         if all(spec.name != name for spec in self._opened.signature.outputs):
             raise unknown_tensor("output", name, self._opened.signature.outputs, self.name)
         return placement.output(pending, name)
@@ -256,7 +257,7 @@ class Model:
             InvalidArgument: an input was not filled.
             EngineGone: the server has ended.
         """
-        placement = self._filled()
+        placement = self._filled(options)
         self._local.placement = None
         return Future(self._connection, placement, placement.submit(options))
 
@@ -280,7 +281,7 @@ class Model:
             DeadlineExceeded: ``timeout_s`` has passed before the last response.
             ServingError: the server's answer; responses may have come before.
         """
-        placement = self._filled()
+        placement = self._filled(options)
         self._local.placement = None
         deadline_ns = deadline_after(timeout_s)
         pending = placement.submit(with_deadline(options, deadline_ns) if deadline_ns else options)
@@ -301,11 +302,14 @@ class Model:
             self._connection.cancel(pending)
         pending.raise_error()
 
-    def _filled(self) -> Placement:
+    def _filled(self, options: Options) -> Placement:
+        """Return the request that this thread has filled, in the form in which its model gets it."""
         placement: Placement | None = getattr(self._local, "placement", None)
         if placement is None:
             self._connection.check_usable()
             raise InvalidArgument(f"no input of model '{self.name}' was filled: call input() or put() first")
+        if isinstance(placement, RowsPlacement) and not placement.model.signature.uses_rows and not options.is_bare:
+            return placement.as_blocks()
         return placement
 
 

@@ -31,7 +31,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_bare(self) -> bool:
         """Whether a model sees no difference to a request that carries nothing but tensors."""
-        return not (self.request_id or self.outputs or self.needs_parcel)
+        return not (
+            self.request_id
+            or self.outputs
+            or self.timeout_us
+            or self.sequence_start
+            or self.sequence_end
+            or self.trace
+            or self.needs_parcel
+        )
 
     @property
     def needs_parcel(self) -> bool:

@@ -89,6 +89,16 @@ class BlockLease:
         return self.offset <= offset and offset + byte_size <= self.offset + self.byte_size
 
 
+class BlockInRows(BlockLease):
+    """A tensor of a request in rows; what comes back is the rows."""
+
+    __slots__ = ("_lease",)
+
+    def __init__(self, lease: RowsLease, offset: int, byte_size: int) -> None:
+        super().__init__(deque(), offset, byte_size)
+        self._lease = lease
+
+
 def leased_array(view: memoryview, offset: int, datatype: str, shape: tuple[int, ...], lease: object) -> Array:
     """Return a view of the arena that keeps ``lease`` and the mapping alive as long as any array made from it."""
     dtype = DATATYPES[datatype].numpy_dtype

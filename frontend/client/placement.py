@@ -14,8 +14,16 @@ from forebay.client.connection import Connection
 from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options
 from forebay.client.parcels import describe, reply_bytes
-from forebay.client.pending import Array, BlockLease, Pending, PendingParcel, PendingResponses, leased_array
-from forebay.client.places import full_shape, output_places
+from forebay.client.pending import (
+    Array,
+    BlockInRows,
+    BlockLease,
+    Pending,
+    PendingParcel,
+    PendingResponses,
+    leased_array,
+)
+from forebay.client.places import full_shape, input_places, output_places
 from forebay.ipc.errors import InvalidArgument, Unsupported
 from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, datatype_of, decode_bytes, encode_bytes, view_tensor
@@ -92,6 +100,16 @@ class RowsPlacement:
         self._connection.submit(pending)
         return pending
 
+    def as_blocks(self) -> BlockPlacement:
+        """Return the same inputs, where they are, for a request that carries more than rows can."""
+        blocks = BlockPlacement(self._connection, self.model)
+        max_batch_size = self.model.signature.max_batch_size
+        for spec, offset in input_places(self.model, self.lease):
+            shape = full_shape(spec, self.rows, max_batch_size)
+            place = TensorPlace(spec.name, spec.datatype, shape, offset, byte_size(spec.datatype, shape))
+            blocks.add(place, BlockInRows(self.lease, offset, place.byte_size))
+        return blocks
+
     def output(self, pending: Pending, name: str | None) -> Array:
         """Return a view of an output, valid until the placement is used again."""
         return self._first_output if name is None else self._outputs[name]
@@ -151,6 +169,10 @@ class BlockPlacement:
             raise _wrong_datatype(spec, values)
         np.copyto(self.input(spec, shape), values)
         self._connection.memory.copied_bytes += values.nbytes
+
+    def add(self, place: TensorPlace, lease: BlockLease) -> None:
+        """Take an input that is filled already."""
+        self._inputs[place.name] = (place, lease)
 
     def _shape_of(self, spec: TensorSpec, shape: Sequence[int] | None) -> tuple[int, ...]:
         expected = full_shape(spec, -1, self.model.signature.max_batch_size)

@@ -252,6 +252,38 @@ def test_options_travel(engine: Engine) -> None:
     assert model.infer(options=Options(sequence_id=7, sequence_end=True)).shape == (2,)
 
 
+def test_python_models_of_fixed_shapes_are_asked_in_rows(server: ForebayServer, engine: Engine) -> None:
+    """What carries more than tensors is told by a head, with the same inputs in the same place."""
+    model = engine.model("named_sum")
+    left, right = model.input("LEFT", rows=2), model.input("RIGHT", rows=2)
+    left[:], right[:] = 1, [[1, 2], [3, 4]]
+    assert model.infer().tolist() == [[2, 3], [4, 5]]
+    assert model.infer(options=Options(request_id="abc")).tolist() == [[5, 6], [7, 8]]
+    assert model.output("SUM").tolist() == [[5, 6], [7, 8]]
+    right += 1
+    assert model.infer().tolist() == [[3, 4], [5, 6]]
+    assert engine.statistics().copied_bytes == 0
+    left[0] = -1
+    with pytest.raises(InvalidArgument, match="negative"):
+        model.infer()
+    left[0] = 1
+    first = model.submit()
+    model.input("LEFT", rows=2)[:], model.input("RIGHT", rows=2)[:] = 1, 1
+    second = model.submit(options=Options(request_id="abc"))
+    assert second.result().tolist() == [[5, 5], [5, 5]]
+    assert first.result().tolist() == [[3, 4], [5, 6]]
+
+
+def test_members_of_a_group_fail_one_by_one(engine: Engine) -> None:
+    """A Python model's errors stand behind the answer of the batch that the requests were in."""
+    group = engine.model("named_sum").group(4)
+    group.input("LEFT")[:] = [[1, 1], [-1, 1], [1, 1], [-1, 1]]
+    group.input("RIGHT")[:] = 1
+    group.submit()
+    errors = group.wait()
+    assert {index: error.text for index, error in errors.items()} == {1: "negative", 3: "negative"}
+
+
 # --- groups ---
 
 

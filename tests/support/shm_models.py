@@ -25,6 +25,21 @@ class TritonPythonModel:
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """
 
+#: A Python model of fixed shapes: it adds up its inputs, refuses what is negative, and looks at the request's id.
+_NAMED_SUM = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        left, right = (tensor.as_numpy() for tensor in request.inputs())
+        if (left < 0).any():
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError("negative", pb_utils.TritonError.INVALID_ARG))
+        return pb_utils.InferenceResponse([pb_utils.Tensor("SUM", left + right + len(request.request_id()))])
+"""
+
 
 def write_models(repository: Path, *, instances: int = 2) -> Path:
     """Write ``alpha_model`` without its queue delay, models of varying shapes, and one that answers many times."""
@@ -36,15 +51,28 @@ def write_models(repository: Path, *, instances: int = 2) -> Path:
     write_identity(repository, "echo", [("TYPE_FP32", "-1")])
     write_identity(repository, "pair", [("TYPE_FP32", "-1"), ("TYPE_STRING", "-1")], batch=4)
     write_identity(repository, "slow", [("TYPE_FP32", "4")], delay_ms=300)
-    repeat = repository / "repeat" / "1"
-    repeat.mkdir(parents=True)
-    (repeat / "model.py").write_text(_REPEAT)
-    (repeat.parent / "config.pbtxt").write_text(
-        'backend: "python"\nmodel_transaction_policy { decoupled: true }\n'
+    _write_python(
+        repository / "repeat",
+        _REPEAT,
+        "model_transaction_policy { decoupled: true }\n"
         'input [ { name: "COUNT" data_type: TYPE_INT32 dims: [ 1 ] } ]\n'
-        'output [ { name: "INDEX" data_type: TYPE_INT32 dims: [ -1 ] } ]\n'
+        'output [ { name: "INDEX" data_type: TYPE_INT32 dims: [ -1 ] } ]\n',
+    )
+    _write_python(
+        repository / "named_sum",
+        _NAMED_SUM,
+        "max_batch_size: 4\n"
+        'input { name: "LEFT" data_type: TYPE_FP32 dims: [ 2 ] }\n'
+        'input { name: "RIGHT" data_type: TYPE_FP32 dims: [ 2 ] }\n'
+        'output [ { name: "SUM" data_type: TYPE_FP32 dims: [ 2 ] } ]\n',
     )
     return repository
+
+
+def _write_python(folder: Path, source: str, config: str) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(source)
+    (folder / "config.pbtxt").write_text(f'backend: "python"\n{config}')
 
 
 def serve(repository: Path, *arguments: str, settings: dict[str, dict[str, object]] | None = None) -> ForebayServer:
