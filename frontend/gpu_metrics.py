@@ -36,9 +36,11 @@ class Gpus:
         self._clock = clock or MonotonicClock()
         self._devices: list[tuple[str, Any]] = []
         for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            uuid = nvml.nvmlDeviceGetUUID(handle)
-            self._devices.append((uuid.decode() if isinstance(uuid, bytes) else str(uuid), handle))
+            # One may be lost, or not be ours to ask; the others are shown all the same.
+            with contextlib.suppress(nvml.NVMLError):
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                uuid = nvml.nvmlDeviceGetUUID(handle)
+                self._devices.append((uuid.decode() if isinstance(uuid, bytes) else str(uuid), handle))
         #: Energy counts from the start of the server.
         self._energy_at_start_mj = {uuid: self._ask(self._energy_mj, handle) for uuid, handle in self._devices}
         self._samples: list[GpuSample] = []

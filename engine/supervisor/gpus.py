@@ -55,6 +55,9 @@ def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
         if not chosen:
             break
         gpus.append(Gpu(len(gpus), chosen[0][2], wanted if slice_of else chosen[0][1]))
+        if slice_of:
+            # CUDA shows a process one slice at most, whatever else is listed.
+            break
     return tuple(gpus)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,9 @@ from forebay_server import ForebayServer
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
 
 KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+#: Of an input; blocks of this size are given back to the kernel where no GPU may know their pages.
+LARGE_BYTES = 72 << 20
 
 #: What a driver may keep of a process's memory for a while, bytes.
 TOLERANCE_BYTES = 64 << 20
@@ -66,6 +70,82 @@ def test_a_full_gpu_takes_no_model(tmp_path: Path, kind: str) -> None:
         status, body = server.post("/v2/repository/index", b"{}")
         assert status == 200
         assert b"memory limit set for GPU 0 has exceeded, model loading is rejected." in body
+
+
+@pytest.mark.gpu
+def test_large_requests_after_one_another(tmp_path: Path) -> None:
+    """Their pages are locked for the GPU: when a block is free again it must go on using the same ones."""
+    add_large_requests_model(tmp_path)
+    with serving(tmp_path, "cuda") as server:
+        check_large_requests(server)
+
+
+def add_large_requests_model(root: Path) -> None:
+    add_doubler(root, "gpu", "KIND_GPU", dim=-1)
+
+
+def check_large_requests(server: ForebayServer) -> None:
+    with httpclient.InferenceServerClient(server.http_url) as client:
+        for number in (1, 2, 3):
+            values = np.full((1, LARGE_BYTES // 4), number, np.float32)
+            values[0, -1] = -number
+            tensor = httpclient.InferInput("X", list(values.shape), "FP32")
+            tensor.set_data_from_numpy(values)
+            np.testing.assert_array_equal(client.infer("gpu", [tensor]).as_numpy("Y"), 2 * values)
+
+
+@pytest.mark.gpu
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_worker_whose_context_is_lost_is_replaced(tmp_path: Path) -> None:
+    """Issue 8, 6: an index outside of its table is an assertion on the device; nothing works there afterwards."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    add_lookup(tmp_path, torch)
+    before = used_bytes()
+    with serving(tmp_path, "cuda") as server:
+        assert look_up(server, 2) == (200, [4.0])
+        loaded = used_bytes()
+        status, _body = look_up(server, 1 << 20)
+        assert status >= 500
+        # Its request was tried once elsewhere, which was the same instance in a new process.
+        server.wait_logged("the CUDA context is poisoned, the worker ends", count=2)
+        server.wait_for(lambda: look_up(server, 3) == (200, [6.0]), "answers again")
+        wait_used_below(loaded + TOLERANCE_BYTES)
+    wait_used_below(before + TOLERANCE_BYTES)
+
+
+def add_lookup(root: Path, torch: Any) -> None:
+    """Add a TorchScript model that looks rows of [0, 2, 4, 6] up."""
+
+    class Lookup(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(4, dtype=torch.float32) * 2)
+
+        def forward(self, index: Any) -> Any:
+            return self.table[index]
+
+    (root / "lookup" / "1").mkdir(parents=True)
+    traced = torch.jit.trace(Lookup(), (torch.zeros(1, 1, dtype=torch.int64),))
+    traced.save(str(root / "lookup" / "1" / "model.pt"))
+    (root / "lookup" / "config.pbtxt").write_text(
+        """
+        backend: "pytorch"
+        max_batch_size: 8
+        input { name: "index__0" data_type: TYPE_INT64 dims: [ 1 ] }
+        output { name: "value__0" data_type: TYPE_FP32 dims: [ 1 ] }
+        instance_group { kind: KIND_GPU count: 1 }
+        """
+    )
+
+
+def look_up(server: ForebayServer, index: int) -> tuple[int, Any]:
+    """Return the status, and the value or whatever else the server answered."""
+    tensor = {"name": "index__0", "shape": [1, 1], "datatype": "INT64", "data": [index]}
+    status, body = server.post("/v2/models/lookup/infer", json.dumps({"inputs": [tensor]}).encode())
+    return status, json.loads(body)["outputs"][0]["data"] if status == 200 else body
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import pytest
 from bench.gpu import Copies, open_gpu, read_copies, with_overheads
 from bench.gpu_models import CLASSES, RESNET50, SMALL, write_image_model
 from bench.gpu_ways import Model, region_request, timed
+from forebay.engine.devices.opening import has_gpu_files
 
 
 def test_image_model_is_as_large_as_resnet50(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_calls_are_timed_for_as_long_as_told() -> None:
 
 def test_without_a_gpu_it_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FOREBAY_TEST_GPUS", raising=False)
-    if Path("/dev/nvidia0").exists():
+    if has_gpu_files():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit, match=r"bench\.gpu measures an NVIDIA GPU, and there is none"):
         open_gpu("cuda")

@@ -11,7 +11,7 @@ from forebay.ipc.counters import CountersFile
 
 
 class FakeNvml:
-    """Two devices; the second cannot tell its power."""
+    """Three devices; the second cannot tell its power, the third is lost."""
 
     class NVMLError(Exception):
         pass
@@ -21,9 +21,11 @@ class FakeNvml:
         self.used = 100
 
     def nvmlDeviceGetCount(self) -> int:
-        return 2
+        return 3
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index == 2:
+            raise self.NVMLError
         return index
 
     def nvmlDeviceGetUUID(self, handle: int) -> str | bytes:

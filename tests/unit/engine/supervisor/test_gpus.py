@@ -18,7 +18,7 @@ from forebay.engine.settings import DeviceFraction, GpuSettings, MemorySettings,
 from forebay.engine.supervisor import gpus as module
 from forebay.engine.supervisor.gpus import device_extra, find_gpus, gpus_of_backend, visible_gpus
 from forebay.ipc.errors import InvalidArgument, Unavailable
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 LISTING = "0, GPU-aaaa-1, 8.0\n1, GPU-bbbb-2, 9.0\n2, GPU-cccc-3, 7.5\nno line of a device\n"
 
@@ -32,7 +32,7 @@ LISTING = "0, GPU-aaaa-1, 8.0\n1, GPU-bbbb-2, 9.0\n2, GPU-cccc-3, 7.5\nno line o
         ("1,9,0", [(0, 9.0)]),
         ("", []),
         ("-1", []),
-        ("MIG-0123,MIG-4567", [(0, 8.0), (1, 8.0)]),
+        ("MIG-0123,MIG-4567", [(0, 8.0)]),
     ],
 )
 def test_devices_are_numbered_as_cuda_does(visible: str | None, expected: list[tuple[int, float]]) -> None:
