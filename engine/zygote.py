@@ -24,8 +24,9 @@ from forebay.engine.backend_families import FAMILIES
 from forebay.ipc.errors import Code
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
-from forebay.ipc.messages import Failed, Fork, Forked, Started, Stop, SupervisorToZygote, WorkerExited
+from forebay.ipc.messages import Failed, Started, Stop
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
+from forebay.ipc.worker_messages import Fork, Forked, SupervisorToZygote, WorkerExited
 
 
 class NewWorker(NamedTuple):

@@ -19,18 +19,18 @@ from forebay.frontend.catalog_view import CatalogView
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.channel import HIGH_WATER_MARK, TypedCodec, control_address
 from forebay.ipc.errors import Unavailable, from_wire
-from forebay.ipc.log import log
-from forebay.ipc.messages import (
+from forebay.ipc.frontend_messages import (
     CatalogPush,
     CatalogSeen,
     Command,
     CommandReply,
     ControlToFrontend,
     Hello,
-    Message,
     TraceReport,
     TraceRulesPush,
 )
+from forebay.ipc.log import log
+from forebay.ipc.messages import Message
 from forebay.ipc.trace import TraceRecord, TraceRules
 
 #: Seconds that an ordinary command may take; loads and unloads take as long as they take.

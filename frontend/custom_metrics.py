@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from forebay.ipc.messages import FamilySample, MetricSample, ModelMetrics
+from forebay.ipc.worker_messages import FamilySample, MetricSample, ModelMetrics
 
 #: Time series that are shown at most; models make them, so their number is bounded.
 SERIES_MAX = 10_000

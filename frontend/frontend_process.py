@@ -27,16 +27,10 @@ from forebay.ipc.arena import Arena
 from forebay.ipc.channel import SubmitSender
 from forebay.ipc.counters import CACHE_WORDS, CountersFile
 from forebay.ipc.errors import Code, ServingError
-from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.log import log
-from forebay.ipc.messages import (
+from forebay.ipc.frontend_messages import (
     DoorbellDown,
     DoorbellUp,
-    Failed,
     FrontendStart,
-    LogChanged,
-    Message,
-    ModelMetrics,
     PoolDown,
     PoolEmpty,
     PoolUp,
@@ -45,12 +39,14 @@ from forebay.ipc.messages import (
     RegionUnused,
     RegionUp,
     Serve,
-    Started,
-    Stop,
     SupervisorToFrontend,
 )
+from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.log import log
+from forebay.ipc.messages import Failed, LogChanged, Message, Started, Stop
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
 from forebay.ipc.trace import TraceRules
+from forebay.ipc.worker_messages import ModelMetrics
 
 #: Seconds between looks at whether the last request has been answered while stopping.
 _DRAIN_POLL_SECS = 0.02

@@ -24,19 +24,12 @@ from forebay.frontend.metrics import CONTENT_TYPE, MetricsPage, MetricsSettings
 from forebay.frontend.plain_server import PlainServer
 from forebay.ipc.counters import CountersFile
 from forebay.ipc.errors import Code, ServingError
+from forebay.ipc.frontend_messages import FrontendStart, Serve, SupervisorToFrontend
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
-from forebay.ipc.messages import (
-    Failed,
-    FrontendStart,
-    LogChanged,
-    ModelMetrics,
-    Serve,
-    Started,
-    Stop,
-    SupervisorToFrontend,
-)
+from forebay.ipc.messages import Failed, LogChanged, Started, Stop
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
+from forebay.ipc.worker_messages import ModelMetrics
 
 #: Connections that may wait to be accepted: scrapers are few.
 _BACKLOG = 128

@@ -13,7 +13,7 @@ from forebay.frontend.codec.infer_request import ParsedInfer, ParsedOutput, Regi
 from forebay.frontend.device_places import NO_TARGETS, DevicePlace, DeviceRegion, Targets
 from forebay.frontend.inference import InputTensor
 from forebay.ipc.errors import Internal, NotFound
-from forebay.ipc.messages import RegionUp
+from forebay.ipc.frontend_messages import RegionUp
 from forebay.ipc.regions import Region
 
 AnyRegion: TypeAlias = Region | DeviceRegion

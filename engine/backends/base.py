@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay.ipc.errors import InvalidArgument, ServingError, Unsupported
-from forebay.ipc.messages import InstanceSpec, ParameterValue
+from forebay.ipc.messages import ParameterValue
+from forebay.ipc.worker_messages import InstanceSpec
 
 if TYPE_CHECKING:
     from forebay.engine.devices.base import Device

@@ -17,7 +17,8 @@ from forebay.engine.devices.poisoning import DeviceBatch
 from forebay.engine.devices.staging import PinnedArenas
 from forebay.engine.worker.pending_response import address_of
 from forebay.ipc.errors import Internal, ServingError
-from forebay.ipc.messages import InstanceSpec, TensorPlace
+from forebay.ipc.messages import TensorPlace
+from forebay.ipc.worker_messages import InstanceSpec
 
 if TYPE_CHECKING:
     from forebay.engine.worker.parcel_request import ParcelRequest

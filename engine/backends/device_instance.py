@@ -14,7 +14,7 @@ from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.poisoning import DeviceBatch
 from forebay.engine.devices.staging import PinnedArenas
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: A tensor of a request: where its client has put it.
 PlacedTensor = Array | DeviceArray

@@ -30,7 +30,7 @@ from forebay.engine.backends.base import Array, Arrays, Backend, TensorInstance,
 from forebay.engine.devices.base import DeviceBroken
 from forebay.engine.devices.poisoning import DeviceGuard
 from forebay.ipc.errors import BackendFailed, InvalidArgument, Unsupported
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Set to 1 to allow this backend.
 ENVIRONMENT_VARIABLE = "FOREBAY_TEST_BACKENDS"

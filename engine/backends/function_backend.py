@@ -22,8 +22,8 @@ import numpy as np
 from forebay.engine.backends.base import Array, Arrays, Backend, DescribedModel, TensorInstance
 from forebay.engine.model_functions import DeclarationError, ModelFunction, declaration_of
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES, TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def import_function(spec: InstanceSpec) -> ModelFunction:

@@ -11,9 +11,9 @@ from forebay.engine.backends.python_model.metrics import COUNTER, registry
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.pending_response import RawTensor
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import shape_text
 from forebay.ipc.validation import id_prefix
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: What every response carries (spec B-082, E-105).
 RESPONSE_PARAMETERS: Mapping[str, ParameterValue] = {

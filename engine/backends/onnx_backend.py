@@ -41,8 +41,8 @@ from forebay.engine.repository.config import parse_config_json
 from forebay.engine.repository.model_config_schema import ModelConfig, message_class
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, ServingError
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: ONNX Runtime's type to the datatype of the protocol; sequences, maps and optional types are not served (spec B-029).
 _DATATYPES = {

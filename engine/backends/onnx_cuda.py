@@ -37,8 +37,8 @@ from forebay.engine.devices.base import Device, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.staging import Staging, stream_priority
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: ``gpu_graph_id`` of runs that are neither captured nor replayed.
 _NO_GRAPH = -1

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from forebay.engine.backends.base import parse_bool, parse_int
 from forebay.ipc.errors import InvalidArgument, Unavailable, Unsupported
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Config's ``optimization.graph.level`` to ONNX Runtime's level; anything else means ALL (spec C-050).
 _GRAPH_LEVELS = {

@@ -31,8 +31,8 @@ import onnxruntime as ort
 from forebay.engine.backends.base import parse_bool, parse_int
 from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.process import die_with_parent
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Smaller models are loaded plainly: what could be shared is less than what an instance needs anyway. Bytes.
 MIN_BYTES_DEFAULT = 16 << 20

@@ -26,8 +26,8 @@ from forebay.engine.backends.base import (
     TensorInstance,
 )
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, Unavailable
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec, shape_text
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: OpenVINO's element types to config.pbtxt's.
 _DATA_TYPES = {

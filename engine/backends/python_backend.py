@@ -32,7 +32,7 @@ from forebay.engine.worker.request_rows import RowRequest
 from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Executions of ``async def execute`` that may be under way at once, unless the model parameter says otherwise.
 ASYNC_EXECUTIONS_MAX = 64

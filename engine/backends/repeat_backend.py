@@ -17,8 +17,8 @@ from forebay.engine.backends.tensor_rules import check_count, check_decoupled, c
 from forebay.engine.backends.timed_responses import Script, TimedResponses
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.ipc.errors import InvalidArgument, ServingError
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import shape_text
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def check_config(spec: InstanceSpec) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec, shape_text
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def check_count(what: str, tensors: Sequence[TensorSpec], count: int) -> None:

@@ -28,8 +28,8 @@ from forebay.engine.backends.base import (
     parse_int,
 )
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError, Unavailable, Unsupported
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import shape_text
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: TensorFlow's dtype names to config.pbtxt's.
 _DATA_TYPES = {

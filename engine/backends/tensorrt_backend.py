@@ -11,8 +11,8 @@ from forebay.engine.devices.base import Device
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.staging import stream_priority
 from forebay.ipc.errors import Unsupported
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 class TensorRtBackend(Backend):

@@ -19,7 +19,7 @@ from forebay.engine.backends.tensorrt_plans import cached_plan, make_logger
 from forebay.engine.backends.tensorrt_runtime_cache import RuntimeCache
 from forebay.engine.devices.base import Device
 from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: In the order in which they are tried.
 LIBRARIES = ("tensorrt", "tensorrt_rtx", "tensorrt_lean")

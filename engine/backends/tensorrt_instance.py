@@ -16,8 +16,8 @@ from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.staging import Staging
 from forebay.ipc.errors import BackendFailed, InvalidArgument
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def make_output_allocator(trt: Any, device: Device, stream: Stream) -> Any:

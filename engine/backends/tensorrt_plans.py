@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory, replace_file
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Parameters with the shapes of inputs whose dimensions vary, as trtexec takes them: ``x:1x3x224x224,y:1x8``.
 SHAPE_PARAMETERS = ("trt_min_shapes", "trt_opt_shapes", "trt_max_shapes")

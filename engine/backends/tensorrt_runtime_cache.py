@@ -11,7 +11,7 @@ from typing import Any
 
 from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory, replace_file
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 class RuntimeCache:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: TensorRT's names for types to the protocol's.
 _DATATYPES = {

@@ -23,7 +23,7 @@ from forebay.engine.backends.torch_scripts import prepare_script
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.staging import stream_priority
 from forebay.ipc.errors import Unsupported
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def _runtime(spec: InstanceSpec) -> str:

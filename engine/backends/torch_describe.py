@@ -10,7 +10,7 @@ from forebay.engine.backends.torch_library import Tensor, torch
 from forebay.engine.backends.torch_scripts import find_model_file, load_script
 from forebay.engine.backends.torch_tensors import OUTPUT_KIND_TEXT, data_type, flatten_result
 from forebay.ipc.errors import BackendFailed, InvalidArgument
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def describe_script(spec: InstanceSpec) -> DescribedModel:

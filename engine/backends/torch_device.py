@@ -22,8 +22,8 @@ from forebay.engine.devices.base import Device, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.staging import Staging
 from forebay.ipc.errors import BackendFailed, InvalidArgument
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 class _OnDevice:

@@ -12,8 +12,8 @@ from forebay.engine.backends.torch_library import LoadedModule, torch
 from forebay.engine.backends.torch_tensors import execution_error, to_array, to_strings, to_tensor, unexpected_output
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: TorchScript looks at two calls before it compiles in the third.
 _PRIMING_CALLS = 3

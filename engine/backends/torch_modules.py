@@ -20,7 +20,7 @@ from forebay.engine.backends.torch_scripts import (
 )
 from forebay.engine.backends.torch_tensors import flatten_result, is_strings
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def prepare_module(spec: InstanceSpec) -> LoadedModule:

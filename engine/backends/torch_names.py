@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 _INDEXED_NAME = re.compile(r"__(\d+)$")
 

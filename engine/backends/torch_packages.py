@@ -10,8 +10,8 @@ from typing import Any
 from forebay.engine.backends.torch_library import LoadedModule, Signature, pytree, torch
 from forebay.engine.backends.torch_scripts import apply_settings, choose_device, find_model_file
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def prepare_package(spec: InstanceSpec) -> LoadedModule:

@@ -15,7 +15,7 @@ from forebay.engine.backends.torch_tensors import flatten_result
 from forebay.engine.devices.opening import played_gpu_count
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, Unsupported
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def find_model_file(spec: InstanceSpec, default: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from forebay.engine.devices.opening import open_device
 from forebay.ipc.errors import Unavailable
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: In ``InstanceSpec.extra``: the fraction of its GPU's memory that may be in use when the instance is loaded.
 LIMIT_KEY = "gpu_memory_limit"

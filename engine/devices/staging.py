@@ -16,7 +16,7 @@ from forebay.engine.devices.base import Device, DeviceBroken, DeviceError, Memor
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.memory_limit import PINNED_KEY
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: ``optimization.priority`` to a stream's (spec C-051).
 _STREAM_PRIORITIES = {"MAX": -1, "DEFAULT": 0, "MIN": 1}

@@ -24,7 +24,7 @@ from forebay.engine.scheduler.batcher import NOTHING, Decision, Reason
 from forebay.engine.scheduler.cost_model import CostModel
 from forebay.engine.scheduler.request_queue import RequestQueue
 from forebay.engine.scheduler.waiting import Waiting
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 
 #: The share of its time that an instance may be busy for batches to be large enough.
 _BUSY_SHARE = 0.5

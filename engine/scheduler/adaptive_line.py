@@ -9,7 +9,7 @@ from forebay.engine.scheduler.adaptive_batcher import AdaptiveBatcher
 from forebay.engine.scheduler.line import Choice, QueueLine, Refusal
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.errors import ServingError, Unavailable
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 
 
 class AdaptiveLine(QueueLine):

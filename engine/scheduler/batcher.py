@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from forebay.engine.scheduler.waiting import Waiting
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 
 
 class Reason(enum.StrEnum):

@@ -35,17 +35,8 @@ from forebay.ipc.client_wire import (
     SubmitKind,
 )
 from forebay.ipc.errors import InvalidArgument, NotReady, ServingError, Unavailable
-from forebay.ipc.messages import (
-    Cancel,
-    FrontendToScheduler,
-    ParcelSubmit,
-    ProducerUp,
-    ReplyHead,
-    RouteUp,
-    RowsCancel,
-    RunSubmit,
-    Submit,
-)
+from forebay.ipc.messages import Cancel, FrontendToScheduler, ParcelSubmit, ReplyHead, RowsCancel, RunSubmit, Submit
+from forebay.ipc.scheduler_messages import ProducerUp, RouteUp
 from forebay.ipc.wire import (
     FLAG_FINAL,
     FLAG_MOVED,

@@ -27,17 +27,15 @@ from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
 from forebay.ipc.doorbell import Bell, ClientBell
 from forebay.ipc.errors import Cancelled, Code, InvalidArgument, NotReady, ServingError, WorkerDied, from_wire
-from forebay.ipc.messages import (
-    Cancel,
+from forebay.ipc.messages import Cancel, FrontendToScheduler, GrantReturned, Message, Stop, Submit
+from forebay.ipc.scheduler_messages import CountersFile as CountersFileMessage
+from forebay.ipc.scheduler_messages import (
     Drained,
     Explain,
     Explained,
-    FrontendToScheduler,
-    GrantReturned,
     InstanceDown,
     InstanceDrain,
     InstanceUp,
-    Message,
     ProducerDown,
     ProducerUp,
     Restored,
@@ -45,11 +43,8 @@ from forebay.ipc.messages import (
     RouteGone,
     RouteUp,
     SchedulerStart,
-    Stop,
-    Submit,
     SupervisorToScheduler,
 )
-from forebay.ipc.messages import CountersFile as CountersFileMessage
 from forebay.ipc.wire import FLAG_RESCHEDULE, HEAD_BYTES_MAX, HEADER, OPEN, TIMES, TOKEN, Kind
 
 #: Text of what was cancelled before it ran.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel
 from forebay.ipc.doorbell import Bell
-from forebay.ipc.messages import Resource
+from forebay.ipc.scheduler_messages import Resource
 
 
 class InstanceState(enum.Enum):

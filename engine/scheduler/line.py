@@ -15,7 +15,7 @@ from forebay.engine.scheduler.batcher import NOTHING, Batcher, Decision, Reason
 from forebay.engine.scheduler.request_queue import TIMEOUT_TEXT, RequestQueue
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.errors import Cancelled, ServingError, Unavailable
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 from forebay.ipc.wire import Slot
 
 #: Text for a request whose client's deadline passed while it waited.

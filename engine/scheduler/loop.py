@@ -21,8 +21,9 @@ from forebay.engine.scheduler.core import SchedulerCore
 from forebay.engine.scheduler.timer import Timer
 from forebay.ipc.channel import SubmitReceiver
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.messages import InstanceDown, SchedulerStart, Started, SupervisorToScheduler
+from forebay.ipc.messages import Started
 from forebay.ipc.process import ignore_terminal_signals, set_name
+from forebay.ipc.scheduler_messages import InstanceDown, SchedulerStart, SupervisorToScheduler
 
 #: Doorbell messages from workers are a header, times and the requests that are not answered yet.
 _DONE_BYTES_MAX = 192 * 1024

@@ -8,7 +8,7 @@ from forebay.engine.scheduler.batch_messages import pack_losses, pack_refusal
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import ProducerUp
+from forebay.ipc.scheduler_messages import ProducerUp
 
 
 class Producer:

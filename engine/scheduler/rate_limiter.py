@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from forebay.engine.scheduler.instances import Instance
 from forebay.engine.scheduler.line import Choice
-from forebay.ipc.messages import Resource
+from forebay.ipc.scheduler_messages import Resource
 
 #: A resource and the device whose it is; -1: global.
 _Key = tuple[str, int]

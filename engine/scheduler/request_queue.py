@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.errors import QUEUE_FULL_TEXT, QueueFull
-from forebay.ipc.messages import BatchingPolicy, Cancel, QueuePolicy
+from forebay.ipc.messages import Cancel
+from forebay.ipc.scheduler_messages import BatchingPolicy, QueuePolicy
 
 #: Text of an expired request (spec S-026).
 TIMEOUT_TEXT = "Request timeout expired"

@@ -16,7 +16,8 @@ from forebay.engine.scheduler.line import Choice, Line, Refusal, SharedLine
 from forebay.engine.scheduler.sequence_line import SequenceLine
 from forebay.engine.scheduler.waiting import Waiting, running_rows
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import RouteUp, RowsCancel
+from forebay.ipc.messages import RowsCancel
+from forebay.ipc.scheduler_messages import RouteUp
 from forebay.ipc.wire import pack_rows_cancel
 
 #: Batches in a row that must have found nobody else waiting before an instance is granted. Grants under load would be

@@ -23,7 +23,7 @@ from forebay.engine.scheduler.batcher import Batcher, Decision, Reason
 from forebay.engine.scheduler.line import DEADLINE_TEXT, NO_CHOICE, Choice, Refusal
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel
 from forebay.ipc.errors import Cancelled, InvalidArgument, ServingError, Unavailable, Unsupported, WorkerDied
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 from forebay.ipc.wire import SLOT_END, SLOT_START, Slot
 
 #: Characters of a string correlation id at most (spec S-059).

@@ -13,7 +13,7 @@ import msgspec
 
 from forebay.engine.supervisor.instance import Instance, start_all
 from forebay.engine.supervisor.preparation import PreparedVersion, instance_specs
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 if TYPE_CHECKING:
     from forebay.engine.supervisor.served_version import ServedVersion

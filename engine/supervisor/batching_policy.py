@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forebay.engine.repository.latency_objective import objective_us
 from forebay.engine.repository.model_spec import DynamicBatchingSpec, ModelSpec, QueuePolicySpec
-from forebay.ipc.messages import BatchingPolicy, QueuePolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy, QueuePolicy
 
 
 def batching_policy(spec: ModelSpec, batching: str) -> BatchingPolicy:

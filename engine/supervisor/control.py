@@ -14,18 +14,18 @@ import zmq.asyncio
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.channel import HIGH_WATER_MARK, TypedCodec, control_address
 from forebay.ipc.errors import Code, InvalidArgument, ServingError
-from forebay.ipc.log import log
-from forebay.ipc.messages import (
+from forebay.ipc.frontend_messages import (
     CatalogPush,
     CatalogSeen,
     Command,
     CommandReply,
     FrontendToControl,
     Hello,
-    Message,
     TraceReport,
     TraceRulesPush,
 )
+from forebay.ipc.log import log
+from forebay.ipc.messages import Message
 from forebay.ipc.trace import TraceRecord, TraceRules
 
 #: Carries out one verb: arguments as the frontend sent them, unchecked; returns what the reply carries.

@@ -18,8 +18,10 @@ from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import SCHEDULER_WORDS
 from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
-from forebay.ipc.messages import BatchingPolicy, DeviceMemory, InstanceSpec, RouteUp
+from forebay.ipc.messages import DeviceMemory
+from forebay.ipc.scheduler_messages import BatchingPolicy, RouteUp
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 _BACKEND = "forebay_courier"
 

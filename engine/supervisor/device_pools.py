@@ -24,8 +24,9 @@ from forebay.engine.settings import GpuSettings
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.device_blocks import ALIGNMENT_BYTES
 from forebay.ipc.errors import ServingError
+from forebay.ipc.frontend_messages import PoolDown, PoolUp
 from forebay.ipc.log import log
-from forebay.ipc.messages import DeviceMemory, Message, PoolDown, PoolUp
+from forebay.ipc.messages import DeviceMemory, Message
 
 #: Bytes of all pools on a GPU that ``--cuda-memory-pool-byte-size`` does not name (spec F-151).
 DEFAULT_BYTES = 64 << 20

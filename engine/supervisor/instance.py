@@ -22,7 +22,8 @@ from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.counters import InstanceCounter, instance_words
 from forebay.ipc.errors import ServingError
 from forebay.ipc.log import log
-from forebay.ipc.messages import InstanceSpec, Loaded, ModelMetrics, Resource
+from forebay.ipc.scheduler_messages import Resource
+from forebay.ipc.worker_messages import InstanceSpec, Loaded, ModelMetrics
 
 #: A crash loop is tried again so often, s: what it crashed on may have gone away.
 LOOP_RETRY_S = 60.0

@@ -16,7 +16,8 @@ from forebay.engine.supervisor.watchdog import Watchdog
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.engine.supervisor.zygotes import Zygotes
 from forebay.ipc.counters import CountersFile
-from forebay.ipc.messages import LogChanged, ModelMetrics
+from forebay.ipc.messages import LogChanged
+from forebay.ipc.worker_messages import ModelMetrics
 
 
 def _ignore(_message: ModelMetrics) -> None:

@@ -55,8 +55,9 @@ from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.errors import InvalidArgument, NotFound, ServingError, Unavailable
 from forebay.ipc.log import log
-from forebay.ipc.messages import BatchingPolicy, Described, InstanceSpec
+from forebay.ipc.scheduler_messages import BatchingPolicy
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import Described, InstanceSpec
 
 #: Backends whose models may set their own configuration; asked even if it is complete (spec R-066).
 _SELF_COMPLETING = frozenset({"python"})

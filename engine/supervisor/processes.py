@@ -20,21 +20,17 @@ from forebay.engine.supervisor.switchboard import Producer, Switchboard
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import Unavailable
-from forebay.ipc.log import log
-from forebay.ipc.messages import (
-    Drained,
-    Explained,
-    Failed,
+from forebay.ipc.frontend_messages import (
     FrontendStart,
     FrontendToSupervisor,
-    Message,
     PoolEmpty,
     RegionsSeen,
     RegionUnused,
-    SchedulerToSupervisor,
     Serve,
-    Started,
 )
+from forebay.ipc.log import log
+from forebay.ipc.messages import Failed, Message, Started
+from forebay.ipc.scheduler_messages import Drained, Explained, SchedulerToSupervisor
 
 Received = TypeVar("Received")
 

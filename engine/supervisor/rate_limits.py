@@ -5,7 +5,7 @@ from __future__ import annotations
 from forebay.engine.repository.model_spec import InstanceSpec, ModelSpec
 from forebay.engine.settings import RateLimitSettings
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import Resource
+from forebay.ipc.scheduler_messages import Resource
 
 #: Device of a resource that belongs to none.
 GLOBAL_DEVICE = -1

@@ -31,8 +31,9 @@ from typing import Any, ClassVar, Protocol
 
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from forebay.ipc.frontend_messages import RegionDown, RegionUp
 from forebay.ipc.log import log
-from forebay.ipc.messages import DeviceMemory, Message, RegionDown, RegionUp
+from forebay.ipc.messages import DeviceMemory, Message
 from forebay.ipc.regions import open_shared_memory
 
 #: Regions at most: each is a descriptor here and in every frontend.

@@ -27,7 +27,8 @@ from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS, ProducerCounter, detail_words, instance_words
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import InstanceSpec, RouteUp
+from forebay.ipc.scheduler_messages import RouteUp
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: How long after its end a version's counters may still be written by those who count its requests, s.
 _COUNTERS_QUARANTINE_S = 5.0

@@ -49,8 +49,10 @@ from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
 from forebay.ipc.counters import CACHE_WORDS, COUNTERS_BYTES, CountersFile
 from forebay.ipc.errors import Internal, NotFound, ServingError
 from forebay.ipc.log import ENVIRONMENT_VARIABLE, log
-from forebay.ipc.messages import Explain, LogChanged, ModelMetrics, SchedulerStart
+from forebay.ipc.messages import LogChanged
+from forebay.ipc.scheduler_messages import Explain, SchedulerStart
 from forebay.ipc.trace import TraceRecord
+from forebay.ipc.worker_messages import ModelMetrics
 
 #: How long processes get to end after everything they had to do is done, s.
 _STOP_TIMEOUT_S = 5.0

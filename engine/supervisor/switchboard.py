@@ -23,27 +23,24 @@ import msgspec
 
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.messages import (
-    ArenaDown,
-    ArenaUp,
+from forebay.ipc.frontend_messages import DoorbellDown, DoorbellUp
+from forebay.ipc.messages import Message
+from forebay.ipc.scheduler_messages import (
     CountersFile,
-    DoorbellDown,
-    DoorbellUp,
     Drained,
     InstanceDown,
     InstanceDrain,
     InstanceUp,
-    Message,
     ProducerDown,
     ProducerUp,
     Resource,
     Restored,
-    RingUp,
     RouteDrain,
     RouteGone,
     RouteUp,
     SchedulerStart,
 )
+from forebay.ipc.worker_messages import ArenaDown, ArenaUp, RingUp
 
 
 class Listener(Protocol):

@@ -19,14 +19,14 @@ from forebay.ipc.doorbell import Bell, create_doorbell
 from forebay.ipc.errors import Internal, WorkerDied, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
-from forebay.ipc.messages import (
+from forebay.ipc.messages import DeviceMemory, Failed, Message, Stop
+from forebay.ipc.wire import HEADER, Kind
+from forebay.ipc.worker_messages import (
     Adopt,
     AskReady,
     CheckMemory,
     Describe,
     Described,
-    DeviceMemory,
-    Failed,
     InstanceSpec,
     Load,
     Loaded,
@@ -35,14 +35,11 @@ from forebay.ipc.messages import (
     MemoryClosed,
     MemoryDown,
     MemoryMade,
-    Message,
     ModelMetrics,
     Phase,
     ReadyAnswer,
-    Stop,
     WorkerToSupervisor,
 )
-from forebay.ipc.wire import HEADER, Kind
 
 #: How long to wait for the zygote's word on how a worker ended, once its lifeline has closed, s.
 _EXIT_CODE_WAIT_S = 1.0

@@ -13,7 +13,7 @@ import asyncio
 from forebay.engine.backend_families import SHARING_BACKENDS, family_of
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.worker_handle import WorkerHandle
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Where instances must be to share a process: CPU, GPU or MODEL, and the device.
 _Place = tuple[str, int]

@@ -12,7 +12,8 @@ from forebay.engine.supervisor.child import Child, describe_exit
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.errors import Unavailable
 from forebay.ipc.log import log
-from forebay.ipc.messages import Failed, Fork, Forked, Started, WorkerExited, ZygoteToSupervisor
+from forebay.ipc.messages import Failed, Started
+from forebay.ipc.worker_messages import Fork, Forked, WorkerExited, ZygoteToSupervisor
 
 #: How often a zygote may die while it starts before its family counts as broken.
 _START_ATTEMPTS = 3

@@ -11,7 +11,7 @@ import time
 
 from forebay.engine.backends.python_model.metrics import MetricsRegistry
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.messages import ModelMetrics, SupervisorToWorker
+from forebay.ipc.worker_messages import ModelMetrics, SupervisorToWorker
 
 #: Changes within so many seconds are sent together.
 _COALESCE_S = 0.05

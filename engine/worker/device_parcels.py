@@ -16,8 +16,9 @@ from forebay.engine.devices.poisoning import DeviceBatch
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.ipc.errors import Internal, ServingError
-from forebay.ipc.messages import InstanceSpec, TensorPlace
+from forebay.ipc.messages import TensorPlace
 from forebay.ipc.tensor import DATATYPES, byte_size
+from forebay.ipc.worker_messages import InstanceSpec
 
 _Placed = tuple[ParcelRequest, dict[str, PlacedTensor]]
 

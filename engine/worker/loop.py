@@ -42,7 +42,10 @@ from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import LogOptions, log
-from forebay.ipc.messages import (
+from forebay.ipc.messages import DeviceMemory, Failed, LogChanged, Stop
+from forebay.ipc.process import set_name
+from forebay.ipc.wire import FLAG_GRANTED, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, Kind
+from forebay.ipc.worker_messages import (
     Adopt,
     ArenaDown,
     ArenaUp,
@@ -50,12 +53,9 @@ from forebay.ipc.messages import (
     CheckMemory,
     Describe,
     Described,
-    DeviceMemory,
-    Failed,
     InstanceSpec,
     Load,
     Loaded,
-    LogChanged,
     MakeMemory,
     MemoryChecked,
     MemoryClosed,
@@ -63,11 +63,8 @@ from forebay.ipc.messages import (
     MemoryMade,
     Phase,
     RingUp,
-    Stop,
     SupervisorToWorker,
 )
-from forebay.ipc.process import set_name
-from forebay.ipc.wire import FLAG_GRANTED, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, Kind
 
 if TYPE_CHECKING:
     from forebay.engine.worker.rows_lane import RowsLane

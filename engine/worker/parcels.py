@@ -21,9 +21,10 @@ from forebay.engine.worker.places import Producers
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.engine.worker.tensor_parcels import TensorParcels
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, ServingError
-from forebay.ipc.messages import InstanceSpec, ParcelHead
+from forebay.ipc.messages import ParcelHead
 from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.wire import FLAG_RESCHEDULE, GROW, HEADER, OPEN, PARCEL, TIMES, TOKEN
+from forebay.ipc.worker_messages import InstanceSpec
 
 _decode_head = msgspec.msgpack.Decoder(ParcelHead).decode
 

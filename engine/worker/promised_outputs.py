@@ -11,8 +11,8 @@ from forebay.engine.backends.base import Array
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.places import client_shape
 from forebay.ipc.errors import BackendFailed
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES, TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 class ShapedTensor(Protocol):

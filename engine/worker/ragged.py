@@ -19,8 +19,8 @@ import numpy as np
 from forebay.engine.backends.base import Array, Arrays
 from forebay.engine.repository.model_spec import BatchInputSpec, BatchOutputSpec
 from forebay.ipc.errors import BackendFailed, InvalidArgument
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES, TensorSpec, element_count
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Backends that handle requests one by one.
 _REQUEST_BACKENDS = frozenset({"python", "identity"})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from forebay.ipc.errors import ServingError
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.messages import ReadyAnswer, SupervisorToWorker
+from forebay.ipc.worker_messages import ReadyAnswer, SupervisorToWorker
 
 
 def start_ready_check(lifeline: Lifeline[SupervisorToWorker], check: Callable[[], bool], request: int) -> None:

@@ -19,7 +19,7 @@ from forebay.engine.worker.inbox import Inbox
 from forebay.engine.worker.places import Producers
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews, by_producer
 from forebay.ipc.errors import BackendFailed, Internal, ServingError
-from forebay.ipc.messages import InstanceSpec, ParameterValue, RowRemark
+from forebay.ipc.messages import ParameterValue, RowRemark
 from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.wire import (
     FLAG_REMARKS,
@@ -34,6 +34,7 @@ from forebay.ipc.wire import (
     Run,
     unpack_runs,
 )
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Places kept per producer; at the limit all of them are dropped.
 PLACES_MAX = 4096

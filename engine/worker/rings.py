@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.wait_styles import Park
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, Kind
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Messages that are run when a ring closes; a client is to have one under way.
 _DRAIN_MAX = 2

@@ -10,9 +10,9 @@ from forebay.engine.worker.places import Producers, row_shape
 from forebay.ipc.counters import LAST_BUCKET
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import BackendFailed, Internal, ServingError
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.slabs import SlabLayout
 from forebay.ipc.wire import TIMES, Kind, Run, pack_runs
+from forebay.ipc.worker_messages import InstanceSpec
 
 # Plain integers: looking up a member of an enum costs as much as the addition.
 _SUCCESS, _INFERENCES, _EXECUTIONS = int(Count.SUCCESS), int(Count.INFERENCES), int(Count.EXECUTIONS)

@@ -21,9 +21,9 @@ from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews
 from forebay.engine.worker.tensor_parcels import JOINED_BYTES_MAX
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import DATATYPES, TensorSpec
 from forebay.ipc.wire import HEADER, NO_TIMES, RUN, TIMES, Kind, Run, unpack_runs
+from forebay.ipc.worker_messages import InstanceSpec
 
 if TYPE_CHECKING:
     from forebay.engine.worker.rows_lane import RowsLane

@@ -25,10 +25,11 @@ from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.pending_response import RawTensor
 from forebay.ipc.errors import BackendFailed, InvalidArgument, NotFound, ServingError
-from forebay.ipc.messages import InstanceSpec, ParameterValue
+from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes
 from forebay.ipc.validation import id_prefix
 from forebay.ipc.wire import HEADER, SLOT, SLOT_END, SLOT_START, Slot
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Backends that find controls and states by themselves, if they want them.
 _REQUEST_BACKENDS = frozenset({"python", "identity"})

@@ -19,8 +19,9 @@ from forebay.engine.worker.ragged import RaggedPolicy, RaggedRequest
 from forebay.engine.worker.reply_batch import ReplyBatch
 from forebay.ipc.arena import align
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import InstanceSpec, ParcelHead, TensorPlace
+from forebay.ipc.messages import ParcelHead, TensorPlace
 from forebay.ipc.tensor import byte_size
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Input bytes of a request on a CPU, on average over a batch, up to which requests are joined.
 JOINED_BYTES_MAX = 128 * 1024

@@ -33,8 +33,9 @@ from forebay.ipc.arena import align, create_memory_file
 from forebay.ipc.counters import instance_words
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import InvalidArgument, ServingError, from_wire
-from forebay.ipc.messages import InstanceSpec, ParameterValue, ParcelHead, TensorPlace
+from forebay.ipc.messages import ParameterValue, ParcelHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, decode_bytes, element_count
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Bytes of one input of a sample at most; a configuration may come from a client.
 INPUT_BYTES_MAX = 1 << 30

@@ -18,7 +18,7 @@ from forebay.engine.worker.loop_threads import LoopThreads
 from forebay.ipc.counters import CountersFile
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.messages import SupervisorToWorker
+from forebay.ipc.worker_messages import SupervisorToWorker
 
 
 def run_worker(lifeline: socket.socket, doorbell: socket.socket, done: socket.socket, counters_fd: int) -> NoReturn:

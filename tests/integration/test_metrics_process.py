@@ -17,19 +17,17 @@ from fake_frontend import Answer, RawClient, entry
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.counters import COUNTERS_BYTES, PRODUCER_WORDS, CountersFile, ProducerCounter
-from forebay.ipc.lifeline import Lifeline
-from forebay.ipc.messages import (
+from forebay.ipc.frontend_messages import (
     CatalogPush,
     CatalogSeen,
     FrontendStart,
     FrontendToControl,
     FrontendToSupervisor,
     Hello,
-    Message,
     Serve,
-    Started,
-    Stop,
 )
+from forebay.ipc.lifeline import Lifeline
+from forebay.ipc.messages import Message, Started, Stop
 
 
 class Supervisor:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from forebay.engine.scheduler.request_queue import RequestQueue
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 
 #: A producer's number where it does not matter.
 PRODUCER = 7

@@ -15,7 +15,8 @@ from worker_harness import Response, WorkerHarness
 
 from forebay.ipc.arena import BlockAllocator
 from forebay.ipc.errors import ServingError, from_wire
-from forebay.ipc.messages import Failed, InstanceSpec, Load, Phase
+from forebay.ipc.messages import Failed
+from forebay.ipc.worker_messages import InstanceSpec, Load, Phase
 
 #: The models' ``max_batch_size`` at most.
 MAX_BATCH_SIZE = 64

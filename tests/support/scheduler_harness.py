@@ -14,21 +14,17 @@ import msgspec
 from forebay.engine.scheduler.core import SchedulerCore
 from forebay.ipc.counters import COUNTERS_BYTES, SCHEDULER_WORDS, CountersFile, SchedulerCounter
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.messages import (
+from forebay.ipc.messages import Message, ParcelSubmit, ReplyHead, RunSubmit, Submit
+from forebay.ipc.scheduler_messages import (
     BatchingPolicy,
     InstanceDown,
     InstanceUp,
-    Message,
-    ParcelSubmit,
     ProducerUp,
-    ReplyHead,
     Resource,
     RouteUp,
-    RunSubmit,
     SchedulerStart,
-    Submit,
 )
-from forebay.ipc.messages import CountersFile as CountersFileMessage
+from forebay.ipc.scheduler_messages import CountersFile as CountersFileMessage
 from forebay.ipc.wire import (
     GRANT,
     HEADER,

@@ -27,24 +27,7 @@ from forebay.ipc.counters import CountersFile, InstanceCounter, instance_words
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import ServingError, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.messages import (
-    ArenaDown,
-    ArenaUp,
-    Describe,
-    Described,
-    Failed,
-    InstanceSpec,
-    Load,
-    Loaded,
-    ParcelHead,
-    Phase,
-    ReplyHead,
-    RowRemark,
-    Stop,
-    SupervisorToWorker,
-    TensorPlace,
-    WorkerToSupervisor,
-)
+from forebay.ipc.messages import Failed, ParcelHead, ReplyHead, RowRemark, Stop, TensorPlace
 from forebay.ipc.slabs import SlabLayout
 from forebay.ipc.tensor import DATATYPES, TensorSpec, datatype_of, encode_bytes, view_tensor
 from forebay.ipc.wire import (
@@ -63,6 +46,18 @@ from forebay.ipc.wire import (
     pack_rows_cancel,
     pack_runs,
     unpack_runs,
+)
+from forebay.ipc.worker_messages import (
+    ArenaDown,
+    ArenaUp,
+    Describe,
+    Described,
+    InstanceSpec,
+    Load,
+    Loaded,
+    Phase,
+    SupervisorToWorker,
+    WorkerToSupervisor,
 )
 
 #: This test's id as a producer.

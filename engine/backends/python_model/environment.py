@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 PARAMETER = "EXECUTION_ENV_PATH"
 _MODEL_DIRECTORY = "$$TRITON_MODEL_DIRECTORY"

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import FamilySample, MetricSample
+from forebay.ipc.worker_messages import FamilySample, MetricSample
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 

@@ -10,8 +10,8 @@ from forebay.engine.worker.pending_response import RawTensor, byte_view
 from forebay.engine.worker.places import client_shape
 from forebay.engine.worker.request_rows import RowRequest
 from forebay.ipc.errors import BackendFailed
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec, encode_bytes
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 class ModelOutputs:

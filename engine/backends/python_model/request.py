@@ -18,8 +18,9 @@ from forebay.engine.backends.python_model.response import (
     check_parameters,
 )
 from forebay.engine.backends.python_model.tensor import Tensor
-from forebay.ipc.messages import InstanceSpec, ParameterValue, TensorPlace
+from forebay.ipc.messages import ParameterValue, TensorPlace
 from forebay.ipc.spans import Trace
+from forebay.ipc.worker_messages import InstanceSpec
 
 if TYPE_CHECKING:
     from forebay.engine.worker.parcel_request import ParcelRequest

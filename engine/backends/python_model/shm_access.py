@@ -21,7 +21,7 @@ from forebay.engine.backends.python_model.shm_calls import BlockCall, Link, Rows
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, ServingError, Unavailable, Unsupported, from_wire
-from forebay.ipc.messages import Command, CommandReply, ControlToFrontend
+from forebay.ipc.frontend_messages import Command, CommandReply, ControlToFrontend
 from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.validation import InputFacts, validate_request
 

@@ -13,7 +13,8 @@ import pytest
 
 from forebay.engine.zygote import Zygote
 from forebay.ipc.lifeline import Lifeline
-from forebay.ipc.messages import Fork, Message, Stop, SupervisorToZygote, WorkerExited, ZygoteToSupervisor
+from forebay.ipc.messages import Message, Stop
+from forebay.ipc.worker_messages import Fork, SupervisorToZygote, WorkerExited, ZygoteToSupervisor
 
 
 def refuse(*_arguments: Any) -> NoReturn:

@@ -20,7 +20,8 @@ from forebay.frontend.control_client import ControlClient
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Code, NotFound, Unavailable
-from forebay.ipc.messages import CatalogPush, CatalogSeen, Command, CommandReply, FrontendToControl, Hello, Message
+from forebay.ipc.frontend_messages import CatalogPush, CatalogSeen, Command, CommandReply, FrontendToControl, Hello
+from forebay.ipc.messages import Message
 
 PRODUCER = 7
 

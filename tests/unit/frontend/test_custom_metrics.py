@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from forebay.frontend.custom_metrics import CustomMetrics
-from forebay.ipc.messages import FamilySample, MetricSample, ModelMetrics
+from forebay.ipc.worker_messages import FamilySample, MetricSample, ModelMetrics
 
 
 def _family(kind: str, *samples: MetricSample, name: str = "f") -> FamilySample:

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from forebay.ipc.frontend_messages import FrontendToSupervisor
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.messages import Failed, FrontendToSupervisor, Started
+from forebay.ipc.messages import Failed, Started
 
 Pair = tuple[Lifeline[Started | Failed], Lifeline[Started | Failed]]
 

@@ -7,36 +7,24 @@ import typing
 import msgspec
 import pytest
 
-from forebay.ipc import messages
-from forebay.ipc.messages import (
-    BatchingPolicy,
-    Cancel,
-    InstanceUp,
-    Message,
-    ParcelHead,
-    QueuePolicy,
-    ReplyHead,
-    Resource,
-    RouteUp,
-    RowsCancel,
-    SchedulerStart,
-    Submit,
-    TensorPlace,
-)
+from forebay.ipc import frontend_messages, messages, scheduler_messages, worker_messages
+from forebay.ipc.messages import Cancel, Message, ParcelHead, ReplyHead, RowsCancel, Submit, TensorPlace
+from forebay.ipc.scheduler_messages import BatchingPolicy, InstanceUp, QueuePolicy, Resource, RouteUp, SchedulerStart
 
-UNIONS = [
-    name
-    for name in dir(messages)
-    if "To" in name and typing.get_args(getattr(messages, name)) and not name.startswith("_")
-]
+UNIONS = {
+    name: union
+    for module in (messages, scheduler_messages, frontend_messages, worker_messages)
+    for name, union in vars(module).items()
+    if "To" in name and typing.get_args(union)
+}
 
 
 @pytest.mark.parametrize("name", UNIONS)
 def test_tags_of_a_union_are_distinct(name: str) -> None:
-    members = typing.get_args(getattr(messages, name))
+    members = typing.get_args(UNIONS[name])
     tags = [member.__struct_config__.tag for member in members]
     assert len(set(tags)) == len(tags)
-    msgspec.msgpack.Decoder(getattr(messages, name))
+    msgspec.msgpack.Decoder(UNIONS[name])
 
 
 def test_every_message_is_frozen_and_an_array() -> None:
@@ -63,7 +51,7 @@ def test_every_message_is_frozen_and_an_array() -> None:
 )
 def test_scheduler_reads_what_the_supervisor_writes(message: Message) -> None:
     data = msgspec.msgpack.encode(message)
-    assert msgspec.msgpack.decode(data, type=messages.SupervisorToScheduler) == message
+    assert msgspec.msgpack.decode(data, type=scheduler_messages.SupervisorToScheduler) == message
 
 
 def test_a_peer_that_knows_fewer_fields_is_understood() -> None:

@@ -12,7 +12,7 @@ from worker_harness import WorkerHarness, spec_from_config
 from forebay.engine.backends.fault_backend import chosen_fault
 from forebay.ipc.errors import ServingError
 from forebay.ipc.lifeline import PeerClosed
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def spec_of(**parameters: str) -> InstanceSpec:

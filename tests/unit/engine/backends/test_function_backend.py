@@ -13,7 +13,7 @@ from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.function_repository import BACKEND_NAME
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 SOURCE = """
 import numpy as np

@@ -16,7 +16,7 @@ from reloading_worker import ReloadingWorker
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 Shape = Sequence[int | str | None] | None
 

@@ -19,7 +19,7 @@ from forebay.engine.backends.onnx_options import CUDA_PROVIDER, Provider, tensor
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.host_device import HostDevice
 from forebay.ipc.errors import BackendFailed
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 Array = np.ndarray[Any, Any]
 

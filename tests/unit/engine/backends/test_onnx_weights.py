@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.backends.onnx_weights import instance_count
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: One square matrix of float32: 4 MiB.
 WIDTH = 1024

@@ -10,8 +10,8 @@ import pytest
 
 from forebay.engine.backends.base import TensorInstance
 from forebay.engine.backends.openvino_backend import OpenvinoBackend
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 openvino: Any = pytest.importorskip("openvino")
 

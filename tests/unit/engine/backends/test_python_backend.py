@@ -14,7 +14,7 @@ from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import Code, ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 MODELS = Path(__file__).parents[3] / "data" / "python_models"
 

@@ -12,7 +12,7 @@ from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.repository.config import config_json, parse_config_text
 from forebay.ipc.errors import Code, ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 MODELS = Path(__file__).parents[3] / "data" / "transcript_models"
 

@@ -9,7 +9,7 @@ import pytest
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.ipc.errors import Code, InvalidArgument, ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def tensor(name: str, data_type: str, *dims: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.backends.tensorflow_backend import FoundTensor, Signature, check_accelerators, check_config
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 pytestmark = [
     pytest.mark.skipif(

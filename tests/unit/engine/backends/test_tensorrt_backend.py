@@ -20,7 +20,7 @@ from forebay.engine.backends.tensorrt_instance import TensorRtInstance
 from forebay.engine.backends.tensorrt_tensors import check_config, parse_profiles
 from forebay.engine.devices.host_device import HostDevice
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 INPUT, OUTPUT = TensorIOMode.INPUT, TensorIOMode.OUTPUT
 

@@ -23,8 +23,8 @@ from forebay.engine.backends.tensorrt_plans import (
     plan_key,
 )
 from forebay.ipc.errors import InvalidArgument
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,

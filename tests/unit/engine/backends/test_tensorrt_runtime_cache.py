@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forebay.engine.backends.tensorrt_runtime_cache import RuntimeCache
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 TRT: Any = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7")
 

@@ -12,8 +12,8 @@ import pytest
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.ipc.errors import ServingError
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

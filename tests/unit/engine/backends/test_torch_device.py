@@ -14,7 +14,7 @@ from forebay.engine.backends.device_instance import DeviceInstance
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
 from forebay.ipc.errors import BackendFailed, InvalidArgument
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -9,7 +9,7 @@ from queues import MS, parcel, queue_of, run
 
 from forebay.engine.scheduler.adaptive_batcher import NEVER_NS, AdaptiveBatcher
 from forebay.engine.scheduler.waiting import Waiting
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 
 #: A tenth of the time is for the way: batches have 10 ms.
 POLICY = BatchingPolicy(max_batch_size=64, dynamic=True, objective_us=11_112)

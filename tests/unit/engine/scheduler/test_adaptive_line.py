@@ -16,7 +16,7 @@ from forebay.engine.scheduler.batcher import Reason
 from forebay.engine.scheduler.line import SharedLine
 from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.errors import Code, QueueFull, ServingError, Unavailable
-from forebay.ipc.messages import BatchingPolicy, QueuePolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy, QueuePolicy
 
 OBJECTIVE_MS = 10
 POLICY = BatchingPolicy(max_batch_size=32, dynamic=True, objective_us=OBJECTIVE_MS * 1000)

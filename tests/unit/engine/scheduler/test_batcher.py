@@ -9,7 +9,7 @@ from queues import MS, parcel, queue_of, run
 
 from forebay.engine.scheduler.batcher import Batcher, Decision, Reason
 from forebay.engine.scheduler.waiting import Waiting
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 
 
 def dynamic(max_size: int, *preferred: int, delay_us: int = 0) -> BatchingPolicy:

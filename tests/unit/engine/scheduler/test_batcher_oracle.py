@@ -18,7 +18,7 @@ from queues import parcel, run
 from forebay.engine.scheduler.batcher import Batcher
 from forebay.engine.scheduler.request_queue import RequestQueue
 from forebay.engine.scheduler.waiting import WaitingParcel, WaitingRun
-from forebay.ipc.messages import BatchingPolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy
 
 
 class Arrival(NamedTuple):

@@ -10,7 +10,7 @@ from scheduler_harness import DYNAMIC, MS, SchedulerHarness
 from forebay.engine.scheduler.route import QUIET_BATCHES
 from forebay.ipc.counters import SchedulerCounter
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import BatchingPolicy, InstanceDown, QueuePolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy, InstanceDown, QueuePolicy
 from forebay.ipc.wire import FLAG_GONE, FLAG_HUNG, Kind
 
 OBJECTIVE = BatchingPolicy(max_batch_size=8, dynamic=True, preferred_batch_sizes=(8,), objective_us=10_000)

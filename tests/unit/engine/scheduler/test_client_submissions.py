@@ -25,18 +25,8 @@ from forebay.ipc.client_wire import (
     SUBMIT_RUN,
     SubmitKind,
 )
-from forebay.ipc.messages import (
-    BatchingPolicy,
-    Cancel,
-    FrontendToScheduler,
-    ParcelSubmit,
-    ProducerUp,
-    ReplyHead,
-    RouteUp,
-    RowsCancel,
-    RunSubmit,
-    Submit,
-)
+from forebay.ipc.messages import Cancel, FrontendToScheduler, ParcelSubmit, ReplyHead, RowsCancel, RunSubmit, Submit
+from forebay.ipc.scheduler_messages import BatchingPolicy, ProducerUp, RouteUp
 from forebay.ipc.wire import FLAG_MOVED, GROW, HEADER, RUN, TIMES, TOKEN, Kind
 
 EPOCH = 4

@@ -10,13 +10,12 @@ from scheduler_harness import DYNAMIC, MS, ROUTE, Batch, SchedulerHarness
 from forebay.engine.scheduler.route import QUIET_BATCHES
 from forebay.ipc.counters import SchedulerCounter
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import (
+from forebay.ipc.messages import Cancel, GrantReturned, RowsCancel
+from forebay.ipc.scheduler_messages import (
     BatchingPolicy,
-    Cancel,
     Drained,
     Explain,
     Explained,
-    GrantReturned,
     InstanceDrain,
     ProducerDown,
     QueuePolicy,
@@ -24,7 +23,6 @@ from forebay.ipc.messages import (
     Restored,
     RouteDrain,
     RouteGone,
-    RowsCancel,
 )
 from forebay.ipc.wire import FLAG_GONE, HEAD_BYTES_MAX, HEADER, MESSAGE_BYTES_MAX, OPEN, Kind
 

@@ -8,7 +8,8 @@ import pytest
 from scheduler_harness import DYNAMIC, ROUTE, SchedulerHarness
 
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import Cancel, RouteUp, RowsCancel
+from forebay.ipc.messages import Cancel, RowsCancel
+from forebay.ipc.scheduler_messages import RouteUp
 from forebay.ipc.wire import Kind, pack_rows_cancel
 
 

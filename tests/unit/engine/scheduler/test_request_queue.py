@@ -8,7 +8,7 @@ from queues import MS, PRODUCER, parcel, queue_of, run, tokens
 from forebay.engine.scheduler.request_queue import RequestQueue
 from forebay.engine.scheduler.waiting import WaitingRun
 from forebay.ipc.errors import QueueFull
-from forebay.ipc.messages import BatchingPolicy, QueuePolicy
+from forebay.ipc.scheduler_messages import BatchingPolicy, QueuePolicy
 
 
 def with_policy(**fields: object) -> BatchingPolicy:

@@ -9,7 +9,8 @@ import pytest
 from scheduler_harness import MS, ROUTE, Answer, SchedulerHarness
 
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import BatchingPolicy, Cancel, Drained, InstanceDrain, ProducerDown
+from forebay.ipc.messages import Cancel
+from forebay.ipc.scheduler_messages import BatchingPolicy, Drained, InstanceDrain, ProducerDown
 from forebay.ipc.wire import FLAG_RESCHEDULE, SLOT_END, SLOT_START
 
 IDLE_MS = 1000

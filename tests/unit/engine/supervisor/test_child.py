@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from forebay.engine.supervisor.child import Child
-from forebay.ipc.messages import SchedulerToSupervisor
+from forebay.ipc.scheduler_messages import SchedulerToSupervisor
 
 
 def test_of_a_child_whose_end_could_not_be_noticed_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

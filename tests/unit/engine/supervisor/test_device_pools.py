@@ -12,7 +12,8 @@ from forebay.engine.settings import DeviceBytes, GpuSettings
 from forebay.engine.supervisor.device_pools import DEFAULT_BYTES, DevicePools, wanted_devices
 from forebay.ipc.catalog import EnsembleStep, ModelEntry
 from forebay.ipc.errors import Unavailable
-from forebay.ipc.messages import DeviceMemory, Message, PoolDown, PoolUp
+from forebay.ipc.frontend_messages import PoolDown, PoolUp
+from forebay.ipc.messages import DeviceMemory, Message
 
 
 def model(name: str, device_id: int, *, version: int = 1, **options: Any) -> ModelEntry:

@@ -12,7 +12,7 @@ import pytest
 
 from forebay.engine.supervisor.instance import Instance, InstanceEvents
 from forebay.ipc.counters import CountersFile
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 SPEC = InstanceSpec(
     model="m",

@@ -12,7 +12,8 @@ import pytest
 
 from forebay.engine.supervisor import processes
 from forebay.engine.supervisor.backoff import HEALTHY_S
-from forebay.ipc.messages import Failed, SchedulerToSupervisor, Started
+from forebay.ipc.messages import Failed, Started
+from forebay.ipc.scheduler_messages import SchedulerToSupervisor
 
 
 class FakeChild:

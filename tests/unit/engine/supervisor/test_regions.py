@@ -14,7 +14,8 @@ from forebay.engine.supervisor import regions as module
 from forebay.engine.supervisor.regions import RegionRegistry
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
-from forebay.ipc.messages import DeviceMemory, Message, RegionDown, RegionUp
+from forebay.ipc.frontend_messages import RegionDown, RegionUp
+from forebay.ipc.messages import DeviceMemory, Message
 
 
 @pytest.fixture

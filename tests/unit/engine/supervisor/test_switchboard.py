@@ -13,14 +13,13 @@ from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.counters import COUNTERS_BYTES, CountersFile
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.messages import (
+from forebay.ipc.frontend_messages import DoorbellDown, DoorbellUp
+from forebay.ipc.messages import Message
+from forebay.ipc.scheduler_messages import (
     BatchingPolicy,
-    DoorbellDown,
-    DoorbellUp,
     Drained,
     InstanceDown,
     InstanceUp,
-    Message,
     ProducerDown,
     ProducerUp,
     Restored,
@@ -28,9 +27,7 @@ from forebay.ipc.messages import (
     RouteUp,
     SchedulerStart,
 )
-from forebay.ipc.messages import (
-    CountersFile as CountersFileMessage,
-)
+from forebay.ipc.scheduler_messages import CountersFile as CountersFileMessage
 
 
 class Ear:

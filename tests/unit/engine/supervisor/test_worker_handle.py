@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator
 
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.lifeline import Lifeline
-from forebay.ipc.messages import Stop, SupervisorToWorker
+from forebay.ipc.messages import Stop
+from forebay.ipc.worker_messages import SupervisorToWorker
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from forebay.engine.settings import ProcessSettings, Settings
 from forebay.engine.supervisor.worker_processes import WorkerProcesses
 from forebay.ipc.errors import Unavailable
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 class Worker:

@@ -15,16 +15,15 @@ from worker_harness import WorkerHarness, spec_from_config
 from forebay.engine.devices.base import Device, Memory, Stream
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
-from forebay.ipc.messages import (
+from forebay.ipc.messages import DeviceMemory, TensorPlace
+from forebay.ipc.worker_messages import (
     CheckMemory,
-    DeviceMemory,
     Loaded,
     MakeMemory,
     MemoryChecked,
     MemoryClosed,
     MemoryDown,
     MemoryMade,
-    TensorPlace,
 )
 
 KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]

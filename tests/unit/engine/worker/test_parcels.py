@@ -11,8 +11,9 @@ from worker_harness import PRODUCER, WorkerHarness, spec_from_config
 
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import InstanceSpec, ParcelHead, TensorPlace
+from forebay.ipc.messages import ParcelHead, TensorPlace
 from forebay.ipc.wire import HEADER, PARCEL, TOKEN, Kind
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 def fault_spec(

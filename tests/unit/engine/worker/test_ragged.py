@@ -15,8 +15,8 @@ from forebay.engine.repository.model_spec import BatchInputSpec, BatchOutputSpec
 from forebay.engine.worker.ragged import RaggedPolicy, RaggedRequest, with_batch_tensors
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import BackendFailed, InvalidArgument
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 X = TensorSpec("X", "FP32", (-1,), allow_ragged_batch=True)
 FIXED = TensorSpec("FIXED", "FP32", (-1,))

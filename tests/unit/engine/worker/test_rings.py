@@ -14,8 +14,8 @@ from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.wait_styles import Park
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, Kind
+from forebay.ipc.worker_messages import InstanceSpec
 
 SPEC = InstanceSpec(
     model="m", version=1, route=5, instance=9, instance_name="m_0_0", backend="", model_path="", version_path="",

@@ -12,8 +12,8 @@ from worker_harness import PRODUCER, WorkerHarness, spec_from_config
 
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import Code
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.wire import HEADER, Kind, Run
+from forebay.ipc.worker_messages import InstanceSpec
 
 ALPHA = Path(__file__).parents[4] / "conf" / "models" / "alpha_model"
 

@@ -19,8 +19,8 @@ from forebay.ipc.arena import create_memory_file
 from forebay.ipc.counters import InstanceCounter, instance_words
 from forebay.ipc.doorbell import Bell, create_doorbell
 from forebay.ipc.errors import BackendFailed
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.wire import FLAG_GRANTED, HEADER, RUN, TIMES, Kind, Run, pack_runs
+from forebay.ipc.worker_messages import InstanceSpec
 
 rows_lane = pytest.importorskip("forebay.engine.worker.rows_lane", reason="built without a C compiler")
 

@@ -13,10 +13,10 @@ from forebay.engine.worker.rows import RowsRunner
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.counters import CountersFile, InstanceCounter, instance_words
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.slabs import SlabLayout
 from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.wire import HEADER, Kind, Run, pack_runs
+from forebay.ipc.worker_messages import InstanceSpec
 
 ARENA_BYTES = 1 << 20
 CAPACITY = 16

@@ -18,8 +18,8 @@ from forebay.engine.worker.sequences import (
     with_sequence_tensors,
 )
 from forebay.ipc.errors import InvalidArgument, NotFound
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 RUNNING = SequenceControls(is_start=True, is_end=False, is_ready=True, correlation_id=7)
 IDLE = SequenceControls(is_start=False, is_end=False, is_ready=False, correlation_id=0)

@@ -11,8 +11,8 @@ from forebay.engine.worker.places import Producers
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.engine.worker.tensor_parcels import JOINED_BYTES_MAX, TensorParcels
 from forebay.ipc.counters import instance_words
-from forebay.ipc.messages import InstanceSpec
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 
 class Doubler(TensorInstance):

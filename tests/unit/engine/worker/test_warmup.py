@@ -21,7 +21,7 @@ from forebay.engine.repository.model_spec import (
 from forebay.engine.worker.warmup import INPUT_BYTES_MAX, tensor_bytes
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import InvalidArgument, NotFound, ServingError
-from forebay.ipc.messages import InstanceSpec
+from forebay.ipc.worker_messages import InstanceSpec
 
 #: Writes each execution to a file as a list of requests; echoes IN.
 RECORDING_MODEL = """

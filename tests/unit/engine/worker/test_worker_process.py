@@ -12,9 +12,10 @@ from forebay.ipc.arena import create_memory_file
 from forebay.ipc.counters import CountersFile, instance_words
 from forebay.ipc.doorbell import Bell, create_doorbell
 from forebay.ipc.lifeline import Lifeline
-from forebay.ipc.messages import ArenaUp, InstanceSpec, Load, Loaded, Stop, WorkerToSupervisor
+from forebay.ipc.messages import Stop
 from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.wire import HEADER, Kind
+from forebay.ipc.worker_messages import ArenaUp, InstanceSpec, Load, Loaded, WorkerToSupervisor
 
 ARENA_BYTES = 4096
 ARENA_NAME = "arena-of-a-loop"
