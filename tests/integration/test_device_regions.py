@@ -134,6 +134,29 @@ def test_inputs_and_outputs_in_device_memory(setup: Setup, protocol: str, model:
         np.testing.assert_array_equal(setup.get(target, 128, (2, 4)), factor * (values + 1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("setup", ["cuda"], indirect=True)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_regions_as_tritonclient_makes_them(setup: Setup, protocol: str) -> None:
+    cuda_shm = pytest.importorskip("tritonclient.utils.cuda_shared_memory")
+    api, client = library(protocol), setup.client(protocol)
+    values = np.arange(8, dtype=np.float32).reshape(2, 4)
+    regions = {name: cuda_shm.create_shared_memory_region(name, values.nbytes, 0) for name in ("in", "out")}
+    cuda_shm.set_shared_memory_region(regions["in"], [values])
+    for name, region in regions.items():
+        client.register_cuda_shared_memory(name, cuda_shm.get_raw_handle(region), 0, values.nbytes)
+    tensor = api.InferInput("X", [2, 4], "FP32")
+    tensor.set_shared_memory("in", values.nbytes)
+    wanted = api.InferRequestedOutput("Y")
+    wanted.set_shared_memory("out", values.nbytes)
+    client.infer("gpu", [tensor], outputs=[wanted])
+    found = cuda_shm.get_contents_as_numpy(regions["out"], np.float32, [2, 4])
+    np.testing.assert_array_equal(found, 2 * values)
+    client.unregister_cuda_shared_memory()
+    for region in regions.values():
+        cuda_shm.destroy_shared_memory_region(region)
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_status_shows_what_is_registered(setup: Setup, protocol: str) -> None:
     """H-195, G-015."""
