@@ -18,6 +18,7 @@ from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.repository import ModelRepository
 from forebay.engine.supervisor.adjustment import ADJUSTABLE_FIELDS, Adjustment
 from forebay.engine.supervisor.ensembles import Ensembles
+from forebay.engine.supervisor.load_advice import load_advice
 from forebay.engine.supervisor.memory import return_memory
 from forebay.engine.supervisor.model_view import ModelView
 from forebay.engine.supervisor.models import UNLOADED, LoadFailed, Model, PollFailed, VersionStatus
@@ -379,6 +380,8 @@ class ModelLifecycle:
             if error is None:
                 continue
             log.error(f"failed to load '{model.name}' version {version}: {error.code.label}: {error.text}")
+            if advice := load_advice(error.text):
+                log.error(f"  {advice}")
             reason = f"{error.code.label}: {found.without_paths(error.text)}"
             parts.append(f"version {version} is at UNAVAILABLE state: {reason};\n")
             if version not in model.serving:
