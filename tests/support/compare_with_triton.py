@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from forebay_server import ForebayServer
 from http_wire import Ended, WireClient
-from triton_probes import GROUPS, Probe, make_repository
+from triton_probes import GROUPS
+from triton_probes.models import make_repository
+from triton_probes.probe import Probe
 
 ROOT = Path(__file__).resolve().parents[2]
 
