@@ -7,12 +7,15 @@ same minor version of Python.
 from __future__ import annotations
 
 import glob
+import lzma
 import os
+import shutil
 import site
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.worker_messages import InstanceSpec
@@ -76,9 +79,13 @@ def _unpack(archive: str, shown: str) -> str:
             with tarfile.open(archive) as packed_tar:
                 packed_tar.extractall(partial, filter="tar")
         os.rename(partial, target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise InvalidArgument(f"{PARAMETER} '{shown}' is not an archive that can be unpacked: {error}") from None
     except OSError as error:
         if not os.path.isdir(target):
-            raise InvalidArgument(f"{PARAMETER} '{shown}' cannot be unpacked: {error.strerror}") from None
+            reason = error.strerror or error
+            raise InvalidArgument(f"{PARAMETER} '{shown}' cannot be unpacked: {reason}") from None
+    finally:
+        # Another instance may have been faster.
+        shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -351,6 +351,25 @@ def test_environment_archive_is_unpacked_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("forebay-env-*"))) == 1
 
 
+@pytest.mark.parametrize("kind", ["gz", "xz"])
+def test_damaged_environment_archive_is_refused_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    """P-130."""
+    import tarfile
+
+    (tmp_path / "noise").write_bytes(os.urandom(100_000))
+    archive = tmp_path / f"env.tar.{kind}"
+    with tarfile.open(archive, f"w:{kind}") as packed:  # type: ignore[call-overload]
+        packed.add(tmp_path / "noise", "noise.py")
+    content = archive.read_bytes()
+    # The end is missing, or something within is wrong.
+    archive.write_bytes(content[:50_000] if kind == "gz" else content[:50_000] + bytes(1000) + content[51_000:])
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    spec = spec_of("probe", PROBE, parameters={"EXECUTION_ENV_PATH": str(archive)})
+    with pytest.raises(ServingError, match="unpacked"), WorkerHarness(spec, env=environment):
+        pass
+    assert not list(tmp_path.glob("forebay-env-*"))
+
+
 def test_large_streamed_responses_wait_for_blocks_in_bounded_memory() -> None:
     """From a thread: the model is held up until the producer lends."""
     large = [{"name": "OUT", "data_type": "TYPE_INT32", "dims": [-1]}]
