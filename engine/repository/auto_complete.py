@@ -19,7 +19,6 @@ from forebay.engine.repository.model_config_schema import (
     ModelConfig,
     enum_name,
     enum_number,
-    enum_type,
 )
 from forebay.engine.repository.normalise import normalise_defaults
 from forebay.ipc.errors import NotFound
@@ -355,8 +354,3 @@ def _control_datatype(control: Any) -> str:
         if len(getattr(control, field)):
             return datatype
     return enum_name("DataType", control.data_type)
-
-
-def known_datatypes() -> frozenset[str]:
-    """Return the names that ``DescribedTensor.datatype`` may have."""
-    return frozenset(value.name for value in enum_type("DataType").values) - {"TYPE_INVALID"}

@@ -138,10 +138,6 @@ class DynamicBatchingSpec(msgspec.Struct, frozen=True, kw_only=True, tag="dynami
     priority_queue_policies: dict[int, QueuePolicySpec] = {}
     """By priority level; levels that are not here have the default policy."""
 
-    def queue_policy(self, level: int) -> QueuePolicySpec:
-        """Return the policy of a priority level."""
-        return self.priority_queue_policies.get(level, self.default_queue_policy)
-
     @property
     def has_queue_policy(self) -> bool:
         """True if any timeout, queue limit or priority is configured (spec S-020)."""
@@ -364,7 +360,3 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def metadata_platform(self) -> str:
         """What model metadata shows as platform (spec H-038)."""
         return self.platform or self.backend
-
-    def model_filename(self, compute_capability: str = "") -> str:
-        """Return the file to load, for a GPU's compute capability such as ``8.0`` if one is given (spec R-042)."""
-        return self.cc_model_filenames.get(compute_capability, self.default_model_filename)

@@ -163,9 +163,6 @@ class ClientSubmissions:
                 client.sock.shutdown(socket.SHUT_RDWR)
             client.sock.close()
 
-    def is_client(self, number: int) -> bool:
-        return number in self._clients
-
     def can_ring(self, number: int, instance: int) -> bool:
         """True if the client holds a ring to the instance, so that a grant would be of use to it."""
         client = self._clients.get(number)

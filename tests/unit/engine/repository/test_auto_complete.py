@@ -13,11 +13,10 @@ from forebay.engine.repository.auto_complete import (
     complete_config,
     described_problems,
     is_complete,
-    known_datatypes,
     merge_completed,
     require_config,
 )
-from forebay.engine.repository.config import config_json, parse_config_json, parse_config_text
+from forebay.engine.repository.config import parse_config_json
 from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.normalise import Gpu
@@ -254,12 +253,6 @@ def test_optional_model_inputs_may_be_left_out(normalised: Normalised) -> None:
     assert [given.optional for given in config.message.input] == [False, True]
     text = 'input { name: "x" data_type: TYPE_FP32 dims: 3 } output { name: "y" data_type: TYPE_FP32 dims: 1 }'
     assert described_problems(normalised(ONNX + text), described) == []
-
-
-def test_datatypes_are_those_of_the_schema() -> None:
-    assert "TYPE_BF16" in known_datatypes()
-    assert "TYPE_INVALID" not in known_datatypes()
-    assert config_json(parse_config_text(""))
 
 
 def test_scalar_without_batching_is_one_element(normalised: Normalised) -> None:

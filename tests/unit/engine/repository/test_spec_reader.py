@@ -53,15 +53,15 @@ def test_a_dynamic_model_with_everything(normalised: Normalised) -> None:
     assert isinstance(batching, spec.DynamicBatchingSpec)
     assert batching.preferred_batch_sizes == (4, 8)
     assert (batching.max_queue_delay_us, batching.priority_levels, batching.default_priority_level) == (5, 2, 2)
-    assert batching.queue_policy(1) == spec.QueuePolicySpec(max_queue_size=3, allow_timeout_override=True)
-    assert batching.queue_policy(2).timeout_action is spec.TimeoutAction.DELAY
-    assert batching.queue_policy(2).default_timeout_us == 9
+    assert batching.priority_queue_policies == {1: spec.QueuePolicySpec(max_queue_size=3, allow_timeout_override=True)}
+    assert batching.default_queue_policy.timeout_action is spec.TimeoutAction.DELAY
+    assert batching.default_queue_policy.default_timeout_us == 9
     assert batching.has_queue_policy
     assert found.parameters == {"k": "v"}
     assert found.metric_tags == {"t": "u"}
     assert found.response_cache
     assert found.version_policy == "specific 3 1"
-    assert (found.model_filename(), found.model_filename("8.0")) == ("model.onnx", "net80.onnx")
+    assert (found.default_model_filename, found.cc_model_filenames) == ("model.onnx", {"8.0": "net80.onnx"})
     assert found.op_libraries == ("ops.so",)
     assert found.optimization.priority is spec.ModelPriority.MAX
     assert found.optimization.graph_level == -1
