@@ -1,14 +1,21 @@
-"""Models for tests of device memory: one on a GPU, which the host plays, and one on the CPU."""
+"""Models for tests of device memory: one on a GPU, which the host may play, and one on the CPU.
+
+On a machine with a GPU whose ONNX Runtime cannot use it, the models on it are PyTorch's.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from forebay.engine.devices.opening import has_gpu_files
+
 CONFIG = """
-backend: "onnxruntime"
+{backend}
 max_batch_size: 8
 input {{ name: "X" data_type: TYPE_FP32 dims: [ {dim} ] }}
 output {{ name: "Y" data_type: TYPE_FP32 dims: [ {dim} ] }}
@@ -27,19 +34,53 @@ ensemble_scheduling {
 }
 """
 
+ONNX = 'backend: "onnxruntime"'
+TORCH = """
+backend: "pytorch"
+runtime: "model.py"
+parameters { key: "TORCH_COMPILE_OPTIONAL_PARAMETERS" value { string_value: "{\\"disable\\": true}" } }
+"""
+
+TORCH_MODULE = """
+import torch
+
+class Doubler(torch.nn.Module):
+    def forward(self, x):
+        return x + x
+"""
+
+
+def must_use_torch() -> bool:
+    """Whether only PyTorch can use the GPU of this machine."""
+    return (
+        has_gpu_files()
+        and "CUDAExecutionProvider" not in ort.get_available_providers()
+        and importlib.util.find_spec("torch") is not None
+    )
+
 
 def add_doubler(root: Path, name: str, kind: str, *, dim: int = 4, count: int = 1, more: str = "") -> None:
     """Add a model that answers Y = X + X."""
+    (root / name / "1").mkdir(parents=True)
+    backend = ONNX
+    if "KIND_GPU" in kind + more and must_use_torch():
+        backend = TORCH
+        (root / name / "1" / "model.py").write_text(TORCH_MODULE)
+    else:
+        write_onnx_doubler(root / name / "1" / "model.onnx")
+    text = CONFIG.format(backend=backend, kind=kind, dim=dim, count=count, more=more)
+    (root / name / "config.pbtxt").write_text(text)
+
+
+def write_onnx_doubler(path: Path) -> None:
+    """Write Y = X + X for matrices."""
     graph = helper.make_graph(
         [helper.make_node("Add", ["X", "X"], ["Y"])],
         "g",
         [helper.make_tensor_value_info("X", TensorProto.FLOAT, ("n", "k"))],
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ("n", "k"))],
     )
-    (root / name / "1").mkdir(parents=True)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, root / name / "1" / "model.onnx")
-    (root / name / "config.pbtxt").write_text(CONFIG.format(kind=kind, dim=dim, count=count, more=more))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
 
 
 def add_chain(root: Path, name: str) -> None:
