@@ -95,8 +95,8 @@ class TraceRegistry:
         """Set what is named, for a model or (empty) for the server; None takes a setting back.
 
         Raises:
-            InvalidArgument: a setting has the wrong type, or none of the requests that are to be traced would be (spec
-                H-253); a frontend has checked everything else.
+            InvalidArgument: a setting has the wrong type, or nothing would become of what is to be traced (spec H-253);
+                a frontend has checked everything else.
         """
         group = self._models.get(model) if model else self._server
         so_far = group.override if group is not None else TraceOverride()
@@ -126,14 +126,18 @@ class TraceRegistry:
         self._derive()
 
     def _check(self, model: str, changed: TraceOverride) -> None:
-        """Raise InvalidArgument if something is to be traced, but at no rate; while nothing is, any rate will do."""
+        """Raise InvalidArgument if something is to be traced, but at no rate or to no file (`TraceSetting::Reason`)."""
         above = self._server.override if model else TraceOverride()
         level, rate = (
             self._value(above, name) if getattr(changed, name) is None else getattr(changed, name)
             for name in ("trace_level", "trace_rate")
         )
-        if _levels(level) and rate == 0:
+        if not _levels(level):
+            return
+        if rate == 0:
             raise InvalidArgument("Attempting to set invalid trace setting :sample rate must be non-zero")
+        if self.mode == "triton" and not self.file:
+            raise InvalidArgument("Attempting to set invalid trace setting :trace file name is not given")
 
     def _new_group(self, override: TraceOverride) -> _Group:
         self._last_group += 1

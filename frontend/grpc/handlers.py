@@ -5,6 +5,7 @@ Commands to the supervisor and the checks in front of them are those of HTTP's h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from forebay.frontend.catalog_view import parse_version
@@ -13,7 +14,7 @@ from forebay.frontend.grpc import descriptors
 from forebay.frontend.handlers.log_settings import parse_log_settings
 from forebay.frontend.handlers.metadata import EXTENSIONS, TRITON_VERSION, describe_model
 from forebay.frontend.handlers.repository import check_model_name
-from forebay.frontend.handlers.trace_settings import parse_trace_settings
+from forebay.frontend.handlers.trace_settings import LOW_COUNT_TEXT, parse_trace_settings
 from forebay.frontend.model_readiness import why_not_ready
 from forebay.frontend.statistics import model_statistics
 from forebay.ipc.errors import InvalidArgument, Unsupported
@@ -235,6 +236,24 @@ async def cuda_unregister(frontend: GrpcFrontend, message: memoryview) -> bytes:
 # --- settings ---
 
 
+def _trace_document(settings: Mapping[str, Any]) -> dict[str, Json]:
+    """Return settings as the JSON that HTTP would carry: single texts where it has no lists, null for nothing.
+
+    Raises:
+        InvalidArgument: several values for a setting that has one.
+    """
+    document: dict[str, Json] = {}
+    for name, setting in settings.items():
+        given = list(setting.value)
+        if name not in ("trace_rate", "trace_count", "log_frequency"):
+            document[name] = given or None
+        elif len(given) > 1:
+            raise InvalidArgument(f"expect only 1 value for '{name}'")
+        else:
+            document[name] = given[0] if given else None
+    return document
+
+
 async def trace_setting(frontend: GrpcFrontend, message: memoryview) -> bytes:
     """``TraceSetting``: read with no settings; an empty list of values takes an override back (spec G-016)."""
     request = descriptors.parse("TraceSettingRequest", message)
@@ -242,19 +261,7 @@ async def trace_setting(frontend: GrpcFrontend, message: memoryview) -> bytes:
     if model and not frontend.catalog.is_ready(model):
         raise InvalidArgument(f"Request for unknown model : {model}")
     if request.settings:
-        # As the JSON that HTTP would carry: lists for levels, single texts for the others, null for nothing.
-        document: dict[str, Any] = {}
-        for name, setting in request.settings.items():
-            given = list(setting.value)
-            if not given:
-                document[name] = None
-            elif name == "trace_level":
-                document[name] = given
-            elif len(given) > 1:
-                raise InvalidArgument(f"expect only 1 value for '{name}'")
-            else:
-                document[name] = given[0]
-        settings = parse_trace_settings(document)
+        settings = parse_trace_settings(_trace_document(request.settings), f"{LOW_COUNT_TEXT} ")
         found = await frontend.control.command("trace_set", {"model": model, "settings": settings})
     else:
         found = await frontend.control.command("trace_get", {"model": model})
@@ -286,7 +293,7 @@ def _log_setting(name: str, setting: Any) -> Json:
     expected, called = _LOG_KINDS.get(name, (kind, ""))
     if kind != expected:
         raise InvalidArgument(f"expect {called} for '{name}'")
-    value: Json = kind and getattr(setting, kind)
+    value: Json = getattr(setting, kind) if kind else ""
     if name == "log_format" and value not in _LOG_FORMATS:
         raise InvalidArgument(f"invalid argument for log_format, got: {value}")
     return value

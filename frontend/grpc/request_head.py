@@ -97,8 +97,8 @@ class HeadReader:
                 continue
             if _NAME.fullmatch(name) is None or name in _CONNECTION_FIELDS or not _is_plain(value):
                 return RequestHead(is_malformed=True)
-            # Repeated metadata count as one list.
-            values[name] = values[name] + b"," + value if name in values else value
+            # Of repeated metadata Triton looks at the first; what is forwarded is the last.
+            values.setdefault(name, value)
         if not pseudo:
             return RequestHead(is_malformed=True, is_trailers=True)
         if not (b":method" in pseudo and b":scheme" in pseudo and pseudo.get(b":path")):
@@ -109,9 +109,9 @@ class HeadReader:
             return RequestHead(http_status=405)
         if not values.get(b"content-type", b"").startswith(b"application/grpc"):
             return RequestHead(http_status=415)
-        return self._read(pseudo[b":path"].decode("latin-1"), values)
+        return self._read(pseudo[b":path"].decode("latin-1"), values, fields)
 
-    def _read(self, path: str, values: Mapping[bytes, bytes]) -> RequestHead:
+    def _read(self, path: str, values: Mapping[bytes, bytes], fields: Sequence[Field]) -> RequestHead:
         error: RpcError | InvalidArgument | None = None
         timeout_ns = 0
         if (timeout := values.get(b"grpc-timeout")) is not None:
@@ -126,7 +126,9 @@ class HeadReader:
             error = RpcError(Status.UNIMPLEMENTED, f'Compression algorithm "{encoding[:64]}" is unknown')
         accepts = tuple(
             name
-            for item in values.get(b"grpc-accept-encoding", b"").decode("latin-1").split(",")
+            for key, value in fields
+            if key == b"grpc-accept-encoding"
+            for item in value.decode("latin-1").split(",")
             if (name := item.strip()) in ENCODINGS
         )
         restriction = self._restrictions.get(path)
@@ -136,8 +138,8 @@ class HeadReader:
         if self._pattern is not None and error is None:
             forwarded = {
                 name.decode("latin-1"): value.decode("utf-8", "replace")
-                for name, value in values.items()
-                if self._pattern.search(name.decode("latin-1"))
+                for name, value in fields
+                if not name.startswith(b":") and self._pattern.search(name.decode("latin-1"))
             }
             for name in forwarded:
                 error = reserved_name_error(name) or error

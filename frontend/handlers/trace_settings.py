@@ -23,6 +23,7 @@ _UINT32_MAX = 2**32 - 1
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 #: `TraceManager::MIN_TRACE_COUNT_VALUE`: unlimited.
 _COUNT_MIN = -1
+LOW_COUNT_TEXT = f"Unable to parse 'trace_count'. Expecting value >= {_COUNT_MIN}, got:"
 
 #: What std::stoi reads: the longest numeric prefix.
 _NUMBER = re.compile(r"\s*([+-]?[0-9]{1,20})")
@@ -41,8 +42,11 @@ async def trace_settings(context: ControlContext, call: Call) -> Reply:
     return Reply(dump_json(await context.control.command("trace_set", {"model": model, "settings": settings})))
 
 
-def parse_trace_settings(document: Json) -> dict[str, object]:
+def parse_trace_settings(document: Json, low_count_text: str = LOW_COUNT_TEXT) -> dict[str, object]:
     """Return the settings that a client wants changed; unknown keys and levels are ignored (spec H-251).
+
+    Args:
+        low_count_text: how a count below -1 is refused, up to the count; gRPC has a space more there than HTTP.
 
     Raises:
         Internal: a field of the wrong JSON type (spec H-252).
@@ -56,6 +60,9 @@ def parse_trace_settings(document: Json) -> dict[str, object]:
         if has(document, name):
             value = find(document, name)
             settings[name] = None if value is None else parse(value)
+    count = settings.get("trace_count")
+    if isinstance(count, int) and count < _COUNT_MIN:
+        raise InvalidArgument(f"{low_count_text}{count}")
     if settings.get("trace_level") == []:
         del settings["trace_level"]
     return settings
@@ -85,16 +92,9 @@ def _parse_unsigned(name: str, value: Json) -> int:
     return _parse_number(name, value, 0, _UINT32_MAX) & _UINT32_MAX
 
 
-def _parse_count(value: Json) -> int:
-    number = _parse_number("trace_count", value, _COUNT_MIN, _INT32_MAX)
-    if number < _COUNT_MIN:
-        raise InvalidArgument(f"Unable to parse 'trace_count'. Expecting value >= {_COUNT_MIN}, got:{value}")
-    return number
-
-
 _PARSERS: dict[str, Callable[[Json], object]] = {
     "trace_level": _parse_level,
     "trace_rate": lambda value: _parse_unsigned("trace_rate", value),
-    "trace_count": _parse_count,
+    "trace_count": lambda value: _parse_number("trace_count", value, _COUNT_MIN, _INT32_MAX),
     "log_frequency": lambda value: _parse_unsigned("log_frequency", value),
 }

@@ -250,12 +250,32 @@ def test_versions_that_cannot_be(stub: Any, version: str) -> None:
             {"string_param": "x"},
             "UNIMPLEMENTED log file location can not be updated through network protocol",
         ),
+        ("log_file", {}, "UNIMPLEMENTED log file location can not be updated through network protocol"),
     ],
 )
 def test_log_settings_that_cannot_be(stub: Any, name: str, value: dict[str, Any], expected: str) -> None:
     message = service_pb2.LogSettingsRequest()
     message.settings[name].CopyFrom(service_pb2.LogSettingsRequest.SettingValue(**value))
     assert answer(stub.LogSettings, message) == f"ERR StatusCode.{expected}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("trace_count", ["-2"], "INVALID_ARGUMENT Unable to parse 'trace_count'. Expecting value >= -1, got: -2"),
+        ("trace_rate", ["1", "2"], "INVALID_ARGUMENT expect only 1 value for 'trace_rate'"),
+        ("trace_file", ["a", "b"], "UNIMPLEMENTED trace file location can not be updated through network protocol"),
+        (
+            "trace_level",
+            ["TIMESTAMPS"],
+            "INVALID_ARGUMENT Attempting to set invalid trace setting :trace file name is not given",
+        ),
+    ],
+)
+def test_trace_settings_that_cannot_be(stub: Any, name: str, values: list[str], expected: str) -> None:
+    message = service_pb2.TraceSettingRequest()
+    message.settings[name].value.extend(values)
+    assert answer(stub.TraceSetting, message) == f"ERR StatusCode.{expected}"
 
 
 def test_a_shape_that_is_not_known(stub: Any) -> None:

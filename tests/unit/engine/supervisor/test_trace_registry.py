@@ -102,3 +102,16 @@ def test_opentelemetry_shows_its_own_options() -> None:
 def test_settings_of_a_wrong_type_are_refused() -> None:
     with pytest.raises(InvalidArgument):
         make().change("", {"trace_rate": "x"})
+
+
+def test_what_has_no_file_to_be_written_to_is_not_switched_on() -> None:
+    """As in Triton 2.51: ``TraceSetting::Reason`` (spec H-253)."""
+    registry = make(file="", level=("OFF",))
+    for model in ("", "m"):
+        with pytest.raises(
+            InvalidArgument, match="Attempting to set invalid trace setting :trace file name is not given"
+        ):
+            registry.change(model, {"trace_level": ["TIMESTAMPS"]})
+        assert registry.settings(model)["trace_level"] == ["OFF"]
+        registry.change(model, {"trace_rate": 5})
+    make(file="", level=("OFF",), mode="opentelemetry").change("", {"trace_level": ["TIMESTAMPS"]})

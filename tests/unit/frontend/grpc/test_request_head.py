@@ -41,7 +41,8 @@ def test_broken_timeouts(text: bytes) -> None:
 
 
 def test_compression() -> None:
-    head = read((b"grpc-encoding", b"gzip"), (b"grpc-accept-encoding", b"identity, deflate,gzip,snappy"))
+    accepted = ((b"grpc-accept-encoding", b"identity, deflate"), (b"grpc-accept-encoding", b"gzip,snappy"))
+    head = read((b"grpc-encoding", b"gzip"), *accepted)
     assert (head.encoding, head.accepts) == ("gzip", ("identity", "deflate", "gzip"))
     error = read((b"grpc-encoding", b"snappy")).error
     assert isinstance(error, RpcError)
@@ -49,9 +50,9 @@ def test_compression() -> None:
 
 
 def test_metadata_are_forwarded_by_pattern() -> None:
-    """Spec G-056."""
+    """Spec G-056; of repeated ones a model of Triton's sees the last."""
     head = read((b"x-a", b"1"), (b"x-b", b"2"), (b"x-b", b"3"), (b"y", b"4"), pattern="^X-.*")
-    assert head.forwarded == {"x-a": "1", "x-b": "2,3"}
+    assert head.forwarded == {"x-a": "1", "x-b": "3"}
     assert isinstance(read((b"timeout", b"1"), pattern=".*").error, InvalidArgument)
     with pytest.raises(InvalidArgument):
         HeadReader("[", {})
@@ -67,6 +68,15 @@ def test_restricted_protocols_need_their_key() -> None:
         "This protocol is restricted, expecting header 'triton-grpc-protocol-key'",
     )
     assert read((b"triton-grpc-protocol-key", b"value"), settings=settings).error is None
+
+
+def test_the_first_of_repeated_metadata_counts() -> None:
+    """As in Triton 2.51 (spec G-067, G-080)."""
+    settings = GrpcView(restricted_protocols=(RestrictedApi(("inference",), "Key", "value"),))
+    right, wrong = (b"triton-grpc-protocol-key", b"value"), (b"triton-grpc-protocol-key", b"other")
+    assert read(right, wrong, settings=settings).error is None
+    assert read(wrong, right, settings=settings).error is not None
+    assert read((b"triton_grpc_error", b"true"), (b"triton_grpc_error", b"false")).wants_grpc_errors
 
 
 @pytest.mark.parametrize(
