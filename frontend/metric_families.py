@@ -185,7 +185,7 @@ _DEVICE_FAMILIES = (
     ),
     ModelFamily(
         "forebay_device_passed_bytes_total",
-        "Output bytes of ensembles' steps that the next steps read on the GPU",
+        "Output bytes that steps of ensembles, and callers of the model, got in the GPU's memory",
         "counter",
         (("", _producer(ProducerCounter.DEVICE_PASSED_BYTES)),),
         needs_device=True,

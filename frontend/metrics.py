@@ -194,7 +194,7 @@ class MetricsPage:
                     for value, read in family.readers
                     for model, entry in enumerate(self._entries)
                     if (entry.response_cache or not family.needs_cache)
-                    and (entry.device_id >= 0 or not family.needs_device)
+                    and (entry.device_id >= 0 or entry.gpu_uuid or not family.needs_device)
                 ],
             )
             for family in families

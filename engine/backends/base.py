@@ -64,6 +64,18 @@ class LoadedModel:
         """Where requests' tensors may lie besides host memory; None: nowhere."""
         return None
 
+    #: Tensors of requests may lie on the device, not only what the model copies there itself.
+    takes_device_tensors = False
+
+    def count_copies(self, counters: memoryview) -> None:
+        """Count what crosses between host and device from now on.
+
+        Args:
+            counters: uint64, the instance's block.
+        """
+        if self.device is not None:
+            self.device.traffic.counters = counters
+
     #: Asks the model itself whether it is ready, from any thread; None: it is, once it is loaded.
     ready_check: Callable[[], bool] | None = None
 

@@ -23,6 +23,8 @@ PlacedTensor = Array | DeviceArray
 class DeviceInstance(SegmentsInstance):
     """Runs on one device, all of its work on one stream. ``compute`` is all there is to write."""
 
+    takes_device_tensors = True
+
     def __init__(self, spec: InstanceSpec, device: Device, stream: Stream) -> None:
         """Take ownership of the stream."""
         self._device = device

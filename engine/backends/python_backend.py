@@ -21,12 +21,14 @@ from forebay.engine.backends.base import Backend, DescribedModel, RowsInstance, 
 from forebay.engine.backends.python_model import environment, triton_python_backend_utils
 from forebay.engine.backends.python_model.engine_access import install
 from forebay.engine.backends.python_model.errors import exception_text, shown_path
+from forebay.engine.backends.python_model.gpus import gpus
 from forebay.engine.backends.python_model.late_answers import may_answer_late
 from forebay.engine.backends.python_model.model_config import ModelConfig
 from forebay.engine.backends.python_model.outputs import ModelOutputs
 from forebay.engine.backends.python_model.request import InferenceRequest, Phase, Recipient
 from forebay.engine.backends.python_model.response import InferenceResponse, start_answering_dropped
 from forebay.engine.backends.python_model.shm_access import ShmEngineAccess
+from forebay.engine.devices.base import Device
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.request_rows import RowRequest
 from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
@@ -107,6 +109,18 @@ def initialize_arguments(spec: InstanceSpec) -> dict[str, str]:
     }
 
 
+def _takes_gpu_tensors(spec: InstanceSpec) -> bool:
+    """Return whether inputs on the instance's GPU stay there (spec P-056).
+
+    Raises:
+        InvalidArgument: the parameter is neither yes nor no.
+    """
+    forced = spec.parameters.get("FORCE_CPU_ONLY_INPUT_TENSORS", "yes").lower()
+    if forced not in ("yes", "no", "true", "false", "1", "0", "on", "off"):
+        raise InvalidArgument(f"Incorrect value for FORCE_CPU_ONLY_INPUT_TENSORS: {forced}'")
+    return spec.kind == "GPU" and forced in ("no", "false", "0", "off")
+
+
 #: Parameter of a model's configuration: whether its outputs are held against it (spec L-022).
 _CHECK_OUTPUTS = "FOREBAY_CHECK_OUTPUTS"
 
@@ -121,8 +135,12 @@ class PythonInstance(RowsInstance):
         # Rows of a slab have room for what is configured and for nothing else, so that is checked in parcels too.
         checks_outputs = parse_bool(spec.parameters, _CHECK_OUTPUTS, spec.rows_mode and not answers_late)
         self.wants_parcels = answers_late or not checks_outputs
-        self._outputs = ModelOutputs(spec, are_checked=checks_outputs)
-        self._recipient = Recipient(spec, self._deliver)
+        #: Where tensors of requests may lie (spec P-056); None: on the host only. Of decoupled models they are there,
+        #: because each response would want a place of its own.
+        self._gpu = gpus.find(spec.device_id) if _takes_gpu_tensors(spec) and not spec.decoupled else None
+        self.takes_device_tensors = self._gpu is not None
+        self._outputs = ModelOutputs(spec, are_checked=checks_outputs, gpu=self._gpu)
+        self._recipient = Recipient(spec, self._deliver, self._gpu)
         if hasattr(model, "is_ready"):
             self.ready_check = self._is_ready
         self._is_iterative = bool(spec.extra.get("sequence", {}).get("iterative_sequence", False))
@@ -130,6 +148,16 @@ class PythonInstance(RowsInstance):
         start_answering_dropped()
         slots = parse_int(spec.parameters, "FOREBAY_ASYNC_EXECUTIONS_MAX", ASYNC_EXECUTIONS_MAX)
         self._async_slots = threading.BoundedSemaphore(max(slots, 1))
+
+    # --- GPUs ---
+
+    @property
+    def device(self) -> Device | None:
+        return None if self._gpu is None else self._gpu.device
+
+    def count_copies(self, counters: memoryview) -> None:
+        # Those of models, too, that have GPUs of their own and tensors of requests on the host.
+        gpus.count(counters)
 
     # --- executing ---
 
@@ -342,9 +370,8 @@ class PythonBackend(Backend):
         return DescribedModel((), (), {key: config[key] for key in sorted(result.changed) if key in config})
 
     def load(self, spec: InstanceSpec) -> PythonInstance:
-        forced = spec.parameters.get("FORCE_CPU_ONLY_INPUT_TENSORS", "yes").lower()
-        if forced not in ("yes", "no", "true", "false", "1", "0", "on", "off"):
-            raise InvalidArgument(f"Incorrect value for FORCE_CPU_ONLY_INPUT_TENSORS: {forced}'")
+        # A wrong value is an error before any code of the model runs.
+        _takes_gpu_tensors(spec)
         model_class = import_model(spec)
         install(ShmEngineAccess(os.environ.get(RUNTIME_DIRECTORY_VARIABLE, "")))
         try:

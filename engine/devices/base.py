@@ -10,6 +10,7 @@ Ownership: whoever calls ``allocate``, ``open_memory``, ``pin``, ``make_stream``
 from __future__ import annotations
 
 import abc
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -199,6 +200,18 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def compute_capability(self) -> str:
         """For example ``9.0``; what plans and libraries are built for."""
+
+    @abc.abstractmethod
+    def current(self) -> AbstractContextManager[None]:
+        """Make it the calling thread's device for a while: threads of a model's own may have another."""
+
+    @abc.abstractmethod
+    def wait_default_stream(self) -> None:
+        """Block until the work is done that libraries have begun without naming a stream.
+
+        Raises:
+            DeviceBroken: some of it failed.
+        """
 
     @abc.abstractmethod
     def allocate(self, byte_size: int) -> Memory:

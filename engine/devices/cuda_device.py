@@ -280,6 +280,22 @@ class CudaDevice(Device):
         name: bytes = runtime.getDeviceProperties(self.index)["name"]
         return name.decode(errors="replace")
 
+    @contextlib.contextmanager
+    def current(self) -> Generator[None]:
+        with translated("choosing the device"):
+            former = int(runtime.getDevice())
+            if former != self.index:
+                runtime.setDevice(self.index)
+        try:
+            yield
+        finally:
+            if former != self.index:
+                runtime.setDevice(former)
+
+    def wait_default_stream(self) -> None:
+        with self.current(), translated("waiting for the default stream"):
+            runtime.streamSynchronize(0)
+
     def allocate(self, byte_size: int) -> Memory:
         with translated(f"allocating {byte_size} bytes"):
             return CudaMemory(int(runtime.malloc(max(byte_size, 1))), byte_size, is_opened=False)

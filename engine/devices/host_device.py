@@ -6,6 +6,7 @@ Exported memory is reached through ``/proc/<pid>/fd/<fd>``; the kernel allows it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -184,6 +185,12 @@ class HostDevice(Device):
     @property
     def compute_capability(self) -> str:
         return "0.0"
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def wait_default_stream(self) -> None:
+        return
 
     def allocate(self, byte_size: int) -> Memory:
         free, _total = self.memory_info()

@@ -7,6 +7,7 @@ closed it, so that MEMORY_DOWN is answered when this worker has. A courier also 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 from forebay.engine.devices.base import Device, DeviceError, Memory
@@ -24,10 +25,11 @@ MemoryKey = tuple[int, int]
 
 
 class DeviceMemories:
-    """What one instance has open on its device."""
+    """What one instance has open on its device. Thread-safe: models answer from threads of their own."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._lock = threading.RLock()
         self._open: OrderedDict[MemoryKey, tuple[DeviceMemory, Memory]] = OrderedDict()
         self._gone: OrderedDict[MemoryKey, None] = OrderedDict()
         #: Our own, which others open.
@@ -62,15 +64,21 @@ class DeviceMemories:
             raise InvalidArgument(f"a tensor lies on device {memory.device_id}, the model on {self._device.index}")
         if key in self._gone:
             raise InvalidArgument("a tensor lies in device memory that was taken away from the server")
+        with self._lock:
+            return self._opened(key, memory).address + offset
+
+    def _opened(self, key: MemoryKey, memory: DeviceMemory) -> Memory:
         known = self._open.get(key)
         if known is None or known[0] != memory:
             if known is not None:
                 self._close(key)
             if len(self._open) >= OPEN_MAX:
                 self._close(next(iter(self._open)))
-            known = self._open[key] = (memory, self._device.open_memory(memory.handle, memory.byte_size))
+            with self._device.current():
+                opened = self._device.open_memory(memory.handle, memory.byte_size)
+            known = self._open[key] = (memory, opened)
         self._open.move_to_end(key)
-        return known[1].address + offset
+        return known[1]
 
     def forget(self, key: MemoryKey) -> None:
         """Close or free a memory, and never open it again."""
@@ -84,8 +92,9 @@ class DeviceMemories:
 
     def forget_owner(self, owner: int) -> None:
         """A producer is gone, and its memories with it."""
-        for key in [key for key in self._open if key[0] == owner]:
-            self._close(key)
+        with self._lock:
+            for key in [key for key in self._open if key[0] == owner]:
+                self._close(key)
 
     def close(self) -> None:
         for key in list(self._open):
@@ -94,6 +103,8 @@ class DeviceMemories:
             self._made.popitem()[1].close()
 
     def _close(self, key: MemoryKey) -> None:
-        found = self._open.pop(key, None)
-        if found is not None:
-            found[1].close()
+        with self._lock:
+            found = self._open.pop(key, None)
+            if found is not None:
+                with self._device.current():
+                    found[1].close()

@@ -15,9 +15,8 @@ from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.poisoning import DeviceBatch
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.promised_outputs import PromisedOutputs
-from forebay.ipc.errors import Internal, ServingError
+from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import TensorPlace
-from forebay.ipc.tensor import DATATYPES, byte_size
 from forebay.ipc.worker_messages import InstanceSpec
 
 _Placed = tuple[ParcelRequest, dict[str, PlacedTensor]]
@@ -60,15 +59,9 @@ class DeviceParcels:
 
     def _inputs(self, request: ParcelRequest) -> dict[str, PlacedTensor]:
         return {
-            place.name: self._on_device(request, place) if place.memory else request.input_array(place)
+            place.name: request.input_on_device(place) if place.memory else request.input_array(place)
             for place in request.head.inputs
         }
-
-    def _on_device(self, request: ParcelRequest, place: TensorPlace) -> DeviceArray:
-        shape = request.input_shape(place)
-        if place.datatype not in DATATYPES or byte_size(place.datatype, shape) != place.byte_size:
-            raise Internal(f"input '{place.name}' does not have the bytes of its shape")
-        return DeviceArray(request.device_address(place, place.byte_size), shape, DATATYPES[place.datatype].numpy_dtype)
 
     def _run_group(self, group: Sequence[_Placed], stamps: list[int]) -> None:
         requests = [request for request, _tensors in group]
@@ -116,12 +109,7 @@ class DeviceParcels:
                     self._stream.copy_out(array.ctypes.data, tensor.address, tensor.nbytes)
                 hosts[name] = (datatype, array)
                 continue
-            if tensor.nbytes > target.byte_size:
-                raise Internal(
-                    f"shared memory size specified with the request for output '{name}' ({target.byte_size} bytes) "
-                    f"should be at least {tensor.nbytes} bytes to hold the results"
-                )
-            address = request.device_address(target, tensor.nbytes)
+            address = request.target_address(target, tensor.nbytes)
             if tensor.nbytes:
                 self._stream.copy_within(address, tensor.address, tensor.nbytes)
             placed.append(TensorPlace(name, datatype, shape, target.offset, tensor.nbytes, memory=target.memory))

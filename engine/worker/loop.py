@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from forebay.engine.backends.base import Backend, RequestInstance, RowsInstance, TensorInstance, open_backend
-from forebay.engine.backends.device_instance import DeviceInstance
 from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.devices.memory_limit import check_memory_limit
 from forebay.engine.worker.custom_metrics import MetricsSender
@@ -261,8 +260,7 @@ class Worker:
         self._wait = wait_style(spec.spin_us)
         self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring, self._wait)
         self._instance = instance
-        if instance.device is not None:
-            instance.device.traffic.counters = counters
+        instance.count_copies(counters)
         for producer in self._producers:
             instance.attach_memory(producer.arena.address, producer.arena.byte_size)
         load_ns = time.monotonic_ns() - start_ns
@@ -289,7 +287,7 @@ class Worker:
         """Return the device that requests' tensors may lie on; sequences and ragged batches are made on the host."""
         instance = self._instance
         is_plain = self._sequences is None and not RaggedPolicy(spec).is_needed
-        if instance is None or instance.device is None or not isinstance(instance, DeviceInstance) or not is_plain:
+        if instance is None or instance.device is None or not instance.takes_device_tensors or not is_plain:
             return -1
         return instance.device.index
 

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays
+from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.worker.parcel_counting import count_answer
 from forebay.engine.worker.pending_response import PendingResponse, RawTensor, address_of, byte_view
 from forebay.engine.worker.places import Producer, backend_shape
@@ -169,6 +170,31 @@ class ParcelRequest:
         # Whose it is, only those are believed who speak for others.
         owner = memory.owner if self._producer.is_trusted else self._producer.id
         return memories.address((owner, memory.number), memory, place.offset, size)
+
+    def input_on_device(self, place: TensorPlace) -> DeviceArray:
+        """Return one input that lies on the instance's device, valid until the request's final response.
+
+        Raises:
+            Internal, InvalidArgument, DeviceError: see :meth:`device_address`.
+        """
+        shape = self.input_shape(place)
+        if place.datatype not in DATATYPES or byte_size(place.datatype, shape) != place.byte_size:
+            raise Internal(f"input '{place.name}' does not have the bytes of its shape")
+        address = self.device_address(place, place.byte_size)
+        return DeviceArray(address, shape, DATATYPES[place.datatype].numpy_dtype)
+
+    def target_address(self, target: TensorPlace, size: int) -> int:
+        """Return where ``size`` bytes of an output go on the instance's device.
+
+        Raises:
+            Internal: there is less room (spec H-198), or see :meth:`device_address`.
+        """
+        if size > target.byte_size:
+            raise Internal(
+                f"shared memory size specified with the request for output '{target.name}' ({target.byte_size} bytes) "
+                f"should be at least {size} bytes to hold the results"
+            )
+        return self.device_address(target, size)
 
     def input_arrays(self) -> Arrays:
         """Return every input by name; see :meth:`input_array`."""

@@ -104,6 +104,17 @@ class Connection:
         self.check_usable()
         return self._door.list_models()
 
+    def look_for(self, model: Opened) -> None:
+        """Follow a model, if the server has told of a newer version or of another place.
+
+        Raises:
+            ServingError: it is not served any more.
+        """
+        self._look_at_door()
+        if self._door.gone:
+            with self._lock:
+                self._models.refresh(model)
+
     def _look_at_door(self) -> None:
         self._door.look()
         if self._door.news:

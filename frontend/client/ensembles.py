@@ -276,9 +276,6 @@ class _ModelCall:
         lease = self._device_leases.get(place.name)
         if lease is None or not lease.contains(place.offset, place.byte_size):
             return None
-        counts = self._pending.model.counts
-        if counts is not None:
-            counts.passed(place.byte_size)
         return lease
 
     def _times(self) -> StepTimes:

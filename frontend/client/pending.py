@@ -217,7 +217,7 @@ class PendingResponses(Pending):
 class PendingParcel(PendingResponses):
     """A request outside slabs, as the engine knows it."""
 
-    __slots__ = ("blocks", "head", "lent", "sequence", "shape_key", "token")
+    __slots__ = ("blocks", "head", "lent", "sequence", "shape_key", "targets", "token")
 
     def __init__(self, model: Opened, rows: int, token: int) -> None:
         super().__init__(model, rows)
@@ -227,6 +227,8 @@ class PendingParcel(PendingResponses):
         self.shape_key = 0
         #: Correlation id as text, or empty; as a number; flags of SUBMIT_PARCEL.
         self.sequence: tuple[str, int, int] = ("", 0, 0)
+        #: Device memory that outputs go to: not given back while a worker may write there.
+        self.targets: tuple[BlockLease, ...] = ()
         #: The reply block that came with the request.
         self.blocks: list[BlockLease] = []
         #: Reply blocks lent since, for responses that have not come yet.

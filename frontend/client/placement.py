@@ -224,11 +224,17 @@ class BlockPlacement:
         else:
             reply = connection.loan_block(reply_bytes(model, count))
             pending = PendingParcel(model, count, connection.next_token())
-            describe(pending, places, reply, options)
+            self._describe(pending, places, reply, options)
         pending.inputs = leases
         self._reply, self._held = None, ()
         connection.submit(pending)
         return pending
+
+    def _describe(
+        self, pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options
+    ) -> None:
+        """Fill in a request whose inputs lie in ``places``."""
+        describe(pending, places, reply, options)
 
     def output(self, pending: Pending, name: str | None) -> Array:
         """Return an output, valid until the placement is used again (BYTES: a copy, for good)."""
@@ -247,9 +253,11 @@ class BlockPlacement:
         return outputs[name]
 
     def outputs_of(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> Mapping[str, Array]:
-        """Return every output of a response by name."""
+        """Return every output of a response by name, but for those in device memory."""
         arrays: dict[str, Array] = {}
         for place in reply.outputs:
+            if place.memory:
+                continue
             if place.datatype == "BYTES":
                 raw = self._connection.view[place.offset : place.offset + place.byte_size]
                 arrays[place.name] = decode_bytes(raw, place.shape)

@@ -51,11 +51,7 @@ class Chain:
 
     def counter(self, family: str, model: str = "gpu", **labels: str) -> int:
         """Return a counter of a model; 0: there is no such series."""
-        for line in self.server.metrics().splitlines():
-            shown = dict(re.findall(r'(\w+)="([^"]*)"', line))
-            if line.startswith(f"{family}{{") and shown.get("model") == model and labels.items() <= shown.items():
-                return int(line.rpartition(" ")[2])
-        return 0
+        return self.server.counter(family, model=model, **labels)
 
     @property
     def requests(self) -> int:

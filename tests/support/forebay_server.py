@@ -209,6 +209,14 @@ class ForebayServer:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=PATIENCE_S) as reply:
             return str(reply.read().decode())
 
+    def counter(self, family: str, **labels: str) -> int:
+        """Return a metric with at least these labels; 0: there is no such series."""
+        for line in self.metrics().splitlines():
+            shown = dict(re.findall(r'(\w+)="([^"]*)"', line))
+            if line.startswith(f"{family}{{") and labels.items() <= shown.items():
+                return int(line.rpartition(" ")[2])
+        return 0
+
     def get(self, path: str) -> tuple[int, bytes]:
         """GET from the HTTP endpoint; return status and body."""
         try:

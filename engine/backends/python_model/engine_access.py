@@ -15,6 +15,9 @@ from forebay.ipc.errors import ServingError, Unsupported
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.spans import Trace
 
+#: Where a request may want its outputs, besides a GPU: in host memory, or wherever the model leaves them.
+ON_HOST, ANYWHERE = -1, -2
+
 
 class NestedRequest(NamedTuple):
     """A request that a model makes."""
@@ -34,6 +37,13 @@ class NestedRequest(NamedTuple):
     """Of the request that it is made for."""
     allows_many_responses: bool
     """False: a decoupled target is refused with the text of spec P-093."""
+    output_device: int = ANYWHERE
+    """GPU in whose memory outputs are wanted, or one of the above."""
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether any tensor is, or shall be, in the memory of a GPU."""
+        return self.output_device >= 0 or any(tensor.device is not None for tensor in self.inputs)
 
 
 class NestedResponse(NamedTuple):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from forebay.engine.backends.base import Array
+from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.response import InferenceResponse
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.engine.worker.parcel_request import ParcelRequest
@@ -10,6 +13,7 @@ from forebay.engine.worker.pending_response import RawTensor, byte_view
 from forebay.engine.worker.places import client_shape
 from forebay.engine.worker.request_rows import RowRequest
 from forebay.ipc.errors import BackendFailed
+from forebay.ipc.messages import TensorPlace
 from forebay.ipc.tensor import TensorSpec, encode_bytes
 from forebay.ipc.worker_messages import InstanceSpec
 
@@ -17,11 +21,13 @@ from forebay.ipc.worker_messages import InstanceSpec
 class ModelOutputs:
     """The configured outputs of one model."""
 
-    def __init__(self, spec: InstanceSpec, *, are_checked: bool) -> None:
+    def __init__(self, spec: InstanceSpec, *, are_checked: bool, gpu: Gpu | None = None) -> None:
         """
         Args:
             are_checked: datatypes, shapes and presence must be as configured (Triton does not look, spec L-022).
+            gpu: where clients may want outputs; None: on the host only.
         """
+        self._gpu = gpu
         self._model = spec.model
         self._max_batch_size = spec.max_batch_size
         self._decoupled = spec.decoupled
@@ -29,11 +35,14 @@ class ModelOutputs:
         self._specs = {tensor.name: tensor for tensor in spec.outputs}
 
     def raw(self, request: ParcelRequest, response: InferenceResponse) -> list[RawTensor]:
-        """Return the outputs that the client wants, as bytes.
+        """Return the outputs that the client wants, as bytes; those that it wants on the GPU are brought there.
 
         Raises:
             BackendFailed: they are not as configured.
+            Internal: one has less room than it needs.
         """
+        targets = {target.name: target for target in request.head.targets}
+        placed: list[TensorPlace] = []
         produced = {tensor.name(): tensor for tensor in response.output_tensors()}
         tensors: list[RawTensor] = []
         for name in request.requested_outputs:
@@ -45,12 +54,26 @@ class ModelOutputs:
             shape = tuple(tensor.shape())
             if self._are_checked:
                 shape = self._checked_shape(request.rows, self._specs[name], tensor.datatype, shape)
-            raw = tensor.raw
-            if raw is None:
-                data = tensor.data
-                raw = memoryview(encode_bytes(data)) if tensor.datatype == "BYTES" else byte_view(data)
-            tensors.append(RawTensor(name, tensor.datatype, shape, raw))
+            if self._gpu is not None and name in targets:
+                place = self._bring(self._gpu, request, tensor, targets[name])
+                placed.append(msgspec.structs.replace(place, datatype=tensor.datatype, shape=shape))
+            else:
+                tensors.append(RawTensor(name, tensor.datatype, shape, _host_bytes(request, tensor)))
+        request.placed = tuple(placed)
         return tensors
+
+    @staticmethod
+    def _bring(gpu: Gpu, request: ParcelRequest, tensor: Tensor, target: TensorPlace) -> TensorPlace:
+        """Copy an output to where its client wants it on the GPU; return the place, without datatype and shape."""
+        device = tensor.device
+        if device is not None and tensor.gpu is gpu:
+            size = device.nbytes
+            gpu.move(request.target_address(target, size), device)
+        else:
+            data = _host_bytes(request, tensor)
+            size = len(data)
+            gpu.bring(request.target_address(target, size), data)
+        return msgspec.structs.replace(target, byte_size=size)
 
     def arrays(self, request: RowRequest, response: InferenceResponse) -> list[Array]:
         """Return all outputs, each of the shape and dtype of its rows.
@@ -64,6 +87,10 @@ class ModelOutputs:
             tensor = produced.get(spec.name)
             if tensor is None:
                 raise self._missing(spec.name, produced)
+            if tensor.device is not None and tensor.device.shape == target.shape and tensor.datatype == spec.datatype:
+                tensor.copy_to(target)
+                arrays.append(target)
+                continue
             array = tensor.data
             if array.shape != target.shape or tensor.datatype != spec.datatype:
                 self._checked_shape(request.rows, spec, tensor.datatype, array.shape)
@@ -96,3 +123,14 @@ class ModelOutputs:
                 f"but its configuration promises {spec.datatype} {expected}"
             )
         return seen
+
+
+def _host_bytes(request: ParcelRequest, tensor: Tensor) -> memoryview:
+    """Return an output's bytes on the host; of one on a GPU, where the client reads them if there is room."""
+    if tensor.raw is not None:
+        return tensor.raw
+    if tensor.device is not None:
+        array = request.lend_array(tensor.datatype, tensor.device.shape)
+        tensor.copy_to(array)
+        return byte_view(array)
+    return memoryview(encode_bytes(tensor.data)) if tensor.datatype == "BYTES" else byte_view(tensor.data)

@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from forebay.engine.backends.python_model.engine_access import NestedRequest
+from forebay.engine.backends.python_model.engine_access import ANYWHERE, ON_HOST, NestedRequest
 from forebay.engine.backends.python_model.errors import TritonModelException
+from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.nested_responses import ResponseIterator
 from forebay.engine.backends.python_model.response import (
     Answering,
@@ -53,12 +54,21 @@ class InferenceTrace:
         return None if self.trace is None else self.trace.context or None
 
 
+#: ``TRITONSERVER_MEMORY_GPU``
+MEMORY_GPU = 2
+
+
 class PreferredMemory:
-    """Where a nested call's outputs should lie; accepted, and outputs lie in host memory (spec P-097)."""
+    """Where a nested call's outputs should lie (spec P-097)."""
 
     def __init__(self, preferred_memory_type: int, preferred_device_id: int = 0) -> None:
         self.preferred_memory_type = preferred_memory_type
         self.preferred_device_id = preferred_device_id
+
+    @property
+    def device_id(self) -> int:
+        """The GPU, or the host."""
+        return self.preferred_device_id if self.preferred_memory_type == MEMORY_GPU else ON_HOST
 
 
 _NO_TRACE = InferenceTrace()
@@ -68,8 +78,13 @@ _NO_PARAMETERS: Mapping[str, ParameterValue] = {}
 class Recipient:
     """The model that requests come to, as all its requests know it."""
 
-    def __init__(self, spec: InstanceSpec, deliver: Deliver) -> None:
-        """``deliver`` sends one response of the model."""
+    def __init__(self, spec: InstanceSpec, deliver: Deliver, gpu: Gpu | None = None) -> None:
+        """
+        Args:
+            deliver: sends one response of the model.
+            gpu: where tensors of requests may lie; None: on the host only.
+        """
+        self.gpu = gpu
         self.model = spec.model
         self.version = spec.version
         self.decoupled = spec.decoupled
@@ -153,7 +168,7 @@ class InferenceRequest:
         request = cls._of(recipient, parcel)
         request._request_id = head.id
         request._correlation_id = head.correlation_id
-        request._inputs = [_input(parcel, place) for place in head.inputs]
+        request._inputs = [_input(recipient, parcel, place) for place in head.inputs]
         request._inputs += [
             Tensor.of_datatype(name, datatype, array) for name, (datatype, array) in parcel.control_inputs.items()
         ]
@@ -343,10 +358,13 @@ class InferenceRequest:
             timeout_us=self._timeout,
             trace=self._trace.trace,
             allows_many_responses=decoupled,
+            output_device=ANYWHERE if self._preferred_memory is None else self._preferred_memory.device_id,
         )
 
 
-def _input(parcel: ParcelRequest, place: TensorPlace) -> Tensor:
+def _input(recipient: Recipient, parcel: ParcelRequest, place: TensorPlace) -> Tensor:
+    if place.memory and recipient.gpu is not None:
+        return Tensor.on_gpu(place.name, place.datatype, parcel.input_on_device(place), recipient.gpu)
     return Tensor.view(
         place.name,
         place.datatype,

@@ -14,14 +14,25 @@ from collections.abc import Mapping
 import zmq
 
 from forebay.client import shm
+from forebay.client.device_placement import DevicePlacement
 from forebay.client.opened import Opened
 from forebay.client.options import Options
+from forebay.client.placement import BlockPlacement
+from forebay.engine.backends.python_model.device_calls import (
+    DeviceCall,
+    OutputsOnGpu,
+    fixed_outputs,
+    gpu_of_call,
+    gpu_of_outputs,
+)
 from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest
+from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.shm_calls import BlockCall, Link, RowsCall
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, ServingError, Unavailable, Unsupported, from_wire
 from forebay.ipc.frontend_messages import Command, CommandReply, ControlToFrontend
+from forebay.ipc.spans import Trace
 from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.validation import InputFacts, validate_request
 
@@ -57,6 +68,8 @@ class ShmEngineAccess:
         connection = link.connection
         try:
             model = connection.open_model(request.model, max(request.version, 0))
+            if request.uses_gpu:
+                connection.look_for(model)
         except ServingError:
             # Triton's words for whatever is wrong with the model (spec P-093).
             raise Internal(f"Failed for execute the inference request. Model '{request.model}' is not ready.") from None
@@ -69,7 +82,16 @@ class ShmEngineAccess:
             )
         rows = self._checked_rows(model, request)
         trace = None if request.trace is None else request.trace.step(model.name, model.version, request.id)
-        if _lives_in_rows(model, request):
+        output_gpu = gpu_of_outputs(model, request) if request.uses_gpu else None
+        call = self._call(link, model, rows, request, trace, output_gpu)
+        return call if output_gpu is None else OutputsOnGpu(call, link, output_gpu)
+
+    @staticmethod
+    def _call(
+        link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None, output_gpu: Gpu | None
+    ) -> NestedCall:
+        gpu = gpu_of_call(model, request) if request.uses_gpu else None
+        if gpu is None and _lives_in_rows(model, request):
             return RowsCall(link, model, rows, request, trace)
         options = Options(
             request_id=request.id,
@@ -81,7 +103,10 @@ class ShmEngineAccess:
             timeout_us=request.timeout_us,
             trace=trace,
         )
-        return BlockCall(link, model, request, options)
+        if gpu is not None:
+            outputs = fixed_outputs(model, rows, request.outputs) if output_gpu is gpu else ()
+            return DeviceCall(link, DevicePlacement(link.connection, model), request, options, gpu, outputs)
+        return BlockCall(link, BlockPlacement(link.connection, model), request, options)
 
     def _checked_rows(self, model: Opened, request: NestedRequest) -> int:
         """Return the rows of a request that fits its model; each form of requests is checked once.
@@ -146,7 +171,7 @@ class ShmEngineAccess:
 
 
 def _facts(tensor: Tensor) -> _Facts:
-    datatype, array = _DATATYPE_NAMES[tensor.triton_dtype()], tensor.data
+    datatype, array = _DATATYPE_NAMES[tensor.triton_dtype()], tensor.device or tensor.data
     return tensor.name(), datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from forebay.client import shm
 from forebay.client.errors import EngineGone
@@ -14,6 +14,7 @@ from forebay.client.pending import BlockLease, Pending, PendingResponses, RowsLe
 from forebay.client.placement import BlockPlacement
 from forebay.client.places import full_shape, output_places
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse
+from forebay.engine.backends.python_model.gpus import gpus
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.errors import from_wire
 from forebay.ipc.messages import ReplyHead
@@ -26,6 +27,7 @@ class Link:
     def __init__(self, engine: shm.Engine) -> None:
         self.engine = engine
         self.connection = engine.connection
+        self.connection.device_pools.on_over = gpus.close_memory
         #: Requests that event loops wait for.
         self._watched = 0
         self._is_needed = threading.Condition()
@@ -99,8 +101,9 @@ class RowsCall(Call):
         inputs, _outputs = model.slab_arrays(connection.view, lease.slab)
         chosen = _chosen(model, lease)
         for tensor in request.inputs:
-            inputs[tensor.name()][chosen] = tensor.data
-            connection.memory.copied_bytes += tensor.data.nbytes
+            data = tensor.data
+            inputs[tensor.name()][chosen] = data
+            connection.memory.copied_bytes += data.nbytes
         pending = Pending(model, lease, rows)
         pending.timeout_us = request.timeout_us
         pending.trace = trace
@@ -134,19 +137,27 @@ class BlockCall(Call):
 
     __slots__ = ("_placement", "_responses")
 
-    def __init__(self, link: Link, model: Opened, request: NestedRequest, options: Options) -> None:
+    def __init__(self, link: Link, placement: BlockPlacement, request: NestedRequest, options: Options) -> None:
         """Copy the inputs, which fit the model, into blocks and hand them over.
 
         Raises:
             ServingError: there is no room, or no server any more.
         """
-        placement = self._placement = BlockPlacement(link.connection, model)
+        self._link = link
+        self._placement = placement
         for tensor in request.inputs:
-            spec = model.entry.input_named(tensor.name())
-            assert spec is not None
-            placement.put(spec, tensor.data)
+            self._put(tensor)
         self._responses: PendingResponses = placement.submit(options)
         super().__init__(link, self._responses)
+
+    def _put(self, tensor: Tensor) -> None:
+        """Place one input."""
+        spec = self._placement.model.entry.input_named(tensor.name())
+        assert spec is not None
+        if tensor.device is None:
+            self._placement.put(spec, tensor.data)
+        else:
+            tensor.copy_to(self._placement.input(spec, tensor.device.shape))
 
     def take(self) -> list[NestedResponse]:
         pending = self._responses
@@ -167,10 +178,11 @@ class BlockCall(Call):
     def _response(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> NestedResponse:
         if reply.text or reply.code:
             return NestedResponse((), {}, from_wire(reply.code, reply.text), True, False)
+        return NestedResponse(tuple(self._tensors(reply, held)), reply.parameters, None, True, False)
+
+    def _tensors(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> Iterator[Tensor]:
+        """Yield the outputs of a response."""
         datatypes = {place.name: place.datatype for place in reply.outputs}
         datatypes.update((tensor.name, tensor.datatype) for tensor in reply.inline)
-        tensors = (
-            Tensor.of_datatype(name, datatypes[name], array)
-            for name, array in self._placement.outputs_of(reply, held).items()
-        )
-        return NestedResponse(tuple(tensors), reply.parameters, None, True, False)
+        for name, array in self._placement.outputs_of(reply, held).items():
+            yield Tensor.of_datatype(name, datatypes[name], array)

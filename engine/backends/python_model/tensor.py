@@ -1,34 +1,25 @@
-"""``pb_utils.Tensor``: a named array, over shared memory where it is an input (spec 7.3)."""
+"""``pb_utils.Tensor``: a named array, over shared memory where it is an input, or in the memory of a GPU (spec 7.3)."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 
 from forebay.engine.backends.base import Array
+from forebay.engine.backends.python_model import dlpack
 from forebay.engine.backends.python_model.errors import TritonModelException
-from forebay.ipc.errors import InvalidArgument
+from forebay.engine.backends.python_model.gpus import Gpu, gpus
+from forebay.engine.devices.device_array import DeviceArray
+from forebay.ipc.errors import InvalidArgument, ServingError
 from forebay.ipc.tensor import BY_CONFIG_NAME, DATATYPES, datatype_of
-
-#: DLPack's device type of host memory, and its codes of unsigned integers and of bfloat16.
-_DLPACK_CPU = 1
-_DLPACK_UNSIGNED = 1
-_DLPACK_BFLOAT = 4
-#: Where the type code of an unversioned DLTensor lies: data 8, device 8, ndim 4 bytes before it.
-_DLPACK_TYPE_CODE_OFFSET = 20
-
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 class Tensor:
     """A tensor as a model sees it. Inputs are views of the request's memory: treat them as read-only."""
 
-    __slots__ = ("_array", "_datatype", "_load", "_name", "_raw", "_shape")
+    __slots__ = ("_array", "_datatype", "_device", "_gpu", "_load", "_name", "_raw", "_shape")
 
     def __init__(self, name: str, array: Any) -> None:
         """Make an output (or an input of a nested call).
@@ -58,6 +49,8 @@ class Tensor:
         self._shape: tuple[int, ...] = () if array is None else tuple(array.shape)
         self._raw: memoryview | None = None
         self._load: Callable[[], Array] | None = None
+        self._gpu: Gpu | None = None
+        self._device: DeviceArray | None = None
 
     @classmethod
     def view(
@@ -88,6 +81,16 @@ class Tensor:
         tensor._set(name, datatype, array)
         return tensor
 
+    @classmethod
+    def on_gpu(cls, name: str, datatype: str, array: DeviceArray, gpu: Gpu) -> Tensor:
+        """Return a tensor in the memory of a GPU; all work on it is done."""
+        tensor = cls.__new__(cls)
+        tensor._set(name, datatype, None)
+        tensor._shape = array.shape
+        tensor._gpu = gpu
+        tensor._device = array
+        return tensor
+
     # --- Triton's methods ---
 
     def name(self) -> str:
@@ -103,15 +106,17 @@ class Tensor:
         return DATATYPES[self._datatype].number
 
     def is_cpu(self) -> bool:
-        """Return whether the tensor is in host memory; here it always is."""
-        return True
+        """Return whether the tensor is in host memory."""
+        return self._device is None
 
     def as_numpy(self) -> Array:
         """Return the array, without a copy; BYTES as an object array of ``bytes``.
 
         Raises:
-            TritonModelException: BF16, for which numpy has no type (spec P-052).
+            TritonModelException: it is in the memory of a GPU, or BF16, for which numpy has no type (spec P-052).
         """
+        if self._device is not None:
+            raise TritonModelException("Tensor is stored in GPU and cannot be converted to NumPy.")
         if self._datatype == "BF16":
             raise TritonModelException(
                 "Tensor dtype is BF16 and cannot be converted to NumPy. Use to_dlpack() and from_dlpack() instead."
@@ -129,49 +134,44 @@ class Tensor:
     def __dlpack__(self, **_options: Any) -> Any:
         if self._datatype == "BYTES":
             raise TritonModelException("DLPack does not have support for string tensors.")
-        array: Any = self.data
-        # DLPack's first version cannot say "read-only", so numpy would refuse.
-        capsule: Any = (array if array.flags.writeable else np.asarray(_Writable(array))).__dlpack__()
-        if self._datatype == "BF16":
-            # numpy exported 16-bit unsigned integers; only the type code differs.
-            _set_type_code(capsule, _DLPACK_BFLOAT)
-        return capsule
+        is_bfloat = self._datatype == "BF16"
+        if self._device is None or self._gpu is None:
+            return dlpack.give(self.data, is_bfloat=is_bfloat)
+        # Nothing is under way on the device, so no stream has to wait.
+        device = self._device
+        array = dlpack.array_at(device.address, device.shape, device.dtype, device)
+        return dlpack.give(array, is_bfloat=is_bfloat, device_id=self._gpu.index)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return _DLPACK_CPU, 0
+        return (dlpack.CPU, 0) if self._gpu is None else (dlpack.CUDA, self._gpu.index)
 
     @staticmethod
     def from_dlpack(name: str, obj: Any) -> Tensor:
         """Return a tensor over another library's memory.
 
         Args:
-            obj: a DLPack capsule, or anything with ``__dlpack__``. What is in GPU memory is copied to the host.
+            obj: a DLPack capsule, or anything with ``__dlpack__``. What is in GPU memory stays there, if this process
+                can use the GPU; else it is copied to the host.
 
         Raises:
             TritonModelException: the memory is not contiguous, or its type has no datatype.
         """
         if name == "":
             raise TritonModelException("Tensor name cannot be an empty string.")
-        if hasattr(obj, "__dlpack_device__"):
-            device = int(obj.__dlpack_device__()[0])
-            if device != _DLPACK_CPU:
-                obj = _to_host(obj)
-            capsule = obj.__dlpack__()
-        else:
-            capsule = obj
         try:
-            is_bfloat = _type_code(capsule) == _DLPACK_BFLOAT
-            if is_bfloat:
-                _set_type_code(capsule, _DLPACK_UNSIGNED)
-            array: Array = np.from_dlpack(_Capsule(capsule))
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            capsule, gpu = _capsule_of(obj) if hasattr(obj, "__dlpack_device__") else (obj, _gpu_of(obj))
+            array, is_bfloat = dlpack.take(capsule)
+        except (BufferError, RuntimeError, TypeError, ValueError, ServingError) as error:
             raise TritonModelException(f"DLPack tensor cannot be used: {error}") from None
         if not array.flags.c_contiguous:
             raise TritonModelException(
                 "DLPack tensor is not contiguous. Only contiguous DLPack tensors that are stored in C-Order are "
                 "supported."
             )
-        return Tensor.of_datatype(name, "BF16" if is_bfloat else datatype_of(array), array)
+        datatype = "BF16" if is_bfloat else datatype_of(array)
+        if gpu is None:
+            return Tensor.of_datatype(name, datatype, array)
+        return Tensor.on_gpu(name, datatype, DeviceArray(array.ctypes.data, array.shape, array.dtype, array), gpu)
 
     # --- for the backend ---
 
@@ -182,7 +182,11 @@ class Tensor:
 
     @property
     def data(self) -> Array:
-        """The array; BF16 as uint16."""
+        """The array on the host; BF16 as uint16. What is on a GPU is copied."""
+        if self._device is not None:
+            array = np.empty(self._device.shape, self._device.dtype)
+            self.copy_to(array)
+            return array
         if self._array is None:
             assert self._load is not None
             self._array = self._load()
@@ -193,43 +197,54 @@ class Tensor:
         """The serialised bytes, if they exist already and nobody has had the chance to change the decoded array."""
         return self._raw if self._array is None else None
 
+    @property
+    def device(self) -> DeviceArray | None:
+        """Where it is on its GPU; None: it is on the host."""
+        return self._device
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU in whose memory it is; None: it is on the host."""
+        return self._gpu
+
+    def copy_to(self, target: Array) -> None:
+        """Copy it to an array on the host of the same shape and type, C-contiguous."""
+        if self._device is None or self._gpu is None:
+            np.copyto(target, self.data)
+        else:
+            self._gpu.fetch(self._device, target)
+
     def __repr__(self) -> str:
         return f"Tensor({self._name!r}, {self._datatype}, {list(self._shape)})"
 
 
-class _Capsule:
-    """Hands a bare capsule to ``np.from_dlpack``."""
-
-    def __init__(self, capsule: Any) -> None:
-        self._capsule = capsule
-
-    def __dlpack__(self, **_options: Any) -> Any:
-        return self._capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return _DLPACK_CPU, 0
-
-
-class _Writable:
-    """Another array's memory without its read-only flag; keeps the array alive."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-        interface: dict[str, Any] = dict(array.__array_interface__)
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+def _capsule_of(obj: Any) -> tuple[Any, Gpu | None]:
+    """Return a capsule over another library's tensor, and the GPU that it is on, where all work on it is done."""
+    kind, index = (int(part) for part in obj.__dlpack_device__())
+    if kind in (dlpack.CPU, dlpack.CUDA_HOST):
+        return obj.__dlpack__(), None
+    gpu = gpus.find(index) if kind == dlpack.CUDA else None
+    if gpu is None:
+        return _to_host(obj).__dlpack__(), None
+    capsule = obj.__dlpack__(stream=gpu.stream_handle or None)
+    gpu.wait()
+    return capsule, gpu
 
 
-def _type_code_cell(capsule: Any) -> ctypes.c_uint8:
-    address: int = _capsule_pointer(capsule, b"dltensor")
-    return ctypes.c_uint8.from_address(address + _DLPACK_TYPE_CODE_OFFSET)
+def _gpu_of(capsule: Any) -> Gpu | None:
+    """Return the GPU that a bare capsule's tensor is on, once what its library does there by default is done.
 
-
-def _type_code(capsule: Any) -> int:
-    return int(_type_code_cell(capsule).value)
-
-
-def _set_type_code(capsule: Any, code: int) -> None:
-    _type_code_cell(capsule).value = code
+    Raises:
+        ValueError: this process cannot use it, and nobody can copy from there but the library.
+    """
+    kind, index = dlpack.device_of(capsule)
+    if kind in (dlpack.CPU, dlpack.CUDA_HOST):
+        return None
+    gpu = gpus.find(index) if kind == dlpack.CUDA else None
+    if gpu is None:
+        raise ValueError(f"it is on a device (type {kind}, number {index}) that cannot be used here")
+    gpu.device.wait_default_stream()
+    return gpu
 
 
 def _to_host(obj: Any) -> Any:

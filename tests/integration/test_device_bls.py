@@ -1,0 +1,298 @@
+"""Python models with tensors on a GPU, which the host plays, that call models there (issue 8, 4; spec P-056, P-097).
+
+What the models' own library does with GPUs is played by ``gpu_tensors.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as httpclient
+from device_models import add_chain, add_doubler
+from forebay_server import ForebayServer
+
+from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
+
+#: Of a request of one row.
+ROW_BYTES = 16
+
+CALLER = """
+import asyncio
+import json
+import sys
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+sys.path.append(SUPPORT)
+from gpu_tensors import GpuTensor
+
+ON_GPU = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, 0)
+ON_HOST = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)
+
+
+def gpu_tensor(value):
+    return pb_utils.Tensor.from_dlpack("X", GpuTensor(np.full((1, 4), value, np.float32)))
+
+
+def request(model, tensor, memory=None):
+    return pb_utils.InferenceRequest(
+        model_name=model, requested_output_names=["Y"], inputs=[tensor], preferred_memory=memory
+    )
+
+
+def output(response):
+    if response.has_error():
+        raise pb_utils.TritonModelException(response.error().message())
+    return pb_utils.get_output_tensor_by_name(response, "Y")
+
+
+def call(model, tensor, memory=None):
+    return output(request(model, tensor, memory).exec())
+
+
+def shown(tensor):
+    array = tensor.as_numpy() if tensor.is_cpu() else GpuTensor.from_dlpack(tensor).array
+    return [tensor.is_cpu(), array.tolist()]
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([self.answer(request)]) for request in requests]
+
+    def answer(self, request):
+        what, value = pb_utils.get_input_tensor_by_name(request, "WHAT").as_numpy()[0].decode().split()
+        result = getattr(self, what)(float(value))
+        return pb_utils.Tensor("RESULT", np.array([json.dumps(result).encode()], dtype=object))
+
+    def chain(self, value):
+        tensor = gpu_tensor(value)
+        for _ in range(3):
+            answer = call("gpu", tensor)
+            tensor = pb_utils.Tensor.from_dlpack("X", GpuTensor.from_dlpack(answer))
+        return shown(answer)
+
+    def to_host(self, value):
+        return shown(call("gpu", gpu_tensor(value), ON_HOST))
+
+    def from_host(self, value):
+        return shown(call("gpu", pb_utils.Tensor("X", np.full((1, 4), value, np.float32)), ON_GPU))
+
+    def from_host_to_anywhere(self, value):
+        return shown(call("gpu", pb_utils.Tensor("X", np.full((1, 4), value, np.float32))))
+
+    def cpu(self, value):
+        return shown(call("cpu", gpu_tensor(value)))
+
+    def cpu_to_gpu(self, value):
+        return shown(call("cpu", gpu_tensor(value), ON_GPU))
+
+    def varying(self, value):
+        return shown(call("gpu_varying", gpu_tensor(value), ON_GPU))
+
+    def ensemble(self, value):
+        return shown(call("chain", gpu_tensor(value), ON_GPU))
+
+    def receiver(self, value):
+        return shown(call("receiver", gpu_tensor(value)))
+
+    def side_by_side(self, value):
+        async def all_of_them():
+            calls = [request("gpu", gpu_tensor(value + n), ON_GPU).async_exec() for n in range(8)]
+            return await asyncio.gather(*calls)
+        return [shown(output(response)) for response in asyncio.run(all_of_them())]
+
+    def kept(self, value):
+        # More than the pool has room for, all of it kept.
+        tensors = [call("gpu", gpu_tensor(value), ON_GPU) for _ in range(40)]
+        return [all(not tensor.is_cpu() for tensor in tensors), shown(tensors[-1])]
+"""
+
+#: Answers Y = X + X, computed where X is, and on the GPU.
+RECEIVER = """
+import sys
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+sys.path.append(SUPPORT)
+from gpu_tensors import GpuTensor
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([self.answer(request)]) for request in requests]
+
+    def answer(self, request):
+        tensor = pb_utils.get_input_tensor_by_name(request, "X")
+        array = tensor.as_numpy() if tensor.is_cpu() else GpuTensor.from_dlpack(tensor).array
+        pb_utils.Logger.log_info(f"X is on the {'host' if tensor.is_cpu() else 'GPU'}")
+        return pb_utils.Tensor.from_dlpack("Y", GpuTensor(array + array))
+"""
+
+FLOATS = """
+max_batch_size: 8
+input { name: "X" data_type: TYPE_FP32 dims: [ 4 ] }
+output { name: "Y" data_type: TYPE_FP32 dims: [ 4 ] }
+"""
+
+
+def add_python(root: Path, name: str, source: str, config: str) -> None:
+    (root / name / "1").mkdir(parents=True)
+    support = Path(__file__).parents[1] / "support"
+    (root / name / "1" / "model.py").write_text(source.replace("SUPPORT", repr(str(support))))
+    (root / name / "config.pbtxt").write_text(f'backend: "python"\ninstance_group {{ kind: KIND_GPU }}\n{config}')
+
+
+class Caller:
+    """A server whose Python model ``caller`` does what it is told."""
+
+    def __init__(self, root: Path, *flags: str) -> None:
+        add_doubler(root, "gpu", "KIND_GPU", more="dynamic_batching { }")
+        add_doubler(root, "gpu_varying", "KIND_GPU", dim=-1)
+        add_doubler(root, "cpu", "KIND_CPU")
+        add_chain(root, "chain")
+        add_python(
+            root,
+            "caller",
+            CALLER,
+            'input { name: "WHAT" data_type: TYPE_STRING dims: [ 1 ] } '
+            'output { name: "RESULT" data_type: TYPE_STRING dims: [ 1 ] }',
+        )
+        force = 'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "no" } }'
+        add_python(root, "receiver", RECEIVER, FLOATS + force)
+        #: Times that :meth:`wait_passing` had three calls made.
+        self.chain_count = 0
+        self.server = ForebayServer(root, *flags, environment={PLAYED_GPUS_VARIABLE: "1"})
+
+    def do(self, what: str, value: float = 1) -> Any:
+        with httpclient.InferenceServerClient(self.server.http_url) as client:
+            tensor = httpclient.InferInput("WHAT", [1], "BYTES")
+            tensor.set_data_from_numpy(np.array([f"{what} {value}".encode()], dtype=object))
+            return json.loads(client.infer("caller", [tensor]).as_numpy("RESULT")[0])
+
+    def wait_passing(self) -> None:
+        """Have calls made until there is memory for them on the GPU; they are answered before, too."""
+        before = self.passed
+
+        def passes() -> bool:
+            assert self.do("chain", 3) == on_gpu(24)
+            self.chain_count += 1
+            return self.passed > before
+
+        self.server.wait_for(passes, "calls to pass tensors on the GPU")
+
+    @property
+    def passed(self) -> int:
+        return self.server.counter("forebay_device_passed_bytes_total", model="gpu")
+
+    def crossed(self, model: str) -> tuple[int, int]:
+        """Bytes that a model has copied to and from the GPU."""
+        family = "forebay_device_copied_bytes_total"
+        return (
+            self.server.counter(family, model=model, direction="to_device"),
+            self.server.counter(family, model=model, direction="from_device"),
+        )
+
+
+def row(value: float) -> list[list[float]]:
+    return [[value] * 4]
+
+
+def on_gpu(value: float) -> list[object]:
+    return [False, row(value)]
+
+
+def on_host(value: float) -> list[object]:
+    return [True, row(value)]
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    made = Caller(tmp_path_factory.mktemp("models"))
+    with made.server:
+        made.wait_passing()
+        requests = 3 * made.chain_count
+        counter = "nv_inference_request_success"
+        made.server.wait_for(lambda: made.server.counter(counter, model="gpu") == requests, "the client's counts")
+        yield made
+
+
+def test_calls_between_models_on_one_gpu_never_come_to_the_host(caller: Caller) -> None:
+    models = ("gpu", "caller")
+    passed, crossed = caller.passed, [caller.crossed(model) for model in models]
+    for number in range(10):
+        assert caller.do("chain", number) == on_gpu(8 * number)
+    caller.server.wait_for(lambda: caller.passed == passed + 30 * ROW_BYTES, "the client's counts")
+    assert [caller.crossed(model) for model in models] == crossed
+
+
+def test_outputs_are_where_they_are_preferred(caller: Caller) -> None:
+    """P-097."""
+    assert caller.do("to_host", 2) == on_host(4)
+    assert caller.do("from_host", 2) == on_gpu(4)
+    assert caller.do("from_host_to_anywhere", 2) == on_host(4)
+
+
+def test_models_elsewhere_get_tensors_of_a_gpu_through_the_host(caller: Caller) -> None:
+    into, out = caller.crossed("caller")
+    assert caller.do("cpu", 2) == on_host(4)
+    assert caller.crossed("caller") == (into, out + ROW_BYTES)
+    assert caller.do("cpu_to_gpu", 2) == on_gpu(4)
+    assert caller.crossed("caller") == (into + ROW_BYTES, out + 2 * ROW_BYTES)
+    assert caller.do("varying", 2) == on_gpu(4)
+    assert caller.do("ensemble", 2) == on_gpu(8)
+
+
+def test_calls_side_by_side(caller: Caller) -> None:
+    assert caller.do("side_by_side", 1) == [on_gpu(2 * (1 + n)) for n in range(8)]
+
+
+def test_a_python_model_may_take_tensors_where_they_are(caller: Caller) -> None:
+    """P-056: FORCE_CPU_ONLY_INPUT_TENSORS is "no"."""
+    crossed = caller.crossed("receiver")
+    logged = caller.server.stderr.count("X is on the GPU")
+    assert caller.do("receiver", 3) == on_gpu(6)
+    caller.server.wait_logged("X is on the GPU", count=logged + 1)
+    assert caller.crossed("receiver") == crossed
+    with httpclient.InferenceServerClient(caller.server.http_url) as client:
+        for rows in (1, 2):
+            tensor = httpclient.InferInput("X", [rows, 4], "FP32")
+            tensor.set_data_from_numpy(np.full((rows, 4), 3, np.float32))
+            np.testing.assert_array_equal(client.infer("receiver", [tensor]).as_numpy("Y"), np.full((rows, 4), 6))
+    assert caller.crossed("receiver") == (crossed[0], crossed[1] + 3 * ROW_BYTES)
+
+
+def test_calls_go_on_when_a_model_or_the_keeper_of_the_memory_was_replaced(caller: Caller) -> None:
+    for round_number, role in enumerate(("worker gpu:1", "worker courier", "worker receiver"), 1):
+        os.kill(caller.server.pid_of(role), signal.SIGKILL)
+        if role == "worker courier":
+            for number in range(3):
+                assert caller.do("chain", number) == on_gpu(8 * number)
+        caller.server.wait_logged("is back", count=round_number)
+        assert caller.do("chain", round_number) == on_gpu(8 * round_number)
+    caller.wait_passing()
+    assert caller.do("receiver", 3) == on_gpu(6)
+
+
+def test_what_finds_no_room_is_on_the_gpu_all_the_same(tmp_path: Path) -> None:
+    """F-151: room for eight tensors, of which a caller gets the half."""
+    caller = Caller(tmp_path, "--cuda-memory-pool-byte-size=0:2048")
+    with caller.server:
+        assert caller.do("kept", 2) == [True, on_gpu(4)]
+
+
+def test_without_memory_for_calls_everything_goes_through_the_host(tmp_path: Path) -> None:
+    caller = Caller(tmp_path, "--cuda-memory-pool-byte-size=0:0")
+    with caller.server:
+        for number in range(3):
+            assert caller.do("chain", number) == on_gpu(8 * number)
+            assert caller.do("from_host", number) == on_gpu(2 * number)
+        assert caller.passed == 0
