@@ -10,6 +10,7 @@ how each ended.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import os
@@ -143,6 +144,16 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def has_opened_gpu() -> bool:
+    """Whether a library has opened CUDA in this process, which then cannot be used in any process forked from it."""
+    links: list[str] = []
+    for name in os.listdir("/proc/self/fd"):
+        # The descriptor of the listing itself is gone by now.
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    return any(link.startswith(("/dev/nvidia", "/dev/dxg")) for link in links)
+
+
 def become_worker(worker: NewWorker) -> NoReturn:
     """Turn this freshly forked process into a worker. Does not return."""
     from forebay.engine.worker.worker_process import run_worker
@@ -182,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         if (threads := thread_count()) > 1:
             log.warning(f"zygote {options.family} has {threads} threads; forking such a process is not safe")
+        if has_opened_gpu():
+            log.warning(f"zygote {options.family}: a library opened CUDA on import; its workers cannot use a GPU")
         # Collected before and frozen now, the imported objects' pages stay shared with every worker.
         gc.collect()
         gc.freeze()

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from forebay.engine.zygote import Zygote
+from forebay.engine.zygote import Zygote, has_opened_gpu
 from forebay.ipc.lifeline import Lifeline
 from forebay.ipc.messages import Message, Stop
 from forebay.ipc.worker_messages import Fork, SupervisorToZygote, WorkerExited, ZygoteToSupervisor
@@ -55,3 +55,9 @@ def test_a_worker_whose_end_could_not_be_noticed_is_ended(monkeypatch: pytest.Mo
         assert message == WorkerExited(instance=7, pid=0, exit_code=os.EX_OSERR)
         with pytest.raises(ProcessLookupError):
             os.kill(child.pid, 0)
+
+
+def test_a_gpu_that_was_opened_before_the_fork_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_opened_gpu()
+    monkeypatch.setattr(os, "readlink", lambda path: "/dev/nvidiactl" if path.endswith("/2") else "pipe:[1]")
+    assert has_opened_gpu()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from device_models import add_doubler
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.devices.base import Device, Memory, Stream
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
+from forebay.engine.repository.config import config_json, parse_config_text
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
 from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.worker_messages import (
@@ -73,24 +74,10 @@ def client(request: pytest.FixtureRequest) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def worker(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerHarness]:
     """Y = 2 * X on the device; -1 columns."""
-    directory: Path = tmp_path_factory.mktemp("double")
-    shape = ("n", "k")
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["X", "X"], ["Y"])],
-        "g",
-        [helper.make_tensor_value_info("X", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, shape)],
-    )
-    (directory / "1").mkdir()
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, directory / "1" / "model.onnx")
-    config = {
-        "backend": "onnxruntime",
-        "max_batch_size": 8,
-        "input": [{"name": "X", "data_type": "TYPE_FP32", "dims": [-1]}],
-        "output": [{"name": "Y", "data_type": "TYPE_FP32", "dims": [-1]}],
-    }
-    spec = spec_from_config(config, model="double", model_path=str(directory), kind="GPU")
+    root: Path = tmp_path_factory.mktemp("models")
+    add_doubler(root, "double", "KIND_GPU", dim=-1)
+    config = json.loads(config_json(parse_config_text((root / "double" / "config.pbtxt").read_text())))
+    spec = spec_from_config(config, model="double", model_path=str(root / "double"), kind="GPU")
     with WorkerHarness(spec, env=client.environment, load=False) as running:
         assert isinstance(loaded := running.load(), Loaded)
         assert loaded.device_id == 0
