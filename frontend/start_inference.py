@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import msgspec
 
 from forebay.frontend.cached_inference import CachedInference
+from forebay.frontend.codec.infer_request import ParsedInfer
+from forebay.frontend.data_plane.owners import NO_PARAMETERS
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.device_places import NO_TARGETS, Targets
 from forebay.frontend.engine_client import EngineClient
@@ -16,6 +18,8 @@ from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInfere
 from forebay.frontend.ensemble.one_step import OneStepRoute, one_step_of
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, RequestMeta
 from forebay.ipc.errors import NotReady
+from forebay.ipc.messages import ParameterValue
+from forebay.ipc.spans import Trace
 
 #: Whose slab rows a plan takes.
 RowsRoute: TypeAlias = RouteClient | OneStepRoute | ChainRoute
@@ -54,6 +58,27 @@ class PlacedInference(Protocol):
     def cancel(self) -> None:
         """Nobody waits any more; at any time."""
         ...
+
+
+def request_meta(
+    request: ParsedInfer, trace: Trace | None = None, forwarded: Mapping[str, ParameterValue] = NO_PARAMETERS
+) -> RequestMeta:
+    """Return what the engine must know of a request besides its tensors.
+
+    Args:
+        forwarded: headers that become parameters.
+    """
+    return RequestMeta(
+        id=request.id,
+        outputs=tuple(output.name for output in request.outputs),
+        parameters={**request.parameters, **forwarded} if forwarded else request.parameters,
+        sequence_id=request.sequence_id,
+        sequence_start=request.sequence_start,
+        sequence_end=request.sequence_end,
+        priority=request.priority,
+        timeout_us=request.timeout_us,
+        trace=trace,
+    )
 
 
 def start_inference(

@@ -8,13 +8,15 @@ the supervisor, which writes it down, on the control socket: ahead of whatever i
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from forebay.ipc.spans import REQUEST_END, RESPONSE_COMPLETE, SpanTree, Trace, trace_id_of
+from forebay.ipc.spans import REQUEST_END, REQUEST_START, RESPONSE_COMPLETE, SpanTree, Trace, trace_id_of
 from forebay.ipc.trace import TraceRecord, TraceRule, TraceRules
 
 if TYPE_CHECKING:
+    from forebay.frontend.data_plane.route_client import RouteClient
     from forebay.frontend.inference import Response
 
 #: Traces that may wait to be handed in; beyond, they are dropped.
@@ -63,6 +65,31 @@ class Sampler:
 
         trace_id = trace_id_of(given) if self.accepts_context else b""
         return Trace(SpanTree(self._rule.levels, trace_id, hand_in), model, version, request_id)
+
+
+def begin_trace(
+    route: RouteClient, request_id: str, context: str, received: tuple[str, str], began_ns: int = 0, ended_ns: int = 0
+) -> Trace | None:
+    """Count a request for its model's sampler; return its trace, if it is to be traced.
+
+    Args:
+        context: the ``traceparent`` that came with it.
+        received: what the protocol calls the beginning and the end of its arrival.
+        began_ns: when that was, monotonic; 0: when it ended.
+        ended_ns: 0: just now.
+    """
+    sampler = route.sampler
+    if sampler is None:
+        return None
+    entry = route.entry
+    trace = sampler.begin(entry.name, entry.version, request_id, context)
+    if trace is not None:
+        now_ns = time.monotonic_ns()
+        ended_ns = ended_ns or now_ns
+        trace.received(received[0], began_ns or ended_ns)
+        trace.received(received[1], ended_ns)
+        trace.note(REQUEST_START, now_ns)
+    return trace
 
 
 def begin_sending(trace: Trace, response: Response) -> None:

@@ -14,7 +14,6 @@ from forebay.frontend.grpc.infer_reply import parameter_entries
 from forebay.frontend.grpc.status import RpcError, Status
 from forebay.frontend.grpc.upload import Upload
 from forebay.frontend.inference import Response
-from forebay.frontend.tracing import begin_sending, end_sending
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue
 
@@ -130,14 +129,7 @@ class InferCall(Call):
             return
         if response.final:
             self._placed = None
-        if placed.meta.trace is None:
-            self._answer(placed, response)
-        else:
-            begin_sending(placed.meta.trace, response)
-            self._answer(placed, response)
-            end_sending(placed.meta.trace, response)
-        if response.final:
-            placed.release()
+        placed.answer(response, self._answer)
 
     def _answer(self, placed: PlacedRequest, response: Response) -> None:
         if self.is_local_closed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,14 +17,18 @@ from forebay.frontend.grpc.infer_plan import make_plan
 from forebay.frontend.grpc.infer_reply import ReplyTensor, identity_fields, render_reply
 from forebay.frontend.inference import OnResponse, RequestMeta, Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
-from forebay.frontend.start_inference import PlacedInference, start_inference
+from forebay.frontend.start_inference import PlacedInference, request_meta, start_inference
+from forebay.frontend.tracing import begin_sending, begin_trace, end_sending
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import QUEUE_FULL_TEXT, Code, ServingError, Unsupported
-from forebay.ipc.spans import REQUEST_START, Trace
 
 if TYPE_CHECKING:
     from forebay.frontend.grpc.request_head import RequestHead
     from forebay.frontend.grpc.server import GrpcFrontend
+
+
+#: The arrival of a request, as traces call it.
+_RECEIVED = ("GRPC_WAITREAD_START", "GRPC_WAITREAD_END")
 
 
 class PlacedRequest(msgspec.Struct, frozen=True):
@@ -49,6 +52,18 @@ class PlacedRequest(msgspec.Struct, frozen=True):
         """
         meta = msgspec.structs.replace(self.meta, deadline_ns=deadline_ns) if deadline_ns else self.meta
         self.inference.submit(meta, on_response)
+
+    def answer(self, response: Response, send: Callable[[PlacedRequest, Response], None]) -> None:
+        """Have a response sent, and note when; after the last one nothing of the request is held."""
+        trace = self.meta.trace
+        if trace is None:
+            send(self, response)
+        else:
+            begin_sending(trace, response)
+            send(self, response)
+            end_sending(trace, response)
+        if response.final:
+            self.release()
 
     def release(self) -> None:
         """The request has been answered for the last time."""
@@ -152,34 +167,9 @@ def _place(
     except BaseException:
         inference.cancel()
         raise
-    meta = RequestMeta(
-        id=request.id,
-        outputs=tuple(output.name for output in request.outputs),
-        parameters=request.parameters,
-        sequence_id=request.sequence_id,
-        sequence_start=request.sequence_start,
-        sequence_end=request.sequence_end,
-        priority=request.priority,
-        timeout_us=request.timeout_us,
-        trace=_begin_trace(inference, head, request.id),
-    )
+    trace = begin_trace(inference.route, request.id, head.trace_context, _RECEIVED)
+    meta = request_meta(request, trace)
     return PlacedRequest(entry, request, found.asked_version, found.enable_empty_final, inference, meta, regions)
-
-
-def _begin_trace(inference: PlacedInference, head: RequestHead, request_id: str) -> Trace | None:
-    """Count a request for its model's sampler; return its trace, if it is to be traced."""
-    route = inference.route
-    sampler = route.sampler
-    if sampler is None:
-        return None
-    entry = route.entry
-    trace = sampler.begin(entry.name, entry.version, request_id, head.trace_context)
-    if trace is not None:
-        now_ns = time.monotonic_ns()
-        trace.received("GRPC_WAITREAD_START", now_ns)
-        trace.received("GRPC_WAITREAD_END", now_ns)
-        trace.note(REQUEST_START, now_ns)
-    return trace
 
 
 def place_request(

@@ -28,7 +28,6 @@ from forebay.frontend.grpc.status import RpcError, Status
 from forebay.frontend.grpc.upload import Upload
 from forebay.frontend.grpc.wire import Malformed, text_field
 from forebay.frontend.inference import Response
-from forebay.frontend.tracing import begin_sending, end_sending
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue
 
@@ -135,14 +134,7 @@ class StreamSlot:
         placed = self._placed
         if placed is None or self._is_ended:
             return
-        if placed.meta.trace is None:
-            self._answer(placed, response)
-        else:
-            begin_sending(placed.meta.trace, response)
-            self._answer(placed, response)
-            end_sending(placed.meta.trace, response)
-        if response.final:
-            placed.release()
+        placed.answer(response, self._answer)
 
     def _answer(self, placed: PlacedRequest, response: Response) -> None:
         entry = placed.entry

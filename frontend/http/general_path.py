@@ -25,59 +25,23 @@ from forebay.frontend.http.head import Head
 from forebay.frontend.http.known_request import KnownRequest, find_plan, is_repeatable, remember, uses_regions
 from forebay.frontend.http.open_sequences import OpenSequences
 from forebay.frontend.http.replies import TEXT_TYPE, error_reply, infer_reply
-from forebay.frontend.inference import RequestMeta, Response
+from forebay.frontend.inference import Response
 from forebay.frontend.regions import RegionUse, take_places, targets_of
-from forebay.frontend.start_inference import PlacedInference, start_inference
+from forebay.frontend.start_inference import PlacedInference, request_meta, start_inference
+from forebay.frontend.tracing import begin_trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import ServingError, Unavailable, Unsupported
-from forebay.ipc.spans import REQUEST_END, REQUEST_START, RESPONSE_COMPLETE, Trace
+from forebay.ipc.spans import REQUEST_END, RESPONSE_COMPLETE, Trace
 
 if TYPE_CHECKING:
     from forebay.frontend.http.connection import Connection
     from forebay.frontend.http.server import HttpFrontend
 
+#: The arrival of a request, as traces call it.
+RECEIVED = ("HTTP_RECV_START", "HTTP_RECV_END")
+
 #: Errors of requests that waited and never ran; they are answered as text, like those of requests that ran (H-003).
 _QUEUED_TEXTS = ("Request timeout expired", "timeout of the corresponding sequence has been expired")
-
-
-def request_meta(request: ParsedInfer, head: Head, trace: Trace | None = None) -> RequestMeta:
-    """Return what the engine must know of a request besides its tensors."""
-    parameters = {**request.parameters, **head.forwarded} if head.forwarded else request.parameters
-    return RequestMeta(
-        id=request.id,
-        outputs=tuple(output.name for output in request.outputs),
-        parameters=parameters,
-        sequence_id=request.sequence_id,
-        sequence_start=request.sequence_start,
-        sequence_end=request.sequence_end,
-        priority=request.priority,
-        timeout_us=request.timeout_us,
-        trace=trace,
-    )
-
-
-def begin_trace(
-    inference: PlacedInference, head: Head, request_id: str, received_ns: int, complete_ns: int
-) -> Trace | None:
-    """Count a request for its model's sampler; return its trace, if it is to be traced.
-
-    Args:
-        received_ns: when its head had been read, monotonic; 0: not known.
-        complete_ns: when its body was here; 0: just now.
-    """
-    route = inference.route
-    sampler = route.sampler
-    if sampler is None:
-        return None
-    entry = route.entry
-    trace = sampler.begin(entry.name, entry.version, request_id, head.trace_context)
-    if trace is not None:
-        now_ns = time.monotonic_ns()
-        complete_ns = complete_ns or now_ns
-        trace.received("HTTP_RECV_START", received_ns or complete_ns)
-        trace.received("HTTP_RECV_END", complete_ns)
-        trace.note(REQUEST_START, now_ns)
-    return trace
 
 
 class GeneralCall(Call):
@@ -238,8 +202,11 @@ class GeneralCall(Call):
         self._entry = entry
         self._request = request
         self._inference = inference
-        self._trace = begin_trace(inference, self._head, request.id, self._received_ns, self._complete_ns)
-        inference.submit(request_meta(request, self._head, self._trace), self._on_response)
+        head = self._head
+        self._trace = begin_trace(
+            inference.route, request.id, head.trace_context, RECEIVED, self._received_ns, self._complete_ns
+        )
+        inference.submit(request_meta(request, self._trace, head.forwarded), self._on_response)
 
     def _note_sequence(self, entry: ModelEntry, request: ParsedInfer) -> None:
         connection = self.connection

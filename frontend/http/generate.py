@@ -17,12 +17,13 @@ from forebay.frontend.codec.infer_response import JSON_TYPE, OutputTensor
 from forebay.frontend.codec.validation import validate_infer
 from forebay.frontend.errors import error_body, http_status
 from forebay.frontend.http.call import Call
-from forebay.frontend.http.general_path import begin_trace, fill
+from forebay.frontend.http.general_path import RECEIVED, fill
 from forebay.frontend.http.head import Head, Target
 from forebay.frontend.http.replies import error_reply, head_bytes, stream_head
 from forebay.frontend.inference import RequestMeta, Response
 from forebay.frontend.regions import take_places
 from forebay.frontend.start_inference import PlacedInference, start_inference
+from forebay.frontend.tracing import begin_trace
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import ServingError
 from forebay.ipc.spans import REQUEST_END, RESPONSE_COMPLETE, Trace
@@ -81,7 +82,7 @@ class GenerateCall(Call):
         self._entry = entry
         self._inference = inference
         self._request_id = request.id
-        self._trace = begin_trace(inference, head, request.id, 0, 0)
+        self._trace = begin_trace(inference.route, request.id, head.trace_context, RECEIVED)
         meta = RequestMeta(id=request.id, parameters=request.parameters, trace=self._trace)
         inference.submit(meta, self._on_response)
 
