@@ -110,7 +110,7 @@ def leased_array(view: memoryview, offset: int, datatype: str, shape: tuple[int,
     raw = (ctypes.c_char * (count * dtype.itemsize)).from_buffer(view, offset)
     # numpy keeps the exporter of its bytes alive, and that keeps what hangs on it.
     raw.lease = lease  # type: ignore[attr-defined]
-    return np.frombuffer(memoryview(raw), dtype).reshape(shape)
+    return np.ndarray(shape, dtype, memoryview(raw))
 
 
 class Pending:

@@ -8,7 +8,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
-from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest, engine
+from forebay.engine.backends.python_model.engine_access import (
+    NestedCall,
+    NestedRequest,
+    NestedResponse,
+    engine,
+)
 from forebay.engine.backends.python_model.errors import TritonError
 from forebay.engine.backends.python_model.response import InferenceResponse
 from forebay.ipc.errors import ServingError
@@ -30,16 +35,7 @@ class ResponseIterator:
         try:
             self._call = engine().infer(request)
         except ServingError as error:
-            # Refused before it was queued. Triton flattens these to INTERNAL (spec P-093); what the other model
-            # answers keeps its own code.
-            text = f"Model {request.model} - Error when running inference: {error.text}"
-            self._arrived.append(InferenceResponse(error=TritonError(text)))
-
-    def only(self) -> InferenceResponse:
-        """Wait for the one response."""
-        for response in self:
-            return response
-        return self._no_response()
+            self._arrived.append(_refused(request.model, error))
 
     async def async_only(self) -> InferenceResponse:
         """Wait for the one response without blocking the event loop; cancelling the task cancels the request."""
@@ -49,7 +45,7 @@ class ResponseIterator:
         except asyncio.CancelledError:
             self.cancel()
             raise
-        return self._no_response()
+        return _no_response(self._model)
 
     def cancel(self) -> None:
         """Tell the other model that nobody waits any more."""
@@ -85,17 +81,43 @@ class ResponseIterator:
             if not self._arrived and self._call is not None:
                 for nested in self._call.take():
                     if nested.has_response:
-                        error = None if nested.error is None else TritonError(nested.error.text, int(nested.error.code))
-                        response = InferenceResponse(list(nested.outputs), error)
-                        response.parameters().update(nested.parameters)
-                        self._arrived.append(response)
+                        self._arrived.append(_as_response(nested))
                     if nested.final:
                         self._call = None
             return self._arrived.popleft() if self._arrived else None
 
-    def _no_response(self) -> InferenceResponse:
-        text = f"Model {self._model} - Error when running inference: there was no response"
-        return InferenceResponse(error=TritonError(text))
+
+def only_response(request: NestedRequest) -> InferenceResponse:
+    """Submit a request and wait for its one response; what is wrong with it becomes the response."""
+    try:
+        call = engine().infer(request)
+    except ServingError as error:
+        return _refused(request.model, error)
+    while True:
+        call.wait()
+        for nested in call.take():
+            if nested.has_response:
+                return _as_response(nested)
+            if nested.final:
+                return _no_response(request.model)
+
+
+def _as_response(nested: NestedResponse) -> InferenceResponse:
+    if nested.error is not None:
+        return InferenceResponse(error=TritonError(nested.error.text, int(nested.error.code)))
+    response = InferenceResponse(nested.outputs)
+    response.parameters().update(nested.parameters)
+    return response
+
+
+def _refused(model: str, error: ServingError) -> InferenceResponse:
+    # Refused before it was queued. Triton flattens these to INTERNAL (spec P-093); what the other model answers keeps
+    # its own code.
+    return InferenceResponse(error=TritonError(f"Model {model} - Error when running inference: {error.text}"))
+
+
+def _no_response(model: str) -> InferenceResponse:
+    return InferenceResponse(error=TritonError(f"Model {model} - Error when running inference: there was no response"))
 
 
 async def _news_of(call: NestedCall) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from forebay.engine.backends.python_model.engine_access import ANYWHERE, ON_HOST, NestedRequest
 from forebay.engine.backends.python_model.errors import TritonModelException
 from forebay.engine.backends.python_model.gpus import Gpu
-from forebay.engine.backends.python_model.nested_responses import ResponseIterator
+from forebay.engine.backends.python_model.nested_responses import ResponseIterator, only_response
 from forebay.engine.backends.python_model.response import (
     Answering,
     Deliver,
@@ -331,8 +331,8 @@ class InferenceRequest:
 
     def exec(self, decoupled: bool = False) -> InferenceResponse | ResponseIterator:
         """Run the request on another model and wait for its response, or with ``decoupled`` for its responses."""
-        responses = ResponseIterator(self._nested(decoupled))
-        return responses if decoupled else responses.only()
+        nested = self._nested(decoupled)
+        return ResponseIterator(nested) if decoupled else only_response(nested)
 
     async def async_exec(self, decoupled: bool = False) -> InferenceResponse | ResponseIterator:
         """Run the request on another model without blocking the event loop; cancelling the task cancels the request."""

@@ -33,15 +33,12 @@ from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, ServingError, Unavailable, Unsupported, from_wire
 from forebay.ipc.frontend_messages import Command, CommandReply, ControlToFrontend
 from forebay.ipc.spans import Trace
-from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.validation import InputFacts, validate_request
 
 _START, _END = 1, 2
 
 #: Forms of requests that are known to fit their model; at the limit all are forgotten.
 _CHECKED_MAX = 256
-
-_DATATYPE_NAMES = {datatype.number: name for name, datatype in DATATYPES.items()}
 
 #: Name, datatype, shape, and bytes (0 for BYTES) of an input.
 _Facts = tuple[str, str, tuple[int, ...], int]
@@ -171,7 +168,7 @@ class ShmEngineAccess:
 
 
 def _facts(tensor: Tensor) -> _Facts:
-    datatype, array = _DATATYPE_NAMES[tensor.triton_dtype()], tensor.device or tensor.data
+    datatype, array = tensor.datatype, tensor.device or tensor.data
     return tensor.name(), datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes
 
 
