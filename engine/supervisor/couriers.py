@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from forebay.engine.devices.memory_limit import PINNED_KEY
 from forebay.engine.settings import Settings
-from forebay.engine.supervisor.gpus import device_extra
 from forebay.engine.supervisor.instance import Instance, InstanceEvents
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.worker_processes import WorkerProcesses
@@ -164,5 +164,6 @@ def _spec(settings: Settings, route: int, name: str, device_id: int) -> Instance
         device_id=device_id,
         inputs=_INPUTS,
         outputs=_OUTPUTS,
-        extra=device_extra(settings, "GPU", device_id),
+        # It loads no model: how full a GPU may be for one does not matter.
+        extra={PINNED_KEY: settings.memory.pinned_pool_byte_size},
     )

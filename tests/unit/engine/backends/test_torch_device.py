@@ -27,6 +27,29 @@ class Affine(torch.nn.Module):
         return a * 2 + b, a.sum(1)
 
 
+def write_package(directory: Path, device: str) -> InstanceSpec:
+    """Compile :class:`Affine` for a device, and return a model of it; skip the test where that cannot be done."""
+    (directory / "1").mkdir()
+    rows = torch.export.Dim("rows", max=8)
+    examples = tuple(torch.zeros(2, 3, device=device) for _ in range(2))
+    exported = torch.export.export(Affine(), examples, dynamic_shapes=({0: rows}, {0: rows}))
+    path = str(directory / "1" / "model.pt2")
+    try:
+        torch._inductor.aoti_compile_and_package(exported, package_path=path)
+    except Exception as error:  # it takes compilers that a machine need not have
+        pytest.skip(f"no package can be compiled here: {error}")
+    config = {
+        "backend": "pytorch",
+        "platform": "torch_aoti",
+        "max_batch_size": 8,
+        "input": [{"name": f"INPUT__{index}", "data_type": "TYPE_FP32", "dims": [3]} for index in range(2)],
+        "output": [
+            {"name": f"OUTPUT__{index}", "data_type": "TYPE_FP32", "dims": dims} for index, dims in enumerate(([3], []))
+        ],
+    }
+    return spec_from_config(config, model="m", model_path=str(directory), kind="GPU")
+
+
 class Half(torch.nn.Module):
     def forward(self, a: Any) -> Any:
         return a + 1
@@ -130,4 +153,23 @@ def test_what_the_model_answers_wrongly_is_said(kind: str, tmp_path: Path) -> No
         instance.run({}, ("y__0",))
     with pytest.raises(BackendFailed, match="The output z__1 in the model configuration refers to an output index"):
         instance.run({"a__0": rows(1)}, ("z__1",))
+    instance.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("default")
+def test_package_runs_on_our_stream(tmp_path: Path) -> None:
+    """B-050: what AOTInductor compiled takes the stream that is PyTorch's current one."""
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    check_package(load(write_package(tmp_path, "cuda")))
+
+
+def check_package(instance: DeviceInstance) -> None:
+    for count in (1, 8, 3):
+        inputs = {"INPUT__0": rows(count), "INPUT__1": rows(count, 5)}
+        results = instance.run(inputs, ("OUTPUT__0", "OUTPUT__1"))
+        np.testing.assert_array_equal(results["OUTPUT__0"], rows(count) * 2 + rows(count, 5))
+        np.testing.assert_array_equal(results["OUTPUT__1"], rows(count).sum(1))
     instance.close()
