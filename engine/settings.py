@@ -423,8 +423,9 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     (`spin`: 50), which saves a wake-up per batch where there is a core to spare for each worker."""
 
     share_cores: bool = True
-    """While requests come one at a time, a frontend and the worker that serves it run on one core, by turns: a wake-up
-    then costs less. As soon as two are in flight they run anywhere again. Off: the kernel places them, always."""
+    """While requests come one at a time, a frontend and the worker that serves it run on one core, by turns: the one
+    that the client's packets arrive on. A wake-up then costs less. As soon as two are in flight they run anywhere
+    again. Off: the kernel places them, always."""
 
     host_policies: tuple[ConfigEntry, ...] = ()
     """Where instances of a host policy run, as `<policy>,numa-node=<n>` or `<policy>,cpu-cores=<a>-<b>`."""

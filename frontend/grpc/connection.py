@@ -45,6 +45,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._frontend = frontend
         self._settings = frontend.settings
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._fd = -1
         self._http2: Connection[RequestHead] = cast("Connection[RequestHead]", None)
         self._is_ending = False
         #: Calls that are open, as ``_http2`` has them.
@@ -71,6 +72,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         frontend = self._frontend
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
+        self._fd = transport.get_extra_info("socket").fileno()
         self._http2 = Connection(
             self,
             self._write,
@@ -107,6 +109,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         # Whatever it is, the client is there.
         self._is_pinged = False
+        self._frontend.engine.cores.client_fd = self._fd
         if self._is_direct:
             self._http2.received_direct(nbytes)
         else:

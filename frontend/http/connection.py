@@ -416,8 +416,10 @@ class Connection(asyncio.BufferedProtocol):
         self._calls.append(call)
         call.slab = slab
         call.first = first
+        engine = route.engine
+        engine.cores.client_fd = self._fd
         route.publish(slab, first, rows, call, plan.priority, plan.timeout_us)
-        crowded = route.engine.crowded_routes
+        crowded = engine.crowded_routes
         if crowded and (route in crowded) is (self._express_fd >= 0):
             self._change_express()
 

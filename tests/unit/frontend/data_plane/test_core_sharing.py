@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -110,19 +111,44 @@ def test_all_run_anywhere_again_as_soon_as_two_requests_are_in_flight(play: Play
     play(scenario)
 
 
+def exchange_on(core: int, connection: socket.socket, client: socket.socket) -> None:
+    """Send something from this core, so that it arrives there."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(os.sched_setaffinity, 0, {core}).result()
+        thread.submit(client.send, b"request").result()
+    assert connection.recv(7) == b"request"
+
+
+def test_shared_core_is_the_clients_and_follows_it(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+            client.connect(listener.getsockname())
+            connection, _address = listener.accept()
+            with connection:
+                scene.cores.client_fd = connection.fileno()
+                for core in (max(scene.home), min(scene.home)):
+                    exchange_on(core, connection, client)
+                    scene.ask(scene.first, 1100)
+                    assert scene.shared == core
+                    assert scene.first.places[-1] == core + 1
+
+    play(scenario)
+
+
 def test_requests_that_become_slow_end_it_for_a_long_time(play: Play) -> None:
-    """Somebody else needs the core, or the model takes its time."""
+    """Somebody else needs the core, or the model takes its time. Each time it is left alone for longer."""
 
     def scenario(scene: Scene) -> None:
         scene.ask(scene.first, 300)
         scene.ask(scene.first, 1, SLOW_NS)
         assert scene.shared is not None
-        scene.ask(scene.first, 8, SLOW_NS)
-        assert scene.shared is None
-        scene.ask(scene.first, 2000)
-        assert scene.shared is None
-        scene.ask(scene.first, 3000)
-        assert scene.shared is not None
+        for requests in (4000, 8000):
+            scene.ask(scene.first, 8, SLOW_NS)
+            assert scene.shared is None
+            scene.ask(scene.first, requests)
+            assert scene.shared is None
+            scene.ask(scene.first, 1000)
+            assert scene.shared is not None
 
     play(scenario)
 
