@@ -35,20 +35,10 @@ import tritonclient.grpc as grpcclient
 from bench.kserve import FloatArray, execution_counts, get_json
 from bench.load.client import LoadFailed
 from bench.machine import describe_machine, machine_line, save_results
-from bench.rounds import RoundOptions, in_turns, median_table, numbers, round_parser, triton_tables
+from bench.rounds import MEDIAN_COLUMNS, RATIO_COLUMNS, RoundOptions, in_turns, numbers, round_parser, triton_report
 from bench.servers import EXAMPLE_REPOSITORY, PEER_FOLDER, Server, alpha_repository, forebay, free_ports, triton
 
 MODEL = "alpha_model"
-#: Columns of a ratio, and what they are called.
-RATIO_COLUMNS = {"rate_per_s": "rate", "p50_us": "p50", "p99_us": "p99", "cpu_us": "server CPU"}
-#: Columns of the medians.
-COLUMNS = {
-    "rate_per_s": "inferences/s",
-    "p50_us": "p50 us",
-    "p99_us": "p99 us",
-    "mean_batch": "batch",
-    "cpu_us": "server CPU us",
-}
 #: Seconds beyond the measurement that h2load may take to start and to finish.
 _PATIENCE_S = 30.0
 
@@ -108,7 +98,11 @@ def main() -> None:
                     )
     machine = describe_machine()
     print(f"\n{machine_line(machine)}\n{machine['command']}\n")
-    print(report(rounds, options.delay, peer_version))
+    print(
+        triton_report(
+            MEDIAN_COLUMNS, RATIO_COLUMNS, "in flight", rounds, peer_version=peer_version, estimates=options.delay == 0
+        )
+    )
     figures: dict[str, Any] = {
         "triton_version": peer_version,
         "by_in_flight": {
@@ -187,18 +181,6 @@ def run_h2load(port: int, message: Path, in_flight: int, duration_s: int) -> tup
     if not calls or any(status != "200" for _began, status, _took in calls):
         raise LoadFailed(f"{sum(status != '200' for _b, status, _t in calls)} of {len(calls)} calls failed")
     return [float(took) for _began, _status, took in calls], elapsed_s
-
-
-def report(rounds: Rounds, delay_us: int, peer_version: str) -> str:
-    """Return the tables: medians, ratios, and the estimate against Triton's C++ backend."""
-    seen = {f"{in_flight}, {name}": seen for in_flight, servers in rounds.items() for name, seen in servers.items()}
-    return "\n".join(
-        (
-            f"Medians; Triton {peer_version} runs the model in its Python backend.\n",
-            median_table(COLUMNS, "in flight, server", seen),
-            triton_tables(RATIO_COLUMNS, "in flight", rounds, estimates=delay_us == 0),
-        )
-    )
 
 
 class _Options(RoundOptions):

@@ -25,7 +25,7 @@ import onnxruntime
 from bench.kserve import FloatArray, get_json, infer_once, infer_request
 from bench.machine import describe_machine, machine_line, save_results
 from bench.measurement import Client, Measurement, measure
-from bench.rounds import RoundOptions, in_turns, median_table, numbers, round_parser, triton_tables
+from bench.rounds import RoundOptions, in_turns, numbers, round_parser, triton_report
 from bench.servers import EXAMPLE_REPOSITORY, PEER_FOLDER, Server, alpha_repository, forebay, triton
 
 MODEL = "alpha_model"
@@ -82,7 +82,11 @@ def main() -> None:
                     )
     machine = describe_machine()
     print(f"\n{machine_line(machine)}\n{machine['command']}\n")
-    print(report(rounds, options.delay, peer_version))
+    print(
+        triton_report(
+            COLUMNS, RATIO_COLUMNS, "connections", rounds, peer_version=peer_version, estimates=options.delay == 0
+        )
+    )
     measurements = {
         connections: {name: [measurement.as_json() for measurement in seen] for name, seen in servers.items()}
         for connections, servers in rounds.items()
@@ -100,18 +104,6 @@ def check_prediction(server: Server, request: bytes, rows: FloatArray) -> None:
     session = onnxruntime.InferenceSession(EXAMPLE_REPOSITORY / MODEL / "2" / "model.onnx")
     (expected,) = session.run(None, {"features": rows})
     np.testing.assert_allclose(infer_once(server.http_port, request)["prediction"], np.asarray(expected), rtol=1e-5)
-
-
-def report(rounds: Rounds, delay_us: int, peer_version: str) -> str:
-    """Return the tables: medians, ratios, and the estimate against Triton's C++ backend."""
-    seen = {f"{connections}, {name}": seen for connections, servers in rounds.items() for name, seen in servers.items()}
-    return "\n".join(
-        (
-            f"Medians; Triton {peer_version} runs the model in its Python backend.\n",
-            median_table(COLUMNS, "connections, server", seen),
-            triton_tables(RATIO_COLUMNS, "connections", rounds, estimates=delay_us == 0),
-        )
-    )
 
 
 class _Options(RoundOptions):

@@ -35,7 +35,16 @@ import numpy as np
 from bench.kserve import FloatArray, execution_counts, get_json, infer_once, infer_request
 from bench.machine import REPOSITORY_ROOT, describe_machine, machine_line, save_results
 from bench.measurement import Measurement, measure
-from bench.rounds import RoundOptions, in_turns, median_ratio, median_table, numbers, round_parser
+from bench.rounds import (
+    MEDIAN_COLUMNS,
+    RATIO_COLUMNS,
+    RoundOptions,
+    in_turns,
+    median_ratio,
+    median_table,
+    numbers,
+    round_parser,
+)
 from bench.servers import PEER_FOLDER, Server, forebay, triton
 from bench.tables import markdown_table, number
 
@@ -43,15 +52,6 @@ MODEL_FOLDER = REPOSITORY_ROOT / "bench" / "python_models"
 ROW_LENGTH = 50
 #: FP32 values of a 4 MB tensor.
 LARGE_LENGTH = 2**20
-RATIO_COLUMNS = {"rate_per_s": "rate", "p50_us": "p50", "p99_us": "p99", "cpu_us": "server CPU"}
-#: Columns of the medians.
-COLUMNS = {
-    "rate_per_s": "inferences/s",
-    "p50_us": "p50 us",
-    "p99_us": "p99 us",
-    "mean_batch": "batch",
-    "cpu_us": "server CPU us",
-}
 STAGES = ("ingress", "gather", "scatter", "egress")
 
 #: Models that are one file: which, and the lengths of a row of IN and OUT.
@@ -214,7 +214,7 @@ def report(rounds: dict[Case, Rounds], copies: dict[Case, list[dict[str, float]]
     return "\n".join(
         (
             f"Medians; Triton {peer_version} and its Python backend.\n",
-            median_table(COLUMNS, "model, connections, server", medians),
+            median_table(MEDIAN_COLUMNS, "model, connections, server", medians),
             "\nforebay / Triton, medians of paired ratios\n",
             markdown_table(["model, connections", *RATIO_COLUMNS.values()], ratios),
             "\nforebay: tensor bytes copied in user space per inference\n",

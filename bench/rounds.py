@@ -24,6 +24,17 @@ CPP_FACTORS: dict[int, dict[str, float]] = {
     128: {"rate_per_s": 1.40, "p50_us": 0.72, "cpu_us": 0.62},
 }
 
+#: Columns of the medians, and what they are called.
+MEDIAN_COLUMNS = {
+    "rate_per_s": "inferences/s",
+    "p50_us": "p50 us",
+    "p99_us": "p99 us",
+    "mean_batch": "batch",
+    "cpu_us": "server CPU us",
+}
+#: The same of the ratios.
+RATIO_COLUMNS = {"rate_per_s": "rate", "p50_us": "p50", "p99_us": "p99", "cpu_us": "server CPU"}
+
 Item = TypeVar("Item")
 
 
@@ -62,6 +73,31 @@ def median_table(titles: Mapping[str, str], first: str, seen: Mapping[str, Seque
     """
     lines = [[name, *(number(median(measured, column)) for column in titles)] for name, measured in seen.items()]
     return markdown_table([first, *titles.values()], lines)
+
+
+def triton_report(
+    titles: Mapping[str, str],
+    ratio_titles: Mapping[str, str],
+    first: str,
+    rounds: Mapping[int, Mapping[str, Sequence[Measured]]],
+    *,
+    peer_version: str,
+    estimates: bool,
+) -> str:
+    """Return the tables beside a Triton: medians, ratios, and the estimate against its C++ backend.
+
+    Args:
+        titles: of the medians, by column.
+        first, rounds, estimates: as for :func:`triton_tables`.
+    """
+    seen = {f"{in_flight}, {name}": seen for in_flight, servers in rounds.items() for name, seen in servers.items()}
+    return "\n".join(
+        (
+            f"Medians; Triton {peer_version} runs the model in its Python backend.\n",
+            median_table(titles, f"{first}, server", seen),
+            triton_tables(ratio_titles, first, rounds, estimates=estimates),
+        )
+    )
 
 
 def triton_tables(
