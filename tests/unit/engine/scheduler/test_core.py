@@ -466,20 +466,6 @@ def limited(*limits: Resource) -> SchedulerHarness:
     return engine
 
 
-def test_global_resource_keeps_two_models_apart() -> None:
-    """Spec S-152, S-154."""
-    engine = limited()
-    for number in (1, 2):
-        engine.add_route(route=number)
-        engine.add_instance(number, route=number, resources=(Resource("R", 1),))
-        engine.submit_parcels(number, route=number)
-    batch = engine.batch(1)
-    assert engine.batches(2) == []
-    engine.finish(batch, 1)
-    assert engine.batch(2).tokens == [2]
-    engine.close()
-
-
 def held_up() -> SchedulerHarness:
     """Return two models that share a resource; the first one has it, for its parcel 1."""
     engine = limited()
@@ -488,6 +474,23 @@ def held_up() -> SchedulerHarness:
         engine.add_instance(number, route=number, resources=(Resource("R", 1),))
     engine.submit_parcels(1, route=1)
     return engine
+
+
+def both_asked() -> SchedulerHarness:
+    """Return the same; the second one has a batch too, with parcel 2."""
+    engine = held_up()
+    engine.submit_parcels(2, route=2)
+    return engine
+
+
+def test_global_resource_keeps_two_models_apart() -> None:
+    """Spec S-152, S-154."""
+    engine = both_asked()
+    batch = engine.batch(1)
+    assert engine.batches(2) == []
+    engine.finish(batch, 1)
+    assert engine.batch(2).tokens == [2]
+    engine.close()
 
 
 def test_cancelled_parcels_are_cut_out_of_a_batch_that_waits_for_resources() -> None:
@@ -573,11 +576,7 @@ def test_executions_times_priority_decide_whose_turn_it_is() -> None:
 
 
 def test_dead_instance_gives_its_resources_back() -> None:
-    engine = limited()
-    for number in (1, 2):
-        engine.add_route(route=number)
-        engine.add_instance(number, route=number, resources=(Resource("R", 1),))
-        engine.submit_parcels(number, route=number)
+    engine = both_asked()
     engine.batch(1)
     engine.kill_instance(1)
     assert engine.batch(2).tokens == [2]
@@ -585,11 +584,7 @@ def test_dead_instance_gives_its_resources_back() -> None:
 
 
 def test_instance_that_waits_for_resources_loses_its_batch_when_it_dies() -> None:
-    engine = limited()
-    for number in (1, 2):
-        engine.add_route(route=number)
-        engine.add_instance(number, route=number, resources=(Resource("R", 1),))
-        engine.submit_parcels(number, route=number)
+    engine = both_asked()
     batch = engine.batch(1)
     engine.kill_instance(2)
     assert engine.answers()[0].tokens == [2]
