@@ -25,6 +25,9 @@ from forebay.ipc.process import die_with_parent
 #: Makes CUDA number devices as nvidia-smi does, and not by speed.
 _DEVICE_ORDER_VARIABLE, _DEVICE_ORDER = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
 
+#: Applied by the daemon it would hide devices, and renumber those that are left, before clients apply it again.
+_VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
 PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 LOG_VARIABLE = "CUDA_MPS_LOG_DIRECTORY"
 _PROGRAM = "nvidia-cuda-mps-control"
@@ -75,6 +78,7 @@ class Mps:
     def _start(self, program: str) -> None:
         self._daemon = subprocess.Popen(
             [program, "-f"],
+            env={name: value for name, value in os.environ.items() if name != _VISIBLE_VARIABLE},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

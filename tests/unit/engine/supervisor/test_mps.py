@@ -21,6 +21,7 @@ if sys.argv[1:] == ["-f"]:
     if "FAKE_MPS_BROKEN" in os.environ:
         sys.exit(3)
     daemon.write_text(str(os.getpid()))
+    (directory / "visible").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     while daemon.exists():
         time.sleep(0.01)
     sys.exit(0)
@@ -83,6 +84,16 @@ def test_on_starts_a_daemon_of_its_own_and_ends_it(machine: Machine) -> None:
     mps.leave()
     assert not Path(f"/proc/{pid}").exists()
     assert machine.commands()[-1] == "quit"
+    mps.leave()
+
+
+def test_a_daemon_of_our_own_sees_every_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS renumbers what its daemon sees: with the same list for both, workers would look for device 1 among one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    mps = Mps("on", str(machine.runtime))
+    mps.enter()
+    assert (machine.own_directory / "visible").read_text() == "all"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     mps.leave()
 
 
