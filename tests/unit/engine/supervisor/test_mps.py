@@ -20,8 +20,8 @@ daemon, told = directory / "daemon", pathlib.Path("@told@")
 if sys.argv[1:] == ["-f"]:
     if "FAKE_MPS_BROKEN" in os.environ:
         sys.exit(3)
-    daemon.write_text(str(os.getpid()))
     (directory / "visible").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    daemon.write_text(str(os.getpid()))
     while daemon.exists():
         time.sleep(0.01)
     sys.exit(0)
