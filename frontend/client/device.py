@@ -85,7 +85,10 @@ class CudaMemory:
         return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(owner, offset))
 
     def copy(self, target: DeviceTensor, source: object) -> None:
-        target[...] = self._cupy.from_dlpack(source).view(target.dtype)
+        with self._cupy.cuda.Device(self.device_id):
+            tensor = self._cupy.from_dlpack(source)
+            # A BF16 input is an array of uint16: it gets the bits. Anything else is converted, as in host memory.
+            target[...] = tensor.view(target.dtype) if tensor.dtype.name == "bfloat16" else tensor
 
     def synchronize(self) -> None:
         with self._cupy.cuda.Device(self.device_id):
