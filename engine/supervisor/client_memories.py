@@ -88,10 +88,11 @@ class ClientMemories:
         """Have all workers close a memory of a client; what is ours of it is freed.
 
         Raises:
-            InvalidArgument: there is no such GPU.
             Unavailable: a worker runs something and has not closed it yet.
         """
-        maker = self._checked_maker(device_id)
+        maker = self._maker
+        if maker is None or device_id not in self._device_ids:
+            return  # Nobody here can have opened it.
         self._kept.pop((client, number), None)
         task = self._begin_closing(maker, DeviceMemory(client, number, device_id, 0, b""))
         try:

@@ -159,6 +159,15 @@ class Connection:
         with self._lock:
             return self.device_pools.take(device_id, byte_size)
 
+    def close_memory(self, number: int, device_id: int) -> None:
+        """Have all workers close device memory that this process has exported.
+
+        Raises:
+            Unavailable: one has it open still; ask again.
+            EngineGone: there is no server to ask.
+        """
+        self._door.close_memory(number, device_id)
+
     @property
     def used_bytes(self) -> int:
         """Bytes of the arena in use, slabs as a whole."""
@@ -266,6 +275,11 @@ class Connection:
     @property
     def is_broken(self) -> bool:
         return self._in_flight.failure is not None
+
+    @property
+    def has_server_ended(self) -> bool:
+        """True if the server's process is no more, and its workers with it."""
+        return self._door.has_server_ended
 
     def close(self) -> None:
         """Leave: the server takes everything back. Arrays that still look into the arena stay readable."""

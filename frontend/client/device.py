@@ -5,8 +5,10 @@
     import forebay.client.device
     import forebay.client.shm
 
-    with forebay.client.shm.connect() as engine:
-        arena = forebay.client.device.cuda_arena(engine, 64 << 20)      # on GPU 0, seen by the server's workers there
+    with (
+        forebay.client.shm.connect() as engine,
+        forebay.client.device.cuda_arena(engine, 64 << 20) as arena,  # on GPU 0, seen by the server's workers there
+    ):
         model = arena.model("image_model")
         x = model.input("image", (8, 3, 224, 224))     # a CuPy array in the arena: fill it in place
         model.put("image", tensor)                     # or copy from any library's GPU tensor (DLPack)
@@ -15,19 +17,25 @@
 Models must live on the arena's GPU; for others the server says so. Outputs of fixed shapes stay on the GPU; for others
 ``infer`` is told their largest size. CuPy is needed (``pip install cupy-cuda13x``), and only here.
 
-The memory is this process's, and lives as long as it: workers may have it open until the connection ends.
+The memory is this process's. Workers have it open, so it is freed by :meth:`DeviceArena.close` when they have closed
+it, or at the end of the process.
 """
 
 from __future__ import annotations
 
 import importlib
-import itertools
+import os
+import time
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from forebay.client.device_pools import memory_numbers
+from forebay.client.errors import DeadlineExceeded, EngineGone
 from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.parcels import describe
@@ -36,15 +44,12 @@ from forebay.client.placement import unknown_tensor
 from forebay.client.places import full_shape
 from forebay.client.shm import Engine
 from forebay.ipc.arena import BlockAllocator
-from forebay.ipc.errors import InvalidArgument, ServingError
+from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
 from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size
 
 #: An array of whatever library the memory belongs to; CuPy's for GPUs.
 DeviceTensor = Any
-
-#: Numbers of this process's exported memories.
-_numbers = itertools.count(1)
 
 
 class ExportedMemory(Protocol):
@@ -67,21 +72,46 @@ class ExportedMemory(Protocol):
         """Wait until what was written here is there for others."""
         ...
 
+    def close(self) -> None:
+        """Free it with the last array that looks into it; nobody else has it open."""
+        ...
+
+
+class _CudaBlock:
+    """A block of ``cudaMalloc``, freed with the last reference to it."""
+
+    def __init__(self, runtime: Any, byte_size: int) -> None:
+        self.address = int(runtime.malloc(byte_size))
+        weakref.finalize(self, _free, runtime, self.address, os.getpid()).atexit = False
+
+
+def _free(runtime: Any, address: int, pid: int) -> None:
+    # A forked child has the block's object, and no CUDA.
+    if os.getpid() == pid:
+        runtime.free(address)
+
+
+#: Blocks that others may have open, though nobody here refers to them any more.
+_exported_blocks: set[_CudaBlock] = set()
+
 
 class CudaMemory:
-    """A block of ``cudaMalloc``, exported by its CUDA IPC handle. Never freed: others may have it open."""
+    """A block of ``cudaMalloc``, exported by its CUDA IPC handle. Kept until :meth:`close`."""
 
     def __init__(self, byte_size: int, device_id: int) -> None:
         self.device_id = device_id
         self.byte_size = byte_size
         self._cupy: Any = importlib.import_module("cupy")
         with self._cupy.cuda.Device(device_id):
-            self._address = int(self._cupy.cuda.runtime.malloc(byte_size))
-            self.handle = bytes(self._cupy.cuda.runtime.ipcGetMemHandle(self._address))
+            self._block: _CudaBlock | None = _CudaBlock(self._cupy.cuda.runtime, byte_size)
+            self.handle = bytes(self._cupy.cuda.runtime.ipcGetMemHandle(self._block.address))
+        _exported_blocks.add(self._block)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> DeviceTensor:
-        cupy = self._cupy
-        owner = cupy.cuda.UnownedMemory(self._address, self.byte_size, self, self.device_id)
+        cupy, block = self._cupy, self._block
+        if block is None:
+            raise InvalidArgument("the device arena was closed")
+        owner = cupy.cuda.UnownedMemory(block.address, self.byte_size, block, self.device_id)
         return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(owner, offset))
 
     def copy(self, target: DeviceTensor, source: object) -> None:
@@ -94,6 +124,11 @@ class CudaMemory:
         with self._cupy.cuda.Device(self.device_id):
             self._cupy.cuda.get_current_stream().synchronize()
 
+    def close(self) -> None:
+        if self._block is not None:
+            _exported_blocks.discard(self._block)
+            self._block = None
+
 
 def cuda_arena(engine: Engine, byte_size: int, device_id: int = 0) -> DeviceArena:
     """Return an arena in the memory of a GPU."""
@@ -101,17 +136,24 @@ def cuda_arena(engine: Engine, byte_size: int, device_id: int = 0) -> DeviceAren
 
 
 class DeviceArena:
-    """Device memory for the tensors of requests. Used by one thread at a time."""
+    """Device memory for the tensors of requests. Used by one thread at a time; a context manager, which closes it."""
 
     def __init__(self, engine: Engine, memory: ExportedMemory) -> None:
         self.engine = engine
         self.memory = memory
         self.exported = DeviceMemory(
-            owner=0, number=next(_numbers), device_id=memory.device_id, byte_size=memory.byte_size, handle=memory.handle
+            owner=0,
+            number=next(memory_numbers),
+            device_id=memory.device_id,
+            byte_size=memory.byte_size,
+            handle=memory.handle,
         )
         self._blocks = BlockAllocator(memory.byte_size)
         #: What requests that were given up have left, by whichever thread reads answers.
         self._returns: deque[tuple[int, int]] = deque()
+        #: Requests that were given up and may still use the memory.
+        self._given_up: list[PendingParcel] = []
+        self._is_closed = False
 
     def model(self, name: str, version: int | str | None = None) -> DeviceModel:
         """Return a handle of a model.
@@ -126,7 +168,9 @@ class DeviceArena:
 
         Raises:
             ArenaFull: there are not so many.
+            InvalidArgument: the arena was closed.
         """
+        self.check_open()
         while self._returns:
             self.free(*self._returns.popleft())
         return self._blocks.allocate(max(size, 1))
@@ -143,6 +187,62 @@ class DeviceArena:
 
         if not self.engine.connection.completions.notify(pending, give_back):
             give_back()
+        self._given_up = [*(request for request in self._given_up if not request.is_done), pending]
+
+    # --- the end ---
+
+    def check_open(self) -> None:
+        """Raise InvalidArgument if it was closed."""
+        if self._is_closed:
+            raise InvalidArgument("the device arena was closed")
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Free the memory: no request uses it any more, and no worker has it open. A second call does nothing.
+
+        Arrays that look into it stay as they are; it is freed with the last of them. Requests that were given up are
+        waited for, and so is what the workers are running.
+
+        Args:
+            timeout_s: how long to wait; None: as long as it takes.
+
+        Raises:
+            DeadlineExceeded: a worker has it open; it is not freed, close it again.
+            EngineGone: the connection has ended, and nobody knows what workers do with it: close it again after
+                ``engine.reconnect()``. A server that has ended has no workers any more, and is no error.
+        """
+        if self._is_closed:
+            return
+        connection, deadline_ns = self.engine.connection, deadline_after(timeout_s)
+        try:
+            for pending in self._given_up:
+                connection.completions.wait(pending, deadline_ns)
+            self._have_closed(deadline_ns)
+        except EngineGone:
+            if not connection.has_server_ended:
+                raise
+        self._is_closed = True
+        self.memory.close()
+
+    def _have_closed(self, deadline_ns: int) -> None:
+        """Have the workers close the memory."""
+        connection = self.engine.connection
+        connection.check_usable()
+        while True:
+            try:
+                return connection.close_memory(self.exported.number, self.exported.device_id)
+            except EngineGone:
+                raise
+            except Unavailable:
+                if 0 < deadline_ns <= time.monotonic_ns():
+                    raise DeadlineExceeded("a worker still has the device arena open") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class DeviceModel:
@@ -244,6 +344,7 @@ class DeviceModel:
         }
 
     def _make_request(self, output_bytes: Mapping[str, int], options: Options) -> PendingParcel:
+        self._arena.check_open()
         connection, opened = self._arena.engine.connection, self._opened
         signature = opened.signature
         missing = [spec.name for spec in signature.inputs if not spec.optional and spec.name not in self._inputs]

@@ -51,6 +51,9 @@ from forebay.ipc.tensor import TensorSpec
 #: How long the server may take to answer at its door, s.
 _ANSWER_S = 30.0
 
+#: ucred: pid, uid, gid
+_CREDENTIALS = struct.Struct("3i")
+
 _ANCILLARY_BYTES = socket.CMSG_SPACE(DOOR_FDS_MAX * array.array("i").itemsize)
 
 
@@ -138,9 +141,12 @@ class Door:
             self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(_ANSWER_S), 0))
         try:
             self._sock.connect(path)
+            credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError as error:
             self._sock.close()
             raise NoServer(f"no forebay server listens at '{path}': {error.strerror or error}") from None
+        #: The server's process, as this one sees it; 0: it does not.
+        self._server_pid = int(_CREDENTIALS.unpack(credentials)[0])
 
     def enter(self, arena_bytes: int) -> Welcome:
         """Say who we are and get our sockets; 0 bytes: as the server likes.
@@ -261,6 +267,18 @@ class Door:
             return True
         except OSError:
             return False
+
+    @property
+    def has_server_ended(self) -> bool:
+        """True if the server's process is no more; False if it is there, or out of sight."""
+        if self._server_pid <= 0:
+            return False
+        try:
+            with open(f"/proc/{self._server_pid}/stat", "rb") as file:
+                state = file.read().rpartition(b")")[2].split()[0]
+        except OSError:
+            return True
+        return state in (b"Z", b"X")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

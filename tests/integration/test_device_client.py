@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from device_models import add_doubler
 from forebay_server import ForebayServer
+from played_memories import count_memories
 
 from forebay.client import shm
 from forebay.client.device import DeviceArena, cuda_arena
+from forebay.client.shm import DeadlineExceeded, EngineGone
 from forebay.engine.devices.host_device import HostDevice
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
 from forebay.ipc.errors import ArenaFull, InvalidArgument, ServingError
@@ -28,12 +31,18 @@ class HostAsDevice:
 
     def __init__(self, byte_size: int) -> None:
         self.byte_size = byte_size
-        self._device = HostDevice()
-        self._memory = self._device.allocate(byte_size)
-        self.handle = self._device.export_memory(self._memory)
+        device = HostDevice()
+        memory = device.allocate(byte_size)
+        self.handle = device.export_memory(memory)
+        # Arrays have this in common: the memory is freed with the last of them.
+        self._raw = (ctypes.c_uint8 * byte_size).from_address(memory.address)
+        weakref.finalize(self._raw, memory.close)
+
+    def close(self) -> None:
+        del self._raw
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-        raw = (ctypes.c_uint8 * self.byte_size).from_address(self._memory.address)
+        raw = self._raw
         count = int(np.prod(shape))
         return np.frombuffer(memoryview(raw), dtype, count, offset).reshape(shape)
 
@@ -44,19 +53,46 @@ class HostAsDevice:
         """Memory of the host is there at once."""
 
 
+class Setup:
+    """A server, this process as its client, and arenas on the device."""
+
+    def __init__(self, kind: str, server: ForebayServer, engine: shm.Engine) -> None:
+        self.is_host = kind == "host"
+        self.server = server
+        self.engine = engine
+
+    def arena(self) -> DeviceArena:
+        if self.is_host:
+            return DeviceArena(self.engine, HostAsDevice(1 << 20))
+        return cuda_arena(self.engine, 1 << 20)
+
+    def memories(self, pid: int | str) -> int:
+        """Return how many device memories a process has open; 0 on CUDA, where nobody can tell."""
+        return count_memories(pid) if self.is_host else 0
+
+
+def environment_of(kind: str) -> dict[str, str]:
+    return {PLAYED_GPUS_VARIABLE: "1"} if kind == "host" else {}
+
+
 @pytest.fixture(params=KINDS, scope="module")
-def arena(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceArena]:
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     root: Path = tmp_path_factory.mktemp("models")
     add_doubler(root, "gpu", "KIND_GPU", more="dynamic_batching { }")
+    add_doubler(root, "gpu_patient", "KIND_GPU", more="dynamic_batching { max_queue_delay_microseconds: 700000 }")
     add_doubler(root, "gpu_varying", "KIND_GPU", dim=-1)
     add_doubler(root, "cpu", "KIND_CPU")
-    is_host = request.param == "host"
-    environment = {PLAYED_GPUS_VARIABLE: "1"} if is_host else {}
     with (
-        ForebayServer(root, environment=environment) as server,
+        ForebayServer(root, environment=environment_of(request.param)) as server,
         shm.connect(server.runtime_base) as engine,
     ):
-        yield DeviceArena(engine, HostAsDevice(1 << 20)) if is_host else cuda_arena(engine, 1 << 20)
+        yield Setup(request.param, server, engine)
+
+
+@pytest.fixture
+def arena(setup: Setup) -> Iterator[DeviceArena]:
+    with setup.arena() as made:
+        yield made
 
 
 def to_host(tensor: Any) -> np.ndarray[Any, Any]:
@@ -113,3 +149,60 @@ def test_what_cannot_be_is_said(arena: DeviceArena) -> None:
         gpu.input("Z", (1, 4))
     with pytest.raises(ArenaFull):
         gpu.input("X", (1 << 20, 4))
+
+
+def double(arena: DeviceArena, model_name: str = "gpu", *, timeout_s: float | None = None) -> Any:
+    model = arena.model(model_name)
+    model.input("X", (1, 4))[...] = 3
+    return model.infer(timeout_s=timeout_s)["Y"]
+
+
+def test_a_closed_arena_is_freed_with_its_last_array(setup: Setup) -> None:
+    worker = setup.server.pid_of("worker gpu:1")
+    before = setup.memories("self"), setup.memories(worker)
+    with setup.arena() as arena:
+        model = arena.model("gpu")
+        answer = double(arena)
+        open_now = 1 if setup.is_host else 0
+        assert (setup.memories("self"), setup.memories(worker)) == (before[0] + open_now, before[1] + open_now)
+    np.testing.assert_array_equal(to_host(answer), np.full((1, 4), 6, np.float32))
+    assert (setup.memories("self"), setup.memories(worker)) == (before[0] + open_now, before[1])
+    del answer
+    assert setup.memories("self") == before[0]
+    for use in (lambda: model.input("X", (1, 4)), model.infer):
+        with pytest.raises(InvalidArgument, match="the device arena was closed"):
+            use()
+    arena.close()
+    with setup.arena() as another:
+        double(another)
+
+
+def test_requests_that_were_given_up_do_not_keep_an_arena(setup: Setup) -> None:
+    arena = setup.arena()
+    with pytest.raises(DeadlineExceeded):
+        double(arena, "gpu_patient", timeout_s=0.05)
+    arena.close()
+    assert setup.memories(setup.server.pid_of("worker gpu_patient:1")) == 0
+    assert "ERROR" not in setup.server.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_arena_is_freed_when_the_server_has_ended_and_kept_when_nobody_knows(tmp_path: Path, kind: str) -> None:
+    add_doubler(tmp_path, "gpu", "KIND_GPU")
+    with ForebayServer(tmp_path, environment=environment_of(kind)) as server:
+        engine = shm.connect(server.runtime_base)
+        setup = Setup(kind, server, engine)
+        before = setup.memories("self")
+        arenas = [setup.arena() for _ in range(2)]
+        for arena in arenas:
+            double(arena)
+        engine.close()
+        with pytest.raises(EngineGone):
+            arenas[0].close()
+        engine.reconnect()
+        arenas[0].close()
+        double(arenas[1])
+        server.stop()
+        arenas[1].close()
+        assert setup.memories("self") == before
+        engine.close()

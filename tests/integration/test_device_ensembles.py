@@ -15,6 +15,7 @@ import pytest
 import tritonclient.http as httpclient
 from device_models import add_chain, add_doubler
 from forebay_server import ForebayServer
+from played_memories import count_memories
 
 from forebay.client import shm
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
@@ -84,8 +85,7 @@ class Chain:
 
     def pool_count(self) -> int:
         """Return how many memories the courier keeps on the host, where they are files."""
-        links = [link.path for link in os.scandir(f"/proc/{self.courier}/fd")]
-        return len({os.stat(link).st_ino for link in links if "forebay-device" in os.readlink(link)})
+        return count_memories(self.courier)
 
     def wait_pools(self, count: int) -> None:
         if self.kind == "host":
