@@ -218,7 +218,7 @@ class Failed(Message, frozen=True, tag=14):
 
 
 class LogChanged(Message, frozen=True, tag=24):
-    """Supervisor -> frontend, worker: log like this from now on (spec H-263).
+    """Supervisor -> scheduler, frontend, worker: log like this from now on (spec H-263).
 
     ``options`` are the fields of :class:`forebay.ipc.log.LogOptions`.
     """

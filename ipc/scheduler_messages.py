@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from forebay.ipc.messages import Failed, Message, Started, Stop
+from forebay.ipc.messages import Failed, LogChanged, Message, Started, Stop
 
 
 class QueuePolicy(msgspec.Struct, frozen=True, array_like=True):
@@ -172,6 +172,7 @@ SupervisorToScheduler = (
     | ProducerUp
     | ProducerDown
     | CountersFile
+    | LogChanged
     | Stop
     | Explain
     | Restored

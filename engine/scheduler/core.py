@@ -27,7 +27,8 @@ from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
 from forebay.ipc.doorbell import Bell, ClientBell
 from forebay.ipc.errors import Cancelled, Code, InvalidArgument, NotReady, ServingError, WorkerDied, from_wire
-from forebay.ipc.messages import Cancel, FrontendToScheduler, GrantReturned, Message, Stop, Submit
+from forebay.ipc.log import log
+from forebay.ipc.messages import Cancel, FrontendToScheduler, GrantReturned, LogChanged, Message, Stop, Submit
 from forebay.ipc.scheduler_messages import CountersFile as CountersFileMessage
 from forebay.ipc.scheduler_messages import (
     Drained,
@@ -134,6 +135,8 @@ class SchedulerCore:
             case Restored():
                 self._is_restoring = False
                 self._resync_if_ready()
+            case LogChanged():
+                log.follow(message.options)
             case Stop():
                 self.is_stopping = True
             case SchedulerStart():

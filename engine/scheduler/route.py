@@ -16,6 +16,7 @@ from forebay.engine.scheduler.line import Choice, Line, Refusal, SharedLine
 from forebay.engine.scheduler.sequence_line import SequenceLine
 from forebay.engine.scheduler.waiting import Waiting, running_rows
 from forebay.ipc.errors import ServingError
+from forebay.ipc.log import log
 from forebay.ipc.messages import RowsCancel
 from forebay.ipc.scheduler_messages import RouteUp
 from forebay.ipc.wire import pack_rows_cancel
@@ -69,7 +70,7 @@ class Route:
         self.line: Line
         if "sequence" in up.extra:
             policy = msgspec.convert(up.extra["sequence"], SequenceBatchingSpec)
-            self.line = self.sequences = SequenceLine(up.name, policy, up.batching)
+            self.line = self.sequences = SequenceLine(up.name, policy, up.batching, log.warning)
         else:
             self._share(up)
 

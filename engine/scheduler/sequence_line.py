@@ -35,6 +35,9 @@ BACKLOG_TIMEOUT_TEXT = "timeout of the corresponding sequence has been expired"
 #: How long a sequence that died with its instance is remembered, ns.
 _LOST_MEMORY_NS = 600 * 1_000_000_000
 
+#: Time between two warnings of one model, ns.
+_WARNING_INTERVAL_NS = 1_000_000_000
+
 #: Correlation ids that we assign (iterative sequences) begin here, out of the way of those that clients choose.
 _FIRST_ASSIGNED_ID = 1 << 62
 
@@ -65,8 +68,18 @@ class SequenceLine:
 
     is_bound = True
 
-    def __init__(self, model: str, policy: SequenceBatchingSpec, batching: BatchingPolicy) -> None:
+    def __init__(
+        self, model: str, policy: SequenceBatchingSpec, batching: BatchingPolicy, warn: Callable[[str], None]
+    ) -> None:
+        """Know no sequences yet.
+
+        Args:
+            warn: told of clients that do not end their sequences.
+        """
         self._model = model
+        self._warn = warn
+        #: When we warned last.
+        self._warned_ns = 0
         self._policy = policy
         self._idle_ns = policy.max_sequence_idle_us * 1000
         self._strategy = policy.strategy
@@ -140,6 +153,8 @@ class SequenceLine:
             sequence = _Sequence(correlation_id, is_assigned=is_assigned)
             self._by_id[correlation_id] = sequence
             self._backlog.append(sequence)
+        elif item.sequence_start:
+            self._note_conflict(correlation_id, now_ns)
         sequence.queue.append(item)
         sequence.last_ns = now_ns
         self.request_count += 1
@@ -154,6 +169,15 @@ class SequenceLine:
             self._look_at(sequence.expiry_ns)
         self._look_at(now_ns + self._idle_ns)
         self._fill_slots()
+
+    def _note_conflict(self, correlation_id: int | str, now_ns: int) -> None:
+        """Warn of a sequence that begins twice (spec S-056), not more often than it can be read."""
+        if now_ns - self._warned_ns >= _WARNING_INTERVAL_NS:
+            self._warned_ns = now_ns
+            self._warn(
+                f"sequence {correlation_id} for model '{self._model}' has a conflict. The previous sequence did not "
+                "end before this sequence start. Previous sequence will be terminated early."
+            )
 
     def _unknown(self, correlation_id: int | str) -> ServingError:
         if correlation_id in self._lost:

@@ -429,9 +429,9 @@ class Supervisor:
             task.add_done_callback(self._tasks.remove)
 
     def _tell_of_log(self, changed: LogChanged) -> None:
-        for frontend in self._frontends:
-            if frontend.child is not None:
-                frontend.child.send(changed)
+        for child in (self._scheduler.child, *(frontend.child for frontend in self._frontends)):
+            if child is not None:
+                child.send(changed)
         self._lifecycle.plant.change_log(changed)
 
     async def _explain(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:

@@ -175,6 +175,22 @@ def test_start_again_keeps_the_slot(direct: SequenceModel) -> None:
     assert direct.batch().slots == [(0, SLOT_START, 0)]
 
 
+def test_a_sequence_that_begins_twice_is_warned_of(direct: SequenceModel, capfd: pytest.CaptureFixture[str]) -> None:
+    """Spec S-056, in Triton's words; a client that does it all the time does not fill the log."""
+    direct.ask(1, "a", "S")
+    assert capfd.readouterr().err == ""
+    for token in (2, 3, 4):
+        direct.ask(token, "a", "S")
+    warning = (
+        "sequence a for model 'model3' has a conflict. The previous sequence did not end before this sequence start. "
+        "Previous sequence will be terminated early."
+    )
+    assert capfd.readouterr().err.count(warning) == 1
+    direct.advance(1_000 * MS)
+    direct.ask(5, "a", "S")
+    assert capfd.readouterr().err.count(warning) == 1
+
+
 def test_id_can_be_used_again_before_its_end_has_run(direct: SequenceModel) -> None:
     direct.ask(1, 1, "S")
     batch = direct.batch()
