@@ -27,7 +27,10 @@ class CatalogView:
         ambiguous: set[str] = set()
         for entry in catalog.models:
             if not entry.version:
-                continue  # known by its directory alone: nobody can ask for it
+                # Known by its directory alone, nobody can ask for it; Triton tells one without versions from that.
+                if entry.has_no_version:
+                    by_name.setdefault(entry.name, {})
+                continue
             versions = by_name.setdefault(entry.name, {})
             known = next(iter(versions.values()), entry)
             if known.namespace != entry.namespace:

@@ -97,6 +97,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """After so long without a request a sequence is over; 0: the model has no sequences."""
     objective_us: int = 0
     """Within what time requests are to be answered, by :class:`BatchingPolicy`; 0: there is no such objective."""
+    has_no_version: bool = False
+    """Stands for a model that was to be loaded, but of which no version satisfies its policy (spec R-008)."""
 
     @property
     def is_ready(self) -> bool:

@@ -60,7 +60,8 @@ class FoundModel(msgspec.Struct, frozen=True):
         """Apply the version policy.
 
         Raises:
-            ConfigError: the model has problems, or no version satisfies the policy.
+            ConfigError: the model has problems.
+            NoVersionAvailable: no version satisfies the policy.
         """
         return choose_versions(self.usable_config, self.versions.numbers)
 

@@ -56,11 +56,15 @@ def find_versions(directories: Iterable[str]) -> FoundVersions:
     return FoundVersions(tuple(sorted(numbers)), tuple(warnings))
 
 
+class NoVersionAvailable(ConfigError):
+    """The configuration can be used, but no version directory satisfies its policy (spec R-008)."""
+
+
 def choose_versions(config: ModelConfig, available: Iterable[int]) -> ChosenVersions:
     """Apply a normalised config's version policy to the versions that exist.
 
     Raises:
-        ConfigError: no version satisfies the policy (spec R-008).
+        NoVersionAvailable: no version satisfies the policy.
     """
     policy: Any = config.message.version_policy
     present = sorted(set(available))
@@ -86,5 +90,5 @@ def choose_versions(config: ModelConfig, available: Iterable[int]) -> ChosenVers
             possible=tuple(str(number) for number in present),
             hint=hint,
         )
-        raise ConfigError([problem.located(config.source)])
+        raise NoVersionAvailable([problem.located(config.source)])
     return ChosenVersions(tuple(chosen), tuple(errors))

@@ -16,6 +16,7 @@ from forebay.engine.repository.config import changed_fields
 from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.repository import ModelRepository
+from forebay.engine.repository.versions import NoVersionAvailable
 from forebay.engine.supervisor.adjustment import ADJUSTABLE_FIELDS, Adjustment
 from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.load_advice import load_advice
@@ -193,7 +194,7 @@ class ModelLifecycle:
 
         Raises:
             PollFailed: its directory or configuration cannot be used.
-            LoadFailed: a version could not be loaded.
+            LoadFailed: a version could not be loaded, or there is none.
         """
         model = self.models.setdefault(name, Model(found.name))
         async with model.lock:
@@ -210,7 +211,8 @@ class ModelLifecycle:
         try:
             chosen = found.chosen_versions()
         except ConfigError as error:
-            raise self._poll_failed(model, found, error) from None
+            raise self._unusable(model, found, error) from None
+        model.has_no_version = False
         for line in (*found.versions.warnings, *chosen.errors):
             log.warning(line)
         kept = self._unchanged(model, found, chosen.numbers)
@@ -354,14 +356,18 @@ class ModelLifecycle:
                 model.status.pop(version, None)
         self.touch()
 
-    def _poll_failed(self, model: Model, found: FoundModel, error: ConfigError) -> PollFailed:
+    def _unusable(self, model: Model, found: FoundModel, error: ConfigError) -> PollFailed | LoadFailed:
         for line in error.describe().splitlines():
             log.error(line)
         model.problem = f"{error.code.label}: {error.text_with_hint}"
         if not model.serving:
             model.status.clear()
         self._progress(model.name, 0, "failed", 0, 0, error.text_with_hint)
+        model.has_no_version = isinstance(error, NoVersionAvailable)
         self.touch()
+        if model.has_no_version:
+            # Triton has polled the model by then.
+            return LoadFailed(f"load failed for model '{model.name}': {error.text}\n")
         # Triton's text has no reason; the index, the log and the catalog have it.
         text = f"failed to load '{model.name}', failed to poll from model repository"
         if model.serving and not found.is_override:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.models import UNLOADED, Model, VersionStatus
 from forebay.ipc.catalog import ModelEntry
@@ -40,7 +42,8 @@ class ModelView:
                 )
         if not entries:
             # Known by its directory alone (spec H-211); no version number is 0.
-            entries.append(ModelEntry(name=model.name, version=0, state="UNAVAILABLE", reason=model.problem))
+            known = ModelEntry(name=model.name, version=0, state="UNAVAILABLE", reason=model.problem)
+            entries.append(msgspec.structs.replace(known, has_no_version=model.has_no_version))
         return entries
 
     def state(self, model: Model, version: int, status: VersionStatus) -> tuple[str, str]:

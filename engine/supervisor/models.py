@@ -42,6 +42,8 @@ class Model:
     status: dict[int, VersionStatus] = field(default_factory=dict[int, VersionStatus])
     problem: str = ""
     """Why it could not even be polled, or why its last update failed."""
+    has_no_version: bool = False
+    """When it was last tried, no version satisfied its policy."""
     is_excused: bool = False
     backend: str = ""
     """As configured when it was last loaded or tried; for tables."""

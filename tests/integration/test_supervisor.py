@@ -409,6 +409,22 @@ def test_load_failures_have_tritons_texts(explicit: ForebayServer) -> None:
     assert "Invalid config override: bogus: Cannot find field." in explicit.stderr
 
 
+@pytest.mark.parametrize("policy", ["", "version_policy { specific { versions: [ 3, 5 ] } }"])
+def test_load_of_a_model_without_a_version_says_so(explicit: ForebayServer, repository: Path, policy: str) -> None:
+    """Spec R-008, as Triton 2.51 answers; the model is known from then on, unlike one that cannot be polled."""
+    model = repository / "hollow"
+    (model / "1").mkdir(parents=True)
+    (model / "config.pbtxt").write_text(f'backend: "identity" {policy}')
+    if not policy:
+        (model / "1").rmdir()
+    text = "load failed for model 'hollow': at least one version must be available under the version policy of model "
+    assert explicit.post("/v2/repository/models/hollow/load") == (400, f'{{"error":"{text}\'hollow\'\\n"}}'.encode())
+    for path, why in (("", "has no available versions"), ("/versions/1/config", "version 1 is not found")):
+        refused = f'{{"error":"Request for unknown model: \'hollow\' {why}"}}'
+        assert explicit.get(f"/v2/models/hollow{path}") == (404, refused.encode())
+    assert {"name": "hollow"} in index(explicit)
+
+
 def test_failed_update_keeps_the_old_versions_serving(explicit: ForebayServer, repository: Path) -> None:
     """Spec R-086, H-219; the reason is in the index."""
     assert explicit.post("/v2/repository/models/alpha_model/load")[0] == 200

@@ -36,6 +36,15 @@ def test_each_miss_has_its_error() -> None:
         models.find("m", 2)
 
 
+def test_a_model_without_versions_is_known_unless_nobody_has_loaded_it() -> None:
+    """Spec R-008, H-211."""
+    models = view(entry("hollow", 0, "UNAVAILABLE", has_no_version=True), entry("idle", 0, "UNAVAILABLE"))
+    with pytest.raises(NotFound, match=r"^Request for unknown model: 'hollow' has no available versions$"):
+        models.find("hollow")
+    with pytest.raises(NotFound, match=r"^Request for unknown model: 'idle' is not found$"):
+        models.find("idle")
+
+
 def test_a_model_whose_worker_is_being_replaced_is_not_ready_instead_of_unknown() -> None:
     """Spec H-042: asking again in a moment helps, which a 404 would deny."""
     models = view(entry("m", 1, "UNAVAILABLE", route=7), entry("e", 1, "UNAVAILABLE", route=8, is_ensemble=True))

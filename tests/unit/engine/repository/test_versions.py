@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.engine.repository.config import parse_config_text
-from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.normalise import normalise_defaults
-from forebay.engine.repository.versions import choose_versions, find_versions
+from forebay.engine.repository.versions import NoVersionAvailable, choose_versions, find_versions
 
 
 def config(policy: str) -> ModelConfig:
@@ -68,7 +67,7 @@ def test_a_listed_version_that_is_missing_is_only_reported() -> None:
 )
 def test_no_version_is_an_error(policy: str, available: list[int]) -> None:
     """Spec R-008."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(NoVersionAvailable) as caught:
         choose_versions(config(policy), available)
     assert caught.value.text == "at least one version must be available under the version policy of model 'm'"
 
