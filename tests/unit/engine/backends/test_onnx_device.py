@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.backends.onnx_backend import read_signature
@@ -191,13 +191,19 @@ def test_gpu_instance_without_a_gpu_build_says_so(tmp_path: Path) -> None:
         WorkerHarness(spec).__enter__()
 
 
+needs_cuda_build = pytest.mark.skipif(
+    CUDA_PROVIDER not in ort.get_available_providers(), reason="onnxruntime-gpu is not installed: make gpu"
+)
+
+
 @pytest.mark.gpu
+@needs_cuda_build
 @pytest.mark.parametrize("graphs", [False, True])
 def test_cuda_answers_like_the_cpu(tmp_path: Path, graphs: bool) -> None:
-    if CUDA_PROVIDER not in ort.get_available_providers():
-        pytest.skip("onnxruntime-gpu is not installed: make gpu")
     write_model(tmp_path, "Sub")
     instance = load_on_gpu(make_spec(tmp_path, 3, kind="GPU", optimization={"cuda_graphs": graphs}))
+    assert isinstance(instance, OnnxDeviceInstance)
+    assert instance._session.get_provider_options()[CUDA_PROVIDER]["has_user_compute_stream"] == "1"
     for count in (1, 8, 1, 8, 4):
         outputs = {"y": np.zeros((count, 3), np.float32)}
         instance.bind(rows(count), outputs)()
@@ -206,12 +212,54 @@ def test_cuda_answers_like_the_cpu(tmp_path: Path, graphs: bool) -> None:
     instance.close()
 
 
+def write_convolution(directory: Path) -> None:
+    """Write a convolution with a matrix product behind it: image [n, 3, 32, 32] to scores [n, 10]."""
+    random = np.random.default_rng(0)
+    shapes = {"filters": (16, 3, 3, 3), "weights": (16, 10)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["image", "filters"], ["maps"], pads=[1, 1, 1, 1]),
+            helper.make_node("GlobalAveragePool", ["maps"], ["means"]),
+            helper.make_node("Flatten", ["means"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["scores"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ("n", 3, 32, 32))],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ("n", 10))],
+        [numpy_helper.from_array(random.standard_normal(shape, np.float32), name) for name, shape in shapes.items()],
+    )
+    (directory / "1").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, directory / "1" / "model.onnx")
+
+
 @pytest.mark.gpu
+@needs_cuda_build
+def test_cuda_multiplies_and_convolves_like_the_cpu(tmp_path: Path) -> None:
+    """With cuBLAS and cuDNN, wherever they come from."""
+    write_convolution(tmp_path)
+    config = {
+        "backend": "onnxruntime",
+        "max_batch_size": 4,
+        "input": [{"name": "image", "data_type": "TYPE_FP32", "dims": [3, 32, 32]}],
+        "output": [{"name": "scores", "data_type": "TYPE_FP32", "dims": [10]}],
+    }
+    instance = load_on_gpu(spec_from_config(config, model="m", model_path=str(tmp_path), kind="GPU"))
+    session = ort.InferenceSession(tmp_path / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 4):
+        images = np.random.default_rng(count).standard_normal((count, 3, 32, 32), np.float32)
+        [expected] = session.run(None, {"image": images})
+        found = instance.run({"image": images}, ("scores",))["scores"]
+        # TF32 has ten bits of mantissa.
+        np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02 * float(np.abs(expected).max()))
+    instance.close()
+
+
+@pytest.mark.gpu
+@needs_cuda_build
 @pytest.mark.parametrize("graphs", [False, True])
 def test_cuda_reads_shapes_on_the_host_each_time(tmp_path: Path, graphs: bool) -> None:
     """Where a slice begins and ends is read by the CPU, before the GPU begins."""
-    if CUDA_PROVIDER not in ort.get_available_providers():
-        pytest.skip("onnxruntime-gpu is not installed: make gpu")
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Slice", ["x", "first", "end"], ["y"])],
