@@ -97,6 +97,8 @@ class PendingEnsemble(PendingResponses):
             self.respond(ReplyHead(outputs=places, inline=inline, parameters=dict(reply.parameters)), held)
         if reply.final:
             self._run = None
+            self.has_run = reply.ran
+            self.ends_empty = reply.error is None and not reply.has_response
             self.finish(reply.error)
         else:
             self.wake()

@@ -273,6 +273,7 @@ class InFlight:
         counts = pending.model.counts
         if counts is not None:
             counts.ended(pending.enqueue_ns, error, ran=ran)
+        pending.has_run = ran
         if pending.trace is not None:
             trace_end(pending.trace, self.reply_times() if ran else NOT_RUN, spans)
         pending.finish(error)
@@ -331,6 +332,8 @@ class InFlight:
                 pending.model.counts.passed(sum(place.byte_size for place in reply.outputs if place.memory))
             if pending.trace is not None:
                 trace_response(pending.trace, reply, self._arena.view)
+        elif error is None and is_final:
+            pending.ends_empty = True
         if is_final:
             del self._parcels[pending.token]
             self._end(pending, error, ran=self.reply_ran, spans=reply.spans)

@@ -122,6 +122,7 @@ class Pending:
         "edition",
         "enqueue_ns",
         "error",
+        "has_run",
         "is_cancelled",
         "is_done",
         "lease",
@@ -154,6 +155,8 @@ class Pending:
         #: Response parameters of a request in rows.
         self.parameters: Mapping[str, ParameterValue] = _NO_PARAMETERS
         self.is_done = False
+        #: Of a request that is done: a worker had it.
+        self.has_run = False
         self.is_cancelled = False
         #: Called once, as soon as there is something to take.
         self.waiter: Callable[[], None] | None = None
@@ -193,7 +196,7 @@ class Pending:
 class PendingResponses(Pending):
     """A request whose inputs and answers lie in blocks; it may have several answers."""
 
-    __slots__ = ("inputs", "response_count", "responses")
+    __slots__ = ("ends_empty", "inputs", "response_count", "responses")
 
     def __init__(self, model: Opened, rows: int) -> None:
         super().__init__(model, None, rows)
@@ -203,6 +206,8 @@ class PendingResponses(Pending):
         self.responses: deque[tuple[ReplyHead, tuple[BlockLease, ...]]] = deque()
         #: Responses that have come so far.
         self.response_count = 0
+        #: The end was told by itself, after the last response (decoupled models).
+        self.ends_empty = False
 
     @property
     def has_news(self) -> bool:

@@ -147,6 +147,19 @@ class TritonPythonModel:
         answer = call("strict", np.array([1], np.float32)).exec()
         return [failed.error().code(), failed.error().message(), value(answer), list(answer.parameters())]
 
+    def ends(self):
+        streams = [call("counting", np.array([count], np.float32)).exec(decoupled=True) for count in (2, 0)]
+        return [[len(response.output_tensors()) for response in responses] for responses in streams]
+
+    def refusals(self):
+        tensor = pb_utils.Tensor("X", np.array([1], np.float32))
+        twice, never = {"inputs": [tensor, tensor]}, {"model_version": 0}
+        texts = []
+        for extra in (twice, never, {"model_name": "summing", "correlation_id": 5}):
+            given = {"model_name": "double", "requested_output_names": ["Y"], "inputs": [tensor], **extra}
+            texts.append(pb_utils.InferenceRequest(**given).exec().error().message())
+        return [text.removeprefix("Model double - ").removeprefix("Error when running inference: ") for text in texts]
+
     def what_is_seen(self):
         tensors = [pb_utils.Tensor("X", np.array([1], np.float32))]
         found = []
@@ -179,6 +192,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     write_model(repository, "double", DOUBLE, floats)
     write_model(repository, "counting", COUNTING, floats, "model_transaction_policy { decoupled: true }")
     write_model(repository, "strict", STRICT, floats.replace("-1", "1"))
+    write_model(repository, "summing", DOUBLE, floats, "sequence_batching { }")
     ensemble_models.write_ensemble(
         repository,
         "four_times",
@@ -220,6 +234,21 @@ def test_async_calls_run_side_by_side(client: Any) -> None:
 
 def test_decoupled_target_gives_every_response(client: Any) -> None:
     assert ask(client, "stream") == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_end_of_a_stream_is_a_response_without_outputs(client: Any) -> None:
+    """As in Triton 2.51, where models look whether a response has outputs."""
+    assert ask(client, "ends") == [[1, 1, 0], [0]]
+
+
+def test_refusals_have_triton_s_words(client: Any) -> None:
+    """P-093: what the request is refused for before it runs, by the queue of a sequence model too."""
+    assert ask(client, "refusals") == [
+        "[request id: <id_unknown>] input 'X' already exists in request",
+        "Failed for execute the inference request. Model 'double' is not ready.",
+        "Model summing - Error when running inference: inference request for sequence 5 to model 'summing' must "
+        "specify the START flag on the first request of the sequence",
+    ]
 
 
 def test_calls_from_a_background_thread(client: Any) -> None:

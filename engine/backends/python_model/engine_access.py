@@ -57,6 +57,11 @@ class NestedResponse(NamedTuple):
     final: bool
 
 
+def refusal_text(model: str, error: ServingError) -> str:
+    """Return what a model is told of a request that was not taken (spec P-093)."""
+    return f"Model {model} - Error when running inference: {error.text}"
+
+
 class NestedCall(Protocol):
     """A request that a model has made, until its last response. Thread-safe."""
 

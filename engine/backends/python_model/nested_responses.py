@@ -13,6 +13,7 @@ from forebay.engine.backends.python_model.engine_access import (
     NestedRequest,
     NestedResponse,
     engine,
+    refusal_text,
 )
 from forebay.engine.backends.python_model.errors import TritonError
 from forebay.engine.backends.python_model.response import InferenceResponse
@@ -113,7 +114,7 @@ def _as_response(nested: NestedResponse) -> InferenceResponse:
 def _refused(model: str, error: ServingError) -> InferenceResponse:
     # Refused before it was queued. Triton flattens these to INTERNAL (spec P-093); what the other model answers keeps
     # its own code.
-    return InferenceResponse(error=TritonError(f"Model {model} - Error when running inference: {error.text}"))
+    return InferenceResponse(error=TritonError(refusal_text(model, error)))
 
 
 def _no_response(model: str) -> InferenceResponse:

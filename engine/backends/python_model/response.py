@@ -24,10 +24,14 @@ def check_parameters(parameters: Mapping[str, ParameterValue] | None) -> dict[st
     """Return a copy of request or response parameters.
 
     Raises:
-        TritonModelException: a key is not a string or a value not bool, int or str (spec P-041).
+        TritonModelException: it is no mapping, a key is not a string or a value not bool, int or str (spec P-041).
     """
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # models are not type-checked
+        raise TritonModelException(f"Expect parameters to have type dict, found type {type(parameters)}")
     checked: dict[str, ParameterValue] = {}
-    for key, value in (parameters or {}).items():
+    for key, value in parameters.items():
         if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # models are not type-checked
             raise TritonModelException(f"Expect parameters keys to have type str, found type {type(key)}")
         if not isinstance(value, bool | int | str):

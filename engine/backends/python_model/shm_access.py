@@ -30,10 +30,10 @@ from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.shm_calls import BlockCall, Link, RowsCall
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.channel import TypedCodec, control_address
-from forebay.ipc.errors import Internal, ServingError, Unavailable, Unsupported, from_wire
+from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError, Unavailable, Unsupported, from_wire
 from forebay.ipc.frontend_messages import Command, CommandReply, ControlToFrontend
 from forebay.ipc.spans import Trace
-from forebay.ipc.validation import InputFacts, validate_request
+from forebay.ipc.validation import InputFacts, id_prefix, validate_request
 
 _START, _END = 1, 2
 
@@ -64,7 +64,7 @@ class ShmEngineAccess:
         link = self._connect()
         connection = link.connection
         try:
-            model = connection.open_model(request.model, max(request.version, 0))
+            model = connection.open_model(request.model, _wanted_version(request))
             if request.uses_gpu:
                 connection.look_for(model)
         except ServingError:
@@ -115,6 +115,7 @@ class ShmEngineAccess:
         key = (model.route, facts, request.outputs)
         rows = self._checked.get(key)
         if rows is None:
+            _check_names(request)
             inputs = [InputFacts(name, datatype, shape, byte_size) for name, datatype, shape, byte_size in facts]
             rows = validate_request(model.entry, request.id, inputs, request.outputs).row_count
             if len(self._checked) >= _CHECKED_MAX:
@@ -165,6 +166,27 @@ class ShmEngineAccess:
         finally:
             control.close()
             context.term()
+
+
+def _wanted_version(request: NestedRequest) -> int:
+    """Return the version that is asked for, 0 for the newest.
+
+    Raises:
+        NotFound: there is no such version.
+    """
+    if request.version == -1:
+        return 0
+    if request.version < 1:
+        raise NotFound(f"versions begin at 1, there is no {request.version}")
+    return request.version
+
+
+def _check_names(request: NestedRequest) -> None:
+    seen: set[str] = set()
+    for tensor in request.inputs:
+        if tensor.name() in seen:
+            raise InvalidArgument(f"{id_prefix(request.id)}input '{tensor.name()}' already exists in request")
+        seen.add(tensor.name())
 
 
 def _facts(tensor: Tensor) -> _Facts:

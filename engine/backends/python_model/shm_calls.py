@@ -13,10 +13,10 @@ from forebay.client.options import Options
 from forebay.client.pending import BlockLease, Pending, PendingResponses, RowsLease, leased_array
 from forebay.client.placement import BlockPlacement
 from forebay.client.places import full_shape, output_places
-from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse
+from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, refusal_text
 from forebay.engine.backends.python_model.gpus import gpus
 from forebay.engine.backends.python_model.tensor import Tensor
-from forebay.ipc.errors import from_wire
+from forebay.ipc.errors import InvalidArgument, ServingError, from_wire
 from forebay.ipc.messages import ReplyHead
 from forebay.ipc.spans import Trace
 
@@ -82,6 +82,13 @@ class Call:
     def cancel(self) -> None:
         self._link.connection.cancel(self._pending)
 
+    def _failed(self, error: ServingError) -> NestedResponse:
+        """Return the last response of a request that has failed."""
+        if isinstance(error, InvalidArgument) and not self._pending.has_run:
+            # The queue has refused it, which Triton tells as what is wrong with the request itself (spec P-093).
+            error = InvalidArgument(refusal_text(self._pending.model.name, error))
+        return NestedResponse((), {}, error, True, True)
+
 
 class RowsCall(Call):
     """One whose tensors live in slab rows: it has one answer."""
@@ -115,7 +122,7 @@ class RowsCall(Call):
         if not pending.is_done:
             return []
         if pending.error is not None:
-            return [NestedResponse((), {}, pending.error, True, True)]
+            return [self._failed(pending.error)]
         model, wanted = pending.model, self._outputs
         view, max_batch_size = self._link.connection.view, model.signature.max_batch_size
         tensors: list[Tensor] = []
@@ -168,7 +175,10 @@ class BlockCall(Call):
         if not is_done:
             return found
         if pending.error is not None:
-            found.append(NestedResponse((), {}, pending.error, True, True))
+            found.append(self._failed(pending.error))
+        elif pending.ends_empty:
+            # Triton, too, gives the end by itself as a response without outputs.
+            found.append(NestedResponse((), {}, None, True, True))
         elif found:
             found[-1] = found[-1]._replace(final=True)
         else:
