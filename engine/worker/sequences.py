@@ -10,7 +10,6 @@ highest with one, get a copy of another's data with READY false (S-064).
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,13 @@ import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorInstance
 from forebay.engine.repository.model_spec import ControlSpec, DirectStrategy, SequenceBatchingSpec, StateSpec
+from forebay.engine.worker.model_data import TENSOR_BYTES_MAX, read_model_data
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.pending_response import RawTensor
 from forebay.ipc.errors import BackendFailed, InvalidArgument, NotFound, ServingError
 from forebay.ipc.messages import ParameterValue
-from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes
+from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes, element_count
 from forebay.ipc.validation import id_prefix
 from forebay.ipc.wire import HEADER, SLOT, SLOT_END, SLOT_START, Slot
 from forebay.ipc.worker_messages import InstanceSpec
@@ -323,24 +323,25 @@ def initial_state(state: StateSpec, model_path: str) -> Array:
     """Return the value that a sequence starts with, ``dims`` with 1 for sizes that vary (spec S-081).
 
     Raises:
-        NotFound, InvalidArgument: its file is not there, or has not the bytes of its shape.
+        NotFound: its file is not there.
+        InvalidArgument: that has not the bytes of the state's shape, or lies elsewhere, or the state is too large.
     """
     dims = state.initial_dims if state.initial_dims is not None else tuple(max(dim, 1) for dim in state.dims)
+    expected = byte_size(state.datatype, dims)
+    if max(expected, element_count(dims)) > TENSOR_BYTES_MAX:
+        raise InvalidArgument(f"state '{state.input_name}' of shape {list(dims)} is too large")
     if not state.initial_file:
         if state.datatype == "BYTES":
             empty = np.empty(dims, dtype=np.object_)
             empty.fill(b"")
             return empty
         return np.zeros(dims, DATATYPES[state.datatype].numpy_dtype)
-    path = os.path.join(model_path, "initial_state", state.initial_file)
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise NotFound(f"failed to read initial state '{state.initial_file}': {error.strerror}") from None
+        data = read_model_data(model_path, "initial_state", state.initial_file)
+    except NotFound as error:
+        raise NotFound(f"failed to read initial state '{state.initial_file}': {error.text}") from None
     if state.datatype == "BYTES":
         return decode_bytes(memoryview(data), dims)
-    expected = byte_size(state.datatype, dims)
     if len(data) != expected:
         raise InvalidArgument(
             f"initial state '{state.initial_file}' of '{state.input_name}' has {len(data)} bytes, expected {expected}"

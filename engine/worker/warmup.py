@@ -12,7 +12,6 @@ lists, spec L-054).
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,9 @@ import msgspec
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, RequestInstance, TensorInstance
-from forebay.engine.repository.beneath import Beneath, check_relative
 from forebay.engine.repository.model_spec import SequenceBatchingSpec, WarmupInputSpec, WarmupSpec
 from forebay.engine.worker.head_check import check_head
+from forebay.engine.worker.model_data import TENSOR_BYTES_MAX, read_model_data
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.pending_response import RawTensor
@@ -36,9 +35,6 @@ from forebay.ipc.errors import InvalidArgument, ServingError, from_wire
 from forebay.ipc.messages import ParameterValue, ParcelHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, decode_bytes, element_count
 from forebay.ipc.worker_messages import InstanceSpec
-
-#: Bytes of one input of a sample at most; a configuration may come from a client.
-INPUT_BYTES_MAX = 1 << 30
 
 #: The producer of samples; real ones count from 1.
 _PRODUCER = 0
@@ -257,8 +253,8 @@ def tensor_bytes(given: WarmupInputSpec, model_path: str) -> bytes | None:
             f"warmup setting expects all variable-size dimensions are specified for input '{given.name}'"
         )
     size = _zero_byte_count(given)
-    if size > INPUT_BYTES_MAX:
-        raise InvalidArgument(f"input '{given.name}' has {size} bytes, at most {INPUT_BYTES_MAX} are possible")
+    if size > TENSOR_BYTES_MAX:
+        raise InvalidArgument(f"input '{given.name}' has {size} bytes, at most {TENSOR_BYTES_MAX} are possible")
     if given.source == "file":
         return _file_bytes(given, model_path, size)
     if given.source == "random" and given.datatype != "BYTES":
@@ -277,11 +273,7 @@ def _byte_count(given: WarmupInputSpec, data: bytes | None) -> int:
 
 
 def _file_bytes(given: WarmupInputSpec, model_path: str, size: int) -> bytes:
-    names = check_relative(given.filename)
-    directory, model = os.path.split(os.path.realpath(model_path))
-    # Its links may lead to files that several models share, but not out of where the models are.
-    with Beneath(directory) as root:
-        data = root.read((model, "warmup", *names), INPUT_BYTES_MAX)
+    data = read_model_data(model_path, "warmup", given.filename)
     if given.datatype == "BYTES":
         decode_bytes(memoryview(data), given.dims)
     elif len(data) != size:

@@ -97,6 +97,18 @@ def test_states_start_as_their_file_says(tmp_path: Path) -> None:
         initial_state(state(initial_file="g"), str(tmp_path))
 
 
+def test_states_lie_beside_their_model_and_have_a_limit(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "m"
+    (model / "initial_state").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(bytes(8))
+    (model / "initial_state" / "f").symlink_to(tmp_path / "secret")
+    with pytest.raises(InvalidArgument, match="out of the model repository"):
+        initial_state(state(dims=(2,), initial_dims=(2,), initial_file="f"), str(model))
+    for datatype in ("FP32", "BYTES"):
+        with pytest.raises(InvalidArgument, match="is too large"):
+            initial_state(state(datatype=datatype, initial_dims=(1 << 20, 1 << 20)), str(model))
+
+
 def instance(backend: str, policy: SequenceBatchingSpec | None) -> InstanceSpec:
     return InstanceSpec(
         model="m", version=1, route=1, instance=1, instance_name="m_0", backend=backend, model_path="", version_path="",

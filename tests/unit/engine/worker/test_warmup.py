@@ -18,7 +18,8 @@ from forebay.engine.repository.model_spec import (
     WarmupInputSpec,
     WarmupSpec,
 )
-from forebay.engine.worker.warmup import INPUT_BYTES_MAX, tensor_bytes
+from forebay.engine.worker.model_data import TENSOR_BYTES_MAX
+from forebay.engine.worker.warmup import tensor_bytes
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import InvalidArgument, NotFound, ServingError
 from forebay.ipc.worker_messages import InstanceSpec
@@ -285,7 +286,7 @@ def test_zero_data_are_not_written_out() -> None:
 
 
 def test_tensor_may_not_be_of_any_size() -> None:
-    with pytest.raises(InvalidArgument, match=f"at most {INPUT_BYTES_MAX} are possible"):
+    with pytest.raises(InvalidArgument, match=f"at most {TENSOR_BYTES_MAX} are possible"):
         tensor_bytes(tensor(dims=(1 << 40,)), "/nowhere")
 
 
