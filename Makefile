@@ -46,7 +46,7 @@ fuzz: $(VENV)/.installed-test  ## Send malformed requests to a running server fo
 
 test-gpu: $(VENV)/.installed-test  ## On a machine with an NVIDIA GPU, after `make gpu`: every test that needs one
 	@# The tests are written for one GPU; another than the first may be named in the environment.
-	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -P -m pytest -n 0 -m gpu -ra $(TESTS)
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -P -m pytest -n 0 -m gpu -ra --continue-on-collection-errors $(TESTS)
 
 format: $(VENV)/.installed-test  ## Format the code and sort its imports
 	$(BIN)/ruff format $(SOURCES)
