@@ -33,6 +33,7 @@ from forebay.engine.backends.onnx_options import (
     providers,
     session_options,
 )
+from forebay.engine.backends.watched_instance import WatchedInstance
 from forebay.engine.devices.base import Device, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import open_device
@@ -62,7 +63,7 @@ def load_on_gpu(spec: InstanceSpec) -> TensorInstance:
     check_config(spec, signature)
     if any(tensor.datatype == "BYTES" for tensor in (*signature.inputs, *signature.outputs)):
         # Strings cannot live on a GPU: ONNX Runtime places what it can by itself.
-        return OnnxInstance(spec, session, signature)
+        return WatchedInstance(OnnxInstance(spec, session, signature), device)
     on_host = inputs_on_host(session) if device.kind == "cuda" else frozenset[str]()
     return OnnxDeviceInstance(spec, session, signature, device, stream, on_host)
 

@@ -20,6 +20,7 @@ from forebay.engine.backends.torch_library import LoadedModule
 from forebay.engine.backends.torch_modules import prepare_module
 from forebay.engine.backends.torch_packages import prepare_package
 from forebay.engine.backends.torch_scripts import prepare_script
+from forebay.engine.backends.watched_instance import WatchedInstance
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.staging import stream_priority
 from forebay.ipc.errors import Unsupported
@@ -50,6 +51,8 @@ class TorchBackend(Backend):
         instance = TorchInstance(spec, loaded)
         if not loaded.keeps_state:
             instance.prime(spec)
+        if loaded.device.type == "cuda":
+            return WatchedInstance(instance, open_device("cuda", loaded.device.index or 0))
         return instance
 
 
