@@ -45,6 +45,7 @@ from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import Failed, LogChanged, Message, Started, Stop
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
+from forebay.ipc.time_slices import ask_for_short_slices
 from forebay.ipc.trace import TraceRules
 from forebay.ipc.worker_messages import ModelMetrics
 
@@ -231,6 +232,7 @@ def run_frontend(role: str, open_servers: Callable[[FrontendProcess], Awaitable[
     options = parser.parse_args()
     die_with_parent(os.getppid())
     ignore_terminal_signals()
+    ask_for_short_slices()
     set_name(role)
     lifeline: Lifeline[SupervisorToFrontend] = Lifeline(socket.socket(fileno=options.lifeline_fd), SupervisorToFrontend)
 

@@ -24,6 +24,7 @@ from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.messages import Started
 from forebay.ipc.process import ignore_terminal_signals, set_name
 from forebay.ipc.scheduler_messages import InstanceDown, SchedulerStart, SupervisorToScheduler
+from forebay.ipc.time_slices import ask_for_short_slices
 
 #: Doorbell messages from workers are a header, times and the requests that are not answered yet.
 _DONE_BYTES_MAX = 192 * 1024
@@ -136,6 +137,7 @@ def main() -> int:
     arguments = parser.parse_args()
     set_name("scheduler")
     ignore_terminal_signals()
+    ask_for_short_slices()
     lifeline: Lifeline[SupervisorToScheduler] = Lifeline(
         socket.socket(fileno=arguments.lifeline_fd), SupervisorToScheduler
     )
