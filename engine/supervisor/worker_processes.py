@@ -54,6 +54,7 @@ class WorkerProcesses:
     def __init__(self, plant: Plant, backend: str) -> None:
         """Fork nothing yet. Backends that keep global state, as Python models do, never share."""
         self._plant = plant
+        self._backend = backend
         self._family = family_of(backend)
         self._loops_max = plant.settings.process.instances_per_process if backend in SHARING_BACKENDS else 1
         self._processes: dict[_Place, list[_Process]] = {}
@@ -64,7 +65,7 @@ class WorkerProcesses:
         Raises:
             Unavailable: the family's libraries cannot be imported.
         """
-        if self._loops_max == 1:
+        if self._loops_max == 1 or self._must_be_alone(spec):
             await self._plant.fork(self._family, worker)
             return
         place = (spec.kind, spec.device_id)
@@ -80,6 +81,10 @@ class WorkerProcesses:
             await self._plant.fork(self._family, worker)
         finally:
             process.tried.set()
+
+    def _must_be_alone(self, spec: InstanceSpec) -> bool:
+        """Whether it captures CUDA graphs in the way of ONNX Runtime, which no other thread's work may fall into."""
+        return self._backend == "onnxruntime" and spec.kind == "GPU" and bool(spec.optimization.get("cuda_graphs"))
 
     def give_up(self, worker: WorkerHandle) -> None:
         """End a worker that could not be loaded: at once, unless others of its process are still wanted."""

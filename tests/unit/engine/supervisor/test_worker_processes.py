@@ -55,8 +55,8 @@ class Plant:
         self.greeted.append(worker.name)
 
 
-def place(kind: str = "CPU", device_id: int = 0) -> InstanceSpec:
-    spec: Any = SimpleNamespace(kind=kind, device_id=device_id)
+def place(kind: str = "CPU", device_id: int = 0, **optimization: bool) -> InstanceSpec:
+    spec: Any = SimpleNamespace(kind=kind, device_id=device_id, optimization=optimization)
     return spec
 
 
@@ -97,6 +97,20 @@ def test_backends_with_global_state_never_share() -> None:
         for name in "ab":
             await made.start(Worker(name), place())
         assert plant.forked == ["a", "b"]
+
+    asyncio.run(scenario())
+
+
+def test_onnx_runtime_is_alone_where_it_captures_graphs() -> None:
+    """It captures in CUDA's global mode: whatever another thread asks of CUDA meanwhile ends the capture."""
+
+    async def scenario() -> None:
+        for backend, kind, count in (("onnxruntime", "GPU", 2), ("onnxruntime", "CPU", 1), ("tensorrt", "GPU", 1)):
+            plant = Plant(8)
+            made = processes(plant, backend)
+            for name in "ab":
+                await made.start(Worker(name), place(kind, cuda_graphs=True))
+            assert len(plant.forked) == count
 
     asyncio.run(scenario())
 
