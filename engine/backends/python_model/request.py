@@ -54,8 +54,8 @@ class InferenceTrace:
         return None if self.trace is None else self.trace.context or None
 
 
-#: ``TRITONSERVER_MEMORY_GPU``
-MEMORY_GPU = 2
+#: ``TRITONSERVER_MEMORY_GPU`` and ``_CPU``, as Triton's Python backend numbers them.
+MEMORY_GPU, MEMORY_CPU = 0, 1
 
 
 class PreferredMemory:

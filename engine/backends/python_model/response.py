@@ -52,9 +52,14 @@ class InferenceResponse:
         parameters: Mapping[str, ParameterValue] | None = None,
     ) -> None:
         self._output_tensors = list(output_tensors or ())
+        # Models are not type-checked.
         for tensor in self._output_tensors:
+            if tensor is None:  # pyright: ignore[reportUnnecessaryComparison]
+                raise TritonModelException("Output tensor for inference response should not be empty.")
             if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TritonModelException(f"output_tensors must hold Tensor objects, found type {type(tensor)}")
+        if not isinstance(error, TritonError | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"the error of an InferenceResponse must be a TritonError, found type {type(error)}")
         self._error = error
         self._parameters = check_parameters(parameters)
 

@@ -13,7 +13,7 @@ from forebay.engine.backends.python_model.errors import TritonModelException
 from forebay.engine.backends.python_model.gpus import Gpu, gpus
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.ipc.errors import InvalidArgument, ServingError
-from forebay.ipc.tensor import BY_CONFIG_NAME, DATATYPES, datatype_of
+from forebay.ipc.tensor import DATATYPES, datatype_of
 
 
 class Tensor:
@@ -37,8 +37,8 @@ class Tensor:
         typed = cast("Array", array)
         try:
             datatype = datatype_of(typed)
-        except InvalidArgument as error:
-            raise TritonModelException(f"Tensor '{name}': {error}") from None
+        except InvalidArgument:
+            raise TritonModelException("NumPy dtype is not supported.") from None
         # ascontiguousarray would make a scalar one-dimensional.
         self._set(name, datatype, np.asarray(typed, order="C"))
 
@@ -253,30 +253,3 @@ def _to_host(obj: Any) -> Any:
         if hasattr(obj, method):
             return getattr(obj, method)()
     raise TritonModelException("Tensor is stored in GPU and its library offers neither cpu() nor get().")
-
-
-# --- datatypes (spec P-113, P-114) ---
-
-
-def triton_to_numpy_type(data_type: int) -> Any:
-    """Return the numpy type of a datatype number (spec D-002)."""
-    for row in DATATYPES.values():
-        if row.number == data_type and row.name != "BF16":
-            return np.object_ if row.name == "BYTES" else row.numpy_dtype.type
-    raise TritonModelException(f"datatype {data_type} has no numpy type")
-
-
-def numpy_to_triton_type(data_type: Any) -> int:
-    """Return the datatype number of a numpy type."""
-    try:
-        return DATATYPES[datatype_of(np.empty(0, np.dtype(data_type)))].number
-    except (InvalidArgument, TypeError) as error:
-        raise TritonModelException(f"numpy type {data_type} has no datatype: {error}") from None
-
-
-def triton_string_to_numpy(triton_type_string: str) -> Any:
-    """Return the numpy type of ``TYPE_*``."""
-    row = BY_CONFIG_NAME.get(triton_type_string)
-    if row is None or row.name == "BF16":
-        raise TritonModelException(f"datatype {triton_type_string} has no numpy type")
-    return np.object_ if row.name == "BYTES" else row.numpy_dtype.type

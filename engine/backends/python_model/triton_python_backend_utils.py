@@ -18,7 +18,15 @@ from forebay.engine.backends.python_model.logger import Logger
 from forebay.engine.backends.python_model.metric_family import Metric, MetricFamily
 from forebay.engine.backends.python_model.model_config import ModelConfig
 from forebay.engine.backends.python_model.nested_responses import ResponseIterator
+from forebay.engine.backends.python_model.numpy_types import (
+    TRITON_STRING_TO_NUMPY,
+    numpy_to_triton_type,
+    triton_string_to_numpy,
+    triton_to_numpy_type,
+)
 from forebay.engine.backends.python_model.request import (
+    MEMORY_CPU,
+    MEMORY_GPU,
     RELEASE_ALL,
     RELEASE_RESCHEDULE,
     SEQUENCE_END,
@@ -28,12 +36,7 @@ from forebay.engine.backends.python_model.request import (
     PreferredMemory,
 )
 from forebay.engine.backends.python_model.response import COMPLETE_FINAL, InferenceResponse, InferenceResponseSender
-from forebay.engine.backends.python_model.tensor import (
-    Tensor,
-    numpy_to_triton_type,
-    triton_string_to_numpy,
-    triton_to_numpy_type,
-)
+from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.errors import InvalidArgument, ServingError
 from forebay.ipc.tensor import datatype_of, decode_bytes, encode_bytes, iter_bytes_elements
 
@@ -42,9 +45,8 @@ TRITONSERVER_REQUEST_FLAG_SEQUENCE_END = SEQUENCE_END
 TRITONSERVER_RESPONSE_COMPLETE_FINAL = COMPLETE_FINAL
 TRITONSERVER_REQUEST_RELEASE_ALL = RELEASE_ALL
 TRITONSERVER_REQUEST_RELEASE_RESCHEDULE = RELEASE_RESCHEDULE
-TRITONSERVER_MEMORY_CPU = 0
-TRITONSERVER_MEMORY_CPU_PINNED = 1
-TRITONSERVER_MEMORY_GPU = 2
+TRITONSERVER_MEMORY_CPU = MEMORY_CPU
+TRITONSERVER_MEMORY_GPU = MEMORY_GPU
 
 #: The name that models import.
 MODULE_NAME = "triton_python_backend_utils"
@@ -103,13 +105,11 @@ def empty(inference_request: InferenceRequest, shape: Sequence[int], dtype: Any)
     return inference_request.source.lend_array(datatype, tuple(int(dim) for dim in shape))
 
 
-def serialize_byte_tensor(input_tensor: Array) -> Array:
-    """Return a BYTES tensor as bytes (spec D-004), in an object array of one element as in tritonclient."""
+def serialize_byte_tensor(input_tensor: Array) -> bytes | tuple[()] | None:
+    """Return the bytes of a BYTES tensor (spec D-004); as in Triton, nothing of an empty one, and None of others."""
     if input_tensor.size == 0:
-        return np.empty([0], dtype=np.object_)
-    if input_tensor.dtype.kind not in "OSU":
-        raise TritonModelException("cannot serialize bytes tensor: invalid datatype")
-    return np.asarray(encode_bytes(input_tensor), dtype=np.object_)
+        return ()
+    return encode_bytes(input_tensor) if input_tensor.dtype.kind in "OS" else None
 
 
 def deserialize_bytes_tensor(encoded_tensor: bytes) -> Array:
@@ -191,13 +191,13 @@ def is_model_ready(model_name: str, model_version: str = "") -> bool:
 
 __all__ = [
     "TRITONSERVER_MEMORY_CPU",
-    "TRITONSERVER_MEMORY_CPU_PINNED",
     "TRITONSERVER_MEMORY_GPU",
     "TRITONSERVER_REQUEST_FLAG_SEQUENCE_END",
     "TRITONSERVER_REQUEST_FLAG_SEQUENCE_START",
     "TRITONSERVER_REQUEST_RELEASE_ALL",
     "TRITONSERVER_REQUEST_RELEASE_RESCHEDULE",
     "TRITONSERVER_RESPONSE_COMPLETE_FINAL",
+    "TRITON_STRING_TO_NUMPY",
     "InferenceRequest",
     "InferenceResponse",
     "InferenceResponseSender",

@@ -27,7 +27,7 @@ def test_every_name_of_triton_s_module_is_there() -> None:
     assert pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END == 2
     assert pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL == 1
     assert (pb_utils.TRITONSERVER_REQUEST_RELEASE_ALL, pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE) == (1, 2)
-    assert (pb_utils.TRITONSERVER_MEMORY_CPU, pb_utils.TRITONSERVER_MEMORY_GPU) == (0, 2)
+    assert (pb_utils.TRITONSERVER_MEMORY_CPU, pb_utils.TRITONSERVER_MEMORY_GPU) == (1, 0)
     for name in pb_utils.__all__:
         assert hasattr(pb_utils, name)
     error = pb_utils.TritonError("m")
@@ -45,7 +45,8 @@ def test_tensor_of_every_numpy_type(name: str) -> None:
     tensor = pb_utils.Tensor("x", array)
     assert (tensor.name(), tensor.shape(), tensor.triton_dtype()) == ("x", [2, 3], row.number)
     assert tensor.as_numpy() is array
-    assert pb_utils.triton_string_to_numpy(f"TYPE_{name}") is row.numpy_dtype.type
+    assert pb_utils.triton_string_to_numpy(f"TYPE_{name}") == row.numpy_dtype
+    assert pb_utils.TRITON_STRING_TO_NUMPY[f"TYPE_{name}"] == row.numpy_dtype
     assert pb_utils.triton_to_numpy_type(row.number) is row.numpy_dtype.type
     assert pb_utils.numpy_to_triton_type(row.numpy_dtype) == row.number
 
@@ -57,7 +58,10 @@ def test_strings() -> None:
     assert pb_utils.triton_string_to_numpy("TYPE_STRING") is np.object_
     elements = np.array([b"a", b"", b"\0\xff"], object)
     packed = pb_utils.serialize_byte_tensor(elements)
-    assert pb_utils.deserialize_bytes_tensor(packed.item()).tolist() == elements.tolist()
+    assert isinstance(packed, bytes)
+    assert pb_utils.serialize_byte_tensor(elements[:0]) == ()
+    assert pb_utils.serialize_byte_tensor(np.zeros(2)) is None
+    assert pb_utils.deserialize_bytes_tensor(packed).tolist() == elements.tolist()
     with pytest.raises(pb_utils.TritonModelException, match="incomplete string"):
         pb_utils.deserialize_bytes_tensor(b"\5\0\0\0a")
     with pytest.raises(pb_utils.TritonModelException, match=r"^DLPack does not have support for string tensors\.$"):
@@ -68,12 +72,26 @@ def test_tensor_refuses_what_it_cannot_hold() -> None:
     """P-050, P-113."""
     with pytest.raises(pb_utils.TritonModelException, match=r"^Tensor name cannot be an empty string\.$"):
         pb_utils.Tensor("", np.zeros(1))
-    with pytest.raises(pb_utils.TritonModelException, match="complex"):
+    with pytest.raises(pb_utils.TritonModelException, match=r"^NumPy dtype is not supported\.$"):
         pb_utils.Tensor("x", np.zeros(1, complex))
     with pytest.raises(pb_utils.TritonModelException, match="needs a numpy array, got list"):
         pb_utils.Tensor("x", [1])
-    with pytest.raises(pb_utils.TritonModelException, match="TYPE_BF16"):
+    with pytest.raises(KeyError, match="TYPE_BF16"):
         pb_utils.triton_string_to_numpy("TYPE_BF16")
+    assert [pb_utils.triton_to_numpy_type(number) for number in (0, 14)] == [None, None]
+    assert [pb_utils.numpy_to_triton_type(kind) for kind in (np.bytes_, np.complex64)] == [13, None]
+
+
+def test_response_refuses_what_it_cannot_hold() -> None:
+    """P-070."""
+    empty: list[Any] = [None]
+    with pytest.raises(
+        pb_utils.TritonModelException, match=r"^Output tensor for inference response should not be empty"
+    ):
+        pb_utils.InferenceResponse(empty)
+    error: Any = "text"
+    with pytest.raises(TypeError, match="must be a TritonError"):
+        pb_utils.InferenceResponse(error=error)
 
 
 def test_scalars_and_slices_become_contiguous() -> None:
