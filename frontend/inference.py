@@ -19,7 +19,8 @@ from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import align
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import QUEUE_FULL_TEXT, ArenaFull, NotReady, ServingError, from_wire
-from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
+from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelSubmit, ReplyHead, TensorPlace
+from forebay.ipc.request_options import RequestOptions
 from forebay.ipc.spans import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.tensor import byte_size
 from forebay.ipc.validation import id_prefix
@@ -45,21 +46,10 @@ class InputTensor(msgspec.Struct, frozen=True):
     """Where it lies in device memory, and stays; None: it is placed in the arena."""
 
 
-class RequestMeta(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request carries besides tensors."""
+class RequestMeta(RequestOptions, frozen=True, kw_only=True):
+    """What a request carries besides tensors; the outputs in the model's order."""
 
     id: str = ""
-    outputs: tuple[str, ...] = ()
-    """Requested outputs, in the model's order; empty: all."""
-    parameters: dict[str, ParameterValue] = {}
-    sequence_id: int | str = 0
-    sequence_start: bool = False
-    sequence_end: bool = False
-    priority: int = 0
-    timeout_us: int = 0
-    deadline_ns: int = 0
-    trace: Trace | None = None
-    """Of a request that is traced."""
 
 
 class OutputView(msgspec.Struct, frozen=True):
@@ -121,24 +111,7 @@ def make_parcel(
         targets: of outputs that go there.
     """
     engine = route.engine
-    head = ParcelHead(
-        inputs=tuple(places),
-        reply_offset=reply[0],
-        reply_bytes=reply[1],
-        outputs=meta.outputs,
-        id=meta.id,
-        parameters=meta.parameters,
-        correlation_id=meta.sequence_id,
-        sequence_start=meta.sequence_start,
-        sequence_end=meta.sequence_end,
-        priority=meta.priority,
-        timeout_us=meta.timeout_us,
-        deadline_ns=meta.deadline_ns,
-        trace_context="" if meta.trace is None else meta.trace.context,
-        memories=tuple(memories),
-        targets=targets,
-        trace_levels=() if meta.trace is None else meta.trace.levels,
-    )
+    head = meta.parcel_head(meta.id, places, reply, memories, targets)
     return ParcelSubmit(
         route=route.route,
         token=token,

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -315,14 +316,4 @@ class Model:
 
 def with_deadline(options: Options, deadline_ns: int) -> Options:
     """Return options that tell the engine that nobody waits after ``deadline_ns``."""
-    return Options(
-        request_id=options.request_id,
-        outputs=options.outputs,
-        parameters=options.parameters,
-        sequence_id=options.sequence_id,
-        sequence_start=options.sequence_start,
-        sequence_end=options.sequence_end,
-        priority=options.priority,
-        timeout_us=options.timeout_us,
-        deadline_ns=deadline_ns,
-    )
+    return msgspec.structs.replace(options, deadline_ns=deadline_ns)

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import time
 
-import msgspec
-
-from forebay.ipc.messages import ParameterValue
-from forebay.ipc.spans import Trace
+from forebay.ipc.request_options import RequestOptions
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request carries besides its tensors. Names and meanings as in the KServe protocol."""
+class Options(RequestOptions, frozen=True, kw_only=True):
+    """What a request carries besides its tensors."""
 
     request_id: str = ""
-    outputs: tuple[str, ...] = ()
-    """Outputs wanted; empty: all."""
-    parameters: dict[str, ParameterValue] = {}
-    sequence_id: int | str = 0
-    sequence_start: bool = False
-    sequence_end: bool = False
-    priority: int = 0
-    timeout_us: int = 0
-    """For the model's queue policy; how long the caller waits is another matter."""
-    deadline_ns: int = 0
-    """Monotonic time after which nobody waits."""
-    trace: Trace | None = None
-    """Of a request that is made for one that is traced."""
 
     @property
     def is_bare(self) -> bool:

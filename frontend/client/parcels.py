@@ -13,7 +13,7 @@ from forebay.client.options import Options
 from forebay.client.pending import BlockLease, PendingParcel
 from forebay.ipc.arena import align
 from forebay.ipc.client_wire import FLAG_SEQUENCE_END, FLAG_SEQUENCE_START
-from forebay.ipc.messages import DeviceMemory, ParcelHead, TensorPlace
+from forebay.ipc.messages import DeviceMemory, TensorPlace
 
 _encode_head = msgspec.msgpack.Encoder().encode
 
@@ -41,24 +41,7 @@ def describe(
     flags = options.sequence_start * FLAG_SEQUENCE_START | options.sequence_end * FLAG_SEQUENCE_END
     pending.sequence = (text, number, flags)
     pending.head = _encode_head(
-        ParcelHead(
-            inputs=tuple(places),
-            reply_offset=reply.offset,
-            reply_bytes=reply.byte_size,
-            outputs=options.outputs,
-            id=options.request_id,
-            parameters=options.parameters,
-            correlation_id=options.sequence_id,
-            sequence_start=options.sequence_start,
-            sequence_end=options.sequence_end,
-            priority=options.priority,
-            timeout_us=options.timeout_us,
-            deadline_ns=options.deadline_ns,
-            memories=memories,
-            targets=targets,
-            trace_context="" if options.trace is None else options.trace.context,
-            trace_levels=() if options.trace is None else options.trace.levels,
-        )
+        options.parcel_head(options.request_id, places, (reply.offset, reply.byte_size), memories, targets)
     )
 
 
