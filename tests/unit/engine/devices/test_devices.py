@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import mmap
 import multiprocessing
@@ -194,6 +195,29 @@ def test_what_cuda_is_asked_for_by_name_is_there() -> None:
     names = set(re.findall(r"\bruntime\.(\w+)", source))
     assert len(names) > 30
     assert {name for name in names if not hasattr(cuda_device.runtime, name)} == set()
+
+
+def test_cuda_is_asked_with_as_many_arguments_as_cupy_wants() -> None:
+    """Its functions are compiled: what they take stands in their documentation, ``free(intptr_t ptr)``."""
+    pytest.importorskip("cupy")
+    from forebay.engine.devices import cuda_device
+
+    tree = ast.parse(Path(cuda_device.__file__).read_text())
+    calls = [
+        (node.func.attr, len(node.args) + len(node.keywords))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "runtime"
+        and node.func.attr != "CUDARuntimeError"
+    ]
+    assert len(calls) > 30
+    for name, given in calls:
+        signature = getattr(cuda_device.runtime, name).__doc__.split("\n")[0]
+        parameters = [text for text in signature.partition("(")[2].partition(")")[0].split(",") if text.strip()]
+        needed = [text for text in parameters if "=" not in text]
+        assert len(needed) <= given <= len(parameters), f"{name} with {given} arguments: {signature}"
 
 
 @pytest.mark.parametrize(
