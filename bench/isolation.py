@@ -1,9 +1,11 @@
 """Does a saturated model slow down its neighbours?
 
-    python -m bench.isolation [--servers forebay,triton] [--connections 32] [--rounds 5]
+    python -m bench.isolation [--servers forebay,triton] [--busy wide,tiny] [--connections 32] [--rounds 5]
 
-A server serves two copies of ``alpha_model`` version 2, one instance each. One is asked one request at a time,
-by turns alone and while many connections saturate the other. A round does both on each server, the next round in the
+A server serves ``alpha_model`` version 2, the quiet model, beside two others of one instance each. The quiet one is
+asked one request at a time, by turns alone and while many connections saturate one of the others: ``wide``, whose
+instance then computes all the time, or ``tiny``, a copy of the quiet one, which computes so little that the server
+around it, and the client, are what is saturated. A round does all of that on each server, the next round in the
 opposite order; a ratio is the median of the ratios within rounds.
 
 The aim is a p99 of at most twice that of the quiet model alone. All share the machine's cores, the client's load on the
@@ -14,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +30,11 @@ from bench.load.client import LoadResult, run_load
 from bench.machine import describe_machine, machine_line, save_results
 from bench.servers import Server, alpha_repository, forebay, triton
 from bench.tables import markdown_table, number
+from bench.wide_model import write_wide_model
 
-QUIET, BUSY = "alpha_model_000", "alpha_model_001"
+QUIET = "alpha_model_000"
+#: What is saturated, by what the command line calls it.
+BUSY = {"tiny": "alpha_model_001", "wide": "alpha_model_002"}
 
 #: How much longer the busy model is asked than the quiet one is measured, s.
 _MARGIN_S = 1.0
@@ -50,34 +56,38 @@ def main() -> None:
     """Measure, print and save."""
     options = _parse_options()
     rows = np.random.default_rng(0).standard_normal((1, 50)).astype(np.float32)
-    requests = {name: infer_request(name, {"features": rows}, ["prediction"]) for name in (QUIET, BUSY)}
-    rounds: dict[str, list[Pair]] = {name: [] for name in options.servers}
+    requests = {name: infer_request(name, {"features": rows}, ["prediction"]) for name in (QUIET, *BUSY.values())}
+    rounds: dict[tuple[str, str], list[Pair]] = {(busy, name): [] for busy in options.busy for name in options.servers}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(_running(name)) for name in options.servers}
         for server in servers.values():
-            answers = [infer_once(server.http_port, request)["prediction"] for request in requests.values()]
-            np.testing.assert_array_equal(*answers)
+            answers = {name: infer_once(server.http_port, request)["prediction"] for name, request in requests.items()}
+            np.testing.assert_array_equal(answers[QUIET], answers[BUSY["tiny"]])
         for number_of_round in range(options.rounds):
             order = options.servers if number_of_round % 2 == 0 else options.servers[::-1]
-            for name in order:
-                pair = measure_pair(servers[name], requests, options)
-                rounds[name].append(pair)
+            for busy, name in itertools.product(options.busy, order):
+                pair = measure_pair(servers[name], requests[QUIET], requests[BUSY[busy]], options)
+                rounds[busy, name].append(pair)
                 print(
-                    f"round {number_of_round + 1}, {name}: {pair.alone.p99_us} us alone, {pair.beside.p99_us} us beside"
+                    f"round {number_of_round + 1}, {name}: p99 {pair.alone.p99_us} us alone, {pair.beside.p99_us} us "
+                    f"beside {busy}"
                 )
     machine = describe_machine()
     print(f"\n{machine_line(machine)}\n{machine['command']}\n")
     print(report(rounds))
-    figures = {"by_server": {name: [pair.as_json() for pair in pairs] for name, pairs in rounds.items()}}
+    figures = {
+        busy: {name: [pair.as_json() for pair in rounds[busy, name]] for name in options.servers}
+        for busy in options.busy
+    }
     print(f"\nsaved: {save_results('isolation', machine, figures, options.output)}")
 
 
-def measure_pair(server: Server, requests: dict[str, bytes], options: _Options) -> Pair:
+def measure_pair(server: Server, quiet_request: bytes, busy_request: bytes, options: _Options) -> Pair:
     """Measure the quiet model alone, then beside the busy one."""
     port = server.http_port
 
     def quiet() -> LoadResult:
-        return run_load(port, requests[QUIET], connections=1, duration_s=options.duration, warmup_s=options.warmup)
+        return run_load(port, quiet_request, connections=1, duration_s=options.duration, warmup_s=options.warmup)
 
     alone = quiet()
     busy: list[LoadResult] = []
@@ -87,7 +97,7 @@ def measure_pair(server: Server, requests: dict[str, bytes], options: _Options) 
         busy.append(
             run_load(
                 port,
-                requests[BUSY],
+                busy_request,
                 connections=options.connections,
                 duration_s=options.warmup + options.duration + _MARGIN_S,
                 on_start=started.set,
@@ -102,10 +112,11 @@ def measure_pair(server: Server, requests: dict[str, bytes], options: _Options) 
     return Pair(alone, beside, busy[0])
 
 
-def report(rounds: dict[str, list[Pair]]) -> str:
-    """Return the table: medians, and the medians of the ratios."""
+def report(rounds: dict[tuple[str, str], list[Pair]]) -> str:
+    """Return the table: medians, and the medians of the ratios, by what is busy and the server."""
     return markdown_table(
         [
+            "beside",
             "server",
             "p50 us alone",
             "p50 us beside",
@@ -117,12 +128,13 @@ def report(rounds: dict[str, list[Pair]]) -> str:
         ],
         [
             [
+                busy,
                 name,
                 *_columns([pair.alone.p50_us for pair in pairs], [pair.beside.p50_us for pair in pairs]),
                 *_columns([pair.alone.p99_us for pair in pairs], [pair.beside.p99_us for pair in pairs]),
                 number(statistics.median(pair.busy.rate_per_s for pair in pairs)),
             ]
-            for name, pairs in rounds.items()
+            for (busy, name), pairs in rounds.items()
         ],
     )
 
@@ -136,14 +148,17 @@ def _columns(alone: list[float], beside: list[float]) -> list[str]:
 def _running(name: str) -> Iterator[Server]:
     backend = "onnxruntime" if name == "forebay" else "python"
     start = forebay if name == "forebay" else triton
-    with alpha_repository(backend, instances=1, copies=2) as repository, start(repository) as server:
-        yield server
+    with alpha_repository(backend, instances=1, copies=1 + len(BUSY)) as repository:
+        write_wide_model(repository / BUSY["wide"] / "2" / "model.onnx")
+        with start(repository) as server:
+            yield server
 
 
 class _Options(argparse.Namespace):
     """The command line."""
 
     servers: list[str]
+    busy: list[str]
     connections: int
     rounds: int
     duration: float
@@ -151,16 +166,20 @@ class _Options(argparse.Namespace):
     output: Path | None
 
 
-def _server_names(text: str) -> list[str]:
-    names = text.split(",")
-    if not set(names) <= {"forebay", "triton"}:
-        raise argparse.ArgumentTypeError("servers are forebay and triton")
-    return names
+def _names(*known: str) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if not set(names) <= set(known):
+            raise argparse.ArgumentTypeError(f"one or more of {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def _parse_options() -> _Options:
     parser = argparse.ArgumentParser(prog="python -m bench.isolation", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--servers", type=_server_names, default=["forebay", "triton"])
+    parser.add_argument("--servers", type=_names("forebay", "triton"), default=["forebay", "triton"])
+    parser.add_argument("--busy", type=_names(*BUSY), default=list(BUSY))
     parser.add_argument("--connections", type=int, default=32, help="on the busy model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duration", type=float, default=3, help="seconds of one measurement")
