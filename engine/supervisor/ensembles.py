@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from forebay.engine.repository.config import config_json
-from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.ensemble_check import check_ensemble, circle_problem, step_identity
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_spec import EnsembleSpec, EnsembleStepSpec, ModelSpec
+from forebay.engine.supervisor.models import DependencyFailed
 from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion
 from forebay.ipc.catalog import EnsembleStep
 from forebay.ipc.errors import Code, InvalidArgument, ServingError
@@ -94,7 +94,7 @@ class Ensembles:
 
         Raises:
             MissingLibrary: a model lacks an optional library.
-            InvalidArgument: a model cannot be had, or the ensemble contains itself (spec R-097).
+            DependencyFailed: a model cannot be had, or the ensemble contains itself (spec R-097).
         """
         if not is_ensemble(found):
             return
@@ -103,7 +103,7 @@ class Ensembles:
         graph = {name: self._identities(model) for name, model in polled.items() if model is not None}
         circle = circle_problem(identity, graph)
         if circle is not None:
-            raise ConfigError([circle])
+            raise DependencyFailed(circle.text)
         for name in graph[identity]:
             await self._require_one(name, polled.get(name))
         self._wanted.pop(identity, None)
@@ -162,21 +162,21 @@ class Ensembles:
 
     def _missing(self, ensemble: str, identity: str) -> ServingError | None:
         """Return why a model cannot be part of an ensemble, None if it can (spec R-097)."""
-        prefix = f"ensemble '{ensemble}' depends on '{identity}' which has no loaded version."
         model = self._lifecycle.models.get(identity)
-        if model is None:
-            return InvalidArgument(prefix)
+        if model is None or not (model.serving or model.status or model.has_no_version):
+            return DependencyFailed(
+                f"ensemble {ensemble} contains models that are not available or ambiguous: {identity}"
+            )
         if model.serving:
             return None
-        if model.problem:
-            text = model.problem.partition(": ")[2] or model.problem
-            return InvalidArgument(
-                f"ensemble '{ensemble}' depends on '{identity}' which is not valid. Model '{identity}' failed with "
-                f"error: {text}"
-            )
-        reasons = [status.reason for _version, status in sorted(model.status.items()) if status.reason]
-        text = f"{prefix} Model '{identity}' loading failed with error: {reasons[0]}" if reasons else prefix
-        return MissingLibrary(text) if model.is_excused else InvalidArgument(text)
+        prefix = f"ensemble '{ensemble}' depends on '{identity}' which"
+        if model.lacks_models:
+            text = f"{prefix} is not valid. Model '{identity}' failed with error: {model.load_error}"
+            return DependencyFailed(text)
+        text = f"{prefix} has no loaded version."
+        if model.load_error:
+            text += f" Model '{identity}' loading failed with error: {model.load_error}"
+        return MissingLibrary(text) if model.is_excused else DependencyFailed(text)
 
     # --- an ensemble and its models ---
 
@@ -184,13 +184,16 @@ class Ensembles:
         """Check an ensemble against its loaded models, and say what only they tell: whether it is decoupled.
 
         Raises:
-            InvalidArgument: they contradict it, with Triton's sentences.
+            DependencyFailed: they contradict it, with Triton's sentences.
         """
         spec = prepared.spec
         if not isinstance(spec.scheduling, EnsembleSpec):
             return prepared
         scheduling = spec.scheduling
-        is_decoupled = check_ensemble(spec, self._specs(prepared.found, spec.scheduling))
+        try:
+            is_decoupled = check_ensemble(spec, self._specs(prepared.found, spec.scheduling))
+        except InvalidArgument as error:
+            raise DependencyFailed(error.text) from None
         config = prepared.config
         if is_decoupled and not spec.decoupled:
             config = config.copy()

@@ -22,7 +22,7 @@ from forebay.engine.supervisor.ensembles import Ensembles
 from forebay.engine.supervisor.load_advice import load_advice
 from forebay.engine.supervisor.memory import return_memory
 from forebay.engine.supervisor.model_view import ModelView
-from forebay.engine.supervisor.models import UNLOADED, LoadFailed, Model, PollFailed, VersionStatus
+from forebay.engine.supervisor.models import UNLOADED, DependencyFailed, LoadFailed, Model, PollFailed, VersionStatus
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.preparation import MissingLibrary, PreparedVersion, prepare_version
 from forebay.engine.supervisor.served_version import ServedVersion
@@ -212,7 +212,8 @@ class ModelLifecycle:
             chosen = found.chosen_versions()
         except ConfigError as error:
             raise self._unusable(model, found, error) from None
-        model.has_no_version = False
+        model.has_no_version = model.lacks_models = False
+        model.load_error = ""
         for line in (*found.versions.warnings, *chosen.errors):
             log.warning(line)
         kept = self._unchanged(model, found, chosen.numbers)
@@ -367,7 +368,7 @@ class ModelLifecycle:
         self.touch()
         if model.has_no_version:
             # Triton has polled the model by then.
-            return LoadFailed(f"load failed for model '{model.name}': {error.text}\n")
+            return self._refusal(model, error.text)
         # Triton's text has no reason; the index, the log and the catalog have it.
         text = f"failed to load '{model.name}', failed to poll from model repository"
         if model.serving and not found.is_override:
@@ -389,7 +390,7 @@ class ModelLifecycle:
             if advice := load_advice(error.text):
                 log.error(f"  {advice}")
             reason = f"{error.code.label}: {found.without_paths(error.text)}"
-            parts.append(f"version {version} is at UNAVAILABLE state: {reason};\n")
+            parts.append(f"version {version} is at UNAVAILABLE state: {reason};")
             if version not in model.serving:
                 model.status[version] = VersionStatus("UNAVAILABLE", reason, isinstance(error, MissingLibrary))
         model.is_excused = excused
@@ -397,7 +398,13 @@ class ModelLifecycle:
             first = next(iter(failed.values()))
             model.problem = f"{first.code.label}: {found.without_paths(first.text)}"
         self.touch()
-        return LoadFailed(f"load failed for model '{model.name}': {''.join(parts)}")
+        lacking = next((error for error in failed.values() if isinstance(error, DependencyFailed)), None)
+        model.lacks_models = lacking is not None
+        return self._refusal(model, lacking.text if lacking is not None else "\n".join(parts))
+
+    def _refusal(self, model: Model, why: str) -> LoadFailed:
+        model.load_error = why
+        return LoadFailed(f"load failed for model '{model.name}': {why}\n")
 
     async def _switch(self, model: Model, found: FoundModel, started: dict[int, ServedVersion], kept: set[int]) -> None:
         """Route to the new versions, then end the old ones in the background."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.supervisor.served_version import ServedVersion
-from forebay.ipc.errors import Code, Internal, ServingError
+from forebay.ipc.errors import Code, Internal, InvalidArgument, ServingError
 
 #: Reason of a version that somebody unloaded (spec H-213).
 UNLOADED = "unloaded"
@@ -47,6 +47,10 @@ class Model:
     is_excused: bool = False
     backend: str = ""
     """As configured when it was last loaded or tried; for tables."""
+    load_error: str = ""
+    """Why its last load failed, as Triton says it behind the model's name."""
+    lacks_models: bool = False
+    """That was because of the models of which this ensemble consists."""
     is_implicit: bool = False
     """Loaded because an ensemble needs it, not because anybody asked for it (spec R-095)."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -56,6 +60,10 @@ class LoadFailed(ServingError):
     """A load failed; what served before goes on. Carries Triton's text and code."""
 
     code = Code.INVALID_ARG
+
+
+class DependencyFailed(InvalidArgument):
+    """An ensemble cannot be made of its models; Triton says so of the ensemble, not of a version (spec R-097)."""
 
 
 class PollFailed(Internal):
