@@ -18,15 +18,15 @@ class _ModelLog(Log):
 class Logger:
     """Static functions, as in Triton."""
 
-    VERBOSE: ClassVar[int] = 0
-    INFO: ClassVar[int] = 1
-    WARNING: ClassVar[int] = 2
-    ERROR: ClassVar[int] = 3
+    INFO: ClassVar[int] = 0
+    WARNING: ClassVar[int] = 1
+    ERROR: ClassVar[int] = 2
+    VERBOSE: ClassVar[int] = 3
 
     _log: ClassVar[_ModelLog | None] = None
 
     @classmethod
-    def log(cls, message: str, level: int = 1) -> None:
+    def log(cls, message: str, level: int = INFO) -> None:
         """Log ``message`` at ``level``."""
         cls._write(message, level)
 

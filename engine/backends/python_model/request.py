@@ -290,14 +290,8 @@ class InferenceRequest:
         return self._answering
 
     def get_response_sender(self) -> InferenceResponseSender:
-        """Return the sender of this request's responses; once per request.
-
-        Raises:
-            TritonModelException: it was taken before.
-        """
+        """Return the sender of this request's responses; taken again, it is one for the same answer."""
         answering = self._take_answering()
-        if self._is_sender_taken:
-            raise TritonModelException("The response sender of a request can be taken only once.")
         self._is_sender_taken = True
         return InferenceResponseSender(answering)
 

@@ -99,8 +99,6 @@ class Answering:
     ) -> None:
         self.source = source
         self.decoupled = decoupled
-        #: The model asked for the sender, so None in the returned list is an answer.
-        self.sender_used = False
         self._deliver = deliver
         self._lock = threading.Lock()
         self._sent_count = 0
@@ -125,9 +123,10 @@ class Answering:
             raise TritonModelException(
                 "Inference Response object must be provided when the response flags is set to zero."
             )
+        # Models are not type-checked.
+        if not isinstance(response, InferenceResponse | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"only an InferenceResponse can be sent, found type {type(response)}")
         with self._lock:
-            if self._is_closed:
-                raise TritonModelException("Unable to send response. Response sender has been closed.")
             if not self.decoupled:
                 if response is not None and self._sent_count > 0:
                     raise TritonModelException(
@@ -138,6 +137,8 @@ class Answering:
                         "Unable to send response. Non-decoupled model cannot send complete final before sending a "
                         "response."
                     )
+            if self._is_closed:
+                raise TritonModelException("Unable to send response. Response sender has been closed.")
             self._is_closed = flags == COMPLETE_FINAL
             if response is not None:
                 self._sent_count += 1
@@ -171,7 +172,6 @@ class InferenceResponseSender:
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
-        answering.sender_used = True
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
         """Send ``response``; with ``TRITONSERVER_RESPONSE_COMPLETE_FINAL`` it is the last, and may be missing.

@@ -15,6 +15,7 @@ from forebay.engine.backends.python_model import triton_python_backend_utils as 
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, NoEngineAccess
 from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.backends.python_model.request import Phase
+from forebay.engine.backends.python_model.response import Answering
 from forebay.ipc.errors import InvalidArgument, NotFound, Unavailable
 from forebay.ipc.tensor import DATATYPES
 
@@ -413,3 +414,41 @@ def test_models_can_be_loaded_by_models(fake_engine: FakeEngine) -> None:
         pb_utils.load_model("bad")
     with pytest.raises(pb_utils.TritonModelException, match=r"^Failed to unload model: "):
         pb_utils.unload_model("m")
+
+
+# --- senders ---
+
+
+class _Source:
+    """What a worker has of a request."""
+
+    is_final = False
+
+    def finish(self) -> None:
+        self.is_final = True
+
+
+def test_sender_says_first_what_a_model_that_is_not_decoupled_may_not() -> None:
+    """P-075, in Triton's order: after the last response, a further one is one too many."""
+    source: Any = _Source()
+    sent: list[Any] = []
+    sender = pb_utils.InferenceResponseSender(Answering(source, lambda *what: sent.append(what), decoupled=False))
+    wrong: Any = "text"
+    with pytest.raises(TypeError, match="only an InferenceResponse"):
+        sender.send(wrong)
+    with pytest.raises(pb_utils.TritonModelException, match="cannot send complete final before sending a response"):
+        sender.send(flags=1)
+    response = pb_utils.InferenceResponse([])
+    sender.send(response, flags=1)
+    with pytest.raises(pb_utils.TritonModelException, match="cannot send more than one response"):
+        sender.send(response)
+    with pytest.raises(pb_utils.TritonModelException, match="has been closed"):
+        sender.send(flags=1)
+    assert len(sent) == 1
+    source.finish()
+
+
+def test_levels_of_the_log_have_triton_s_numbers() -> None:
+    """P-118, P-123."""
+    log = pb_utils.Logger
+    assert (log.INFO, log.WARNING, log.ERROR, log.VERBOSE) == (0, 1, 2, 3)
