@@ -76,6 +76,8 @@ class ParcelHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Outputs that go to device memory: where to, and how much room there is; their shapes mean nothing."""
     trace_levels: tuple[str, ...] = ()
     """What is noted of requests that the model makes for this one; empty: it is not traced."""
+    may_spill: bool = False
+    """Outputs that do not fit their targets come to the reply block instead of failing the request."""
 
 
 class InlineTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):

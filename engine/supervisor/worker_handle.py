@@ -220,7 +220,7 @@ class WorkerHandle:
         future = self._closing.setdefault((owner, number), self._loop.create_future())
         if self.tell(MemoryDown(owner=owner, number=number)):
             await asyncio.shield(future)
-        else:
+        elif self.ended.is_set():
             self._closing.pop((owner, number), None)
 
     async def _call(self, message: Message, limit_s: float = 0.0) -> _Reply:

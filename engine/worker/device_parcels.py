@@ -96,13 +96,12 @@ class DeviceParcels:
         Raises:
             Internal: one has less room than it needs (spec H-198).
         """
-        targets = {target.name: target for target in request.head.targets}
         hosts: dict[str, tuple[str, Array]] = {}
         placed: list[TensorPlace] = []
         for name, tensor in outputs.items():
             datatype = self._promised.specs[name].datatype
             shape = (request.rows, *shapes[name][1:]) if self._is_batching else shapes[name]
-            target = targets.get(name)
+            target = request.target(name, tensor.nbytes)
             if target is None:
                 array = request.lend_array(datatype, shape)
                 if tensor.nbytes:

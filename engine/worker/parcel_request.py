@@ -183,6 +183,11 @@ class ParcelRequest:
         address = self.device_address(place, place.byte_size)
         return DeviceArray(address, shape, DATATYPES[place.datatype].numpy_dtype)
 
+    def target(self, name: str, size: int) -> TensorPlace | None:
+        """Return where an output of ``size`` bytes goes on the instance's device; None: it goes to the host."""
+        found = next((target for target in self.head.targets if target.name == name), None)
+        return None if found is None or (self.head.may_spill and size > found.byte_size) else found
+
     def target_address(self, target: TensorPlace, size: int) -> int:
         """Return where ``size`` bytes of an output go on the instance's device.
 

@@ -36,7 +36,7 @@ class DevicePlacement(BlockPlacement):
         self._inputs[spec.name] = (place, lease)
 
     def want_leased(self, name: str, lease: DeviceLease) -> None:
-        """Have an output written to a block of device memory, in which it has room."""
+        """Have an output written to a block of device memory, if it fits there."""
         self._targets[name] = lease
 
     def target(self, place: TensorPlace) -> DeviceLease | None:
@@ -48,5 +48,5 @@ class DevicePlacement(BlockPlacement):
         self, pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options
     ) -> None:
         memories, targets = device_targets(self._memories, self._targets)
-        describe(pending, places, reply, options, memories=memories, targets=targets)
+        describe(pending, places, reply, options, memories=memories, targets=targets, may_spill=True)
         pending.targets = tuple(self._targets.values())

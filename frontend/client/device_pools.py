@@ -27,7 +27,7 @@ memory_numbers = itertools.count(1)
 class DeviceLease(BlockLease):
     """The right to bytes of a device memory."""
 
-    __slots__ = ("memory",)
+    __slots__ = ("__weakref__", "memory")
 
     def __init__(self, returns: BlockReturns, memory: DeviceMemory, offset: int, byte_size: int) -> None:
         super().__init__(returns, offset, byte_size)

@@ -328,8 +328,9 @@ class InFlight:
             # An answer lies in the block that was lent for it; the first one, else, in that of the request.
             held = (pending.lent.popleft(),) if pending.lent else tuple(pending.blocks)
             pending.respond(reply, held)
-            if pending.model.counts is not None:
-                pending.model.counts.passed(sum(place.byte_size for place in reply.outputs if place.memory))
+            passed_bytes = sum(place.byte_size for place in reply.outputs if place.memory)
+            if passed_bytes and pending.model.counts is not None:
+                pending.model.counts.passed(passed_bytes)
             if pending.trace is not None:
                 trace_response(pending.trace, reply, self._arena.view)
         elif error is None and is_final:

@@ -55,6 +55,8 @@ class Opened:
         self._arrays: dict[int, tuple[Arrays, Arrays]] = {}
         #: Bytes that answers of unknown size took so far, at most.
         self.reply_guess_bytes = 4096
+        #: Bytes per batch item that outputs of unknown size took so far, at most, by name.
+        self.output_row_bytes: dict[str, int] = {}
 
     def _take(self, found: OpenedModel) -> None:
         self.route = found.route

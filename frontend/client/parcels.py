@@ -26,12 +26,14 @@ def describe(
     *,
     memories: tuple[DeviceMemory, ...] = (),
     targets: tuple[TensorPlace, ...] = (),
+    may_spill: bool = False,
 ) -> None:
     """Fill in a request whose inputs lie in ``places`` and whose answer goes to ``reply``.
 
     Args:
         memories: on devices, that places and targets lie in.
         targets: of outputs that go there.
+        may_spill: an output that does not fit its target comes to ``reply``.
     """
     pending.blocks = [reply]
     pending.shape_key = shape_key(pending.model, places)
@@ -41,7 +43,14 @@ def describe(
     flags = options.sequence_start * FLAG_SEQUENCE_START | options.sequence_end * FLAG_SEQUENCE_END
     pending.sequence = (text, number, flags)
     pending.head = _encode_head(
-        options.parcel_head(options.request_id, places, (reply.offset, reply.byte_size), memories, targets)
+        options.parcel_head(
+            options.request_id,
+            places,
+            (reply.offset, reply.byte_size),
+            memories=memories,
+            targets=targets,
+            may_spill=may_spill,
+        )
     )
 
 

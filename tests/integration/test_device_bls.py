@@ -5,6 +5,7 @@ What the models' own library does with GPUs is played by ``gpu_tensors.py``.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ import pytest
 import tritonclient.http as httpclient
 from device_models import add_chain, add_doubler
 from forebay_server import ForebayServer
+from tritonclient.utils import InferenceServerException
 
-from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
+from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
 
 #: Of a request of one row.
 ROW_BYTES = 16
@@ -97,6 +99,10 @@ class TritonPythonModel:
     def varying(self, value):
         return shown(call("gpu_varying", gpu_tensor(value), ON_GPU))
 
+    def varying_longer(self, value):
+        tensor = pb_utils.Tensor.from_dlpack("X", GpuTensor(np.full((1, 8), value, np.float32)))
+        return shown(call("gpu_varying", tensor, ON_GPU))
+
     def ensemble(self, value):
         return shown(call("chain", gpu_tensor(value), ON_GPU))
 
@@ -144,6 +150,20 @@ output { name: "Y" data_type: TYPE_FP32 dims: [ 4 ] }
 """
 
 
+#: A model on the GPU, then one in Python that takes what it is given there, and the first again.
+MIXED = """
+platform: "ensemble"
+max_batch_size: 8
+input { name: "X" data_type: TYPE_FP32 dims: [ 4 ] }
+output { name: "Y" data_type: TYPE_FP32 dims: [ 4 ] }
+ensemble_scheduling {
+  step { model_name: "gpu" model_version: -1 input_map { key: "X" value: "X" } output_map { key: "Y" value: "A" } }
+  step { model_name: "receiver" model_version: -1 input_map { key: "X" value: "A" } output_map { key: "Y" value: "B" } }
+  step { model_name: "gpu" model_version: -1 input_map { key: "X" value: "B" } output_map { key: "Y" value: "Y" } }
+}
+"""
+
+
 def add_python(root: Path, name: str, source: str, config: str) -> None:
     (root / name / "1").mkdir(parents=True)
     support = Path(__file__).parents[1] / "support"
@@ -168,6 +188,8 @@ class Caller:
         )
         force = 'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "no" } }'
         add_python(root, "receiver", RECEIVER, FLOATS + force)
+        (root / "mixed" / "1").mkdir(parents=True)
+        (root / "mixed" / "config.pbtxt").write_text(MIXED)
         #: Times that :meth:`wait_passing` had three calls made.
         self.chain_count = 0
         self.server = ForebayServer(root, *flags, environment={PLAYED_GPUS_VARIABLE: "1"})
@@ -216,7 +238,7 @@ def on_host(value: float) -> list[object]:
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
-    made = Caller(tmp_path_factory.mktemp("models"))
+    made = Caller(tmp_path_factory.mktemp("models"), "--allow-client-shm=true")
     with made.server:
         made.wait_passing()
         requests = 3 * made.chain_count
@@ -247,8 +269,17 @@ def test_models_elsewhere_get_tensors_of_a_gpu_through_the_host(caller: Caller) 
     assert caller.crossed("caller") == (into, out + ROW_BYTES)
     assert caller.do("cpu_to_gpu", 2) == on_gpu(4)
     assert caller.crossed("caller") == (into + ROW_BYTES, out + 2 * ROW_BYTES)
-    assert caller.do("varying", 2) == on_gpu(4)
     assert caller.do("ensemble", 2) == on_gpu(8)
+
+
+def test_outputs_of_varying_size_stay_on_the_gpu_when_their_size_was_seen(caller: Caller) -> None:
+    assert caller.do("varying", 2) == on_gpu(4)
+    crossed = caller.crossed("caller"), caller.crossed("gpu_varying")
+    assert caller.do("varying", 3) == on_gpu(6)
+    assert (caller.crossed("caller"), caller.crossed("gpu_varying")) == crossed
+    # Larger than what was seen.
+    assert caller.do("varying_longer", 3)[0] is False
+    assert caller.crossed("caller") == (crossed[0][0] + 2 * ROW_BYTES, crossed[0][1])
 
 
 def test_calls_side_by_side(caller: Caller) -> None:
@@ -264,10 +295,53 @@ def test_a_python_model_may_take_tensors_where_they_are(caller: Caller) -> None:
     assert caller.crossed("receiver") == crossed
     with httpclient.InferenceServerClient(caller.server.http_url) as client:
         for rows in (1, 2):
-            tensor = httpclient.InferInput("X", [rows, 4], "FP32")
-            tensor.set_data_from_numpy(np.full((rows, 4), 3, np.float32))
-            np.testing.assert_array_equal(client.infer("receiver", [tensor]).as_numpy("Y"), np.full((rows, 4), 6))
+            np.testing.assert_array_equal(infer(client, "receiver", 3, rows), np.full((rows, 4), 6))
     assert caller.crossed("receiver") == (crossed[0], crossed[1] + 3 * ROW_BYTES)
+
+
+def infer(client: httpclient.InferenceServerClient, model: str, value: float, rows: int = 1) -> Any:
+    tensor = httpclient.InferInput("X", [rows, 4], "FP32")
+    tensor.set_data_from_numpy(np.full((rows, 4), value, np.float32))
+    return client.infer(model, [tensor]).as_numpy("Y")
+
+
+def test_python_models_are_steps_on_the_gpu_like_others(caller: Caller) -> None:
+    """P-056: in ensembles that a frontend runs."""
+    with httpclient.InferenceServerClient(caller.server.http_url) as client:
+
+        def passes() -> bool:
+            before = caller.server.counter("forebay_device_passed_bytes_total", model="receiver")
+            np.testing.assert_array_equal(infer(client, "mixed", 3), np.full((1, 4), 24))
+            return caller.server.counter("forebay_device_passed_bytes_total", model="receiver") > before
+
+        caller.server.wait_for(passes, "steps to pass tensors on the GPU")
+        crossed = caller.crossed("receiver")
+        np.testing.assert_array_equal(infer(client, "mixed", 5), np.full((1, 4), 40))
+        assert caller.crossed("receiver") == crossed
+
+
+def test_python_models_take_clients_cuda_regions_as_they_are(caller: Caller) -> None:
+    """P-056, H-196."""
+    device = open_device("host")
+    memory, stream = device.allocate(4096), device.make_stream()
+    values = np.full((1, 4), 5, np.float32)
+    stream.copy_in(memory.address, values.ctypes.data, values.nbytes)
+    with httpclient.InferenceServerClient(caller.server.http_url) as client:
+        client.register_cuda_shared_memory("r", base64.b64encode(device.export_memory(memory)), 0, 4096)
+        tensor = httpclient.InferInput("X", [1, 4], "FP32")
+        tensor.set_shared_memory("r", ROW_BYTES)
+        wanted = httpclient.InferRequestedOutput("Y")
+        wanted.set_shared_memory("r", ROW_BYTES, offset=64)
+        crossed = caller.crossed("receiver")
+        client.infer("receiver", [tensor], outputs=[wanted])
+        stream.copy_out(values.ctypes.data, memory.address + 64, values.nbytes)
+        np.testing.assert_array_equal(values, np.full((1, 4), 10))
+        assert caller.crossed("receiver") == crossed
+        wanted.set_shared_memory("r", 8, offset=64)
+        with pytest.raises(InferenceServerException, match=r"output 'Y' \(8 bytes\) should be at least 16 bytes"):
+            client.infer("receiver", [tensor], outputs=[wanted])
+        client.unregister_cuda_shared_memory("r")
+    memory.close()
 
 
 def test_calls_go_on_when_a_model_or_the_keeper_of_the_memory_was_replaced(caller: Caller) -> None:

@@ -19,6 +19,7 @@ from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.engine.devices.base import DeviceError
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.worker.pending_response import byte_view
+from forebay.ipc.errors import ServingError
 from forebay.ipc.log import log
 from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, byte_size
@@ -50,11 +51,23 @@ def _has_input_on(request: NestedRequest, index: int) -> bool:
     return any(tensor.gpu is not None and tensor.gpu.index == index for tensor in request.inputs)
 
 
-def fixed_outputs(model: Opened, rows: int, wanted: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Yield the outputs whose sizes are known beforehand, and their bytes."""
+def expected_outputs(model: Opened, rows: int, wanted: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Yield the outputs whose sizes are known, or can be guessed from earlier ones, and those in bytes."""
     for spec in model.signature.outputs:
-        if spec.is_fixed and (not wanted or spec.name in wanted):
+        if wanted and spec.name not in wanted:
+            continue
+        if spec.is_fixed:
             yield spec.name, byte_size(spec.datatype, full_shape(spec, rows, model.signature.max_batch_size))
+        elif spec.name in model.output_row_bytes:
+            yield spec.name, rows * model.output_row_bytes[spec.name]
+
+
+def _learn_sizes(model: Opened, rows: int, places: Iterable[TensorPlace]) -> None:
+    """Remember how large outputs were, for :func:`expected_outputs`."""
+    known = model.output_row_bytes
+    for place in places:
+        if place.datatype != "BYTES":
+            known[place.name] = max(known.get(place.name, 0), -(-place.byte_size // max(rows, 1)))
 
 
 class _Room(NamedTuple):
@@ -77,7 +90,7 @@ def _loan(connection: Connection, gpu: Gpu, size: int) -> _Room | None:
 
 
 class DeviceCall(BlockCall):
-    """One to a model on a GPU: what is on that GPU is handed over there, and outputs of known size come back there."""
+    """One to a model on a GPU: what is on that GPU is handed over there, and outputs come back there."""
 
     __slots__ = ("_device_placement", "_gpu", "_targets")
 
@@ -93,7 +106,7 @@ class DeviceCall(BlockCall):
         """Place the inputs, which fit the model, and hand them over.
 
         Args:
-            outputs: those that are to come back on the GPU if it has room for them, and their bytes.
+            outputs: those that are to come back on the GPU if they have room there, and so much of it.
 
         Raises:
             ServingError: there is no room, or no server any more.
@@ -114,8 +127,8 @@ class DeviceCall(BlockCall):
         if device is None or tensor.gpu is not self._gpu:
             super()._put(tensor)
             return
-        lease = device.owner
-        if not isinstance(lease, DeviceLease):
+        lease = self._gpu.leases.get(device.address)
+        if lease is None or lease.byte_size < device.nbytes:
             room = _loan(self._link.connection, self._gpu, device.nbytes)
             if room is None:
                 super()._put(tensor)
@@ -127,6 +140,7 @@ class DeviceCall(BlockCall):
         placement.put_leased(spec, device.shape, device.nbytes, lease)
 
     def _tensors(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> Iterator[Tensor]:
+        _learn_sizes(self._pending.model, self._pending.rows, reply.outputs)
         on_host = {tensor.name(): tensor for tensor in super()._tensors(reply, held)}
         for place in reply.outputs:
             yield self._on_gpu(place) if place.memory else on_host.pop(place.name)
@@ -136,6 +150,7 @@ class DeviceCall(BlockCall):
         lease = self._device_placement.target(place)
         assert lease is not None
         array = DeviceArray(self._targets[place.name], place.shape, DATATYPES[place.datatype].numpy_dtype, lease)
+        self._gpu.leases[array.address] = lease
         return Tensor.on_gpu(place.name, place.datatype, array, self._gpu)
 
 
@@ -148,9 +163,13 @@ class OutputsOnGpu:
         self._gpu = gpu
 
     def take(self) -> list[NestedResponse]:
-        return [
-            response._replace(outputs=tuple(map(self._brought, response.outputs))) for response in self._call.take()
-        ]
+        return [self._with_outputs_brought(response) for response in self._call.take()]
+
+    def _with_outputs_brought(self, response: NestedResponse) -> NestedResponse:
+        try:
+            return response._replace(outputs=tuple(map(self._brought, response.outputs)))
+        except ServingError as error:
+            return response._replace(outputs=(), error=error)
 
     def wait(self) -> None:
         self._call.wait()
@@ -169,6 +188,7 @@ class OutputsOnGpu:
         room = _loan(self._connection, gpu, data.nbytes)
         if room is not None:
             array = DeviceArray(room.address, data.shape, data.dtype, room.lease)
+            gpu.leases[array.address] = room.lease
         else:
             array = gpu.allocate(data.shape, data.dtype)
         gpu.bring(array.address, byte_view(data))

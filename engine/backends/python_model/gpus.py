@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from forebay.client.device_pools import DeviceLease
 from forebay.engine.backends.base import Array
 from forebay.engine.devices.base import Device, DeviceError, Memory, Stream
 from forebay.engine.devices.device_array import DeviceArray
@@ -38,6 +40,9 @@ class Gpu:
         with device.current():
             self._stream = device.make_stream()
         self._memories = DeviceMemories(device)
+        #: Blocks that tensors of the model begin at, as long as it has those, by address: other processes know them,
+        #: whichever libraries the tensors have been through.
+        self.leases: weakref.WeakValueDictionary[int, DeviceLease] = weakref.WeakValueDictionary()
 
     @property
     def stream_handle(self) -> int:

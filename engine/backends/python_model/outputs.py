@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from forebay.engine.backends.base import Array
 from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.response import InferenceResponse
 from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.pending_response import RawTensor, byte_view
 from forebay.engine.worker.places import client_shape
@@ -41,7 +40,6 @@ class ModelOutputs:
             BackendFailed: they are not as configured.
             Internal: one has less room than it needs.
         """
-        targets = {target.name: target for target in request.head.targets}
         placed: list[TensorPlace] = []
         produced = {tensor.name(): tensor for tensor in response.output_tensors()}
         tensors: list[RawTensor] = []
@@ -54,26 +52,18 @@ class ModelOutputs:
             shape = tuple(tensor.shape())
             if self._are_checked:
                 shape = self._checked_shape(request.rows, self._specs[name], tensor.datatype, shape)
-            if self._gpu is not None and name in targets:
-                place = self._bring(self._gpu, request, tensor, targets[name])
-                placed.append(msgspec.structs.replace(place, datatype=tensor.datatype, shape=shape))
+            is_there = tensor.device is not None and tensor.gpu is self._gpu
+            source = tensor.device if is_there and tensor.device is not None else _host_bytes(request, tensor)
+            target = request.target(name, source.nbytes)
+            if self._gpu is not None and target is not None:
+                _bring(self._gpu, request, source, target)
+                place = TensorPlace(name, tensor.datatype, shape, target.offset, source.nbytes, memory=target.memory)
+                placed.append(place)
             else:
-                tensors.append(RawTensor(name, tensor.datatype, shape, _host_bytes(request, tensor)))
+                raw = _host_bytes(request, tensor) if isinstance(source, DeviceArray) else source
+                tensors.append(RawTensor(name, tensor.datatype, shape, raw))
         request.placed = tuple(placed)
         return tensors
-
-    @staticmethod
-    def _bring(gpu: Gpu, request: ParcelRequest, tensor: Tensor, target: TensorPlace) -> TensorPlace:
-        """Copy an output to where its client wants it on the GPU; return the place, without datatype and shape."""
-        device = tensor.device
-        if device is not None and tensor.gpu is gpu:
-            size = device.nbytes
-            gpu.move(request.target_address(target, size), device)
-        else:
-            data = _host_bytes(request, tensor)
-            size = len(data)
-            gpu.bring(request.target_address(target, size), data)
-        return msgspec.structs.replace(target, byte_size=size)
 
     def arrays(self, request: RowRequest, response: InferenceResponse) -> list[Array]:
         """Return all outputs, each of the shape and dtype of its rows.
@@ -123,6 +113,15 @@ class ModelOutputs:
                 f"but its configuration promises {spec.datatype} {expected}"
             )
         return seen
+
+
+def _bring(gpu: Gpu, request: ParcelRequest, source: DeviceArray | memoryview, target: TensorPlace) -> None:
+    """Copy an output to where its client wants it on the GPU."""
+    address = request.target_address(target, source.nbytes)
+    if isinstance(source, DeviceArray):
+        gpu.move(address, source)
+    else:
+        gpu.bring(address, source)
 
 
 def _host_bytes(request: ParcelRequest, tensor: Tensor) -> memoryview:

@@ -21,7 +21,7 @@ from forebay.client.placement import BlockPlacement
 from forebay.engine.backends.python_model.device_calls import (
     DeviceCall,
     OutputsOnGpu,
-    fixed_outputs,
+    expected_outputs,
     gpu_of_call,
     gpu_of_outputs,
 )
@@ -101,7 +101,7 @@ class ShmEngineAccess:
             trace=trace,
         )
         if gpu is not None:
-            outputs = fixed_outputs(model, rows, request.outputs) if output_gpu is gpu else ()
+            outputs = expected_outputs(model, rows, request.outputs) if output_gpu is gpu else ()
             return DeviceCall(link, DevicePlacement(link.connection, model), request, options, gpu, outputs)
         return BlockCall(link, BlockPlacement(link.connection, model), request, options)
 

@@ -112,6 +112,17 @@ def test_one_side_on_the_device_and_one_on_the_host(client: Client, worker: Work
     np.testing.assert_array_equal(client.get(0, (1, 3)), np.full((1, 3), 14))
 
 
+def test_an_output_that_does_not_fit_comes_to_the_host_if_it_may(client: Client, worker: WorkerHarness) -> None:
+    client.put(0, ROW[np.newaxis])
+    for size, places in ((11, {}), (12, {"Y": "FP32 on the device"})):
+        [response] = worker.infer(
+            {"X": on_device(0, 1)}, memories=(client.exported,), targets=(room(64, size),), may_spill=True
+        )
+        assert response.error is None
+        assert bool(response.outputs) != bool(places)
+    np.testing.assert_array_equal(client.get(64, (1, 3)), [2 * ROW])
+
+
 def test_requests_are_joined_on_the_device(client: Client, worker: WorkerHarness) -> None:
     client.put(0, np.stack([ROW, ROW + 1, ROW + 2]))
     requests = [{"X": on_device(0, 1)}, {"X": ROW[np.newaxis] + 10}, {"X": on_device(12, 2)}]
