@@ -23,6 +23,7 @@ from forebay.engine.backends.python_model.engine_access import install
 from forebay.engine.backends.python_model.errors import exception_text, shown_path
 from forebay.engine.backends.python_model.gpus import gpus
 from forebay.engine.backends.python_model.late_answers import may_answer_late
+from forebay.engine.backends.python_model.metric_family import Owner
 from forebay.engine.backends.python_model.model_config import ModelConfig
 from forebay.engine.backends.python_model.outputs import ModelOutputs
 from forebay.engine.backends.python_model.request import InferenceRequest, Phase, Recipient
@@ -373,6 +374,7 @@ class PythonBackend(Backend):
         # A wrong value is an error before any code of the model runs.
         _takes_gpu_tensors(spec)
         model_class = import_model(spec)
+        Owner.name = spec.instance_name
         install(ShmEngineAccess(os.environ.get(RUNTIME_DIRECTORY_VARIABLE, "")))
         try:
             model = model_class()

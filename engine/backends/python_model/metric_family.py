@@ -12,6 +12,18 @@ from forebay.ipc.errors import ServingError
 _KINDS = (COUNTER, GAUGE, HISTOGRAM)
 
 
+class Owner:
+    """The instance whose model makes the metrics, which their errors name."""
+
+    name = ""
+
+
+def _failure(what: str, error: ServingError) -> TritonModelException:
+    return TritonModelException(
+        f"Failed to {what}: Failed to process the request for model '{Owner.name}', message: {error}"
+    )
+
+
 class Metric:
     """One time series; made by :meth:`MetricFamily.Metric`."""
 
@@ -33,7 +45,7 @@ class Metric:
         try:
             self._stored.increment(float(value))
         except ServingError as error:
-            raise TritonModelException(f"Failed to increment metric value: {error}") from None
+            raise _failure("increment metric value", error) from None
 
     def set(self, value: float) -> None:
         """Replace the value of a gauge."""
@@ -41,7 +53,7 @@ class Metric:
         try:
             self._stored.set(float(value))
         except ServingError as error:
-            raise TritonModelException(f"Failed to set metric value: {error}") from None
+            raise _failure("set metric value", error) from None
 
     def observe(self, value: float) -> None:
         """Count ``value`` in a histogram."""
@@ -49,7 +61,7 @@ class Metric:
         try:
             self._stored.observe(float(value))
         except ServingError as error:
-            raise TritonModelException(f"Failed to observe metric value: {error}") from None
+            raise _failure("observe metric value", error) from None
 
     def value(self) -> float:
         """Return the value of a counter or gauge."""
@@ -57,7 +69,7 @@ class Metric:
         try:
             return self._stored.value()
         except ServingError as error:
-            raise TritonModelException(f"Failed to get metric value: {error}") from None
+            raise _failure("get metric value", error) from None
 
     def _check(self) -> None:
         if not self._life:
@@ -80,7 +92,7 @@ class MetricFamily:
         try:
             self.stored: StoredFamily = registry.family(name, description, _KINDS[kind])
         except ServingError as error:
-            raise TritonModelException(f"Failed to create metric family: {error}") from None
+            raise _failure("create metric family", error) from None
         #: Non-empty as long as the family exists; its metrics hold it, not the family.
         self.life: list[bool] = [True]
 

@@ -13,6 +13,7 @@ import pytest
 from forebay.engine.backends.python_model import engine_access
 from forebay.engine.backends.python_model import triton_python_backend_utils as pb_utils
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, NoEngineAccess
+from forebay.engine.backends.python_model.metric_family import Owner
 from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.backends.python_model.request import Phase
 from forebay.engine.backends.python_model.response import Answering
@@ -198,14 +199,19 @@ def test_model_config_texts() -> None:
 # --- metrics ---
 
 
-def test_metrics_are_shared_and_checked() -> None:
+def test_metrics_are_shared_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """P-119, P-120."""
     family = pb_utils.MetricFamily("t_total", "d", pb_utils.MetricFamily.COUNTER)
     metric = family.Metric(labels={"a": "b"})
     metric.increment(2)
     same = pb_utils.MetricFamily("t_total", "d", pb_utils.MetricFamily.COUNTER).Metric(labels={"a": "b"})
     assert same._stored is metric._stored  # pyright: ignore[reportPrivateUsage]
-    with pytest.raises(pb_utils.TritonModelException):
+    refusal = (
+        r"^Failed to increment metric value: Failed to process the request for model 'm_0', message: "
+        r"TRITONSERVER_METRIC_KIND_COUNTER can only be incremented monotonically by non-negative values\.$"
+    )
+    monkeypatch.setattr(Owner, "name", "m_0")
+    with pytest.raises(pb_utils.TritonModelException, match=refusal):
         metric.increment(-1)
     with pytest.raises(pb_utils.TritonModelException):
         metric.set(1)
