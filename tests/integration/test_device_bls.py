@@ -1,6 +1,6 @@
-"""Python models with tensors on a GPU, which the host plays, that call models there (issue 8, 4; spec P-056, P-097).
+"""Python models with tensors on a GPU, which the host may play, that call models there (issue 8, 4; spec P-056, P-097).
 
-What the models' own library does with GPUs is played by ``gpu_tensors.py``.
+``gpu_tensors.py`` has or plays the models' own library for GPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from tritonclient.utils import InferenceServerException
 
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
 
+KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 #: Of a request of one row.
 ROW_BYTES = 16
 
@@ -34,7 +36,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 sys.path.append(SUPPORT)
-from gpu_tensors import GpuTensor
+from gpu_tensors import PlacedTensor as GpuTensor
 
 ON_GPU = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, 0)
 ON_HOST = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)
@@ -129,7 +131,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 sys.path.append(SUPPORT)
-from gpu_tensors import GpuTensor
+from gpu_tensors import PlacedTensor as GpuTensor
 
 
 class TritonPythonModel:
@@ -174,7 +176,8 @@ def add_python(root: Path, name: str, source: str, config: str) -> None:
 class Caller:
     """A server whose Python model ``caller`` does what it is told."""
 
-    def __init__(self, root: Path, *flags: str) -> None:
+    def __init__(self, root: Path, kind: str, *flags: str) -> None:
+        self.kind = kind
         add_doubler(root, "gpu", "KIND_GPU", more="dynamic_batching { }")
         add_doubler(root, "gpu_varying", "KIND_GPU", dim=-1)
         add_doubler(root, "cpu", "KIND_CPU")
@@ -192,7 +195,8 @@ class Caller:
         (root / "mixed" / "config.pbtxt").write_text(MIXED)
         #: Times that :meth:`wait_passing` had three calls made.
         self.chain_count = 0
-        self.server = ForebayServer(root, *flags, environment={PLAYED_GPUS_VARIABLE: "1"})
+        environment = {PLAYED_GPUS_VARIABLE: "1"} if kind == "host" else {}
+        self.server = ForebayServer(root, *flags, environment=environment)
 
     def do(self, what: str, value: float = 1) -> Any:
         with httpclient.InferenceServerClient(self.server.http_url) as client:
@@ -236,9 +240,9 @@ def on_host(value: float) -> list[object]:
     return [True, row(value)]
 
 
-@pytest.fixture(scope="module")
-def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
-    made = Caller(tmp_path_factory.mktemp("models"), "--allow-client-shm=true")
+@pytest.fixture(scope="module", params=KINDS)
+def caller(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    made = Caller(tmp_path_factory.mktemp("models"), request.param, "--allow-client-shm=true")
     with made.server:
         made.wait_passing()
         requests = 3 * made.chain_count
@@ -322,10 +326,11 @@ def test_python_models_are_steps_on_the_gpu_like_others(caller: Caller) -> None:
 
 def test_python_models_take_clients_cuda_regions_as_they_are(caller: Caller) -> None:
     """P-056, H-196."""
-    device = open_device("host")
+    device = open_device(caller.kind)
     memory, stream = device.allocate(4096), device.make_stream()
     values = np.full((1, 4), 5, np.float32)
     stream.copy_in(memory.address, values.ctypes.data, values.nbytes)
+    stream.synchronize()
     with httpclient.InferenceServerClient(caller.server.http_url) as client:
         client.register_cuda_shared_memory("r", base64.b64encode(device.export_memory(memory)), 0, 4096)
         tensor = httpclient.InferInput("X", [1, 4], "FP32")
@@ -335,6 +340,7 @@ def test_python_models_take_clients_cuda_regions_as_they_are(caller: Caller) -> 
         crossed = caller.crossed("receiver")
         client.infer("receiver", [tensor], outputs=[wanted])
         stream.copy_out(values.ctypes.data, memory.address + 64, values.nbytes)
+        stream.synchronize()
         np.testing.assert_array_equal(values, np.full((1, 4), 10))
         assert caller.crossed("receiver") == crossed
         wanted.set_shared_memory("r", 8, offset=64)
@@ -358,13 +364,13 @@ def test_calls_go_on_when_a_model_or_the_keeper_of_the_memory_was_replaced(calle
 
 def test_what_finds_no_room_is_on_the_gpu_all_the_same(tmp_path: Path) -> None:
     """F-151: room for eight tensors, of which a caller gets the half."""
-    caller = Caller(tmp_path, "--cuda-memory-pool-byte-size=0:2048")
+    caller = Caller(tmp_path, "host", "--cuda-memory-pool-byte-size=0:2048")
     with caller.server:
         assert caller.do("kept", 2) == [True, on_gpu(4)]
 
 
 def test_without_memory_for_calls_everything_goes_through_the_host(tmp_path: Path) -> None:
-    caller = Caller(tmp_path, "--cuda-memory-pool-byte-size=0:0")
+    caller = Caller(tmp_path, "host", "--cuda-memory-pool-byte-size=0:0")
     with caller.server:
         for number in range(3):
             assert caller.do("chain", number) == on_gpu(8 * number)
