@@ -91,11 +91,13 @@ class Models:
         self._follow(model, found)
 
     def _follow(self, model: Opened, found: OpenedModel) -> None:
-        self._door.gone.discard(model.route)
+        former_route = model.route
+        self._door.gone.discard(former_route)
         self._grants.drop_all(model)
         self._memory.retire(model.replace(found))
         self._submissions.announce_rings(found.rings)
-        self._count(model)
+        if model.route != former_route:
+            self._count(model)
 
     def _count(self, model: Opened) -> None:
         """Have requests to the version counted from now on; without room for it they are not."""

@@ -133,9 +133,9 @@ class Gpus:
     def _open(self, index: int) -> Gpu | None:
         try:
             # Opening chooses the device of the thread that does it; a model's own thread keeps its choice.
-            with ThreadPoolExecutor(1) as other, DeviceGuard():
+            with ThreadPoolExecutor(1) as other:
                 gpu = Gpu(other.submit(open_device, "cuda", index).result())
-        except Unsupported as error:
+        except (Unsupported, DeviceError) as error:
             log.warning(f"tensors of models on GPU {index} go through host memory: {error.text}")
             return None
         gpu.device.traffic.counters = self._counters
