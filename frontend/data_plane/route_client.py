@@ -77,6 +77,7 @@ class RouteClient:
         self.output_specs = entry.outputs
         #: What every reply to a request in rows says.
         self.reply_parameters: dict[str, ParameterValue] = {}
+        self.write_gauges()
 
     def update(self, entry: ModelEntry) -> None:
         """Take in what may change while a version is loaded: its instances and how it queues, not its tensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from engine_scene import Rows, Surroundings, play, turn
 
+from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.ipc.counters import ProducerCounter
 from forebay.ipc.messages import RunSubmit
 from forebay.ipc.wire import Kind
@@ -40,6 +41,18 @@ def test_deadlines_that_the_scheduler_has_no_use_for_are_not_told() -> None:
         for objective_us in (0, 20_000):
             (run,) = await runs_with_deadlines(s, objective_us, 30 * MS, 40 * MS)
             assert (run.requests, run.deadline_ns) == (2, 0)
+
+    play(scenario)
+
+
+def test_gauges_of_a_frontend_that_died_are_not_those_of_its_successor() -> None:
+    gauges = (ProducerCounter.REQUESTS_HELD, ProducerCounter.ROWS_IN_USE, ProducerCounter.BLOCK_BYTES_IN_USE)
+
+    async def scenario(s: Surroundings) -> None:
+        for gauge in gauges:
+            s.route.counters[gauge] = 5
+        RouteClient(s.engine, s.route.entry)
+        assert [s.count(gauge) for gauge in gauges] == [0, 0, 0]
 
     play(scenario)
 
