@@ -13,12 +13,14 @@ import pytest
 from device_models import add_doubler
 from forebay_server import ForebayServer
 from played_memories import count_memories
+from raw_shm_client import RawClient
 
 from forebay.client import shm
 from forebay.client.device import DeviceArena, cuda_arena
 from forebay.client.shm import DeadlineExceeded, EngineGone
 from forebay.engine.devices.host_device import HostDevice
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
+from forebay.ipc.client_wire import MEMORY_NAME, DoorKind
 from forebay.ipc.errors import ArenaFull, InvalidArgument, ServingError
 
 KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -159,6 +161,8 @@ def double(arena: DeviceArena, model_name: str = "gpu", *, timeout_s: float | No
 
 def test_a_closed_arena_is_freed_with_its_last_array(setup: Setup) -> None:
     worker = setup.server.pid_of("worker gpu:1")
+    with setup.arena() as arena:
+        double(arena)  # The model makes room for itself, too.
     before = setup.memories("self"), setup.memories(worker)
     with setup.arena() as arena:
         model = arena.model("gpu")
@@ -206,3 +210,33 @@ def test_an_arena_is_freed_when_the_server_has_ended_and_kept_when_nobody_knows(
         arenas[1].close()
         assert setup.memories("self") == before
         engine.close()
+
+
+def test_what_the_server_keeps_for_a_client_goes_with_it(setup: Setup) -> None:
+    """F-151; whatever else it says about memory at the door is refused."""
+    client = RawClient(setup.server.runtime_base)
+    door = client.door
+    door.ask_memory(7, 0)
+    setup.server.wait_for(lambda: bool(door.look() or door.memories), "memory for the client")
+    courier = setup.server.pid_of("worker courier")
+    kept = setup.memories(courier)
+    assert kept == (1 if setup.is_host else 0)
+    ask = DoorKind.MAKE_MEMORY
+    for kind, body, text in (
+        (ask, MEMORY_NAME.pack(7, 0, 0), "the client has memory on GPU 0 already"),
+        (ask, MEMORY_NAME.pack(8, 0, 0), "the client has memory on GPU 0 already"),
+        (ask, MEMORY_NAME.pack(8, 77, 0), "the server has no GPU 77"),
+        (ask, MEMORY_NAME.pack(8, (1 << 32) - 1, 0), "the server has no GPU 4294967295"),
+        (ask, b"short", "the message cannot be read"),
+        (DoorKind.CLOSE_MEMORY, b"", "the message cannot be read"),
+    ):
+        with pytest.raises(ServingError, match=text):
+            door._ask(kind, body, DoorKind.CLOSED)
+    for number in (1, 1, 1 << 63, 7):
+        door.close_memory(number, 0)
+    door.close_memory(1, 77)
+    assert setup.memories(courier) == 0
+    door.ask_memory(8, 0)
+    setup.server.wait_for(lambda: bool(door.look() or len(door.memories) > 1), "memory for the client")
+    client.close()
+    setup.server.wait_for(lambda: setup.memories(courier) == 0, "the memory to be freed")
