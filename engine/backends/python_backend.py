@@ -364,11 +364,10 @@ class PythonBackend(Backend):
         except Exception as error:  # the model's own code
             raise model_failure(error, spec) from None
         if not isinstance(result, ModelConfig):
-            raise InvalidArgument(
+            raise Internal(
                 f"auto_complete_config function in model '{spec.model}' must return a valid pb.ModelConfig object."
             )
-        config = result.as_dict()
-        return DescribedModel((), (), {key: config[key] for key in sorted(result.changed) if key in config})
+        return DescribedModel((), (), result.as_dict())
 
     def load(self, spec: InstanceSpec) -> PythonInstance:
         # A wrong value is an error before any code of the model runs.

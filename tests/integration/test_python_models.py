@@ -90,6 +90,20 @@ class TritonPythonModel:
                 print("heard of the client's end", flush=True)
         return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", given)]) for _request in requests]
 """
+#: Its configuration lacks one thing; the rest is to stay.
+COMPLETING = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(config):
+        config.add_input({"name": "MORE", "data_type": "TYPE_FP32", "dims": [1], "optional": True})
+        return config
+
+    def execute(self, requests):
+        given = pb_utils.get_input_tensor_by_name(requests[0], "IN").as_numpy()
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", given)]) for _request in requests]
+"""
 MINDED = """
 import triton_python_backend_utils as pb_utils
 
@@ -119,6 +133,7 @@ def server_of_python_models(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ("hanging", HANGING_CONFIG, HANGING),
         ("waiting", WAITING_CONFIG, WAITING),
         ("minded", WAITING_CONFIG, MINDED),
+        ("completing", WAITING_CONFIG, COMPLETING),
     ):
         (root / name / "1").mkdir(parents=True)
         (root / name / "config.pbtxt").write_text(config)
@@ -152,6 +167,17 @@ def rows(first: float, count: int = 1) -> Any:
     values = np.arange(count * 4, dtype=np.float32).reshape(count, 4) + 10
     values[0, 0] = first
     return values
+
+
+def test_what_a_model_does_not_complete_stays_as_configured(server: ForebayServer) -> None:
+    """P-121, R-062."""
+    client: Any = httpclient.InferenceServerClient(f"127.0.0.1:{server.http_port}")
+    config = client.get_model_config("completing")
+    assert [tensor["name"] for tensor in config["input"]] == ["IN", "MORE"]
+    assert [tensor["name"] for tensor in config["output"]] == ["OUT"]
+    client.module = httpclient
+    assert ask(client, "completing", np.array([3], np.int32)).as_numpy("OUT").tolist() == [3]
+    client.close()
 
 
 def test_a_request_with_nothing_but_tensors_looks_empty(client: Any) -> None:

@@ -78,7 +78,7 @@ def exception_text(error: BaseException, model_path: str) -> str:
     The innermost frame comes first. Frames of the import machinery and of ours are left out, and paths start at the
     model's directory, unlike Triton's.
     """
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {str(error) or '<EMPTY MESSAGE>'}"
     places: list[str] = []
     trace: TracebackType | None = error.__traceback__
     while trace is not None:

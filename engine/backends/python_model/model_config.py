@@ -20,8 +20,6 @@ class ModelConfig:
             self._config = msgspec.json.decode(model_config, type=dict[str, Any])
         else:
             self._config = copy.deepcopy(dict(model_config))
-        #: Names of the fields that the model completed.
-        self.changed: set[str] = set()
 
     @property
     def _name(self) -> str:
@@ -44,7 +42,6 @@ class ModelConfig:
                 f"'{self._name}' specified max_batch_size {max_batch_size}"
             )
         self._config["max_batch_size"] = max_batch_size
-        self.changed.add("max_batch_size")
 
     def set_dynamic_batching(self) -> None:
         """Have requests joined to batches.
@@ -58,9 +55,7 @@ class ModelConfig:
                     f"Configuration specified scheduling_choice as '{choice}', but auto-complete-config function for "
                     f"model '{self._name}' tries to set scheduling_choice as 'dynamic_batching'"
                 )
-        if "dynamic_batching" not in self._config:
-            self._config["dynamic_batching"] = {}
-            self.changed.add("dynamic_batching")
+        self._config.setdefault("dynamic_batching", {})
 
     def set_model_transaction_policy(self, transaction_policy_dict: Mapping[str, Any]) -> None:
         """Say whether the model is decoupled: ``{"decoupled": True}``.
@@ -70,20 +65,19 @@ class ModelConfig:
         """
         if set(transaction_policy_dict) - {"decoupled"}:
             raise ValueError(
-                "model transaction policy contains property other than 'decoupled' in auto-complete-config function "
-                f"for model '{self._name}'."
+                f"model transaction property in auto-complete-config function for model '{self._name}' contains "
+                "property other than 'decoupled'."
             )
         if "decoupled" not in transaction_policy_dict:
             return
         policy = self._config.setdefault("model_transaction_policy", {})
         wanted = bool(transaction_policy_dict["decoupled"])
-        if policy.get("decoupled") and not wanted:
+        if policy.get("decoupled", wanted) != wanted:
             raise ValueError(
                 f"trying to change decoupled property in auto-complete-config for model '{self._name}', which is "
                 f"already set to '{policy['decoupled']}'."
             )
         policy["decoupled"] = wanted
-        self.changed.add("model_transaction_policy")
 
     def add_input(self, input: Mapping[str, Any]) -> None:  # Triton's name
         """Add an input: ``{"name": ..., "data_type": "TYPE_*", "dims": [...], "optional": bool}``.
@@ -111,7 +105,6 @@ class ModelConfig:
             if key not in tensor:
                 raise ValueError(f"{shown} {where} is missing '{key}' property.")
         tensors: list[dict[str, Any]] = self._config.setdefault(kind, [])
-        self.changed.add(kind)
         for configured in tensors:
             if configured.get("name") == tensor["name"]:
                 self._complete(kind, configured, tensor)
@@ -127,13 +120,19 @@ class ModelConfig:
             raise ValueError(
                 f"{prefix} datatype {configured['data_type']} for {kind} '{name}', model provides {tensor['data_type']}"
             )
+        wanted = list(tensor["dims"])
         if not configured.get("dims"):
-            configured["dims"] = list(tensor["dims"])
-        elif list(configured["dims"]) != list(tensor["dims"]):
-            raise ValueError(
-                f"{prefix} dims {configured['dims']} for {kind} '{name}', model provides dims {list(tensor['dims'])}"
-            )
+            configured["dims"] = wanted
+        elif list(configured["dims"]) != wanted:
+            raise self._contradiction(name, "dims", wanted, configured["dims"])
         if "optional" in tensor:
-            if "optional" in configured and configured["optional"] and not tensor["optional"]:
-                raise ValueError(f"{prefix} {kind} '{name}' to be optional, model provides a required one")
-            configured["optional"] = bool(tensor["optional"])
+            is_optional = bool(tensor["optional"])
+            if configured.get("optional", is_optional) != is_optional:
+                raise self._contradiction(name, "optional", is_optional, configured["optional"])
+            configured["optional"] = is_optional
+
+    def _contradiction(self, name: str, what: str, wanted: object, configured: object) -> ValueError:
+        return ValueError(
+            f"model '{self._name}', tensor '{name}': the model expects {what} {wanted} but the model configuration "
+            f"specifies {what} {configured}"
+        )

@@ -160,6 +160,7 @@ def test_model_config_texts() -> None:
     config = pb_utils.ModelConfig(
         {"name": "m", "max_batch_size": 4, "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [2]}]}
     )
+    decided = pb_utils.ModelConfig({"name": "m", "model_transaction_policy": {"decoupled": False}})
     cases: list[tuple[Callable[[], None], str]] = [
         (
             lambda: config.set_max_batch_size(2),
@@ -179,6 +180,20 @@ def test_model_config_texts() -> None:
             lambda: config.add_input({"name": "x", "data_type": "TYPE_INT8", "dims": [2]}),
             "unable to load model 'm', configuration expects datatype TYPE_FP32 for input 'x', model provides "
             "TYPE_INT8",
+        ),
+        (
+            lambda: config.add_input({"name": "x", "data_type": "TYPE_FP32", "dims": [3]}),
+            "model 'm', tensor 'x': the model expects dims [3] but the model configuration specifies dims [2]",
+        ),
+        (
+            lambda: config.set_model_transaction_policy({"decoupled": True, "other": 1}),
+            "model transaction property in auto-complete-config function for model 'm' contains property other than "
+            "'decoupled'.",
+        ),
+        (
+            lambda: decided.set_model_transaction_policy({"decoupled": True}),
+            "trying to change decoupled property in auto-complete-config for model 'm', which is already set to "
+            "'False'.",
         ),
         (
             lambda: pb_utils.ModelConfig({"name": "m", "sequence_batching": {}}).set_dynamic_batching(),
