@@ -62,8 +62,8 @@ class ClientMemories:
         """
         maker = self._checked_maker(device_id)
         async with self._making:
-            for owner, known in self._kept:
-                if owner == client and (known == number or self._kept[owner, known].memory.device_id == device_id):
+            for (owner, known), kept in self._kept.items():
+                if owner == client and (known == number or kept.memory.device_id == device_id):
                     raise AlreadyExists(f"the client has memory on GPU {device_id} already")
             size = self._room(device_id)
             if not size:

@@ -8,10 +8,12 @@ import os
 import subprocess
 from collections.abc import Callable, Generator
 
+import pytest
+
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.lifeline import Lifeline
 from forebay.ipc.messages import Stop
-from forebay.ipc.worker_messages import SupervisorToWorker
+from forebay.ipc.worker_messages import MemoryClosed, MemoryDown, SupervisorToWorker
 
 
 @contextlib.contextmanager
@@ -72,15 +74,40 @@ def test_who_has_no_process_yet_is_gone_at_once() -> None:
     asyncio.run(scenario())
 
 
+def theirs(worker: WorkerHandle) -> Lifeline[SupervisorToWorker]:
+    """Return a worker's own end of its lifeline; it has a process from now on."""
+    _doorbell_fd, lifeline_fd = worker.child_fds
+    end: Lifeline[SupervisorToWorker] = Lifeline(worker._child_lifeline.dup(), SupervisorToWorker)
+    worker.note_process(lifeline_fd, lifeline_fd)
+    return end
+
+
+def test_whoever_gives_up_waiting_for_a_memory_to_be_closed_may_ask_again() -> None:
+    async def scenario() -> None:
+        worker = WorkerHandle(7, "worker 7", lambda _worker: None)
+        lifeline = theirs(worker)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.close_memory(3, 1), 0.01)
+        again = asyncio.create_task(worker.close_memory(3, 1))
+        await asyncio.sleep(0)
+        assert [message for message, _fds in lifeline.receive_nowait()] == 2 * [MemoryDown(owner=3, number=1)]
+        lifeline.send(MemoryClosed(owner=3, number=1))
+        await again
+        lifeline.close()
+        worker.note_exit(0)
+        # Nobody has it open any more.
+        await worker.close_memory(3, 1)
+
+    asyncio.run(scenario())
+
+
 def test_whoever_is_given_up_is_told_to_stop() -> None:
     async def scenario() -> None:
         worker = WorkerHandle(7, "worker 7", lambda _worker: None)
-        _doorbell_fd, lifeline_fd = worker.child_fds
-        theirs: Lifeline[SupervisorToWorker] = Lifeline(worker._child_lifeline.dup(), SupervisorToWorker)
-        worker.note_process(lifeline_fd, lifeline_fd)
+        lifeline = theirs(worker)
         worker.give_up()
-        assert [type(message) for message, _fds in theirs.receive_nowait()] == [Stop]
-        theirs.close()
+        assert [type(message) for message, _fds in lifeline.receive_nowait()] == [Stop]
+        lifeline.close()
         worker.note_exit(0)
 
     asyncio.run(scenario())
