@@ -21,6 +21,7 @@ from forebay.ipc.counters import (
     SCHEDULER_WORDS,
     InstanceCounter,
     ProducerCounter,
+    counted_batch,
 )
 
 #: uint64 words of the whole counters file.
@@ -83,7 +84,7 @@ class ModelTotals:
 
     def batch_sizes(self) -> list[BatchSizeTotals]:
         """Return one record per batch size that occurred, smallest first."""
-        sizes = max(self.entry.max_batch_size, 1)
+        sizes = counted_batch(max(self.entry.max_batch_size, 1))
         first = InstanceCounter.BATCH_SIZES
         offsets = [offset + first * _WORD_BYTES for offset in self.entry.instance_counter_offsets if offset]
         totals = sum_blocks(self._words, offsets, sizes * _BATCH_SIZE_WORDS)

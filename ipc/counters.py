@@ -14,7 +14,9 @@ import os
 from forebay.ipc.arena import BlockAllocator, create_memory_file
 
 #: Bytes of the counters file: sparse, pages cost nothing until used.
-COUNTERS_BYTES = 16 * 1024 * 1024
+COUNTERS_BYTES = 256 * 1024 * 1024
+#: Batch sizes that are counted one by one: configurations may allow millions, and each instance has a block for all.
+COUNTED_BATCH_MAX = 4096
 
 
 #: Buckets of a histogram of durations. Bucket i counts those below 1.024 us * 2**i; the last, those of 17 s and more.
@@ -181,7 +183,12 @@ SCHEDULER_WORDS = 16
 
 def instance_words(max_batch_size: int) -> int:
     """Words of an instance's block for a model of that batch size."""
-    return InstanceCounter.BATCH_SIZES + 4 * max(max_batch_size, 1)
+    return InstanceCounter.BATCH_SIZES + 4 * counted_batch(max(max_batch_size, 1))
+
+
+def counted_batch(rows: int) -> int:
+    """Return the batch size as which a batch of so many rows is counted: the largest one holds all that are larger."""
+    return min(rows, COUNTED_BATCH_MAX)
 
 
 class CountersFile:

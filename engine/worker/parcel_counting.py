@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from forebay.ipc.counters import LAST_BUCKET
+from forebay.ipc.counters import LAST_BUCKET, counted_batch
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import BackendFailed, Cancelled, ServingError
 
@@ -63,7 +63,7 @@ def count_batch(
     counters[Count.SEGMENTS] += count
     counters[Count.BUSY_NS] += end_ns - start_ns
     if rows <= max(max_batch_size, 1):
-        word = Count.BATCH_SIZES + 4 * (rows - 1)
+        word = Count.BATCH_SIZES + 4 * (counted_batch(rows) - 1)
         counters[word] += 1
         counters[word + 1] += input_end_ns - start_ns
         counters[word + 2] += output_start_ns - input_end_ns

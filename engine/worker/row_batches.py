@@ -7,7 +7,7 @@ from array import array
 
 from forebay.engine.backends.base import Array
 from forebay.engine.worker.places import Producers, row_shape
-from forebay.ipc.counters import LAST_BUCKET
+from forebay.ipc.counters import LAST_BUCKET, counted_batch
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import BackendFailed, Internal, ServingError
 from forebay.ipc.slabs import SlabLayout
@@ -106,7 +106,7 @@ class BatchCounters:
         counters[_QUEUE_BUCKETS + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += requests
         bucket = (end_ns - start_ns >> 10).bit_length()
         counters[_COMPUTE_BUCKETS + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += requests
-        word = _BATCH_SIZES + 4 * (rows - 1)
+        word = _BATCH_SIZES + 4 * (counted_batch(rows) - 1)
         counters[word] += 1
         counters[word + 1] += input_ns
         counters[word + 2] += infer_ns

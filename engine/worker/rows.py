@@ -19,6 +19,7 @@ from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, Tensor
 from forebay.engine.worker.places import Producers, row_shape
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews
 from forebay.engine.worker.tensor_parcels import JOINED_BYTES_MAX
+from forebay.ipc.counters import COUNTED_BATCH_MAX
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.tensor import DATATYPES, TensorSpec
@@ -145,7 +146,8 @@ class RowsRunner:
             self.forget_producer(producer)
             own = self._bound[producer] = {}
         own[key] = bound
-        if self._lane is not None:
+        # The lane counts each batch size apart.
+        if self._lane is not None and key[3] <= COUNTED_BATCH_MAX:
             self._lane.keep(RUN.pack(*run), bound, self._producers.get(producer).bell)
 
     def _execute_gathered(self, runs: list[Run], start_ns: int) -> bytes:

@@ -10,7 +10,7 @@ import time
 
 from forebay.client.pending import BlockLease
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.counters import PRODUCER_WORDS, InstanceCounter, ProducerCounter, instance_words
+from forebay.ipc.counters import PRODUCER_WORDS, InstanceCounter, ProducerCounter, counted_batch, instance_words
 from forebay.ipc.counting import count_answered, count_failure
 from forebay.ipc.ensemble.steps import StepReply, StepTimes
 from forebay.ipc.errors import ServingError
@@ -61,7 +61,7 @@ class RequestCounts:
         steps[InstanceCounter.INFER_NS] += infer_ns
         steps[InstanceCounter.OUTPUT_NS] += output_ns
         if rows <= self._rows_max:
-            word = InstanceCounter.BATCH_SIZES + 4 * (rows - 1)
+            word = InstanceCounter.BATCH_SIZES + 4 * (counted_batch(rows) - 1)
             for index, amount in enumerate((1, input_ns, infer_ns, output_ns)):
                 steps[word + index] += amount
 

@@ -7,6 +7,7 @@ from array import array
 
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.ipc.counters import InstanceCounter as Count
+from forebay.ipc.counters import counted_batch
 from forebay.ipc.counting import count_answered, count_failure
 from forebay.ipc.ensemble.steps import StepTimes
 from forebay.ipc.errors import ServingError
@@ -133,7 +134,7 @@ class Outcomes:
         steps[:_HEAD_WORDS] = array("Q", words)
         for rows, found in self._by_rows.items():
             if rows <= max(route.entry.max_batch_size, 1):
-                word = _BATCH_SIZES + 4 * (rows - 1)
+                word = _BATCH_SIZES + 4 * (counted_batch(rows) - 1)
                 for index, amount in enumerate(found):
                     steps[word + index] += amount
         self._reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from forebay.ipc.counters import (
+    COUNTED_BATCH_MAX,
     COUNTERS_BYTES,
     PRODUCER_WORDS,
     SCHEDULER_WORDS,
@@ -12,6 +13,7 @@ from forebay.ipc.counters import (
     InstanceCounter,
     ProducerCounter,
     SchedulerCounter,
+    counted_batch,
     instance_words,
 )
 
@@ -43,6 +45,15 @@ def test_blocks_are_apart_and_a_used_one_comes_back_zeroed() -> None:
     counters.free(first, 10)
     assert counters.allocate(10) == first
     assert list(counters.block(first, 10)) == [0] * 10
+
+
+def test_a_block_is_bounded_whatever_batch_size_a_model_allows() -> None:
+    """Triton loads a model of any ``max_batch_size``; there may be 1024 instances of it (spec C-006, C-093)."""
+    words = instance_words(2**31 - 1)
+    assert words == instance_words(COUNTED_BATCH_MAX)
+    assert [counted_batch(rows) for rows in (1, COUNTED_BATCH_MAX, 10**6)] == [1, COUNTED_BATCH_MAX, COUNTED_BATCH_MAX]
+    counters = CountersFile()
+    assert len({counters.allocate(words) for _ in range(1024)}) == 1024
 
 
 def test_file_has_room_for_thousands_of_routes() -> None:
