@@ -264,16 +264,23 @@ class TensorRtInstance(DeviceInstance):
     def _capture(self, profile: _Profile) -> Graph | None:
         self.stream.synchronize()
         self.stream.begin_capture()
-        has_run = profile.context.execute_async_v3(self.stream.handle)
+        has_run = False
         try:
-            graph = self.stream.end_capture()
-        except DeviceError as error:
-            log.warning(f"model '{self._model}' runs without CUDA graphs: {error}")
-            return None
-        if not has_run:
+            has_run = bool(profile.context.execute_async_v3(self.stream.handle))
+        finally:
+            # Whatever happens: a stream that captures is of no other use.
+            graph = self._end_capture()
+        if graph is not None and not has_run:
             graph.close()
             return None
         return graph
+
+    def _end_capture(self) -> Graph | None:
+        try:
+            return self.stream.end_capture()
+        except DeviceError as error:
+            log.warning(f"model '{self._model}' runs without CUDA graphs: {error}")
+            return None
 
     def _forget_graphs(self) -> None:
         for profile in self._profiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,24 @@ def test_each_size_is_captured_once_in_whatever_order_they_come() -> None:
         instance.run({"x": rows(count)}, ("y",))
     assert engine.contexts[0].runs_count == 3 * 2
     assert instance.device.traffic.graph_launches == 3
+    instance.close()
+
+
+def test_a_capture_that_raises_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = doubling((1, 8))
+    instance = open_instance(engine, msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True}))
+    context = engine.contexts[0]
+    run, calls = context.execute_async_v3, itertools.count(1)
+
+    def raise_second_time(stream: int) -> bool:
+        if next(calls) == 2:
+            raise RuntimeError("not while it captures")
+        return run(stream)
+
+    monkeypatch.setattr(context, "execute_async_v3", raise_second_time)
+    with pytest.raises(RuntimeError, match="not while it captures"):
+        instance.run({"x": rows(1)}, ("y",))
+    assert (instance.run({"x": rows(2)}, ("y",))["y"] == rows(2) * 2).all()
     instance.close()
 
 
