@@ -468,8 +468,8 @@ class GpuSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     memory_pool_byte_sizes: tuple[DeviceBytes, ...] = ()
     """Bytes of GPU memory for tensors that pass between models on one GPU, as `<device>:<bytes>`; 64 MiB on devices
-    that are not named. So many for steps of ensembles, and as many for shared-memory clients and Python models that call
-    others. Without room there tensors pass through shared memory."""
+    that are not named. So many for steps of ensembles, and as many for shared-memory clients and Python models that
+    call others. Without room there tensors pass through shared memory."""
 
     virtual_address_sizes: tuple[DeviceBytes, ...] = ()
     """Bytes of GPU addresses for growing implicit states, as `<device>:<bytes>`; 1 GiB on devices not named."""
