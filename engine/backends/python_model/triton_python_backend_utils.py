@@ -50,6 +50,8 @@ TRITONSERVER_MEMORY_GPU = MEMORY_GPU
 
 #: The name that models import.
 MODULE_NAME = "triton_python_backend_utils"
+#: The name of what in Triton is compiled.
+_COMPILED_NAME = "c_python_backend_utils"
 
 _model_dir = ""
 
@@ -63,8 +65,18 @@ def install(model_dir: str) -> None:
     global _model_dir
     _model_dir = model_dir
     sys.modules[MODULE_NAME] = sys.modules[__name__]
-    # Triton's module re-exports a C++ one, which some models import by its own name.
-    sys.modules["c_python_backend_utils"] = sys.modules[__name__]
+    # Triton's module re-exports a C++ one, which some models import by its own name; errors show types as its.
+    sys.modules[_COMPILED_NAME] = sys.modules[__name__]
+    for kind in (
+        InferenceRequest,
+        InferenceResponse,
+        InferenceResponseSender,
+        Logger,
+        MetricFamily,
+        Tensor,
+        TritonError,
+    ):
+        kind.__module__ = _COMPILED_NAME
 
 
 # --- tensors ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,15 @@ def test_every_name_of_triton_s_module_is_there() -> None:
         assert hasattr(pb_utils, name)
     error = pb_utils.TritonError("m")
     assert (error.message(), error.code()) == ("m", pb_utils.TritonError.INTERNAL)
+
+
+def test_types_are_shown_as_triton_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P-007 names the type of what was returned instead of a response."""
+    for name in ("triton_python_backend_utils", "c_python_backend_utils"):
+        monkeypatch.setitem(sys.modules, name, pb_utils)
+    pb_utils.install("model/1")
+    assert pb_utils.get_model_dir() == "model/1"
+    assert str(pb_utils.Tensor) == "<class 'c_python_backend_utils.Tensor'>"
 
 
 # --- tensors ---
