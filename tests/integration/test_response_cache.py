@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from ensemble_models import step, write_ensemble, write_model
-from forebay_server import ForebayServer
+from forebay_server import ForebayServer, wait_until
 
 #: Answers with its input, the count of its executions, and what a client said in its parameters.
 _COUNTING = """
@@ -167,6 +167,8 @@ def test_equal_requests_at_once_run_once(server: ForebayServer) -> None:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         replies = list(pool.map(lambda _: ask(server, "cached", [7], parameters={"sleep": 0.5}), range(6)))
     assert [reply["COUNT"] for reply in replies] == [[1]] * 6
+    # A worker counts an execution when it has answered.
+    wait_until(lambda: statistics(server, "cached")["execution_count"] > 0, "the execution counted")
     assert statistics(server, "cached")["execution_count"] == 1
 
 
