@@ -152,7 +152,8 @@ _NEWER_FIELDS = frozenset({"ensemble_scheduling.max_inflight_requests"})
 
 def _json_object(message: Any, descriptor: MessageType, path: str) -> dict[str, object]:
     document: dict[str, object] = {}
-    for field in descriptor.fields:
+    # As protobuf's own printer does it: a number or text of a one-of comes behind all other fields.
+    for field in sorted(descriptor.fields, key=_is_scalar_choice):
         here = f"{path}.{field.name}" if path else field.name
         value: Any = getattr(message, field.name)
         entry = map_entry(field)
@@ -166,6 +167,10 @@ def _json_object(message: Any, descriptor: MessageType, path: str) -> dict[str, 
         elif not field.has_presence or message.HasField(field.name):
             document[field.name] = _json_value(value, field, here)
     return document
+
+
+def _is_scalar_choice(field: FieldType) -> bool:
+    return field.containing_oneof is not None and field.message_type is None
 
 
 def _map_key(key: str | int) -> str:

@@ -10,6 +10,7 @@ import os
 from forebay.engine.repository.beneath import Beneath, Refused, check_relative
 from forebay.engine.repository.config_problem import Problem
 from forebay.engine.repository.model_config_schema import ModelConfig
+from forebay.ipc.errors import Internal, NotFound
 
 #: Bytes of one label file; a million classes fit.
 MAX_LABEL_BYTES = 64 * 1024 * 1024
@@ -28,7 +29,7 @@ def read_labels(model_path: str, repository: str, filename: str) -> tuple[str, .
 
     Raises:
         Refused: the name leads out of the model directory, or a link out of the repository.
-        NotFound: there is no such file.
+        Internal: there is no such file.
     """
     data = read_model_file(model_path, repository, filename, MAX_LABEL_BYTES)
     return tuple(line.rstrip("\r") for line in data.decode(errors="replace").removesuffix("\n").split("\n"))
@@ -39,11 +40,19 @@ def read_model_file(model_path: str, repository: str, filename: str, max_bytes: 
 
     Raises:
         Refused: the name leads out of the model directory, a link out of the repository, or the file is too large.
-        NotFound: there is no such file.
+        Internal: there is no such file.
     """
     names = check_relative(filename)
     with Beneath(repository) as root:
-        return root.read((*_below(root, model_path), *names), max_bytes)
+        try:
+            return root.read((*_below(root, model_path), *names), max_bytes)
+        except NotFound as error:
+            raise missing_file(f"{os.path.basename(model_path)}/{filename}", error) from None
+
+
+def missing_file(shown: str, error: NotFound) -> Internal:
+    """Return the error of a file that a configuration names and that is not there (`ReadTextFile`)."""
+    return Internal(f"failed to open text file for read {shown}: {error.text.rpartition(': ')[2]}")
 
 
 def resolve_model_file(model_path: str, repository: str, filename: str) -> str | None:

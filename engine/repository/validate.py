@@ -361,7 +361,8 @@ def _gpu_group(
 def _profiles(group: Any, platform: str, prefix: str, path: FieldPath) -> Iterator[Problem]:
     if group.profile and platform != "tensorrt_plan":
         yield Problem(
-            f"{prefix} and platform {platform} specifies profile field which is only supported for TensorRT models",
+            # Without a blank, as Triton has it.
+            f"{prefix} and platform {platform}specifies profile field which is only supported for TensorRT models",
             path,
         )
         return
@@ -421,26 +422,41 @@ def _states(message: Any) -> Iterator[Problem]:
 
 
 def _initial_state(state: Any, initial: Any, path: FieldPath) -> Iterator[Problem]:
-    label = f"initial_state for state input '{state.input_name}'"
-    if not initial.name:
-        yield Problem(f"{label} must specify 'name'", path)
+    name = state.input_name
     if initial.data_type != state.data_type:
-        yield Problem(f"{label} must have the data type of the state", (*path, "data_type"))
-    if any(dim < 1 for dim in initial.dims):
-        yield Problem(f"{label} must specify every dimension", (*path, "dims"))
-    elif len(initial.dims) != len(state.dims) or any(
-        dim not in (-1, given) for dim, given in zip(state.dims, initial.dims, strict=True)
-    ):
-        yield Problem(f"{label} must have the dimensions of the state", (*path, "dims"))
+        yield Problem(
+            f"The data type used for 'initial_state' field of state '{name}' does not match the state data type.",
+            (*path, "data_type"),
+        )
+    if not initial.name:
+        yield Problem(f"Field 'name' must be set when using initial_state for state input '{name}'.", path)
+    if len(initial.dims) != len(state.dims):
+        yield Problem(
+            "Number of dimensions in 'initial_state' doesn't match the size of 'state' dimensions for state input "
+            f"'{name}'. {len(initial.dims)} != {len(state.dims)}",
+            (*path, "dims"),
+        )
+    else:
+        yield from _initial_dims(name, state.dims, initial.dims, (*path, "dims"))
     if initial.WhichOneof("state_data") is None:
-        yield Problem(f"{label} must specify 'zero_data' or 'data_file'", path)
+        yield Problem(f"initial_state setting expects state'{name}' to have state_data set", path)
+
+
+def _initial_dims(name: str, dims: Sequence[int], initial_dims: Sequence[int], path: FieldPath) -> Iterator[Problem]:
+    for dim, initial in zip(dims, initial_dims, strict=True):
+        if initial < 0:
+            yield Problem(f"'initial_state' field for state input name '{name}' contains variable dimensions.", path)
+        elif dim not in (-1, initial):
+            yield Problem(
+                f"'initial_state' dim for input name '{name}' doesn't match 'state' dim description. "
+                f"{initial} != {dim}",
+                path,
+            )
 
 
 def _warmup(message: Any) -> Iterator[Problem]:
     for index, sample in enumerate(message.model_warmup):
         path = ("model_warmup", index)
-        if not sample.name:
-            yield Problem(f"warmup sample must specify 'name' for {message.name}", path)
         if sample.batch_size > max(message.max_batch_size, 1):
             yield Problem(
                 f"warmup sample '{sample.name}' has batch size {sample.batch_size}, but the model's maximum is "
@@ -457,7 +473,8 @@ def _warmup(message: Any) -> Iterator[Problem]:
             if not given.data_type:
                 yield Problem(f"warmup setting must specify 'data_type' for input '{key}'", here)
             if given.WhichOneof("input_data_type") is None:
-                yield Problem(f"warmup setting expects input '{key}' to have input_data_type set", here)
+                text = f"warmup setting expects input '{key}' to have input_data_type set"
+                yield Problem(f"[request id: <id_unknown>] {text}", here)
 
 
 def _accelerators(message: Any) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from forebay.engine.worker.model_data import TENSOR_BYTES_MAX, read_model_data
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.pending_response import RawTensor
-from forebay.ipc.errors import BackendFailed, InvalidArgument, NotFound, ServingError
+from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes, element_count
 from forebay.ipc.validation import id_prefix
@@ -323,7 +323,7 @@ def initial_state(state: StateSpec, model_path: str) -> Array:
     """Return the value that a sequence starts with, ``dims`` with 1 for sizes that vary (spec S-081).
 
     Raises:
-        NotFound: its file is not there.
+        Internal: its file is not there.
         InvalidArgument: that has not the bytes of the state's shape, or lies elsewhere, or the state is too large.
     """
     dims = state.initial_dims if state.initial_dims is not None else tuple(max(dim, 1) for dim in state.dims)
@@ -336,10 +336,7 @@ def initial_state(state: StateSpec, model_path: str) -> Array:
             empty.fill(b"")
             return empty
         return np.zeros(dims, DATATYPES[state.datatype].numpy_dtype)
-    try:
-        data = read_model_data(model_path, "initial_state", state.initial_file)
-    except NotFound as error:
-        raise NotFound(f"failed to read initial state '{state.initial_file}': {error.text}") from None
+    data = read_model_data(model_path, "initial_state", state.initial_file)
     if state.datatype == "BYTES":
         return decode_bytes(memoryview(data), dims)
     if len(data) != expected:

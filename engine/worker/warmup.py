@@ -34,6 +34,7 @@ from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import InvalidArgument, ServingError, from_wire
 from forebay.ipc.messages import ParameterValue, ParcelHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, decode_bytes, element_count
+from forebay.ipc.validation import id_prefix
 from forebay.ipc.worker_messages import InstanceSpec
 
 #: The producer of samples; real ones count from 1.
@@ -56,11 +57,7 @@ def warm_up(spec: InstanceSpec, instance: TensorInstance | RequestInstance) -> i
     for sample in (msgspec.convert(plain, WarmupSpec) for plain in spec.warmup):
         if sample.batch_size == 0:
             continue
-        try:
-            _Warmup(spec, instance, sample).run()
-        except ServingError as error:
-            text = f"failed to run warmup sample '{sample.name}': {error.text}"
-            raise from_wire(error.code, text) from None
+        _Warmup(spec, instance, sample).run()
     return time.monotonic_ns() - start_ns
 
 
@@ -137,7 +134,7 @@ class _Warmup:
         """Run the sample as often as it says.
 
         Raises:
-            ServingError: why it could not be run to the end.
+            ServingError: why it could not be run to the end, as Triton says it (spec C-114).
         """
         contents = {given.name: tensor_bytes(given, self._spec.model_path) for given in self._sample.inputs}
         input_bytes = sum(align(_byte_count(given, contents[given.name])) for given in self._sample.inputs)
@@ -146,7 +143,12 @@ class _Warmup:
         try:
             head = self._head(producer, contents)
             for _ in range(self._sample.count):
-                self._run_once(producer, head, input_bytes, reply_bytes)
+                try:
+                    self._run_once(producer, head, input_bytes, reply_bytes)
+                except ServingError as error:
+                    # Triton lists the errors of all requests.
+                    text = f"failed to run warmup sample '{self._sample.name}': {error.text}; "
+                    raise InvalidArgument(text) from None
         finally:
             self._runner.forget_producer(_PRODUCER)
             self._producers.detach(_PRODUCER)
@@ -178,7 +180,11 @@ class _Warmup:
         # The identifier is ours: a model can tell a sample from a client's request.
         head = ParcelHead(inputs=tuple(places), reply_offset=0, reply_bytes=0, id=self._sample.name)
         inputs = self._runner.inputs | self._sequence_tensors()
-        check_head(head, 1, inputs, producer.arena, model=self._spec.model, max_batch_size=self._spec.max_batch_size)
+        limit = self._spec.max_batch_size
+        try:
+            check_head(head, 1, inputs, producer.arena, model=self._spec.model, max_batch_size=limit)
+        except ServingError as error:
+            raise from_wire(error.code, id_prefix("") + error.text) from None
         return head
 
     def _run_once(self, producer: Producer, head: ParcelHead, reply_offset: int, reply_bytes: int) -> None:
@@ -246,7 +252,7 @@ def tensor_bytes(given: WarmupInputSpec, model_path: str) -> bytes | None:
 
     Raises:
         InvalidArgument: dims are not all given (spec C-112), the tensor is too large, or its file has not its bytes.
-        NotFound: there is no such file in the model's directory ``warmup``.
+        Internal: there is no such file in the model's directory ``warmup``.
     """
     if any(dim < 0 for dim in given.dims):
         raise InvalidArgument(
@@ -278,7 +284,8 @@ def _file_bytes(given: WarmupInputSpec, model_path: str, size: int) -> bytes:
         decode_bytes(memoryview(data), given.dims)
     elif len(data) != size:
         raise InvalidArgument(
-            f"warmup setting expects {size} bytes, but the data provided from {given.filename} is {len(data)} bytes"
+            f"{id_prefix('')}warmup setting expects {size} bytes, but the data provided from {given.filename} is "
+            f"{len(data)} bytes"
         )
     return data
 

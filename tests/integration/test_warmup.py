@@ -54,5 +54,5 @@ def test_instances_are_warm_before_they_serve(tmp_path: Path) -> None:
         assert statistics["inference_stats"]["success"]["count"] == 0
         rows = {row["name"]: row for row in json.loads(server.post("/v2/repository/index")[1])}
         assert rows["failing"]["state"] == "UNAVAILABLE"
-        assert rows["failing"]["reason"].startswith("Internal: failed to run warmup sample 'zeros': ")
+        assert rows["failing"]["reason"].startswith("Invalid argument: failed to run warmup sample 'zeros': ")
         assert "below zero" in rows["failing"]["reason"]

@@ -312,6 +312,13 @@ def test_a_completed_python_model_prints_as_in_the_transcripts(data_directory: p
     assert '"dynamic_batching":{"preferred_batch_size":[3],' in text
 
 
+def test_a_scalar_choice_prints_behind_the_fields_around_it() -> None:
+    """Spec H-044, as Triton 2.51 prints ``initial_state``: ``name`` is declared behind ``zero_data``."""
+    state = 'input_name: "i" output_name: "o" initial_state { zero_data: true name: "x" data_type: TYPE_FP32 dims: 1 }'
+    printed = config_json(parse_config_text(f"sequence_batching {{ state {{ {state} }} }}"))
+    assert '"initial_state":[{"data_type":"TYPE_FP32","dims":["1"],"name":"x","zero_data":true}]' in printed
+
+
 def test_64_bit_numbers_are_numbers_except_where_triton_leaves_strings() -> None:
     """Spec H-043."""
     config = parse_config_text(

@@ -426,7 +426,7 @@ LOAD = [
     (
         "C-097",
         group('profile: "0"', ONNX),
-        "instance group m_0 of model m and platform onnxruntime_onnx specifies profile field which is only supported "
+        "instance group m_0 of model m and platform onnxruntime_onnxspecifies profile field which is only supported "
         "for TensorRT models",
     ),
     (
@@ -449,7 +449,7 @@ LOAD = [
     (
         "C-110",
         warmup("data_type: TYPE_FP32 dims: 1"),
-        "warmup setting expects input 'i' to have input_data_type set",
+        "[request id: <id_unknown>] warmup setting expects input 'i' to have input_data_type set",
     ),
     (
         "C-110",
@@ -482,7 +482,33 @@ LOAD = [
         state(
             'data_type: TYPE_FP32 dims: -1 initial_state { name: "s" data_type: TYPE_FP32 dims: -1 zero_data: true }'
         ),
-        "initial_state for state input 'a' must specify every dimension",
+        "'initial_state' field for state input name 'a' contains variable dimensions.",
+    ),
+    (
+        "S-081",
+        state("data_type: TYPE_FP32 dims: 1 initial_state {  }"),
+        "The data type used for 'initial_state' field of state 'a' does not match the state data type.",
+    ),
+    (
+        "S-081",
+        state("data_type: TYPE_FP32 dims: 1 initial_state { data_type: TYPE_FP32 }"),
+        "Field 'name' must be set when using initial_state for state input 'a'.",
+    ),
+    (
+        "S-081",
+        state('data_type: TYPE_FP32 dims: 2 initial_state { name: "s" data_type: TYPE_FP32 dims: [ 2, 2 ] }'),
+        "Number of dimensions in 'initial_state' doesn't match the size of 'state' dimensions for state input 'a'. "
+        "2 != 1",
+    ),
+    (
+        "S-081",
+        state('data_type: TYPE_FP32 dims: 2 initial_state { name: "s" data_type: TYPE_FP32 dims: 1 zero_data: true }'),
+        "'initial_state' dim for input name 'a' doesn't match 'state' dim description. 1 != 2",
+    ),
+    (
+        "S-081",
+        state('data_type: TYPE_FP32 dims: 2 initial_state { name: "s" data_type: TYPE_FP32 dims: 2 }'),
+        "initial_state setting expects state'a' to have state_data set",
     ),
     (
         "C-053",

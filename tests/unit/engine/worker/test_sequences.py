@@ -17,7 +17,7 @@ from forebay.engine.worker.sequences import (
     sequence_policy,
     with_sequence_tensors,
 )
-from forebay.ipc.errors import InvalidArgument, NotFound
+from forebay.ipc.errors import Internal, InvalidArgument
 from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.worker_messages import InstanceSpec
 
@@ -93,7 +93,9 @@ def test_states_start_as_their_file_says(tmp_path: Path) -> None:
     assert initial_state(given, str(tmp_path)).tolist() == [3, 4]
     with pytest.raises(InvalidArgument, match="has 8 bytes, expected 12"):
         initial_state(state(dims=(3,), initial_dims=(3,), initial_file="f"), str(tmp_path))
-    with pytest.raises(NotFound, match="failed to read initial state 'g'"):
+    with pytest.raises(
+        Internal, match=r"^failed to open text file for read .*/initial_state/g: No such file or directory$"
+    ):
         initial_state(state(initial_file="g"), str(tmp_path))
 
 

@@ -21,7 +21,7 @@ from forebay.engine.repository.model_spec import (
 from forebay.engine.worker.model_data import TENSOR_BYTES_MAX
 from forebay.engine.worker.warmup import tensor_bytes
 from forebay.ipc.counters import InstanceCounter
-from forebay.ipc.errors import InvalidArgument, NotFound, ServingError
+from forebay.ipc.errors import Internal, InvalidArgument, ServingError
 from forebay.ipc.worker_messages import InstanceSpec
 
 #: Writes each execution to a file as a list of requests; echoes IN.
@@ -155,7 +155,7 @@ def test_error_among_the_answers_of_a_decoupled_model_fails_the_load(tmp_path: P
     decoupled = {"model_transaction_policy": {"decoupled": True}}
     given = tensor("file", filename="raw")
     spec = python_spec(tmp_path, sample(given), source=DECOUPLED_MODEL, **decoupled)
-    with pytest.raises(ServingError, match=r"^failed to run warmup sample 's': too low$"), WorkerHarness(spec):
+    with pytest.raises(ServingError, match=r"^failed to run warmup sample 's': too low; $"), WorkerHarness(spec):
         pass
 
 
@@ -174,15 +174,27 @@ def test_models_of_arrays_are_run(tmp_path: Path, dims: list[int], batch_size: i
         assert response.outputs["OUT"].tolist() == [[1, 2]]
     faulty = {"parameters": {"fault": {"string_value": "error"}}}
     spec = spec_of(tmp_path, "forebay_fault", *samples, max_batch_size=4, **tensors, **faulty)
-    with pytest.raises(ServingError, match=r"^failed to run warmup sample 's': injected failure$"), WorkerHarness(spec):
+    with (
+        pytest.raises(ServingError, match=r"^failed to run warmup sample 's': injected failure; $"),
+        WorkerHarness(spec),
+    ):
         pass
+
+
+UNKNOWN = "[request id: <id_unknown>] "
 
 
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (tensor("file", filename="raw"), "warmup setting expects 8 bytes, but the data provided from raw is 3 bytes"),
-        (tensor("file", filename="absent"), "'m/warmup/absent' cannot be opened: No such file or directory"),
+        (
+            tensor("file", filename="raw"),
+            f"{UNKNOWN}warmup setting expects 8 bytes, but the data provided from raw is 3 bytes",
+        ),
+        (
+            tensor("file", filename="absent"),
+            "failed to open text file for read m/warmup/absent: No such file or directory",
+        ),
         (
             tensor("file", filename="../config.pbtxt"),
             "invalid file name '../config.pbtxt', it must not contain path traversal characters",
@@ -191,9 +203,12 @@ def test_models_of_arrays_are_run(tmp_path: Path, dims: list[int], batch_size: i
             tensor(dims=(-1,)),
             "warmup setting expects all variable-size dimensions are specified for input 'IN'",
         ),
-        (tensor(datatype="INT8"), "inference input 'IN' data-type is 'INT8', but model 'm' expects 'FP32'"),
-        (tensor(dims=(2, 2)), "unexpected shape for input 'IN' for model 'm'. Expected [-1, -1], got [1, 2, 2]"),
-        (tensor(name="X"), "unexpected inference input 'X' for model 'm'"),
+        (tensor(datatype="INT8"), f"{UNKNOWN}inference input 'IN' data-type is 'INT8', but model 'm' expects 'FP32'"),
+        (
+            tensor(dims=(2, 2)),
+            f"{UNKNOWN}unexpected shape for input 'IN' for model 'm'. Expected [-1, -1], got [1, 2, 2]",
+        ),
+        (tensor(name="X"), f"{UNKNOWN}unexpected inference input 'X' for model 'm'"),
     ],
 )
 def test_sample_that_does_not_fit_fails_the_load(tmp_path: Path, given: WarmupInputSpec, text: str) -> None:
@@ -204,7 +219,7 @@ def test_sample_that_does_not_fit_fails_the_load(tmp_path: Path, given: WarmupIn
     spec = spec_of(path, "forebay_fault", sample(given, name="wrong"), max_batch_size=4)
     with pytest.raises(ServingError) as raised, WorkerHarness(spec):
         pass
-    assert raised.value.text == f"failed to run warmup sample 'wrong': {text}"
+    assert raised.value.text == text
 
 
 def test_sample_without_a_required_input_fails_the_load(tmp_path: Path) -> None:
@@ -306,5 +321,5 @@ def test_file_may_not_be_a_link_out_of_the_repository(tmp_path: Path) -> None:
     (directory / "raw").symlink_to(tmp_path / "secret")
     with pytest.raises(InvalidArgument, match="symbolic link out of the model repository"):
         tensor_bytes(tensor("file", filename="raw"), str(tmp_path / "models" / "m"))
-    with pytest.raises(NotFound):
+    with pytest.raises(Internal):
         tensor_bytes(tensor("file", filename="other"), str(tmp_path / "models" / "m"))
