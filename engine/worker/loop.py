@@ -258,7 +258,8 @@ class Worker:
         if policy is not None:
             self._sequences = SequencesRunner(spec, policy, instance, self._parcels)
         self._wait = wait_style(spec.spin_us)
-        self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring, self._wait)
+        self._placement = Placement(is_movable=not spec.spin_us)
+        self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring, self._wait, self._placement)
         self._instance = instance
         instance.count_copies(counters)
         for producer in self._producers:
@@ -300,7 +301,6 @@ class Worker:
         receive, doorbell = self._wait.receive, self._doorbell
         runs, parcels = Kind.RUNS, Kind.PARCELS
         self._doorbell.setblocking(True)
-        self._placement = Placement()
         rows_runner, rings, clock = self._rows, self._rings, self._clock
         assert rings is not None
         while not self._stopping:

@@ -1,6 +1,6 @@
-"""Where a worker's thread runs: on the cores of its instance, or for a while on the one of the frontend it works for.
+"""Where a worker's thread runs: on the cores of its instance, or for a while on the one of the producer it works for.
 
-Why frontends ask for that stands in ``frontend/data_plane/core_sharing.py``.
+Why frontends ask for that stands in ``frontend/data_plane/core_sharing.py``; clients do it by the same reasons.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from pathlib import Path
 class Placement:
     """Of the thread that uses it. Every method takes some microseconds and is called when a mode changes."""
 
-    def __init__(self) -> None:
-        self._home = os.sched_getaffinity(0)
+    def __init__(self, *, is_movable: bool = True) -> None:
+        """Begin where the thread is.
+
+        Args:
+            is_movable: False for who does not sleep while it waits: it would keep the producer from running.
+        """
+        self._home = os.sched_getaffinity(0) if is_movable else set[int]()
         self._host = -1
         self._core = -1
 
     def join(self, producer: int, core: int) -> None:
-        """Run on the core of this frontend. Ignored if it is none of the instance's cores."""
+        """Run on the core of this producer. Ignored if it is none of the instance's cores."""
         self.leave()
         if core in self._home:
             with contextlib.suppress(OSError):

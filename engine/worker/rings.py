@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from forebay.engine.worker.placement import Placement
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.wait_styles import Park
 from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, Kind
@@ -30,7 +31,7 @@ Execute = Callable[[int, memoryview], None]
 
 
 class _Ring:
-    __slots__ = ("producer", "sock", "stale", "ticket")
+    __slots__ = ("place", "producer", "sock", "stale", "ticket")
 
     def __init__(self, producer: Producer, sock: socket.socket) -> None:
         self.producer = producer
@@ -39,16 +40,25 @@ class _Ring:
         self.ticket = 0
         #: Messages of closed grants that may still arrive: one each.
         self.stale = 0
+        #: The core that the client shares with us, plus one; 0: none.
+        self.place = 0
 
 
 class Rings:
     """Every ring of this worker, and the wait on those that are open together with the doorbell."""
 
     def __init__(
-        self, spec: InstanceSpec, producers: Producers, doorbell: socket.socket, execute: Execute, wait: Park
+        self,
+        spec: InstanceSpec,
+        producers: Producers,
+        doorbell: socket.socket,
+        execute: Execute,
+        wait: Park,
+        placement: Placement,
     ) -> None:
         """Watch the doorbell, which stays the caller's."""
         self._wait = wait
+        self._placement = placement
         self._doorbell_fd = doorbell.fileno()
         self._execute = execute
         self._producers = producers
@@ -128,6 +138,8 @@ class Rings:
             self._send_revoke(ring, ticket)
 
     def _stop_watching(self, ring: _Ring) -> None:
+        if ring.place:
+            self._move(ring, 0)
         if ring.ticket:
             ring.ticket = 0
             self._poll.unregister(ring.sock.fileno())
@@ -145,7 +157,7 @@ class Rings:
         if size < HEADER.size:
             self.detach(ring.producer.id)
             return False
-        kind, _flags, count, _sender, ticket = HEADER.unpack_from(buffer)
+        kind, _flags, count, place, ticket = HEADER.unpack_from(buffer)
         if ticket != ring.ticket:
             # Rung before the client knew that an earlier grant was over. More than that is not an accident.
             ring.stale -= 1
@@ -155,8 +167,18 @@ class Rings:
         if count != 1 or not self._is_sound(kind, ring.producer.id, buffer, size):
             self._expel(ring)
             return False
+        if place != ring.place:
+            self._move(ring, place)
         self._execute(kind, memoryview(buffer)[:size])
         return True
+
+    def _move(self, ring: _Ring, place: int) -> None:
+        """Run on the client's core, or anywhere; whoever shares a core waits for us and has no use for it meanwhile."""
+        ring.place = place
+        if place:
+            self._placement.join(ring.producer.id, place - 1)
+        else:
+            self._placement.leave(ring.producer.id)
 
     def _is_sound(self, kind: int, producer: int, buffer: bytearray, size: int) -> bool:
         """Check what the worker would otherwise take from a scheduler on trust, and write in who asks."""

@@ -173,7 +173,8 @@ class Completions:
 
     def _read(self, deadline_ns: int) -> None:
         """Wait for one message and have it acted on. The reader's lock is held."""
-        if self._can_glance and self._in_flight.count == 1 and self._glance():
+        in_flight = self._in_flight
+        if self._can_glance and in_flight.count == 1 and not in_flight.waits_for_our_core and self._glance():
             return
         if deadline_ns:
             self._wait_readable(deadline_ns)

@@ -66,7 +66,9 @@ class Connection:
         self._lock = threading.Lock()
         self.memory = Memory(self.arena)
         self._grants = Grants()
-        self._submissions = Submissions(welcome.submissions, welcome.producer, welcome.epoch, self._grants)
+        self._submissions = Submissions(
+            welcome.submissions, welcome.producer, welcome.epoch, self._grants, shares_core=not spins
+        )
         self._models = Models(self._door, self.memory, self._grants, self._submissions)
         self._in_flight = InFlight(
             self.arena, self.memory, self._grants, self._submissions, self._models, welcome.outstanding_max

@@ -107,6 +107,7 @@ class InFlight:
         elif pending.lease is not None:
             pending.lease.slab.owners[pending.lease.first] = pending
         self.count += 1
+        self._submissions.is_alone = self.count == 1
         if pending.trace is not None:
             trace_start(pending.trace, pending, self._arena.view)
         try:
@@ -129,6 +130,11 @@ class InFlight:
             self._submissions.submit_group(pendings, whole)
         except EngineGone as error:
             raise self.broken(error.text) from None
+
+    @property
+    def waits_for_our_core(self) -> bool:
+        """True if one request is in flight, and the worker that has it runs on the core of the thread that waits."""
+        return self.count == 1 and self._submissions.shared_place > 0
 
     def cancel(self, pending: Pending) -> None:
         """Nobody waits for the request any more."""
@@ -323,8 +329,7 @@ class InFlight:
 
     def _note_response(self, pending: PendingParcel, reply: ReplyHead, *, is_final: bool) -> None:
         error = from_wire(reply.code, reply.text) if reply.text or reply.code else None
-        is_response = reply.outputs or reply.inline or not pending.model.signature.is_decoupled
-        if (error is None and is_response) or (error is not None and not is_final):
+        if (error is None and reply.index >= 0) or (error is not None and not is_final):
             # An answer lies in the block that was lent for it; the first one, else, in that of the request.
             held = (pending.lent.popleft(),) if pending.lent else tuple(pending.blocks)
             pending.respond(reply, held)

@@ -5,6 +5,7 @@ The connection's lock is held in every call. What cannot be sent raises ``Engine
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -27,14 +28,26 @@ _PATIENCE_US_MAX = 0xFFFFFFFF
 class Submissions:
     """The submission socket, and the rings of the workers that are granted."""
 
-    def __init__(self, sock: socket.socket, producer: int, epoch: int, grants: Grants) -> None:
-        """Take over ``sock``; ``epoch`` is that of the scheduler that reads it."""
+    def __init__(
+        self, sock: socket.socket, producer: int, epoch: int, grants: Grants, *, shares_core: bool = True
+    ) -> None:
+        """Take over ``sock``.
+
+        Args:
+            epoch: that of the scheduler that reads it.
+            shares_core: have a worker that is rung run on the core of a thread that has only one.
+        """
         self._sock = sock
         self._sock.setblocking(False)
         self._producer = producer
         #: Of the scheduler; messages of another one are dropped.
         self.epoch = epoch
         self._grants = grants
+        self._shares_core = shares_core
+        #: The request that is handed over is the only one in flight.
+        self.is_alone = False
+        #: The core of this thread, plus one, if the worker that was rung last was called to it; 0: it was not.
+        self.shared_place = 0
 
     def close(self) -> None:
         self._sock.close()
@@ -53,7 +66,7 @@ class Submissions:
         model, slab = pending.model, lease.slab
         pending.route = model.route
         if model.grants and (grant := model.idle_grant()) is not None:
-            message = HEADER.pack(Kind.RUNS, FLAG_GRANTED, 1, 0, grant.ticket) + RUN.pack(
+            message = HEADER.pack(Kind.RUNS, FLAG_GRANTED, 1, self._choose_place(), grant.ticket) + RUN.pack(
                 self._producer,
                 1,
                 slab.base,
@@ -75,6 +88,7 @@ class Submissions:
 
     def _submit_run(self, pending: Pending, rows: Rows, requests: int) -> None:
         slab = rows.slab
+        self.shared_place = 0
         self._send(
             HEADER.pack(SubmitKind.RUNS, 0, 1, 0, self.epoch)
             + SUBMIT_RUN.pack(
@@ -96,11 +110,12 @@ class Submissions:
         model, head = pending.model, pending.head
         pending.route = model.route
         if model.grants and (grant := model.idle_grant()) is not None:
-            message = HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, 0, grant.ticket) + PARCEL.pack(
+            message = HEADER.pack(Kind.PARCELS, FLAG_GRANTED, 1, self._choose_place(), grant.ticket) + PARCEL.pack(
                 self._producer, pending.rows, pending.token, pending.enqueue_ns, len(head)
             )
             if self._ring(grant, pending, message + head):
                 return
+        self.shared_place = 0
         correlation, number, flags = pending.sequence
         text = correlation.encode()
         self._send(
@@ -124,6 +139,16 @@ class Submissions:
             + head
             + text
         )
+
+    def _choose_place(self) -> int:
+        """Return which core the worker is to run on, plus one; 0: any.
+
+        A thread that has one core, and sleeps while it waits, runs by turns with the worker: on one core, waking each
+        other is a context switch. It is so pinned by its owner, or in a worker that shares a core with a frontend.
+        """
+        cores = os.sched_getaffinity(0) if self._shares_core and self.is_alone else ()
+        self.shared_place = next(iter(cores)) + 1 if len(cores) == 1 else 0
+        return self.shared_place
 
     def _ring(self, grant: Grant, pending: Pending, message: bytes) -> bool:
         """Hand a request to a worker directly; False if it does not take it."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: Requests without company before a core is shared.
 _STREAK = 256
 #: A request that took longer in the engine, ns, has more to lose to a busy core than to gain from a warm one.
-_SLOW_NS = 400_000
+_SLOW_NS = 1_000_000
 #: What a slow one takes from the streak: a few within a short time end the sharing.
 _SLOW_COST = 48
 #: Requests before sharing is tried again that has turned out slow; twice as many each time, up to a limit.
@@ -75,7 +75,8 @@ class CoreSharing:
     def ended(self, elapsed_ns: int) -> None:
         """Requests have been answered, the last of them after so long in the engine."""
         if elapsed_ns > _SLOW_NS:
-            self._streak = min(self._streak, _STREAK) - _SLOW_COST
+            if self._streak > 0:
+                self._streak = max(min(self._streak, _STREAK) - _SLOW_COST, 0)
             if self._core >= 0 and self._streak <= 0:
                 self._part()
                 self._streak = -self._penance

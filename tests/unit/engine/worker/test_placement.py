@@ -53,6 +53,14 @@ def test_core_that_is_not_the_instances_is_not_taken() -> None:
     in_thread(scenario)
 
 
+def test_who_does_not_sleep_while_it_waits_stays() -> None:
+    def scenario(_placement: Placement) -> None:
+        Placement(is_movable=False).join(HOST, CORE)
+        assert os.sched_getaffinity(0) == HOME
+
+    in_thread(scenario)
+
+
 def test_threads_that_the_model_started_meanwhile_go_free_too() -> None:
     def scenario(placement: Placement) -> None:
         placement.join(HOST, CORE)

@@ -6,9 +6,11 @@ import gc
 import os
 import socket
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
+from forebay.engine.worker.placement import Placement
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.wait_styles import Park
@@ -36,16 +38,18 @@ class Scene:
         self.completions.settimeout(0.0)
         producer = Producer(3, create_memory_file("arena", 4096), 4096, bell.detach(), is_trusted=False)
         producers.attach(producer)
+        self.placement = mock.create_autospec(Placement, instance=True)
         self.rings = Rings(
-            SPEC, producers, self.doorbell, lambda kind, data: self.ran.append((kind, bytes(data))), Park()
-        )
+            SPEC, producers, self.doorbell, lambda kind, data: self.ran.append((kind, bytes(data))), Park(),
+            self.placement,
+        )  # fmt: skip
         self.ring, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.rings.attach(producer, receiver.detach())
         self._producers = producers
 
-    def send_run(self, ticket: int = TICKET, **changes: int) -> None:
+    def send_run(self, ticket: int = TICKET, *, place: int = 0, **changes: int) -> None:
         fields = {"producer": 99, "requests": 1, "base": 64, "capacity": 8, "first": 0, "rows": 1, "attempt": 0}
-        self.ring.send(HEADER.pack(Kind.RUNS, 1, 1, 0, ticket) + RUN.pack(*(fields | changes).values(), 0))
+        self.ring.send(HEADER.pack(Kind.RUNS, 1, 1, place, ticket) + RUN.pack(*(fields | changes).values(), 0))
 
     def turn(self) -> bool:
         return self.rings.wait_doorbell(self.buffer, 0)
@@ -194,3 +198,24 @@ def test_descriptors_are_given_back() -> None:
     Scene().close()
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_worker_runs_on_the_core_that_the_client_shares_with_it(scene: Scene) -> None:
+    scene.rings.open(3, TICKET)
+    for place in (0, 2, 2, 0, 1):
+        scene.send_run(place=place)
+        scene.turn()
+    assert scene.placement.mock_calls == [mock.call.join(3, 1), mock.call.leave(3), mock.call.join(3, 0)]
+    assert len(scene.ran) == 5
+
+
+@pytest.mark.parametrize("end", ["closed", "detached"])
+def test_worker_is_free_when_the_ring_is(scene: Scene, end: str) -> None:
+    scene.rings.open(3, TICKET)
+    scene.send_run(place=2)
+    scene.turn()
+    if end == "closed":
+        scene.rings.close(3, TICKET, scene.buffer)
+    else:
+        scene.rings.detach(3)
+    assert scene.placement.mock_calls == [mock.call.join(3, 1), mock.call.leave(3)]

@@ -153,11 +153,13 @@ def test_requests_that_become_slow_end_it_for_a_long_time(play: Play) -> None:
     play(scenario)
 
 
-def test_slow_model_never_shares(play: Play) -> None:
+def test_slow_model_does_not_share_and_a_quick_one_after_it_does(play: Play) -> None:
     def scenario(scene: Scene) -> None:
         scene.ask(scene.first, 1000, SLOW_NS)
         assert scene.shared is None
         assert scene.first.places == []
+        scene.ask(scene.first, 300)
+        assert scene.shared is not None
 
     play(scenario)
 
