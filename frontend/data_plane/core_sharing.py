@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 #: Requests without company before a core is shared.
 _STREAK = 256
-#: A request that took longer in the engine, ns, has more to lose to a busy core than to gain from a warm one.
-_SLOW_NS = 1_000_000
+#: A request is slow that takes longer in the engine than twice the usual and this, ns.
+_GRACE_NS = 200_000
+#: Where the usual is longer, ns, a request has more to lose to a busy core than to gain from a warm one.
+_LONG_NS = 2_000_000
+#: The usual is a mean over about so many requests, as a power of two.
+_MEMORY = 6
 #: What a slow one takes from the streak: a few within a short time end the sharing.
 _SLOW_COST = 48
 #: Requests before sharing is tried again that has turned out slow; twice as many each time, up to a limit.
@@ -48,7 +52,9 @@ class CoreSharing:
         self._producer = producer
         #: The cores of this process; empty: nothing is ever shared.
         self._home: set[int] = set()
-        #: Quick requests that had no company, without interruption.
+        #: How long requests usually take while no core is shared, ns.
+        self._usual_ns = _GRACE_NS
+        #: Requests that were no slower and had no company, without interruption.
         self._streak = 0
         self._last: Grant | None = None
         #: The shared core; -1: none is.
@@ -74,13 +80,18 @@ class CoreSharing:
 
     def ended(self, elapsed_ns: int) -> None:
         """Requests have been answered, the last of them after so long in the engine."""
-        if elapsed_ns > _SLOW_NS:
+        usual_ns = self._usual_ns
+        if self._core < 0:
+            self._usual_ns += (min(elapsed_ns, 4 * usual_ns) - usual_ns) >> _MEMORY
+        if elapsed_ns > 2 * usual_ns + _GRACE_NS:
             if self._streak > 0:
                 self._streak = max(min(self._streak, _STREAK) - _SLOW_COST, 0)
             if self._core >= 0 and self._streak <= 0:
                 self._part()
                 self._streak = -self._penance
                 self._penance = min(2 * self._penance, _PENANCE_MAX)
+            return
+        if usual_ns > _LONG_NS:
             return
         self._streak += 1
         if self._streak % _FOLLOW == _STREAK and self._streak > 0 and self._home:

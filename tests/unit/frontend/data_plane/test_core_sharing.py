@@ -158,7 +158,17 @@ def test_slow_model_does_not_share_and_a_quick_one_after_it_does(play: Play) -> 
         scene.ask(scene.first, 1000, SLOW_NS)
         assert scene.shared is None
         assert scene.first.places == []
-        scene.ask(scene.first, 300)
+        scene.ask(scene.first, 500)
+        assert scene.shared is not None
+
+    play(scenario)
+
+
+def test_model_that_calls_others_shares_as_soon_as_its_time_is_known(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 600, 10 * QUICK_NS)
+        assert scene.shared is not None
+        scene.ask(scene.first, 100, 15 * QUICK_NS)
         assert scene.shared is not None
 
     play(scenario)
