@@ -356,7 +356,7 @@ class Inference:
         ) + tuple(OutputView(tensor.name, tensor.datatype, tensor.shape, tensor.data) for tensor in reply.inline)
         if trace is not None and trace.shows_tensors:
             trace_outputs(trace, outputs)
-        is_empty = not outputs and self.route.entry.decoupled
+        is_empty = reply.index < 0
         self._on_response(Response(outputs=outputs, parameters=reply.parameters, final=final, is_empty=is_empty))
 
     def lend(self, byte_size: int) -> int:

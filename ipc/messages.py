@@ -99,7 +99,7 @@ class ReplyHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     text: str = ""
     """Error text; empty: success."""
     index: int = 0
-    """Which response of this request, from 0."""
+    """Which response of this request, from 0; below 0: none, it only says that no further one follows."""
     needs_bytes: int = 0
     """Above 0: no answer yet, the outputs need a reply block of so many bytes (answer with COLLECT)."""
     spans: tuple[TraceSpan, ...] = ()

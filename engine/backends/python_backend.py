@@ -33,7 +33,7 @@ from forebay.engine.devices.base import Device
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.request_rows import RowRequest
 from forebay.ipc.client_wire import RUNTIME_DIRECTORY_VARIABLE
-from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, NotFound, ServingError
+from forebay.ipc.errors import BackendFailed, Code, Internal, InvalidArgument, NotFound, ServingError
 from forebay.ipc.log import log
 from forebay.ipc.worker_messages import InstanceSpec
 
@@ -126,6 +126,12 @@ def _takes_gpu_tensors(spec: InstanceSpec) -> bool:
 _CHECK_OUTPUTS = "FOREBAY_CHECK_OUTPUTS"
 
 
+class StreamFailed(BackendFailed):
+    """A decoupled model raised: it has another code than with other models in Triton 2.51."""
+
+    code = Code.UNKNOWN
+
+
 class PythonInstance(RowsInstance):
     """One ``TritonPythonModel``."""
 
@@ -197,9 +203,8 @@ class PythonInstance(RowsInstance):
         return failure
 
     def _failure(self, text: str) -> BackendFailed:
-        return BackendFailed(
-            f"Failed to process the request(s) for model '{self._spec.instance_name}', message: {text}"
-        )
+        kind = StreamFailed if self._spec.decoupled else BackendFailed
+        return kind(f"Failed to process the request(s) for model '{self._spec.instance_name}', message: {text}")
 
     def _answer(self, requests: list[InferenceRequest], result: Any) -> list[InferenceRequest]:
         """Send what ``execute`` returned; returns the requests that want to come again.

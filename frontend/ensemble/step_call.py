@@ -167,5 +167,4 @@ class ModelCall:
             outputs[place.name] = Tensor(place.datatype, place.shape, place.byte_size, place.offset, block)
         for inline in reply.inline:
             outputs[inline.name] = Tensor(inline.datatype, inline.shape, len(inline.data), data=inline.data)
-        has_response = bool(outputs) or not self._route.entry.decoupled
-        return StepReply(outputs, reply.parameters, final=final, has_response=has_response, times=times)
+        return StepReply(outputs, reply.parameters, final=final, has_response=reply.index >= 0, times=times)

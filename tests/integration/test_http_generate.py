@@ -27,6 +27,10 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             count = int(pb_utils.get_input_tensor_by_name(request, "N").as_numpy().ravel()[0])
             parameters = json.loads(request.parameters())
+            if parameters.get("raise"):
+                raise ValueError("raised")
+            if parameters.get("empty"):
+                sender.send(pb_utils.InferenceResponse([]))
             for index in range(abs(count)):
                 if request.is_cancelled():
                     with open(self.notes, "a") as file:
@@ -107,6 +111,24 @@ def test_stream_of_events(server: ForebayServer) -> None:
         assert (answer.status, answer.body) == (200, b"")
         answer = wire.send(generate("echo", {"INPUT0": 1}, stream=True)).answer()
         assert [event["OUTPUT0"] for event in events(answer.body)] == [1.0]
+
+
+def test_response_without_outputs_is_one(server: ForebayServer) -> None:
+    """As in Triton 2.51: only the end by itself is no event."""
+    about = {"model_name": "streamer", "model_version": "1"}
+    with WireClient(server.http_port) as wire:
+        answer = wire.send(generate("streamer", {"N": 0, "empty": True}, stream=True)).answer()
+        assert events(answer.body) == [about]
+        assert wire.send(generate("streamer", {"N": 0, "empty": True})).answer().json() == about
+
+
+def test_decoupled_model_that_raises(server: ForebayServer) -> None:
+    """P-008; the code is that of Triton 2.51 for decoupled models."""
+    for stream in (False, True):
+        with WireClient(server.http_port) as wire:
+            answer = wire.send(generate("streamer", {"N": 1, "raise": True}, stream=stream)).answer()
+            assert answer.status == 400
+            assert b"message: ValueError: raised" in answer.body
 
 
 def test_events_arrive_one_by_one(server: ForebayServer) -> None:
