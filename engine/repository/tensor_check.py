@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from forebay.engine.repository.config_problem import Problem, likely_meant
-from forebay.engine.repository.model_config_schema import FieldPath, enum_name
+from forebay.engine.repository.model_config_schema import FieldPath, enum_name, enum_type
 
 #: Backends that have a sentence of their own about missing inputs and outputs (spec B-082), or do without.
 _JUDGE_THEMSELVES = frozenset({"identity", "python"})
@@ -45,6 +45,8 @@ def _tensor(tensor: Any, direction: str, max_batch_size: int, path: FieldPath) -
     prefix = f"model {direction} '{tensor.name}' "
     if not tensor.data_type:
         yield Problem(f"{prefix}must specify 'data_type'", path)
+    elif tensor.data_type not in enum_type("DataType").values_by_number:
+        yield Problem(f"{prefix}has an unknown 'data_type', {tensor.data_type}", (*path, "data_type"))
     if not tensor.dims:
         yield Problem(f"{prefix}must specify 'dims'", path)
         return

@@ -310,6 +310,7 @@ LOAD = [
     ("C-030", output("data_type: TYPE_FP32 dims: 1"), "model output must specify 'name' for m"),
     ("C-031", tensor('name: "x" dims: 1'), "model input 'x' must specify 'data_type' for m"),
     ("C-031", output('name: "x" dims: 1'), "model output 'x' must specify 'data_type' for m"),
+    ("C-031", tensor('name: "x" data_type: 99 dims: 1'), "model input 'x' has an unknown 'data_type', 99 for m"),
     ("C-032", tensor(FP), "model input 'x' must specify 'dims' for m"),
     ("C-032", tensor(FP + "dims: 0"), f"model input 'x' {NOT_INTEGER}"),
     ("C-032", output(FP + "dims: [ 1, -2 ]"), f"model output 'x' {NOT_INTEGER}"),
