@@ -36,8 +36,10 @@ _LONG_NS = 2_000_000
 _MEMORY = 6
 #: What a slow one takes from the streak: a few within a short time end the sharing.
 _SLOW_COST = 48
-#: Requests before sharing is tried again that has turned out slow; twice as many each time, up to a limit.
+#: Requests before sharing is tried again that has turned out slow; twice as many each time, up to a limit, ...
 _PENANCE, _PENANCE_MAX = 4096, 1 << 20
+#: ... until so many have gone well.
+_PROBATION = 16384
 #: Requests between two looks at whether the client has moved.
 _FOLLOW = 1024
 
@@ -96,6 +98,8 @@ class CoreSharing:
         self._streak += 1
         if self._streak % _FOLLOW == _STREAK and self._streak > 0 and self._home:
             self._share()
+            if self._streak > _PROBATION:
+                self._penance = _PENANCE
 
     def crowded(self) -> None:
         """There is more than one request in flight."""
@@ -108,9 +112,10 @@ class CoreSharing:
         if core == self._core or not self._run_on({core}):
             return
         self._core = core
-        self._guests.clear()
         if self._last is not None:
-            self._invite(self._last)
+            self._guests[self._last.instance] = self._last
+        for grant in self._guests.values():
+            self._tell(grant, core + 1)
 
     def _client_core(self) -> int:
         """Return the core that handled the client's last packet; ours if it is none that we may use."""

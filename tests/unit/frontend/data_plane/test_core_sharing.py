@@ -129,8 +129,9 @@ def test_shared_core_is_the_clients_and_follows_it(play: Play) -> None:
                 for core in (max(scene.home), min(scene.home)):
                     exchange_on(core, connection, client)
                     scene.ask(scene.first, 1100)
+                    scene.ask(scene.second, 1)
                     assert scene.shared == core
-                    assert scene.first.places[-1] == core + 1
+                    assert scene.first.places[-1] == scene.second.places[-1] == core + 1
 
     play(scenario)
 
