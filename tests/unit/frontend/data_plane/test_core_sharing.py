@@ -126,10 +126,11 @@ def test_shared_core_is_the_clients_and_follows_it(play: Play) -> None:
             connection, _address = listener.accept()
             with connection:
                 scene.cores.client_fd = connection.fileno()
+                scene.ask(scene.first, 300)
+                scene.ask(scene.second, 1)
                 for core in (max(scene.home), min(scene.home)):
                     exchange_on(core, connection, client)
                     scene.ask(scene.first, 1100)
-                    scene.ask(scene.second, 1)
                     assert scene.shared == core
                     assert scene.first.places[-1] == scene.second.places[-1] == core + 1
 
