@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -326,10 +327,12 @@ def test_models_that_cannot_be_loaded_say_why(overrides: dict[str, Any], text: s
     assert caught.value.text == text
 
 
-def test_environment_s_packages_come_first(tmp_path: Path) -> None:
-    """P-130: a folder, as `pip install --target` makes it."""
-    (tmp_path / "env").mkdir()
-    (tmp_path / "env" / "helper.py").write_text("FACTOR = 5\n")
+@pytest.mark.parametrize("below", [".", f"lib/python3.{sys.version_info.minor}/site-packages"], ids=["folder", "venv"])
+def test_environment_s_packages_come_first(tmp_path: Path, below: str) -> None:
+    """P-130: a folder, as `pip install --target` makes it, and a virtual environment."""
+    packages = tmp_path / "env" / below
+    packages.mkdir(parents=True)
+    (packages / "helper.py").write_text("FACTOR = 5\n")
     parameters = {"EXECUTION_ENV_PATH": str(tmp_path / "env")}
     with WorkerHarness(spec_of("probe", PROBE, parameters=parameters)) as worker:
         assert ask(worker, "arguments")["factor"] == 5
