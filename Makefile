@@ -111,7 +111,8 @@ endif
 # mypy and pyright cannot see through an editable finder: give them one link that spells the name.
 build/typing/forebay/client: $(wildcard frontend/*)
 	rm -rf build/typing/forebay && mkdir -p build/typing/forebay/frontend
-	cd build/typing/forebay && ln -s ../../../engine ../../../ipc ../../../conf . && ln -s ../../../frontend/client client
+	cd build/typing/forebay && ln -s ../../../engine ../../../ipc ../../../conf ../../../engine/package/__init__.py .
+	cd build/typing/forebay && ln -s ../../../frontend/client client
 	@# The client is a package of its own: under frontend as well it would be checked as two.
 	cd build/typing/forebay/frontend && ln -s $(addprefix ../../../../,$(filter-out frontend/client,$(wildcard frontend/*))) .
 

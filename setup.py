@@ -5,6 +5,10 @@ from setuptools import Extension, find_namespace_packages, find_packages, setup
 NAME = "forebay"
 #: Package to folder. The client is a frontend by its place in the code, and a package of its own to its users.
 TREES = {"engine": "engine", "frontend": "frontend", "client": "frontend/client", "ipc": "ipc", "conf": "conf"}
+#: What stands in forebay itself.
+PACKAGE = "engine/package"
+#: Folders inside the trees that are packages elsewhere.
+APART = ["client*", "package"]
 
 #: What a package ships besides its modules: type markers, settings, protocol descriptors, the dashboard's pages.
 DATA = ["py.typed"] + [
@@ -32,13 +36,14 @@ def data_packages(tree: str) -> list[str]:
 
 
 setup(
-    # forebay is a namespace: engine/x.py is forebay.engine.x in a checkout and in a
-    # wheel alike, and no module called plain "engine" or "ipc" is ever installed.
-    package_dir={f"{NAME}.{tree}": folder for tree, folder in TREES.items()},
-    packages=[
+    # engine/x.py is forebay.engine.x in a checkout and in a wheel alike, and no module called plain "engine" or
+    # "ipc" is ever installed.
+    package_dir={NAME: PACKAGE} | {f"{NAME}.{tree}": folder for tree, folder in TREES.items()},
+    packages=[NAME]
+    + [
         name
         for tree, folder in TREES.items()
-        for name in (f"{NAME}.{tree}", *(f"{NAME}.{tree}.{sub}" for sub in find_packages(folder, exclude=["client*"])))
+        for name in (f"{NAME}.{tree}", *(f"{NAME}.{tree}.{sub}" for sub in find_packages(folder, exclude=APART)))
     ]
     + [package for tree in DATA_FOLDERS for package in data_packages(tree)],
     # The example model repository travels inside the wheel: `forebay demo` needs no checkout.

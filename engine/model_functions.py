@@ -1,9 +1,8 @@
 """Plain Python functions as models: declare one with :func:`model`, serve it with ``forebay serve module:function``.
 
-    import numpy as np
-    from forebay.engine.model_functions import model
+    import forebay
 
-    @model(inputs={"features": "FP32[50]"}, outputs={"score": "FP32[1]"}, max_batch_size=64)
+    @forebay.model(inputs={"features": "FP32[50]"}, outputs={"score": "FP32[1]"}, max_batch_size=64)
     def score(features):
         return features.mean(axis=1, keepdims=True)
 
@@ -12,8 +11,7 @@ Inputs arrive by keyword as numpy arrays, ``[rows, *dims]`` where the model batc
 instead: each instance of the model makes one object and calls that, so that weights are read once, in ``__init__``.
 The decorated object stays what it is and can be called and tested like any other.
 
-``forebay`` is a namespace without a folder of its own (``engine/x.py`` is ``forebay.engine.x``), so that there is no
-``forebay.model``: import the decorator from here. This module needs numpy and the standard library only.
+This module needs numpy and the standard library only.
 """
 
 from __future__ import annotations

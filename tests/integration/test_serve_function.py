@@ -9,9 +9,9 @@ from pathlib import Path
 from forebay_server import ForebayServer
 
 SOURCE = """
-from forebay.engine.model_functions import model
+import forebay
 
-@model(inputs={"x": "FP32[3]"}, outputs={"total": "FP32[1]"}, max_batch_size=8, instances=2)
+@forebay.model(inputs={"x": "FP32[3]"}, outputs={"total": "FP32[1]"}, max_batch_size=8, instances=2)
 def total(x):
     return x.sum(axis=1, keepdims=True)
 """
