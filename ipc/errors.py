@@ -64,7 +64,8 @@ class ServingError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.text = text
+        #: May cross a process: half a surrogate pair, as in a file name that is no UTF-8, is written as its number.
+        self.text = text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
     def __str__(self) -> str:
         return self.text

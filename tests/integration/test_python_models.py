@@ -90,6 +90,17 @@ class TritonPythonModel:
                 print("heard of the client's end", flush=True)
         return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", given)]) for _request in requests]
 """
+#: What Python makes of bytes that are no UTF-8, a file name for example, is in all that it says.
+MISSPELT = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        given = pb_utils.get_input_tensor_by_name(requests[0], "IN").as_numpy()
+        if given[0] == 0:
+            raise ValueError("raised \\udc80")
+        return [pb_utils.InferenceResponse(error=pb_utils.TritonError("answered \\udc80"))]
+"""
 #: Its configuration lacks one thing; the rest is to stay.
 COMPLETING = """
 import triton_python_backend_utils as pb_utils
@@ -133,6 +144,7 @@ def server_of_python_models(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ("hanging", HANGING_CONFIG, HANGING),
         ("waiting", WAITING_CONFIG, WAITING),
         ("minded", WAITING_CONFIG, MINDED),
+        ("misspelt", WAITING_CONFIG.replace("[ 1 ]", "[ -1 ]"), MISSPELT),
         ("completing", WAITING_CONFIG, COMPLETING),
     ):
         (root / name / "1").mkdir(parents=True)
@@ -226,6 +238,15 @@ def test_an_error_of_one_request_is_its_own(client: Any) -> None:
     with pytest.raises(InferenceServerException, match="but its configuration promises FP32"):
         ask(client, "rows", rows(-3))
     assert ask(client, "rows", rows(1)).as_numpy("OUT")[0, 0] == 2
+
+
+@pytest.mark.parametrize(("case", "text"), [(0, "raised"), (1, "answered")])
+def test_a_text_that_cannot_be_encoded_ends_no_worker(client: Any, server: ForebayServer, case: int, text: str) -> None:
+    """Spec P-008, P-009: the request fails, and in a text its place is taken by its number."""
+    pid = server.pid_of("worker misspelt")
+    with pytest.raises(InferenceServerException, match=rf"{text}.*\\udc80"):
+        ask(client, "misspelt", np.array([case], np.int32))
+    assert server.pid_of("worker misspelt") == pid
 
 
 def test_response_parameters_reach_the_client(client: Any) -> None:

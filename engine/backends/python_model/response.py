@@ -24,7 +24,8 @@ def check_parameters(parameters: Mapping[str, ParameterValue] | None) -> dict[st
     """Return a copy of request or response parameters.
 
     Raises:
-        TritonModelException: it is no mapping, a key is not a string or a value not bool, int or str (spec P-041).
+        TritonModelException: it is no mapping, a key is not a string or a value not bool, int or str (spec P-041), or
+            one of them cannot be sent: a number of more than 64 bits, a text that UTF-8 does not have.
     """
     if parameters is None:
         return {}
@@ -36,8 +37,18 @@ def check_parameters(parameters: Mapping[str, ParameterValue] | None) -> dict[st
             raise TritonModelException(f"Expect parameters keys to have type str, found type {type(key)}")
         if not isinstance(value, bool | int | str):
             raise TritonModelException(f"Expect parameters values to have type bool/int/str, found type {type(value)}")
+        _check_sendable(key, value)
         checked[key] = value
     return checked
+
+
+def _check_sendable(key: str, value: ParameterValue) -> None:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise TritonModelException(f"parameter '{key}' does not fit into 64 bits: {value}")
+    try:
+        f"{key}{value}".encode()
+    except UnicodeEncodeError as error:
+        raise TritonModelException(f"a parameter cannot be sent: {error}") from None
 
 
 class InferenceResponse:

@@ -153,6 +153,13 @@ def test_parameters_are_checked() -> None:
         pb_utils.InferenceResponse(parameters=bad)
 
 
+@pytest.mark.parametrize("parameters", [{"a": 2**63}, {"a": -(2**63) - 1}, {"a": "\udc80"}, {"\udc80": 1}])
+def test_parameters_that_cannot_be_sent_are_refused(parameters: dict[str, int | str]) -> None:
+    """A worker that tried would end."""
+    with pytest.raises(pb_utils.TritonModelException, match=r"64 bits|cannot be sent"):
+        pb_utils.InferenceResponse(parameters=parameters)
+
+
 def test_output_of_a_failed_response_raises() -> None:
     """P-111."""
     good = pb_utils.InferenceResponse([pb_utils.Tensor("a", np.zeros(1))])
