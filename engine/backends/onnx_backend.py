@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,7 +138,8 @@ def open_plain_session(
             path, options, providers=[(provider.name, provider.options) for provider in chosen], enable_fallback=False
         )
     except Exception as error:  # ONNX Runtime raises its own classes, all directly under Exception
-        raise InvalidArgument(f"failed to load ONNX model '{spec.model}' version {spec.version}: {error}") from None
+        text = without_source_places(str(error))
+        raise InvalidArgument(f"failed to load ONNX model '{spec.model}' version {spec.version}: {text}") from None
     wanted = {provider.name for provider in chosen}
     if missing := wanted - set(session.get_providers()):
         raise Internal(
@@ -332,6 +334,15 @@ def decode_strings(name: str, array: Array) -> Array:
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"input '{name}' has an element that is not UTF-8: {error.reason}") from None
     return decoded
+
+
+#: What ONNX Runtime's checks put before their texts: the file and line of their C++ code, and the function's signature.
+_SOURCE_PLACE = re.compile(r"/\S+\.(?:cc|cpp|cu|h|cuh):\d+ [^()]*(?:\((?:[^()]|\([^()]*\))*\)[^() ]*)+(?: const)? ")
+
+
+def without_source_places(text: str) -> str:
+    """Return a text of ONNX Runtime without the places in its own code, which say nothing about the model."""
+    return _SOURCE_PLACE.sub("", text).strip()
 
 
 def runtime_error(error: Exception) -> BackendFailed:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from reloading_worker import ReloadingWorker
 from worker_harness import WorkerHarness, spec_from_config
 
+from forebay.engine.backends.onnx_backend import without_source_places
 from forebay.ipc.errors import ServingError
 from forebay.ipc.worker_messages import InstanceSpec
 
@@ -130,11 +131,43 @@ def test_broken_file_says_which_model(worker: ReloadingWorker, repository: Repos
     assert "model.onnx" in text or "ModelProto" in text or "graph" in text
 
 
-def test_file_of_a_later_opset_says_so(worker: ReloadingWorker, repository: Repository) -> None:
+def later_file_error(worker: ReloadingWorker, repository: Repository, opset: int, ir_version: int) -> str:
+    """Return what is said of a file made for a later ONNX Runtime, without what every load error begins with."""
     graph = helper.make_graph([node("Identity", ["x"], ["y"])], "g", [value("x", (1,))], [value("y", (1,))])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 900)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
     repository.write_bytes(model.SerializeToString())
-    assert "opset" in load_error(worker, repository.spec(PLAIN))
+    text = load_error(worker, repository.spec(PLAIN))
+    _model, _, reason = text.partition("model.onnx failed:")
+    return reason
+
+
+def test_file_of_a_later_opset_says_so_without_places_in_onnx_runtime_s_code(
+    worker: ReloadingWorker, repository: Repository
+) -> None:
+    reason = later_file_error(worker, repository, opset=900, ir_version=9)
+    assert reason.startswith("ONNX Runtime only *guarantees* support for models stamped with official released onnx")
+    assert "Opset 900 is under development" in reason
+
+
+def test_file_of_a_later_format_says_so_without_places_in_onnx_runtime_s_code(
+    worker: ReloadingWorker, repository: Repository
+) -> None:
+    reason = later_file_error(worker, repository, opset=17, ir_version=900)
+    assert reason.startswith("Unsupported model IR version: 900, max supported IR version: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/o/core/a.cc:1 int f() x was false. no (really) so", "x was false. no (really) so"),
+        ("a failed:/o/a.h:46 void n::V(const M<S<char>, int>&, int) const text (1)", "a failed:text (1)"),
+        ("/o/a.cc:7 void n::C::f(int)::<lambda(const T&)> text", "text"),
+        ("/o/a.cc:7 void n::{anonymous}::f(void (*)(int), int) text", "text"),
+        ("nothing of /models/m/1/model.onnx is cut", "nothing of /models/m/1/model.onnx is cut"),
+    ],
+)
+def test_places_in_onnx_runtime_s_code_are_cut(text: str, shown: str) -> None:
+    assert without_source_places(text) == shown
 
 
 # --- the configuration against the model
