@@ -21,7 +21,7 @@ SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "i64": 8}
     [
         (client_wire.DOOR_HEADER, "kind", "request"),
         (client_wire.WELCOME, "`version", "outstanding_max"),
-        (client_wire.MODEL, "`route", "zero"),
+        (client_wire.MODEL, "`route", "device"),
         (client_wire.TENSOR, "`datatype", "zero"),
         (client_wire.SUBMIT_RUN, "`route u32 + requests", "enqueue_ns"),
         (client_wire.SUBMIT_PARCEL, "`route u32 + rows", "zero"),

@@ -14,7 +14,7 @@ from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_files import read_labels, read_model_file, resolve_model_file
 from forebay.engine.repository.repository import ModelRepository
-from forebay.ipc.errors import InvalidArgument, NotFound
+from forebay.ipc.errors import Internal, InvalidArgument, NotFound
 
 MakeRepository = Callable[[dict[str, str | bytes | None]], pathlib.Path]
 
@@ -420,7 +420,7 @@ def test_labels_are_lines(make_repository: MakeRepository) -> None:
     root = make_repository({"m/labels.txt": "cat\r\ndog\n\nzebra\n", "m/last.txt": "a\nb"})
     assert read_labels(str(root / "m"), str(root), "labels.txt") == ("cat", "dog", "", "zebra")
     assert read_labels(str(root / "m"), str(root), "last.txt") == ("a", "b")
-    with pytest.raises(NotFound):
+    with pytest.raises(Internal, match=r"failed to open text file for read .*none\.txt: No such file or directory"):
         read_labels(str(root / "m"), str(root), "none.txt")
     with pytest.raises(Refused):
         read_labels(str(root / "m"), str(root), "../m/labels.txt")
