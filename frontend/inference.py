@@ -6,8 +6,6 @@ response. HTTP's fast path (``http/fast_path.py``) short-cuts this for requests 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -17,10 +15,10 @@ from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.device_places import NO_TARGETS, DevicePlace, HeadMemories, Targets
 from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import align
-from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.errors import QUEUE_FULL_TEXT, ArenaFull, NotReady, ServingError, from_wire
 from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.request_options import RequestOptions
+from forebay.ipc.shape_key import shape_key
 from forebay.ipc.spans import BACKEND_INPUT, BACKEND_OUTPUT, QUEUE_INPUT, QUEUE_START, Trace
 from forebay.ipc.tensor import byte_size
 from forebay.ipc.validation import id_prefix
@@ -110,7 +108,7 @@ def make_parcel(
         memories: on devices, that places and targets lie in.
         targets: of outputs that go there.
     """
-    engine = route.engine
+    engine, entry = route.engine, route.entry
     head = meta.parcel_head(meta.id, places, reply, memories, targets)
     return ParcelSubmit(
         route=route.route,
@@ -118,7 +116,7 @@ def make_parcel(
         rows=rows,
         enqueue_ns=engine.turn_ns(),
         head=engine.encode_head(head),
-        shape_key=_shape_key(route.entry, places),
+        shape_key=shape_key(entry.inputs, entry.max_batch_size, places, engine.view, token),
         priority=meta.priority,
         timeout_us=meta.timeout_us,
         deadline_ns=meta.deadline_ns,
@@ -126,21 +124,6 @@ def make_parcel(
         sequence_start=meta.sequence_start,
         sequence_end=meta.sequence_end,
     )
-
-
-def _shape_key(entry: ModelEntry, places: Sequence[TensorPlace]) -> int:
-    """Return a number that is equal, in every frontend, for requests that may share a batch (spec S-011)."""
-    if all(spec.is_fixed for spec in entry.inputs):
-        return 0
-    skip = 1 if entry.max_batch_size > 0 else 0
-    ragged = {spec.name for spec in entry.inputs if spec.allow_ragged_batch} if skip else ()
-    return _digest(tuple((place.name, () if place.name in ragged else place.shape[skip:]) for place in places))
-
-
-@functools.lru_cache(maxsize=1024)
-def _digest(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
-    """Return a hash that does not depend on the order of the names, nor on the process."""
-    return int.from_bytes(hashlib.blake2b(repr(sorted(shapes)).encode(), digest_size=7).digest(), "little")
 
 
 def trace_inputs(trace: Trace, inputs: Sequence[InputTensor], places: Sequence[memoryview]) -> None:

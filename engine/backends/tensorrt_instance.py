@@ -95,11 +95,8 @@ class TensorRtInstance(DeviceInstance):
         self._on_host = {
             name for name in (*self._inputs, *self._outputs) if self._engine.get_tensor_location(name) == host
         }
-        self._unbatched = {
-            tensor.name
-            for tensor in (*spec.inputs, *spec.outputs)
-            if tensor.is_shape_tensor and spec.max_batch_size > 0
-        }
+        self._max_batch_size = spec.max_batch_size
+        self._shape_tensors = {tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.is_shape_tensor}
         self._dtypes = {
             name: DATATYPES[datatype_of_tensor(self._engine, name)].numpy_dtype
             for name in (*self._inputs, *self._outputs)
@@ -144,22 +141,26 @@ class TensorRtInstance(DeviceInstance):
         on_host = {name: self._host_input(name, batch) for name in self._inputs if name in self._on_host}
         names = [name for name in self._inputs if name not in self._on_host]
         placed = self._staging.gather(
-            [{name: tensors[name] for name in names if name not in self._unbatched} for tensors in batch]
+            [{name: tensors[name] for name in names if name not in self._shape_tensors} for tensors in batch]
         )
         # A shape tensor is the same for the whole batch (spec D-018).
-        placed |= self._staging.gather(
-            [{name: _first_row(batch[0][name]) for name in names if name in self._unbatched}]
-        )
+        placed |= self._staging.gather([{name: batch[0][name] for name in names if name in self._shape_tensors}])
         profile, shapes = self._choose(placed, on_host)
         host_outputs = self._place_outputs(profile.context)
         self._execute(profile, (*shapes.items(),))
+        if host_outputs:
+            self.stream.synchronize()
         results: dict[str, DeviceArray] = {}
         for name in outputs:
-            if name in host_outputs:
-                results |= self._staging.gather([{name: host_outputs[name]}])
-            else:
+            if name not in host_outputs:
                 shape, address = self._output_place(profile.context, name)
                 results[name] = DeviceArray(address, shape, self._dtypes[name])
+            if name in self._shape_tensors and self._max_batch_size > 0:
+                whole = host_outputs.get(name)
+                values = self.fetch({name: results[name]})[name] if whole is None else whole
+                host_outputs[name] = self._row_for_each_item(name, values)
+            if name in host_outputs:
+                results |= self._staging.gather([{name: host_outputs[name]}])
         if host_outputs or on_host:
             # What TensorRT reads and writes in host memory must live until it has.
             self.stream.synchronize()
@@ -168,11 +169,20 @@ class TensorRtInstance(DeviceInstance):
     def _host_input(self, name: str, batch: Sequence[Mapping[str, PlacedTensor]]) -> Array:
         """Return an input that TensorRT reads on the host: a shape, the same for the whole batch."""
         tensor = batch[0][name]
-        if name in self._unbatched:
-            tensor = _first_row(tensor)
         if isinstance(tensor, DeviceArray):
             return self.fetch({name: tensor})[name]
         return tensor
+
+    def _row_for_each_item(self, name: str, values: Array) -> Array:
+        """Return an output shape tensor as Triton does: ``[rows, n]``, the same for all items of the batch.
+
+        Args:
+            values: ``[1 + n]``, the batch size and the values (spec D-018).
+        """
+        rows = int(values[0]) if values.size else 0
+        if not 1 <= rows <= self._max_batch_size:
+            raise BackendFailed(f"failed to retrieve the output shape values from binding '{self._model}'")
+        return np.tile(values[1:], (rows, 1))
 
     def _choose(
         self, placed: Mapping[str, DeviceArray], on_host: Mapping[str, Array]
@@ -305,9 +315,3 @@ class TensorRtInstance(DeviceInstance):
             self._scratch.close()
         self._arenas.close()
         self.stream.close()
-
-
-def _first_row(tensor: PlacedTensor) -> PlacedTensor:
-    if isinstance(tensor, DeviceArray):
-        return DeviceArray(tensor.address, tensor.shape[1:], tensor.dtype)
-    return np.ascontiguousarray(tensor[0])

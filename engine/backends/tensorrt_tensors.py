@@ -68,6 +68,9 @@ def check_config(spec: InstanceSpec, trt: Any, engine: Any) -> None:
             shape = tuple(engine.get_tensor_shape(tensor.name))
             is_batched = spec.max_batch_size > 0 and not tensor.is_shape_tensor
             dims = (-1, *tensor.backend_dims) if is_batched else tensor.backend_dims
+            if spec.max_batch_size > 0 and tensor.is_shape_tensor:
+                # The batch size is the first of the values (spec D-018).
+                dims = tuple(-1 if size < 0 else size + 1 for size in tensor.dims)
             if len(shape) != len(dims) or any(
                 have not in (-1, want) and not (index == 0 and is_batched)
                 for index, (have, want) in enumerate(zip(shape, dims, strict=True))

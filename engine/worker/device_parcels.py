@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from forebay.engine.backends.base import Array
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.devices.device_array import DeviceArray
-from forebay.engine.devices.poisoning import DeviceBatch
+from forebay.engine.devices.poisoning import DeviceBatch, DeviceGuard
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.promised_outputs import PromisedOutputs
+from forebay.engine.worker.shape_tensors import ShapeTensors
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import TensorPlace
 from forebay.ipc.worker_messages import InstanceSpec
@@ -35,6 +36,7 @@ class DeviceParcels:
         self._is_batching = spec.max_batch_size > 0
         self._stream = instance.stream
         self._promised = promised
+        self._shape_tensors = ShapeTensors(spec)
 
     def run(self, requests: Sequence[ParcelRequest], stamps: list[int]) -> None:
         """Run one batch and answer its requests.
@@ -49,7 +51,8 @@ class DeviceParcels:
                 batch.append((request, self._inputs(request)))
             except ServingError as error:
                 request.fail(error)
-        fit = self._is_batching and can_be_joined([tensors for _request, tensors in batch])
+        separate = [tensors for _request, tensors in batch]
+        fit = self._is_batching and can_be_joined(separate) and self._shape_tensors.agree(separate)
         for group in [batch] if fit else [[single] for single in batch]:
             try:
                 self._run_group(group, stamps)
@@ -58,19 +61,30 @@ class DeviceParcels:
                     request.fail(error)
 
     def _inputs(self, request: ParcelRequest) -> dict[str, PlacedTensor]:
-        return {
+        inputs: dict[str, PlacedTensor] = {
             place.name: request.input_on_device(place) if place.memory else request.input_array(place)
             for place in request.head.inputs
         }
+        on_device = {
+            name: tensor
+            for name, tensor in inputs.items()
+            if name in self._shape_tensors.names and isinstance(tensor, DeviceArray)
+        }
+        if on_device:
+            # Shapes are read on the host.
+            with DeviceGuard():
+                inputs.update(self._instance.fetch(on_device))
+        return inputs
 
     def _run_group(self, group: Sequence[_Placed], stamps: list[int]) -> None:
         requests = [request for request, _tensors in group]
         wanted = self._promised.wanted(requests)
         answers: list[tuple[ParcelRequest, dict[str, tuple[str, Array]]]] = []
+        total = sum(request.rows for request in requests)
+        inputs = [{**tensors, **self._shape_tensors.with_batch_size(tensors, total)} for _request, tensors in group]
         stamps[1] = time.monotonic_ns()
         with DeviceBatch(self._instance.device, self._stream):
-            results = self._instance.compute([tensors for _request, tensors in group], wanted)
-            total = sum(request.rows for request in requests)
+            results = self._instance.compute(inputs, wanted)
             shapes = {name: self._promised.client_shape(name, results.get(name), total) for name in wanted}
             first = 0
             for request in requests:

@@ -56,7 +56,7 @@ def _check_place(
             f"inference input '{spec.name}' data-type is '{place.datatype[:16]}', but model '{model}' expects "
             f"'{spec.datatype}'"
         )
-    expected = (rows, *spec.dims) if max_batch_size > 0 else spec.dims
+    expected = (rows, *spec.dims) if max_batch_size > 0 and not spec.is_shape_tensor else spec.dims
     if len(place.shape) != len(expected) or not all(
         have >= 0 and want in (-1, have) for want, have in zip(expected, place.shape, strict=False)
     ):

@@ -102,7 +102,7 @@ def row_shape(spec: TensorSpec, rows: int, max_batch_size: int) -> tuple[int, ..
 
 def backend_shape(spec: TensorSpec, shape: tuple[int, ...], max_batch_size: int) -> tuple[int, ...]:
     """Translate a request's full shape into what the backend sees (``reshape``, spec D-014, D-015)."""
-    if spec.reshape is None:
+    if spec.reshape is None or spec.is_shape_tensor:
         return shape
     batch = shape[:1] if max_batch_size > 0 else ()
     dims = shape[1:] if max_batch_size > 0 else shape

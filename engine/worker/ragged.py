@@ -18,6 +18,7 @@ import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays
 from forebay.engine.repository.model_spec import BatchInputSpec, BatchOutputSpec
+from forebay.engine.worker.shape_tensors import ShapeTensors
 from forebay.ipc.errors import BackendFailed, InvalidArgument
 from forebay.ipc.tensor import DATATYPES, TensorSpec, element_count
 from forebay.ipc.worker_messages import InstanceSpec
@@ -53,6 +54,7 @@ class RaggedPolicy:
         self._ragged = frozenset(
             tensor.name for tensor in spec.inputs if tensor.allow_ragged_batch and self._is_batching
         )
+        self._shape_tensors = ShapeTensors(spec)
         self._batch_inputs = msgspec.convert(spec.extra.get("batch_inputs", ()), tuple[BatchInputSpec, ...])
         batch_outputs = msgspec.convert(spec.extra.get("batch_outputs", ()), tuple[BatchOutputSpec, ...])
         outputs = {tensor.name: tensor for tensor in spec.outputs}
@@ -86,7 +88,7 @@ class RaggedPolicy:
             frozenset((name, () if name in self._ragged else array.shape[1:]) for name, array in request.arrays.items())
             for request in requests
         }
-        return len(signatures) == 1
+        return len(signatures) == 1 and self._shape_tensors.agree([request.arrays for request in requests])
 
     def join(self, requests: Sequence[RaggedRequest]) -> Arrays:
         """Return the inputs of the execution; several requests must be such that :meth:`can_join`.
@@ -94,8 +96,11 @@ class RaggedPolicy:
         Raises:
             InvalidArgument: a request lacks the input that a batch input is made from.
         """
-        joined: Arrays = {}
-        for name in requests[0].arrays:
+        first = requests[0].arrays
+        joined = self._shape_tensors.with_batch_size(first, sum(request.rows for request in requests))
+        for name in first:
+            if name in joined:
+                continue
             parts = [request.arrays[name] for request in requests]
             if name in self._ragged:
                 parts = [part.reshape(-1) for part in parts]

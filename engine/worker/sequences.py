@@ -24,6 +24,7 @@ from forebay.engine.worker.model_data import TENSOR_BYTES_MAX, read_model_data
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.pending_response import RawTensor
+from forebay.engine.worker.shape_tensors import ShapeTensors
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
 from forebay.ipc.messages import ParameterValue
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, decode_bytes, element_count
@@ -112,6 +113,7 @@ class SequencesRunner:
         self._instance = instance
         self._parcels = parcels
         self._is_batching = spec.max_batch_size > 0
+        self._shape_tensors = ShapeTensors(spec)
         self._fills_gaps = isinstance(policy.strategy, DirectStrategy) and self._is_batching
         self._initial = {state.input_name: initial_state(state, spec.model_path) for state in policy.states}
         #: By slot: state input name to value, ``dims``.
@@ -217,11 +219,12 @@ class SequencesRunner:
         return arrays
 
     def _groups(self, rows: list[tuple[Slot, ParcelRequest, Arrays]]) -> list[list[tuple[Slot, ParcelRequest, Arrays]]]:
-        """Divide the batch where states or optional inputs have different shapes; usually one group."""
+        """Divide the batch where states, optional inputs or shape tensors differ; usually one group."""
         groups: dict[object, list[tuple[Slot, ParcelRequest, Arrays]]] = {}
         for entry in rows:
             shapes = tuple(sorted((name, array.shape) for name, array in entry[2].items()))
-            groups.setdefault(shapes if self._is_batching else entry[0].slot, []).append(entry)
+            key = (shapes, self._shape_tensors.values(entry[2])) if self._is_batching else entry[0].slot
+            groups.setdefault(key, []).append(entry)
         return list(groups.values())
 
     def _run_group(
@@ -261,9 +264,7 @@ class SequencesRunner:
             row_of = {slot: slot for slot in by_slot}
             filler = {**group[0][2], **{name: array for name, (_, array) in self._control_inputs(_NOT_READY).items()}}
             rows = [by_slot.get(slot, filler) for slot in range(max(by_slot) + 1)]
-        if len(rows) == 1:
-            return rows[0], row_of
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}, row_of
+        return self._shape_tensors.joined(rows, len(rows)), row_of
 
     def _keep_states(
         self, group: list[tuple[Slot, ParcelRequest, Arrays]], row_of: Mapping[int, int], results: Mapping[str, Array]

@@ -6,8 +6,6 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from forebay.engine.backends.base import Array, Arrays, TensorInstance
 from forebay.engine.backends.device_instance import DeviceInstance
 from forebay.engine.worker.device_parcels import DeviceParcels, can_be_joined, uses_device
@@ -17,6 +15,7 @@ from forebay.engine.worker.places import Producers, backend_shape
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.engine.worker.ragged import RaggedPolicy, RaggedRequest
 from forebay.engine.worker.reply_batch import ReplyBatch
+from forebay.engine.worker.shape_tensors import ShapeTensors
 from forebay.ipc.arena import align
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParcelHead, TensorPlace
@@ -50,6 +49,7 @@ class TensorParcels:
         self._max_batch_size = spec.max_batch_size
         self._instance_number = spec.instance
         self._ragged = RaggedPolicy(spec)
+        self._shape_tensors = ShapeTensors(spec)
         self._on_device = DeviceParcels(spec, instance, promised) if isinstance(instance, DeviceInstance) else None
         self._bound: dict[tuple[object, ...], Callable[[], None]] = {}
 
@@ -80,7 +80,12 @@ class TensorParcels:
             self._run_ragged(separate, stamps)
             return
         arrays_of_all = [arrays for _request, arrays in separate]
-        if self._max_batch_size > 0 and self.is_worth_joining(arrays_of_all) and can_be_joined(arrays_of_all):
+        if (
+            self._max_batch_size > 0
+            and self.is_worth_joining(arrays_of_all)
+            and can_be_joined(arrays_of_all)
+            and self._shape_tensors.agree(arrays_of_all)
+        ):
             self._run_joined(separate, stamps)
             return
         for request, _arrays in separate:
@@ -117,7 +122,7 @@ class TensorParcels:
             request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
             request.reply_in_place(places)
             return
-        inputs = request.input_arrays()
+        inputs = self._shape_tensors.joined([request.input_arrays()], request.rows)
         stamps[1] = time.monotonic_ns()
         results = self._instance.run(inputs, wanted)
         stamps[2] = time.monotonic_ns()
@@ -126,8 +131,8 @@ class TensorParcels:
 
     def _fixed_places(self, head: ParcelHead, wanted: tuple[str, ...], rows: int) -> tuple[TensorPlace, ...] | None:
         """Return where the outputs go in the lent block if their shapes are known beforehand and fit, else None."""
-        if any(place.datatype == "BYTES" for place in head.inputs):
-            return None
+        if self._shape_tensors.names or any(place.datatype == "BYTES" for place in head.inputs):
+            return None  # What the model reads is not where the client wrote it.
         offset, end = head.reply_offset, head.reply_offset + head.reply_bytes
         places: list[TensorPlace] = []
         for name in wanted:
@@ -155,15 +160,13 @@ class TensorParcels:
 
     def _run_joined(self, separate: list[tuple[ParcelRequest, Arrays]], stamps: list[int]) -> None:
         requests = [request for request, _arrays in separate]
-        joined: Arrays = {
-            name: np.concatenate([arrays[name] for _request, arrays in separate]) for name in separate[0][1]
-        }
+        total = sum(request.rows for request in requests)
+        joined = self._shape_tensors.joined([arrays for _request, arrays in separate], total)
         count_gathered(self._counters, requests)
         wanted = self._promised.wanted(requests)
         stamps[1] = time.monotonic_ns()
         results = self._instance.run(joined, wanted)
         stamps[2] = time.monotonic_ns()
-        total = sum(request.rows for request in requests)
         checked = {name: self._promised.checked(name, results, total) for name in wanted}
         ends = list(itertools.accumulate(request.rows for request in requests))
         parts = [slice(end - request.rows, end) for end, request in zip(ends, requests, strict=True)]

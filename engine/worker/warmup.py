@@ -174,7 +174,9 @@ class _Warmup:
             size = _byte_count(given, data)
             if data is not None:
                 producer.arena.slice(offset, size)[:] = data
-            shape = (1, *given.dims) if self._is_batching else given.dims
+            spec = self._runner.inputs.get(given.name)
+            is_batched = self._is_batching and not (spec is not None and spec.is_shape_tensor)
+            shape = (1, *given.dims) if is_batched else given.dims
             places.append(TensorPlace(given.name, given.datatype, shape, offset, size))
             offset += align(size)
         # The identifier is ours: a model can tell a sample from a client's request.

@@ -41,7 +41,7 @@ from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.parcels import describe
 from forebay.client.pending import PendingParcel
 from forebay.client.placement import unknown_tensor
-from forebay.client.places import full_shape
+from forebay.client.places import full_shape, row_counts
 from forebay.client.shm import Engine
 from forebay.ipc.arena import BlockAllocator
 from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
@@ -351,12 +351,13 @@ class DeviceModel:
         if missing:
             raise InvalidArgument(f"model '{opened.name}' needs input '{missing[0]}', which was not filled")
         places = [self._inputs[spec.name] for spec in signature.inputs if spec.name in self._inputs]
-        rows = places[0].shape[0] if signature.max_batch_size > 0 and places else 1
+        rows = max(row_counts(signature, places), default=1)
         wanted = [spec for spec in signature.outputs if not options.outputs or spec.name in options.outputs]
         targets = tuple(self._target(spec, rows, output_bytes) for spec in wanted)
         pending = PendingParcel(opened, rows, connection.next_token())
         reply = connection.loan_block(64)
-        describe(pending, places, reply, options, memories=(self._arena.exported,), targets=targets)
+        memories = (self._arena.exported,)
+        describe(pending, places, reply, options, connection.view, memories=memories, targets=targets)
         return pending
 
     def _target(self, spec: TensorSpec, rows: int, output_bytes: Mapping[str, int]) -> TensorPlace:

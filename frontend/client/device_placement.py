@@ -48,5 +48,6 @@ class DevicePlacement(BlockPlacement):
         self, pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options
     ) -> None:
         memories, targets = device_targets(self._memories, self._targets)
-        describe(pending, places, reply, options, memories=memories, targets=targets, may_spill=True)
+        view = self._connection.view
+        describe(pending, places, reply, options, view, memories=memories, targets=targets, may_spill=True)
         pending.targets = tuple(self._targets.values())

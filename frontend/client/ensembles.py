@@ -214,7 +214,8 @@ class _ModelCall:
         memories, targets = self._request.memories, _NO_TARGETS
         if self._request.device_outputs:
             memories, targets = self._take_device_blocks()
-        describe(pending, self._request.places, reply, self._options, memories=memories, targets=targets)
+        view = self._memory.view
+        describe(pending, self._request.places, reply, self._options, view, memories=memories, targets=targets)
         pending.inputs = tuple(tensor.block.lease for tensor in tensors if isinstance(tensor.block, KeptBlock))
         pending.enqueue_ns = time.monotonic_ns()
         self._in_flight.submit_step(pending)

@@ -18,6 +18,7 @@ from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.pending import Array, Pending, PendingResponses
 from forebay.client.placement import BlockPlacement, Placement, RowsPlacement, unknown_tensor
+from forebay.client.places import input_shape
 from forebay.ipc.errors import Cancelled, InvalidArgument, from_wire
 from forebay.ipc.tensor import TensorSpec
 
@@ -141,7 +142,8 @@ class Model:
         """
         if rows is not None and shape is None and not self._opened.signature.allows_rows:
             spec = self._input_named(name)
-            shape = (rows, *spec.dims) if self.max_batch_size > 0 and -1 not in spec.dims else None
+            limit = self.max_batch_size
+            shape = input_shape(spec, rows, limit) if limit > 0 and -1 not in spec.dims else None
         return self._placement(rows, shape).input(self._input_named(name), shape)
 
     def put(self, name: str, values: npt.ArrayLike) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -14,6 +13,7 @@ from forebay.client.pending import BlockLease, PendingParcel
 from forebay.ipc.arena import align
 from forebay.ipc.client_wire import FLAG_SEQUENCE_END, FLAG_SEQUENCE_START
 from forebay.ipc.messages import DeviceMemory, TensorPlace
+from forebay.ipc.shape_key import shape_key
 
 _encode_head = msgspec.msgpack.Encoder().encode
 
@@ -23,6 +23,7 @@ def describe(
     places: Sequence[TensorPlace],
     reply: BlockLease,
     options: Options,
+    view: memoryview,
     *,
     memories: tuple[DeviceMemory, ...] = (),
     targets: tuple[TensorPlace, ...] = (),
@@ -31,12 +32,16 @@ def describe(
     """Fill in a request whose inputs lie in ``places`` and whose answer goes to ``reply``.
 
     Args:
+        view: uint8 [arena bytes]
         memories: on devices, that places and targets lie in.
         targets: of outputs that go there.
         may_spill: an output that does not fit its target comes to ``reply``.
     """
     pending.blocks = [reply]
-    pending.shape_key = shape_key(pending.model, places)
+    model = pending.model
+    if not model.has_fixed_inputs:
+        signature = model.signature
+        pending.shape_key = shape_key(signature.inputs, signature.max_batch_size, places, view, pending.token)
     pending.priority, pending.timeout_us = options.priority, options.timeout_us
     pending.deadline_ns, pending.trace = options.deadline_ns, options.trace
     text, number = (options.sequence_id, 0) if isinstance(options.sequence_id, str) else ("", options.sequence_id)
@@ -78,14 +83,3 @@ def reply_bytes(model: Opened, rows: int) -> int:
     if fixed is None:
         return model.reply_guess_bytes
     return max(sum(align(row_bytes * rows) for row_bytes in fixed), 64)
-
-
-def shape_key(model: Opened, places: Sequence[TensorPlace]) -> int:
-    """Return a number that is equal for requests that may share a batch, in every producer (spec S-011)."""
-    signature = model.signature
-    if model.has_fixed_inputs:
-        return 0
-    skip = 1 if signature.max_batch_size > 0 else 0
-    ragged = {spec.name for spec in signature.inputs if spec.allow_ragged_batch} if skip else set[str]()
-    shapes = sorted((place.name, () if place.name in ragged else place.shape[skip:]) for place in places)
-    return int.from_bytes(hashlib.blake2b(repr(shapes).encode(), digest_size=7).digest(), "little")

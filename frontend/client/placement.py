@@ -23,7 +23,7 @@ from forebay.client.pending import (
     PendingResponses,
     leased_array,
 )
-from forebay.client.places import full_shape, input_places, output_places
+from forebay.client.places import full_shape, input_places, input_shape, output_places, row_counts
 from forebay.ipc.errors import InvalidArgument, Unsupported
 from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size, datatype_of, decode_bytes, encode_bytes, view_tensor
@@ -175,7 +175,8 @@ class BlockPlacement:
         self._inputs[place.name] = (place, lease)
 
     def _shape_of(self, spec: TensorSpec, shape: Sequence[int] | None) -> tuple[int, ...]:
-        expected = full_shape(spec, -1, self.model.signature.max_batch_size)
+        limit = self.model.signature.max_batch_size
+        expected = input_shape(spec, -1, limit)
         if shape is None:
             if -1 in spec.dims:
                 raise InvalidArgument(f"input '{spec.name}' has the shape {list(expected)}: say which, with shape=")
@@ -185,7 +186,7 @@ class BlockPlacement:
             have >= 0 and want in (-1, have) for want, have in zip(expected, given, strict=True)
         ):
             raise InvalidArgument(f"input '{spec.name}' has the shape {list(expected)}, not {list(given)}")
-        if self.model.signature.max_batch_size > 0 and not 1 <= given[0] <= self.model.rows_max:
+        if limit > 0 and not spec.is_shape_tensor and not 1 <= given[0] <= self.model.rows_max:
             raise InvalidArgument(
                 f"model '{self.model.name}' takes 1 to {self.model.rows_max} rows at a time, not {given[0]}"
             )
@@ -213,7 +214,7 @@ class BlockPlacement:
         missing = [s.name for s in signature.inputs if not s.optional and s.name not in self._inputs]
         if missing:
             raise InvalidArgument(f"model '{model.name}' needs input '{missing[0]}', which was not filled")
-        rows = {place.shape[0] for place in places} if signature.max_batch_size > 0 else {1}
+        rows = row_counts(signature, places)
         if len(rows) > 1:
             raise InvalidArgument(f"the inputs of a request must have the same number of rows, not {sorted(rows)}")
         count = max(rows, default=1)
@@ -234,7 +235,7 @@ class BlockPlacement:
         self, pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options
     ) -> None:
         """Fill in a request whose inputs lie in ``places``."""
-        describe(pending, places, reply, options)
+        describe(pending, places, reply, options, self._connection.view)
 
     def output(self, pending: Pending, name: str | None) -> Array:
         """Return an output, valid until the placement is used again (BYTES: a copy, for good)."""

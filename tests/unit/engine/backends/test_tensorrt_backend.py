@@ -21,6 +21,7 @@ from forebay.engine.backends.tensorrt_instance import TensorRtInstance
 from forebay.engine.backends.tensorrt_tensors import check_config, parse_profiles
 from forebay.engine.devices.host_device import HostDevice
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
+from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.worker_messages import InstanceSpec
 
 INPUT, OUTPUT = TensorIOMode.INPUT, TensorIOMode.OUTPUT
@@ -134,26 +135,82 @@ def test_output_whose_shape_depends_on_data() -> None:
     instance.close()
 
 
-def test_shape_tensor_stays_on_the_host_and_is_not_batched() -> None:
-    """D-018: the first row of the batch counts."""
-    engine = Engine(
+def reshaping(location: TensorLocation = TensorLocation.HOST) -> Engine:
+    """An engine that gives each item of ``x`` the shape of ``size``, and says which that is."""
+    return Engine(
         {
             "x": Tensor(INPUT, (-1, 6)),
-            "size": Tensor(INPUT, (2,), DataType.INT32, TensorLocation.HOST),
+            "size": Tensor(INPUT, (3,), DataType.INT32, location),
             "y": Tensor(OUTPUT, (-1, -1, -1)),
+            "made": Tensor(OUTPUT, (3,), DataType.INT32, location),
         },
-        lambda inputs: {"y": inputs["x"].reshape(-1, *inputs["size"])},
-        [{"x": ((1, 6), (8, 6), (8, 6))}],
-        lambda shapes: {**shapes, "y": (-1, -1, -1)},
+        lambda inputs: {"y": inputs["x"].reshape(inputs["size"]), "made": inputs["size"]},
+        [{"x": ((1, 6), (8, 6), (8, 6)), "size": ((3,), (3,), (3,))}],
+        lambda shapes: {**shapes, "y": (-1, -1, -1), "made": (3,)},
     )
-    spec = make_spec([tensor("x", 6), tensor("size", 2, data_type="TYPE_INT32")], [tensor("y", -1, -1)])
-    shaped = tuple(
-        msgspec.structs.replace(one, is_shape_tensor=True) if one.name == "size" else one for one in spec.inputs
+
+
+def with_shape_tensors(spec: InstanceSpec) -> InstanceSpec:
+    """Return a specification whose INT32 tensors are shapes."""
+
+    def marked(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(msgspec.structs.replace(one, is_shape_tensor=one.datatype == "INT32") for one in tensors)
+
+    return msgspec.structs.replace(spec, inputs=marked(spec.inputs), outputs=marked(spec.outputs))
+
+
+def reshaping_spec(values: int = 2, max_batch_size: int = 8) -> InstanceSpec:
+    sizes = [tensor(name, values, data_type="TYPE_INT32") for name in ("size", "made")]
+    return with_shape_tensors(
+        make_spec([tensor("x", 6), sizes[0]], [tensor("y", -1, -1), sizes[1]], max_batch_size=max_batch_size)
     )
-    instance = open_instance(engine, msgspec.structs.replace(spec, inputs=shaped))
-    size = np.array([[2, 3], [2, 3]], np.int32)
-    assert instance.run({"x": rows(2, 6), "size": size}, ("y",))["y"].shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("location", TensorLocation)
+def test_shape_tensor_is_the_same_for_all_items_of_a_batch(location: TensorLocation) -> None:
+    """D-018: in with the batch size in front, out with a row for each item."""
+    engine = reshaping(location)
+    spec = reshaping_spec()
+    check_config(spec, trt, engine)
+    instance = open_instance(engine, spec)
+    inputs = {"x": rows(2, 6), "size": np.array([2, 2, 3], np.int32)}
+    for _ in range(2):
+        results = instance.run(inputs, ("y", "made"))
+        assert (results["y"] == rows(2, 6).reshape(2, 2, 3)).all()
+        assert results["made"].tolist() == [[2, 3], [2, 3]]
     instance.close()
+
+
+def test_shape_tensors_of_a_model_that_does_not_batch_are_as_they_are() -> None:
+    engine = reshaping()
+    spec = with_shape_tensors(
+        make_spec(
+            [tensor("x", -1, 6), tensor("size", 3, data_type="TYPE_INT32")],
+            [tensor("y", -1, -1, -1), tensor("made", 3, data_type="TYPE_INT32")],
+            max_batch_size=0,
+        )
+    )
+    check_config(spec, trt, engine)
+    instance = open_instance(engine, spec)
+    results = instance.run({"x": rows(2, 6), "size": np.array([2, 3, 2], np.int32)}, ("y", "made"))
+    assert results["y"].shape == (2, 3, 2)
+    assert results["made"].tolist() == [2, 3, 2]
+    instance.close()
+
+
+@pytest.mark.parametrize("first", [0, -1, 9])
+def test_output_shape_tensor_without_a_batch_size_is_the_models_error(first: int) -> None:
+    engine = reshaping()
+    engine.function = lambda inputs: {"made": np.array([first, 2, 3])}
+    instance = open_instance(engine, reshaping_spec())
+    with pytest.raises(BackendFailed, match="failed to retrieve the output shape values from binding 'm'"):
+        instance.run({"x": rows(1, 6), "size": np.array([1, 2, 3], np.int32)}, ("made",))
+    instance.close()
+
+
+def test_configuration_counts_the_values_without_the_batch_size() -> None:
+    with pytest.raises(InvalidArgument, match=r"tensor 'size': the model expects shape .3. but .* specifies .4."):
+        check_config(reshaping_spec(values=3), trt, reshaping())
 
 
 def test_second_batch_of_a_size_is_captured_and_then_launched() -> None:

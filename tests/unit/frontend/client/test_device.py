@@ -51,6 +51,7 @@ class LateServer:
     def __init__(self) -> None:
         self.waiters: list[Callable[[], None]] = []
         self.connection: Any = SimpleNamespace(
+            view=memoryview(b""),
             completions=self,
             next_token=lambda: 1,
             loan_block=lambda size: BlockLease(SimpleNamespace(append=lambda _block: None), 64, size),  # type: ignore[arg-type]
