@@ -304,6 +304,8 @@ class WorkerHandle:
         """The zygote says how its process ended."""
         self.exit_code = exit_code
         self._exit_known.set()
+        if not self.ended.is_set():
+            self._read()  # What it said last may be why; the zygote can be heard before it.
         self._end()
         for guest in self._guests:
             guest.note_exit(exit_code)

@@ -11,9 +11,15 @@ from collections.abc import Callable, Generator
 import pytest
 
 from forebay.engine.supervisor.worker_handle import WorkerHandle
+from forebay.ipc.errors import Code, InvalidArgument
 from forebay.ipc.lifeline import Lifeline
-from forebay.ipc.messages import Stop
-from forebay.ipc.worker_messages import MemoryClosed, MemoryDown, SupervisorToWorker
+from forebay.ipc.messages import Failed, Stop
+from forebay.ipc.worker_messages import InstanceSpec, MemoryClosed, MemoryDown, SupervisorToWorker
+
+SPEC = InstanceSpec(
+    model="m", version=1, route=1, instance=7, instance_name="m_0", backend="", model_path="", version_path="",
+    model_file="", max_batch_size=0,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -109,5 +115,20 @@ def test_whoever_is_given_up_is_told_to_stop() -> None:
         assert [type(message) for message, _fds in lifeline.receive_nowait()] == [Stop]
         lifeline.close()
         worker.note_exit(0)
+
+    asyncio.run(scenario())
+
+
+def test_reason_for_which_a_process_ended_is_heard_although_its_end_is_known_first() -> None:
+    async def scenario() -> None:
+        worker = WorkerHandle(7, "worker 7", lambda _worker: None)
+        lifeline = theirs(worker)
+        described = asyncio.create_task(worker.describe(SPEC))
+        await asyncio.sleep(0)
+        lifeline.send(Failed(code=int(Code.INVALID_ARG), text="input and output do not match"))
+        lifeline.close()
+        worker.note_exit(0)
+        with pytest.raises(InvalidArgument, match="input and output do not match"):
+            await described
 
     asyncio.run(scenario())
