@@ -192,3 +192,9 @@ def test_reconnecting_to_the_next_server(tmp_path: Path, short_path: Path, build
 def test_replies_are_checked(server: ForebayServer, build: Path) -> None:
     """The server is trusted, and may still have a bug: nothing is read from outside a message or the arena."""
     assert run(server, compile_program(build, "fuzz_replies", includes_library=True)) == ["1 1"]
+
+
+def test_shape_tensors_have_no_batch_dimension(build: Path) -> None:
+    """Spec D-018, S-011: and only requests of equal values share a batch."""
+    program = compile_program(build, "shape_tensors", includes_library=True)
+    assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == "1 1 0\n"

@@ -28,7 +28,7 @@
 enum { /* the door */
     HELLO = 1, WELCOME = 2, OPEN = 3, MODEL = 4, REFUSED = 5, INSTANCE = 6,
     DOOR_FDS_MAX = 64, DOOR_BYTES_MAX = 64 * 1024, FLAG_ROWS = 1, FLAG_DECOUPLED = 2, PROTOCOL_VERSION = 1,
-    FLAG_OPTIONAL = 1, FLAG_RAGGED = 2,
+    FLAG_OPTIONAL = 1, FLAG_RAGGED = 2, FLAG_SHAPE_TENSOR = 4,
 };
 enum { /* doorbells and submissions */
     RUNS = 1, PARCELS = 2, RUNS_DONE = 16, RUNS_FAILED = 17, RUNS_LOST = 18, PARCEL_REPLY = 19, PARCEL_LOST = 20,
@@ -1014,9 +1014,13 @@ int forebay_prepare_parcel(forebay_model *model, int rows, forebay_request **res
 
 /* --- inputs --- */
 
-/* The shape that an input has if none of its sizes vary; returns the rank, or -1. */
-static int fixed_shape(const forebay_request *request, const forebay_tensor *tensor, int64_t *shape) {
-    int batched = request->model->max_batch > 0;
+/* Whether an input has a batch dimension: shape tensors are the same for all items of a request. */
+static int is_batched(const forebay_model *model, int index) {
+    return model->max_batch > 0 && !(model->tensor_flags[index] & FLAG_SHAPE_TENSOR);
+}
+
+/* The shape that a tensor has if none of its sizes vary; returns the rank, or -1. batched: rows come first. */
+static int fixed_shape(const forebay_request *request, const forebay_tensor *tensor, int batched, int64_t *shape) {
     shape[0] = request->rows;
     for (int i = 0; i < tensor->rank; i++)
         if ((shape[batched + i] = tensor->dims[i]) < 0)
@@ -1028,13 +1032,14 @@ static int fixed_shape(const forebay_request *request, const forebay_tensor *ten
 static int64_t element_count(const forebay_request *request, int index, const int64_t *shape, int rank) {
     const forebay_model *model = request->model;
     const forebay_tensor *tensor = forebay_input_at(model, index);
-    int batched = model->max_batch > 0, fits;
+    int batched, fits;
     int64_t count = 1;
     if (!tensor || request->state == IN_FLIGHT) {
         fail(FOREBAY_INVALID_ARGUMENT, tensor ? "a request of model '%s' is in flight" : "model '%s' has no such input",
              model->name);
         return -1;
     }
+    batched = is_batched(model, index);
     fits = rank == tensor->rank + batched && rank <= RANK_MAX && (!batched || shape[0] == (int64_t)request->rows);
     for (int i = batched; fits && i < rank; i++)
         fits = shape[i] >= 0 && (tensor->dims[i - batched] < 0 || tensor->dims[i - batched] == shape[i]);
@@ -1088,7 +1093,7 @@ void *forebay_request_input(forebay_request *request, int index) {
     int rank;
     if (tensor && !request->parcel)
         return place(request, index);
-    if (tensor && (rank = fixed_shape(request, tensor, shape)) < 0) {
+    if (tensor && (rank = fixed_shape(request, tensor, is_batched(request->model, index), shape)) < 0) {
         fail(FOREBAY_INVALID_ARGUMENT, "input '%s' varies in size: use forebay_shape_input", tensor->name);
         return NULL;
     }
@@ -1192,19 +1197,23 @@ static uint64_t hashed(uint64_t hash, const void *bytes, size_t size) {
     return hash;
 }
 
-/* A number that is equal for requests that may share a batch: of names and shapes, of ragged inputs the names only. */
+/* A number that is equal for requests that may share a batch: of names and shapes, of ragged inputs the names only, of
+ * shape tensors the values too. */
 static uint64_t shape_key_of(const forebay_request *request) {
     const forebay_model *model = request->model;
     uint64_t hash = 0xcbf29ce484222325u;
-    int varies = 0, batched = model->max_batch > 0;
+    int varies = 0;
     for (int i = 0; i < model->input_count; i++) {
         const given_input *input = &request->parcel->inputs[i];
-        varies |= !model->tensors[i].row_bytes;
+        int batched = is_batched(model, i), is_shape = model->tensor_flags[i] & FLAG_SHAPE_TENSOR;
+        varies |= is_shape || !model->tensors[i].row_bytes;
         if (!input->is_given)
             continue;
         hash = hashed(hash, model->tensors[i].name, strlen(model->tensors[i].name) + 1);
         if (!batched || !(model->tensor_flags[i] & FLAG_RAGGED))
             hash = hashed(hash, input->dims + batched, sizeof *input->dims * (size_t)(input->rank - batched));
+        if (is_shape)
+            hash = hashed(hash, model->client->arena + input->place.offset, input->bytes);
     }
     return varies ? hash >> 8 | 1 : 0;
 }
@@ -1268,8 +1277,9 @@ static void make_values(forebay_request *request) {
     dims = request->dims = calloc((size_t)model->output_count + 1, sizeof *dims * (RANK_MAX + 1));
     for (int i = 0; request->values && dims && i < model->output_count; i++, dims += RANK_MAX + 1)
         request->values[i] = (forebay_value){
-            .name = outputs[i].name, .datatype = outputs[i].datatype, .rank = fixed_shape(request, &outputs[i], dims),
-            .shape = dims, .data = place(request, model->input_count + i),
+            .name = outputs[i].name, .datatype = outputs[i].datatype,
+            .rank = fixed_shape(request, &outputs[i], model->max_batch > 0, dims), .shape = dims,
+            .data = place(request, model->input_count + i),
             .byte_size = outputs[i].row_bytes * request->rows,
         };
 }

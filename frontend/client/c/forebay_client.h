@@ -145,7 +145,8 @@ int forebay_prepare_parcel(forebay_model *model, int rows, forebay_request **req
 
 /* Where an input of a fixed shape goes. NULL: see forebay_error. */
 void *forebay_request_input(forebay_request *request, int index);
-/* Where an input goes that has this shape, with the batch dimension. NULL: see forebay_error. */
+/* Where an input goes that has this shape, with the batch dimension (shape tensors have none). NULL: see
+ * forebay_error. */
 void *forebay_shape_input(forebay_request *request, int index, const int64_t *shape, int rank);
 /* Copy strings in, as many as the shape has elements, in row-major order. lengths: NULL, they end with a zero byte. */
 int forebay_put_strings(forebay_request *request, int index, const int64_t *shape, int rank, const char *const *strings,
