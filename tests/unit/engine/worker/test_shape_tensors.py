@@ -14,18 +14,20 @@ from forebay.engine.backends.base import Array, Arrays, TensorInstance
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.host_device import HostDevice
-from forebay.engine.repository.model_spec import WarmupInputSpec, WarmupSpec
+from forebay.engine.repository.model_spec import SequenceBatchingSpec, WarmupInputSpec, WarmupSpec
 from forebay.engine.worker.device_parcels import DeviceParcels
 from forebay.engine.worker.head_check import check_head
 from forebay.engine.worker.places import backend_shape
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.engine.worker.ragged import RaggedPolicy, RaggedRequest
+from forebay.engine.worker.sequences import SequencesRunner
 from forebay.engine.worker.shape_tensors import ShapeTensors
 from forebay.engine.worker.warmup import warm_up
 from forebay.ipc.arena import Arena, create_memory_file
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.messages import ParcelHead, TensorPlace
 from forebay.ipc.tensor import TensorSpec
+from forebay.ipc.wire import HEADER, SLOT, SLOT_END, SLOT_START, Kind
 from forebay.ipc.worker_messages import InstanceSpec
 
 X = TensorSpec("x", "FP32", (-1,))
@@ -133,6 +135,31 @@ def test_requests_of_different_values_run_one_by_one(monkeypatch: pytest.MonkeyP
     instance = Recorder()
     warm_up(msgspec.structs.replace(SPEC, warmup=(msgspec.to_builtins(sample),)), instance)
     assert [call["size"] for call in instance.calls] == [[1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize(("second", "expected"), [((4, 6), [[2, 4, 6]]), ((6, 4), [[1, 4, 6], [2, 6, 4]])])
+def test_sequences_share_an_execution_only_if_their_values_are_equal(
+    second: tuple[int, int], expected: list[list[int]]
+) -> None:
+    """Spec S-011; the slot below the second is filled up."""
+
+    def request(size: tuple[int, int]) -> Any:
+        head = ParcelHead(inputs=(), reply_offset=0, reply_bytes=0)
+        return SimpleNamespace(
+            head=head, input_arrays=lambda: tensors(1, *size), requested_outputs=("y",), reply=lambda _outputs: None
+        )
+
+    requests = [request((4, 6)), request(second)]
+    parcels: Any = SimpleNamespace(
+        unpack=lambda _message, _start_ns, _offset: (requests, [0, 1]),
+        run_batch=lambda _requests, _start_ns, run: run([0, 0, 0, 0]),
+        promised=PromisedOutputs(SPEC),
+    )
+    instance = Recorder()
+    slots = b"".join(SLOT.pack(slot, SLOT_START | SLOT_END, 0) for slot in range(2))
+    message = HEADER.pack(Kind.SEQUENCES, 0, 2, 0, 0) + slots
+    SequencesRunner(SPEC, SequenceBatchingSpec(), instance, parcels).execute(memoryview(message), 0)
+    assert [call["size"] for call in instance.calls] == expected
 
 
 class DeviceRecorder(DeviceInstance):
