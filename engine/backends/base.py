@@ -98,7 +98,8 @@ class TensorInstance(LoadedModel, abc.ABC):
 
         Args:
             inputs: by name, ``[rows, *dims]`` (or ``dims`` if the model does not batch), C-contiguous; BYTES as object
-                arrays of ``bytes``, BF16 as uint16. Valid during the call only.
+                arrays of ``bytes``, BF16 as uint16; shape tensors of a model that batches ``[1 + n]``, the batch size
+                first. Valid during the call only.
             outputs: names that somebody wants; others may be left out.
 
         Returns:
