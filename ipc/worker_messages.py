@@ -158,6 +158,8 @@ class ArenaUp(Message, frozen=True, tag=37):
     byte_size: int
     trusted: bool = True
     """False for shared-memory clients: what their messages say is checked against the model."""
+    counted: bool = True
+    """False: statistics are not to know of its requests (spec C-115)."""
 
 
 class ArenaDown(Message, frozen=True, tag=38):

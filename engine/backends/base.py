@@ -204,6 +204,7 @@ BACKEND_MODULES: dict[str, str] = {
     "forebay_function": "forebay.engine.backends.function_backend",
     "forebay_fault": "forebay.engine.backends.fault_backend",
     "forebay_courier": "forebay.engine.backends.courier_backend",
+    "forebay_ensemble_warmup": "forebay.engine.backends.ensemble_warmup_backend",
     "tensorflow": "forebay.engine.backends.tensorflow_backend",
     "tensorrt": "forebay.engine.backends.tensorrt_backend",
     "openvino": "forebay.engine.backends.openvino_backend",

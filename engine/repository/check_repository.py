@@ -13,7 +13,7 @@ import msgspec
 
 from forebay.engine.repository.auto_complete import is_complete
 from forebay.engine.repository.config_problem import ConfigError, Problem
-from forebay.engine.repository.ensemble_check import circle_problem, dependencies, ensemble_notes, ensemble_problems
+from forebay.engine.repository.ensemble_check import circle_problem, dependencies, ensemble_problems
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.latency_objective import objective_us
 from forebay.engine.repository.model_config_schema import FieldPath, ModelConfig
@@ -73,7 +73,6 @@ def check_models(found: Sequence[FoundModel], machine: Machine) -> list[ModelRep
                 report.problems.append(Problem(error.text, code=error.code))
     graph = {name: dependencies(spec) for name, spec in specs.items()}
     for name, spec in specs.items():
-        reports[name].notes += ensemble_notes(spec)
         if spec.is_ensemble:
             reports[name].problems += _check_ensemble(name, spec, specs, graph, reports)
     return list(reports.values())

@@ -28,14 +28,6 @@ def dependencies(ensemble: ModelSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(step_identity(step) for step in ensemble.scheduling.steps))
 
 
-def ensemble_notes(ensemble: ModelSpec) -> list[str]:
-    """Return what a configuration says of an ensemble to no effect, as in Triton; empty for other models."""
-    if not ensemble.is_ensemble or not ensemble.warmup:
-        return []
-    models = ", ".join(f"'{model}'" for model in dependencies(ensemble))
-    return [f"model_warmup of ensemble '{ensemble.name}' is not run: give samples to its models ({models})"]
-
-
 def circle_problem(name: str, depends_on: Mapping[str, tuple[str, ...]]) -> Problem | None:
     """Return the problem of an ensemble that contains itself, directly or through others (spec R-097).
 

@@ -13,6 +13,9 @@ from typing import Any
 from forebay.engine.repository.config_problem import Problem
 from forebay.engine.repository.normalise import ENSEMBLE
 
+#: Ensemble parameter: with ``true`` its samples are run. Without it they are refused, as by Triton (spec C-100, L-054).
+WARMUP_PARAMETER = "forebay_ensemble_warmup"
+
 
 @dataclass(eq=False)
 class _Tensor:
@@ -36,8 +39,12 @@ def graph_problems(message: Any) -> Iterator[Problem]:
         yield Problem(f"instance group should not be specified for ensemble '{name}'", ("instance_group",))
     if message.HasField("optimization"):
         yield Problem(f"optimization should not be specified for ensemble '{name}'", ("optimization",))
-    if message.model_warmup:
-        yield Problem(f"model_warmup can not be specified for ensemble '{name}'", ("model_warmup",))
+    if message.model_warmup and not _wants_samples_run(message):
+        yield Problem(
+            f"model_warmup can not be specified for ensemble '{name}'",
+            ("model_warmup",),
+            hint=f'It can here, if the parameter {WARMUP_PARAMETER} is "true".',
+        )
     if not message.ensemble_scheduling.step:
         yield Problem(f"must specify 'step' for ensemble '{name}'", ("ensemble_scheduling",))
         return
@@ -46,6 +53,12 @@ def graph_problems(message: Any) -> Iterator[Problem]:
     yield from problems
     if not problems:
         yield from _ensemble_flow(message, tensors)
+
+
+def _wants_samples_run(message: Any) -> bool:
+    # Looking a key up would add it.
+    parameters = message.parameters
+    return WARMUP_PARAMETER in parameters and parameters[WARMUP_PARAMETER].string_value == "true"
 
 
 def _ensemble_graph(message: Any, problems: list[Problem]) -> dict[str, _Tensor]:

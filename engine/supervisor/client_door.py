@@ -16,7 +16,7 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import msgspec
@@ -117,6 +117,7 @@ class ClientDoor:
             keeps_pages: whether workers may page-lock an arena of so many bytes.
         """
         self.path = os.path.join(runtime_directory, DOOR_NAME)
+        self._runtime_directory = runtime_directory
         self._switchboard = switchboard
         self._numbers = numbers
         self._catalog = catalog
@@ -132,22 +133,46 @@ class ClientDoor:
 
     def open(self) -> None:
         """Let clients in from now on."""
+        self._listener = self._listen(self.path)
+
+    @contextlib.contextmanager
+    def side_door(self, ensemble: ModelEntry) -> Generator[str, None, None]:
+        """Let in who is to warm up an ensemble that no catalog names yet, though nobody else is served so far.
+
+        Yields:
+            The path of a socket. Who comes in there gets the ensemble, is not counted (spec C-115), and is seen out in
+            the end.
+        """
+        path = os.path.join(self._runtime_directory, f"warm-{ensemble.route}")
+        listener = self._listen(path, ensemble)
+        try:
+            yield path
+        finally:
+            self._close_listener(listener, path)
+            for visitor in list(self._visitors):
+                if visitor.ensemble is ensemble:
+                    visitor.leave()
+
+    def _listen(self, path: str, ensemble: ModelEntry | None = None) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.setblocking(False)
-        listener.bind(self.path)
-        os.chmod(self.path, 0o600)
+        listener.bind(path)
+        os.chmod(path, 0o600)
         listener.listen(64)
-        self._listener = listener
-        self._loop.add_reader(listener.fileno(), self._accept)
+        self._loop.add_reader(listener.fileno(), self._accept, listener, ensemble)
+        return listener
+
+    def _close_listener(self, listener: socket.socket, path: str) -> None:
+        self._loop.remove_reader(listener.fileno())
+        listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
     def stop_accepting(self) -> None:
         """Let nobody in any more; those who are in stay."""
         if self._listener is not None:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
+            self._close_listener(self._listener, self.path)
             self._listener = None
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
 
     def close(self) -> None:
         """See everybody out."""
@@ -157,18 +182,18 @@ class ClientDoor:
         for visitor in list(self._visitors):
             visitor.leave()
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _accept(self, listener: socket.socket, ensemble: ModelEntry | None) -> None:
         try:
-            sock, _address = self._listener.accept()
+            sock, _address = listener.accept()
         except OSError:
             return  # It has left again, or there are no descriptors left: then the next try finds some.
         sock.setblocking(False)
         pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         visitor = _Visitor(sock, pid, self._serve, self._left)
+        visitor.ensemble = ensemble
         if uid not in (os.geteuid(), 0):
             visitor.refuse(0, Unavailable(f"this server belongs to user {os.geteuid()}, user {uid} may not use it"))
-        elif len(self._visitors) >= CLIENTS_MAX:
+        elif ensemble is None and len(self._visitors) >= CLIENTS_MAX:
             visitor.refuse(0, Unavailable(f"the server has {CLIENTS_MAX} shared-memory clients already"))
         else:
             self._visitors.add(visitor)
@@ -239,7 +264,13 @@ class ClientDoor:
             submit_in, submit_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.pop_all()
         producer = Producer(
-            number, f"client {visitor.pid} {name}", arena_fd, arena_bytes, completions_in.detach(), submit_out.detach()
+            number=number,
+            name=f"client {visitor.pid} {name}",
+            arena_fd=arena_fd,
+            arena_bytes=arena_bytes,
+            bell_fd=completions_in.detach(),
+            submit_fd=submit_out.detach(),
+            is_counted=visitor.ensemble is None,
         )
         visitor.number = number
         visitor.arena = (arena_fd, arena_bytes)
@@ -258,14 +289,15 @@ class ClientDoor:
         (version,) = OPEN.unpack_from(body)
         name, separator, namespace = bytes(body[OPEN.size :]).decode().partition("\0")
         wanted = (name, version, namespace if separator else None)
-        entry = find_entry(self._catalog(), *wanted)
+        entry = visitor.entry_to_warm_up(wanted) or find_entry(self._catalog(), *wanted)
         if entry.is_ensemble:
             if not runs_ensembles:
                 raise Unsupported(
                     f"model '{entry.name}' is an ensemble, which this client cannot run; "
                     "open the models that it is made of"
                 )
-            visitor.watched[wanted] = entry
+            if entry is not visitor.ensemble:
+                visitor.watched[wanted] = entry
             flags = FLAG_ENSEMBLE | entry.decoupled * FLAG_DECOUPLED
             visitor.send(DoorKind.MODEL, request, pack_entry(entry, []), flags=flags)
             return
@@ -326,6 +358,8 @@ class ClientDoor:
 
     def _take_counts(self, visitor: _Visitor, body: memoryview) -> None:
         route, _zero, offset = COUNTS.unpack_from(body)
+        if visitor.ensemble is not None:
+            return
         entry = next((entry for entry in self._catalog().models if entry.route == route), None)
         if entry is None:
             return  # It has just been unloaded.
@@ -384,6 +418,8 @@ class _Visitor:
         self.pid = pid
         #: Its producer number; 0: not introduced yet.
         self.number = 0
+        #: Of one that came in by a side door: what it is to warm up.
+        self.ensemble: ModelEntry | None = None
         #: Descriptor, which is the switchboard's, and bytes.
         self.arena: tuple[int, int] = (-1, 0)
         #: What it has opened and is to be told of when it changes, and what it got.
@@ -403,6 +439,11 @@ class _Visitor:
         with contextlib.suppress(OSError):
             self._pidfd = os.pidfd_open(self.pid)
             self._loop.add_reader(self._pidfd, self.leave)
+
+    def entry_to_warm_up(self, wanted: _Wanted) -> ModelEntry | None:
+        """Return the ensemble that it is to warm up, if it asks for that one."""
+        ensemble = self.ensemble
+        return ensemble if ensemble is not None and wanted == (ensemble.name, ensemble.version, None) else None
 
     def leave(self) -> None:
         """End the connection."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
@@ -15,13 +16,19 @@ from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.watchdog import Watchdog
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.engine.supervisor.zygotes import Zygotes
+from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import CountersFile
+from forebay.ipc.errors import Unavailable
 from forebay.ipc.messages import LogChanged
 from forebay.ipc.worker_messages import ModelMetrics
 
 
 def _ignore(_message: ModelMetrics) -> None:
     """There is no metrics endpoint."""
+
+
+def _no_side_door(_ensemble: ModelEntry) -> AbstractContextManager[str]:
+    raise Unavailable("this server has no door for its own processes")
 
 
 @dataclass(slots=True)
@@ -38,6 +45,8 @@ class Plant:
     watchdog: Watchdog = field(default_factory=Watchdog)
     #: Passes on the metrics that models define themselves.
     on_model_metrics: Callable[[ModelMetrics], None] = field(default=_ignore)
+    #: Lets a process in that warms up an ensemble (``ClientDoor.side_door``).
+    side_door: Callable[[ModelEntry], AbstractContextManager[str]] = field(default=_no_side_door)
     #: Of each frontend that keeps a part of the response cache; empty: there is none.
     cache_counter_offsets: tuple[int, ...] = ()
     #: Those that were forked, as long as anybody knows of them.

@@ -32,7 +32,6 @@ from forebay.engine.repository.auto_complete import (
 from forebay.engine.repository.check_repository import FILE_BACKENDS
 from forebay.engine.repository.config import config_json, parse_config_json
 from forebay.engine.repository.config_problem import Problem
-from forebay.engine.repository.ensemble_check import ensemble_notes
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.model_files import read_labels, resolve_model_file
@@ -178,8 +177,6 @@ async def prepare_version(plant: Plant, found: FoundModel, version: int, *, quie
             ) from None
         raise
     spec = spec_from_config(config)
-    for note in ensemble_notes(spec):
-        log.warning(note)
     check_resources(spec, plant.settings.rate_limit)
     outputs = await asyncio.to_thread(_read_outputs, found, spec)
     return PreparedVersion(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from forebay.engine.backend_families import family_of
 from forebay.engine.repository.model_spec import EnsembleSpec
+from forebay.engine.supervisor.ensemble_warmup import warm_up_ensemble
 from forebay.engine.supervisor.instance import Instance, InstanceEvents, start_all
 from forebay.engine.supervisor.latency_settings import (
     first_response_buckets_ms,
@@ -124,6 +125,9 @@ class ServedVersion:
             if self.instances:
                 self.plant.zygotes.start(family_of(self.prepared.runtime.backend))
             await start_all(self.instances, quietly=quietly)
+            if self.prepared.spec.is_ensemble and self.prepared.spec.warmup:
+                entry = self.entry("", (), state="LOADING", reason="", decoupled=self.prepared.spec.decoupled)
+                await warm_up_ensemble(self.plant, self.prepared, entry, self._events.phase, quietly=quietly)
         except BaseException:
             await self.stop()
             raise

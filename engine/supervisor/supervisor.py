@@ -187,6 +187,7 @@ class Supervisor:
             arena_bytes_max=self.settings.memory.arena_byte_size,
             keeps_pages=functools.partial(may_be_page_locked, self.settings),
         )
+        plant.side_door = self._door.side_door
         try:
             self._create_traces()
             self._create_lifecycle(plant)

@@ -60,6 +60,8 @@ class Producer(msgspec.Struct, frozen=True):
     """Sending end of its completion doorbell."""
     submit_fd: int = -1
     """Receiving end of a client's submission socket; -1: a frontend, which is trusted."""
+    is_counted: bool = True
+    """False: statistics are not to know of its requests (spec C-115)."""
 
     @property
     def is_trusted(self) -> bool:
@@ -346,7 +348,12 @@ class Switchboard:
 
     def _tell_worker(self, worker: WorkerHandle, producer: Producer) -> None:
         worker.tell(
-            ArenaUp(producer=producer.number, byte_size=producer.arena_bytes, trusted=producer.is_trusted),
+            ArenaUp(
+                producer=producer.number,
+                byte_size=producer.arena_bytes,
+                trusted=producer.is_trusted,
+                counted=producer.is_counted,
+            ),
             (producer.arena_fd, producer.bell_fd),
         )
 

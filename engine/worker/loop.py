@@ -128,7 +128,15 @@ class Worker:
     def _handle(self, message: SupervisorToWorker, fds: list[int]) -> None:
         match message:
             case ArenaUp():
-                producer = Producer(message.producer, fds[0], message.byte_size, fds[1], is_trusted=message.trusted)
+                arena_fd, bell_fd = fds
+                producer = Producer(
+                    message.producer,
+                    arena_fd,
+                    message.byte_size,
+                    bell_fd,
+                    is_trusted=message.trusted,
+                    is_counted=message.counted,
+                )
                 self._producers.attach(producer)
                 if self._instance is not None:
                     self._instance.attach_memory(producer.arena.address, producer.arena.byte_size)

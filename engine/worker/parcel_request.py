@@ -74,6 +74,7 @@ class ParcelRequest:
         self.executed_ns = 0
         self._runner = runner
         self._producer = producer
+        self._counters = runner.counters if producer.is_counted else runner.uncounted
         self._responses = 0
         self._waiting: deque[PendingResponse] = deque()
         self._is_cancelled = False
@@ -103,6 +104,11 @@ class ParcelRequest:
     def key(self) -> tuple[int, int]:
         """Unique among the requests of this worker."""
         return self._producer.id, self.token
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether statistics are to know of it."""
+        return self._producer.is_counted
 
     @property
     def response_count(self) -> int:
@@ -263,7 +269,7 @@ class ParcelRequest:
                 raise BackendFailed("a response was sent after the final one")
             self.is_final = final
             if final:
-                count_answer(self._runner.counters, self.executed_ns)
+                count_answer(self._counters, self.executed_ns)
             response = PendingResponse(tensors, dict(parameters or {}), self._responses, final)
             self._responses += 1
             self._enqueue(response)
@@ -275,7 +281,7 @@ class ParcelRequest:
         """Send the one response whose outputs already lie in the lent block."""
         with self._runner.producers.lock:
             self.is_final = True
-            count_answer(self._runner.counters, self.executed_ns)
+            count_answer(self._counters, self.executed_ns)
             self._send(ReplyHead(outputs=places), final=True)
         self._runner.answered(self)
 
@@ -285,7 +291,7 @@ class ParcelRequest:
             if self.is_final:
                 return
             self.is_final = True
-            count_answer(self._runner.counters, self.executed_ns)
+            count_answer(self._counters, self.executed_ns)
             self._enqueue(PendingResponse((), {}, NO_RESPONSE_INDEX, final=True))
         self._runner.answered(self)
 
@@ -301,7 +307,7 @@ class ParcelRequest:
                 return
             self.is_final = final
             if final:
-                count_answer(self._runner.counters, self.executed_ns, error, by_model=by_model)
+                count_answer(self._counters, self.executed_ns, error, by_model=by_model)
             # Behind responses that wait for room, an error would overtake them: they are worth nothing any more.
             self._waiting.clear()
             # An empty text would read as success.
@@ -414,7 +420,7 @@ class ParcelRequest:
             offset += align(size)
         for target, data in copies:
             self._producer.arena.slice(target, len(data))[:] = data
-            self._runner.counters[Count.SCATTERED_BYTES] += len(data)
+            self._counters[Count.SCATTERED_BYTES] += len(data)
         self._block_free = False
         self._send(
             ReplyHead(outputs=tuple(places), parameters=response.parameters, index=response.index), final=response.final
@@ -427,7 +433,7 @@ class ParcelRequest:
             self._producer.arena.slice(offset, len(data))[:] = data
             places.append(TensorPlace(name, datatype, shape, offset, len(data)))
             offset += align(len(data))
-        self._runner.counters[Count.SCATTERED_BYTES] += response.total_bytes
+        self._counters[Count.SCATTERED_BYTES] += response.total_bytes
         self._send(
             ReplyHead(outputs=tuple(places), parameters=response.parameters, index=response.index), final=response.final
         )

@@ -41,6 +41,8 @@ class ParcelsRunner:
         self.loop_thread = threading.current_thread()
         #: uint64, this instance's block
         self.counters = counters
+        #: The same for requests that statistics are not to know of.
+        self.uncounted = memoryview(bytearray(counters.nbytes)).cast("Q")
         self.max_batch_size = spec.max_batch_size
         self.inputs: dict[str, TensorSpec] = {tensor.name: tensor for tensor in spec.inputs}
         self.promised = PromisedOutputs(spec)
@@ -197,7 +199,6 @@ class ParcelsRunner:
         self._batch_keys = [request.key for request in requests]
         if not requests:
             return TIMES.pack(start_ns, start_ns, start_ns, start_ns)
-        rows = sum(max(request.rows, 1) for request in requests)
         stamps = [start_ns, start_ns, start_ns, start_ns]
         try:
             run(stamps)
@@ -207,9 +208,16 @@ class ParcelsRunner:
             self._fail_all(requests, BackendFailed(f"{type(error).__name__}: {error}"))
         stamps[3] = time.monotonic_ns()
         stamps[2] = max(stamps[2], stamps[1])
-        with self.producers.lock:  # A model's own threads count too.
-            count_batch(self.counters, requests, rows, stamps, self.max_batch_size)
+        self._count(requests, stamps)
         return TIMES.pack(*stamps)
+
+    def _count(self, requests: Sequence[ParcelRequest], stamps: Sequence[int]) -> None:
+        if self.producers.has_uncounted:
+            requests = [request for request in requests if request.is_counted]
+        if requests:
+            rows = sum(max(request.rows, 1) for request in requests)
+            with self.producers.lock:  # A model's own threads count too.
+                count_batch(self.counters, requests, rows, stamps, self.max_batch_size)
 
     def unpack(self, message: memoryview, start_ns: int, offset: int) -> tuple[list[ParcelRequest], list[int]]:
         """Return the message's requests from ``offset`` on, and the place of each in the message.

@@ -21,15 +21,24 @@ class Producer:
     """One producer as a worker sees it: its arena and its completion doorbell. Owns both."""
 
     def __init__(
-        self, producer: int, arena_fd: int, arena_bytes: int, bell_fd: int, *, is_trusted: bool = True
+        self,
+        producer: int,
+        arena_fd: int,
+        arena_bytes: int,
+        bell_fd: int,
+        *,
+        is_trusted: bool = True,
+        is_counted: bool = True,
     ) -> None:
         """Take ownership of both descriptors.
 
         Args:
             is_trusted: False for a shared-memory client, whose messages nobody has compared with the model yet.
+            is_counted: False for one that warms up: statistics are not to know of its requests (spec C-115).
         """
         self.id = producer
         self.is_trusted = is_trusted
+        self.is_counted = is_counted
         try:
             self.arena = Arena(arena_fd, arena_bytes)
         finally:
@@ -56,15 +65,19 @@ class Producers:
 
     def __init__(self) -> None:
         self._by_id: dict[int, Producer] = {}
+        #: There are some whose requests are not counted.
+        self.has_uncounted = False
         #: Held while a doorbell is rung: replies may come from a model's own threads.
         self.lock = threading.Lock()
 
     def attach(self, producer: Producer) -> None:
         self._by_id[producer.id] = producer
+        self.has_uncounted |= not producer.is_counted
 
     def detach(self, producer: int) -> None:
         gone = self._by_id.pop(producer, None)
         if gone is not None:
+            self.has_uncounted = not all(other.is_counted for other in self)
             with self.lock:
                 gone.close()
 

@@ -33,7 +33,7 @@ from forebay.ipc.counters import instance_words
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import InvalidArgument, ServingError, from_wire
 from forebay.ipc.messages import ParameterValue, ParcelHead, TensorPlace
-from forebay.ipc.tensor import DATATYPES, TensorSpec, decode_bytes, element_count
+from forebay.ipc.tensor import DATATYPES, TensorSpec, decode_bytes, element_count, view_tensor
 from forebay.ipc.validation import id_prefix
 from forebay.ipc.worker_messages import InstanceSpec
 
@@ -146,9 +146,7 @@ class _Warmup:
                 try:
                     self._run_once(producer, head, input_bytes, reply_bytes)
                 except ServingError as error:
-                    # Triton lists the errors of all requests.
-                    text = f"failed to run warmup sample '{self._sample.name}': {error.text}; "
-                    raise InvalidArgument(text) from None
+                    raise sample_failed(self._sample, error) from None
         finally:
             self._runner.forget_producer(_PRODUCER)
             self._producers.detach(_PRODUCER)
@@ -244,6 +242,18 @@ def _controls(policy: SequenceBatchingSpec, correlation_id: int) -> Iterator[tup
     values = SequenceControls(is_start=True, is_end=True, is_ready=True, correlation_id=correlation_id)
     for control in policy.controls:
         yield control.name, control.datatype, control_value(control, values)
+
+
+def sample_failed(sample: WarmupSpec, error: ServingError) -> InvalidArgument:
+    """Return what a load fails with when a sample does (spec C-114); Triton lists the errors of all requests."""
+    return InvalidArgument(f"failed to run warmup sample '{sample.name}': {error.text}; ")
+
+
+def tensor_array(given: WarmupInputSpec, model_path: str) -> Array:
+    """Return one input of one request of a sample: the datatype's numpy dtype, its dims; raises as for its bytes."""
+    data = tensor_bytes(given, model_path)
+    buffer = memoryview(bytes(_zero_byte_count(given)) if data is None else data)
+    return view_tensor(buffer, given.datatype, given.dims)
 
 
 def tensor_bytes(given: WarmupInputSpec, model_path: str) -> bytes | None:

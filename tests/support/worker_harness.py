@@ -155,6 +155,7 @@ class WorkerHarness:
         arena_bytes: int = 32 << 20,
         env: Mapping[str, str] | None = None,
         load: bool = True,
+        counted: bool = True,
     ) -> None:
         self.spec = spec
         self._counters = CountersFile()
@@ -188,7 +189,10 @@ class WorkerHarness:
         )
         for end in (theirs, doorbell, done):
             end.close()
-        self.lifeline.send(ArenaUp(producer=PRODUCER, byte_size=arena_bytes), fds=(self._arena_fd, completion.fileno()))
+        self.lifeline.send(
+            ArenaUp(producer=PRODUCER, byte_size=arena_bytes, counted=counted),
+            fds=(self._arena_fd, completion.fileno()),
+        )
         completion.close()
         self._loads = load
 

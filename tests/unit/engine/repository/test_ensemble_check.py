@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from msgspec.structs import replace
 
 from forebay.engine.repository.config_problem import ConfigError
 from forebay.engine.repository.ensemble_check import (
     check_ensemble,
     circle_problem,
     dependencies,
-    ensemble_notes,
     ensemble_problems,
 )
 from forebay.engine.repository.model_spec import (
@@ -20,7 +18,6 @@ from forebay.engine.repository.model_spec import (
     InputSpec,
     ModelSpec,
     OutputSpec,
-    WarmupSpec,
 )
 
 
@@ -67,14 +64,6 @@ def ensemble(*steps: EnsembleStepSpec, max_batch_size: int = 8, dims: tuple[int,
 
 def texts(ensemble: ModelSpec, *models: ModelSpec) -> list[str]:
     return [problem.text for problem in ensemble_problems(ensemble, {model.name: model for model in models})]
-
-
-def test_samples_for_an_ensemble_are_known_to_be_useless() -> None:
-    """C-110: it has no instances to warm up; its models have."""
-    sample = WarmupSpec(name="s", batch_size=1, count=1, inputs=())
-    (note,) = ensemble_notes(replace(ensemble(), warmup=(sample,)))
-    assert note == "model_warmup of ensemble 'e' is not run: give samples to its models ('a', 'b')"
-    assert ensemble_notes(ensemble()) == ensemble_notes(replace(model("a"), warmup=(sample,))) == []
 
 
 def test_a_chain_of_equal_tensors_fits() -> None:

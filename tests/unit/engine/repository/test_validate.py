@@ -610,6 +610,16 @@ def test_good_configs_have_no_problems(normalised: Normalised) -> None:
         assert (poll_problems(config), load_problems(config)) == ([], []), text
 
 
+def test_samples_of_an_ensemble_are_taken_if_a_parameter_says_so(normalised: Normalised) -> None:
+    """L-054; without it C-100."""
+    samples = 'model_warmup { } parameters { key: "forebay_ensemble_warmup" value: { string_value: "VALUE" } }'
+    for value, count in (("true", 0), ("false", 1)):
+        problems = poll_problems(normalised(ensemble(GOOD_STEP, samples.replace("VALUE", value))))
+        found = [problem for problem in problems if "can not be" in problem.text]
+        assert len(found) == count
+        assert all("forebay_ensemble_warmup" in problem.hint for problem in found)
+
+
 def test_paths_read_like_code() -> None:
     assert path_text(("input", 0, "dims", 1)) == "input[0].dims[1]"
     assert path_text(()) == ""

@@ -45,6 +45,16 @@ def test_requests_of_a_batch_are_joined_and_split_again() -> None:
         assert worker.counter(InstanceCounter.GATHERED_BYTES) == 4 * 2 * 4
 
 
+def test_requests_that_warm_up_are_not_counted() -> None:
+    """Spec C-115."""
+    with WorkerHarness(fault_spec(max_batch_size=8), counted=False) as worker:
+        tokens = worker.submit({"IN": row(1, 2)}, {"IN": row(3, 4)})
+        assert [r.outputs["OUT"].tolist() for r in worker.responses(*tokens)] == [[[1, 2]], [[3, 4]]]
+        worker.wait_done()
+        counted = InstanceCounter.EXECUTIONS, InstanceCounter.INFERENCES, InstanceCounter.SUCCESS
+        assert [worker.counter(counter) for counter in counted] == [0, 0, 0]
+
+
 def test_strings_are_joined() -> None:
     with WorkerHarness(fault_spec("TYPE_STRING", max_batch_size=8)) as worker:
         tokens = worker.submit(*({"IN": np.array([[text]], object)} for text in ("a", "", "é\0")))

@@ -19,7 +19,7 @@ from forebay.engine.repository.model_spec import (
     WarmupSpec,
 )
 from forebay.engine.worker.model_data import TENSOR_BYTES_MAX
-from forebay.engine.worker.warmup import tensor_bytes
+from forebay.engine.worker.warmup import tensor_array, tensor_bytes
 from forebay.ipc.counters import InstanceCounter
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
 from forebay.ipc.worker_messages import InstanceSpec
@@ -298,6 +298,15 @@ def test_random_data_have_the_bytes_of_their_shape_and_are_the_same_each_time() 
 
 def test_zero_data_are_not_written_out() -> None:
     assert tensor_bytes(tensor(dims=(1000,)), "/nowhere") is None
+
+
+def test_arrays_have_the_dims_of_the_sample() -> None:
+    """Spec C-113: strings are empty."""
+    assert tensor_array(tensor("zero", (2, 1), "BYTES"), "/nowhere").tolist() == [[b""], [b""]]
+    assert tensor_array(tensor("zero", (2,), "INT16"), "/nowhere").tolist() == [0, 0]
+    values = tensor_array(tensor("random", (2, 3), "FP32"), "/nowhere")
+    assert values.tobytes() == tensor_bytes(tensor("random", (2, 3), "FP32"), "/nowhere")
+    assert (values.shape, values.dtype) == ((2, 3), np.float32)
 
 
 def test_tensor_may_not_be_of_any_size() -> None:
