@@ -6,6 +6,7 @@ ensemble before anybody else, and ends it when it has loaded, that is, when all 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -63,11 +64,13 @@ def run_sample(ensemble: shm.Model, sample: WarmupSpec, model_path: str) -> None
 
 def _run_once(ensemble: shm.Model, sample: WarmupSpec, arrays: dict[str, Array]) -> None:
     futures: list[shm.Future] = []
-    for index in range(sample.batch_size):
+    for _ in range(sample.batch_size):
         for name, array in arrays.items():
             ensemble.put(name, array)
         # For stateful steps each request is a sequence of its own, as in warm-ups of models.
-        options = shm.Options(request_id=sample.name, sequence_id=index + 1, sequence_start=True, sequence_end=True)
+        options = shm.Options(
+            request_id=sample.name, sequence_id=_sequence_id(), sequence_start=True, sequence_end=True
+        )
         if ensemble.is_decoupled:
             for _response in ensemble.stream(options=options):
                 pass
@@ -75,6 +78,11 @@ def _run_once(ensemble: shm.Model, sample: WarmupSpec, arrays: dict[str, Array])
             futures.append(ensemble.submit(options=options))
     for future in futures:
         future.outputs()
+
+
+def _sequence_id() -> int:
+    """Return a number that clients hardly have, whose sequences go on in the same models; fits controls of 32 bits."""
+    return (1 << 30) + secrets.randbelow(1 << 30)
 
 
 BACKEND = EnsembleWarmupBackend
