@@ -25,6 +25,7 @@ from forebay.engine.backends.python_model.gpus import gpus
 from forebay.engine.backends.python_model.late_answers import may_answer_late
 from forebay.engine.backends.python_model.metric_family import Owner
 from forebay.engine.backends.python_model.model_config import ModelConfig
+from forebay.engine.backends.python_model.outer_requests import executing
 from forebay.engine.backends.python_model.outputs import ModelOutputs
 from forebay.engine.backends.python_model.request import InferenceRequest, Phase, Recipient
 from forebay.engine.backends.python_model.response import InferenceResponse, start_answering_dropped
@@ -188,10 +189,13 @@ class PythonInstance(RowsInstance):
             path = shown_path(os.path.join(spec.version_path, spec.model_file or "model.py"), spec.model_path)
             raise self._failure(f"Python model {path} does not implement `execute` method.")
         while incoming:
+            outside = executing.set([request.source for request in incoming])
             try:
                 result = execute(incoming)
             except BaseException as error:  # the model's own code, which may even want to exit
                 raise self._raised(error) from None
+            finally:
+                executing.reset(outside)
             if inspect.iscoroutine(result):
                 self._start(result, incoming)
                 return
@@ -277,6 +281,8 @@ class PythonInstance(RowsInstance):
         asyncio.run_coroutine_threadsafe(self._await(coroutine, requests), self._event_loop)
 
     async def _await(self, coroutine: Coroutine[Any, Any, Any], requests: list[InferenceRequest]) -> None:
+        # A task has a context of its own.
+        executing.set([request.source for request in requests])
         try:
             while requests:
                 try:

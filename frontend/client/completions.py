@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -72,6 +73,13 @@ class Completions:
         """Return the doorbell, for event loops."""
         return self._sock.fileno()
 
+    def look_up_every(self, period_s: float) -> None:
+        """Have the thread that reads look so often (every ``period_s`` < 1) whether its request was abandoned.
+
+        Without, it sleeps until there is a message, and abandoning does not wake it.
+        """
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(period_s * 1e6)))
+
     def shutdown(self) -> None:
         """Have a thread that reads wake up with end of file."""
         with contextlib.suppress(OSError):
@@ -96,9 +104,12 @@ class Completions:
                     self._wake_follower()
             else:
                 self._follow(pending, deadline_ns)
+        if pending.is_abandoned:
+            # We may have been woken to read on; those that wait behind us must not sleep for ever.
+            self._wake_follower()
 
     def wait_any(self) -> None:
-        """Return when something has happened; there must be requests in flight."""
+        """Return when something has happened, or may have; there must be requests in flight."""
         if self._reader.acquire(blocking=False):
             try:
                 self._read(0)
@@ -172,7 +183,7 @@ class Completions:
                         return
 
     def _read(self, deadline_ns: int) -> None:
-        """Wait for one message and have it acted on. The reader's lock is held."""
+        """Wait for one message and have it acted on, or until it is time to look up. The reader's lock is held."""
         in_flight = self._in_flight
         if self._can_glance and in_flight.count == 1 and not in_flight.waits_for_our_core and self._glance():
             return
@@ -184,6 +195,8 @@ class Completions:
             except BlockingIOError:
                 if deadline_ns and time.monotonic_ns() >= deadline_ns:
                     raise DeadlineExceeded(_DEADLINE_TEXT) from None
+                if not self._spins:
+                    return
                 continue
             except OSError as error:
                 with self._lock:

@@ -247,10 +247,21 @@ class Connection:
     def cancel(self, pending: Pending) -> None:
         """Nobody waits for the request any more; what it lives in comes back when the engine has let go of it."""
         with self._lock:
-            if isinstance(pending, PendingEnsemble):
-                pending.cancel()
-            else:
-                self._in_flight.cancel(pending)
+            self._cancel(pending)
+
+    def abandon(self, pending: Pending) -> None:
+        """Cancel, and let whoever waits for the request go at once instead of with its last answer."""
+        with self._lock:
+            if not pending.is_done:
+                self._cancel(pending)
+            if not pending.is_done:
+                pending.abandon()
+
+    def _cancel(self, pending: Pending) -> None:
+        if isinstance(pending, PendingEnsemble):
+            pending.cancel()
+        else:
+            self._in_flight.cancel(pending)
 
     @property
     def in_flight(self) -> int:

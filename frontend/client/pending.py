@@ -123,6 +123,7 @@ class Pending:
         "enqueue_ns",
         "error",
         "has_run",
+        "is_abandoned",
         "is_cancelled",
         "is_done",
         "lease",
@@ -158,17 +159,26 @@ class Pending:
         #: Of a request that is done: a worker had it.
         self.has_run = False
         self.is_cancelled = False
+        #: Nobody waits even for the last answer, which is still to come.
+        self.is_abandoned = False
         #: Called once, as soon as there is something to take.
         self.waiter: Callable[[], None] | None = None
 
     @property
     def has_news(self) -> bool:
         """True if waiting is over: it is done, or has a response that nobody has taken."""
-        return self.is_done
+        return self.is_done or self.is_abandoned
+
+    def abandon(self) -> None:
+        """Let whoever waits go: that is its answer, whatever comes. Its memory stays lent until it is done."""
+        self.error = Cancelled("request was cancelled")
+        self.is_abandoned = True
+        self.wake()
 
     def finish(self, error: ServingError | None = None) -> None:
         """It has its last answer."""
-        self.error = error
+        if not self.is_abandoned:
+            self.error = error
         self.is_done = True
         self.wake()
 
@@ -211,7 +221,7 @@ class PendingResponses(Pending):
 
     @property
     def has_news(self) -> bool:
-        return self.is_done or bool(self.responses)
+        return self.is_done or self.is_abandoned or bool(self.responses)
 
     def respond(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> None:
         """Keep a response until somebody takes it; nobody is woken yet."""

@@ -180,6 +180,13 @@ class OutputsOnGpu:
     def cancel(self) -> None:
         self._call.cancel()
 
+    def abandon(self) -> None:
+        self._call.abandon()
+
+    @property
+    def is_over(self) -> bool:
+        return self._call.is_over
+
     def _brought(self, tensor: Tensor) -> Tensor:
         gpu = self._gpu
         if tensor.gpu is gpu or tensor.datatype == "BYTES":

@@ -7,9 +7,10 @@ responses are taken by whoever waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from forebay.engine.backends.python_model.outer_requests import OuterRequest
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.errors import ServingError, Unsupported
 from forebay.ipc.messages import ParameterValue
@@ -39,6 +40,8 @@ class NestedRequest(NamedTuple):
     """False: a decoupled target is refused with the text of spec P-093."""
     output_device: int = ANYWHERE
     """GPU in whose memory outputs are wanted, or one of the above."""
+    made_for: Sequence[OuterRequest] = ()
+    """The requests of the execution that makes it."""
 
     @property
     def uses_gpu(self) -> bool:
@@ -79,6 +82,19 @@ class NestedCall(Protocol):
 
     def cancel(self) -> None:
         """Nobody waits for further responses."""
+        ...
+
+    def abandon(self) -> None:
+        """Cancel, and end at once: who waits gets what a cancelled request is answered.
+
+        Raises:
+            EngineGone: the server is gone.
+        """
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """True if it cannot be abandoned any more."""
         ...
 
 

@@ -16,6 +16,7 @@ from forebay.engine.backends.python_model.engine_access import (
     refusal_text,
 )
 from forebay.engine.backends.python_model.errors import TritonError
+from forebay.engine.backends.python_model.outer_requests import watch
 from forebay.engine.backends.python_model.response import InferenceResponse
 from forebay.ipc.errors import ServingError
 
@@ -34,7 +35,7 @@ class ResponseIterator:
         #: None: every response has arrived.
         self._call: NestedCall | None = None
         try:
-            self._call = engine().infer(request)
+            self._call = _submit(request)
         except ServingError as error:
             self._arrived.append(_refused(request.model, error))
 
@@ -84,23 +85,44 @@ class ResponseIterator:
                     if nested.has_response:
                         self._arrived.append(_as_response(nested))
                     if nested.final:
+                        watch.forget(self._call)
                         self._call = None
+                        break
             return self._arrived.popleft() if self._arrived else None
 
 
 def only_response(request: NestedRequest) -> InferenceResponse:
     """Submit a request and wait for its one response; what is wrong with it becomes the response."""
     try:
-        call = engine().infer(request)
+        call = _submit(request)
     except ServingError as error:
         return _refused(request.model, error)
+    try:
+        return _wait_only(request.model, call)
+    finally:
+        watch.forget(call)
+
+
+def _submit(request: NestedRequest) -> NestedCall:
+    """Submit a request, to be abandoned with those that it is made for.
+
+    Raises:
+        ServingError: it was refused.
+    """
+    call = engine().infer(request)
+    if request.made_for:
+        watch.add(call, request.made_for)
+    return call
+
+
+def _wait_only(model: str, call: NestedCall) -> InferenceResponse:
     while True:
         call.wait()
         for nested in call.take():
             if nested.has_response:
                 return _as_response(nested)
             if nested.final:
-                return _no_response(request.model)
+                return _no_response(model)
 
 
 def _as_response(nested: NestedResponse) -> InferenceResponse:

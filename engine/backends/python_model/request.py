@@ -11,6 +11,7 @@ from forebay.engine.backends.python_model.engine_access import ANYWHERE, ON_HOST
 from forebay.engine.backends.python_model.errors import TritonModelException
 from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.nested_responses import ResponseIterator, only_response
+from forebay.engine.backends.python_model.outer_requests import executing
 from forebay.engine.backends.python_model.response import (
     Answering,
     Deliver,
@@ -353,6 +354,7 @@ class InferenceRequest:
             trace=self._trace.trace,
             allows_many_responses=decoupled,
             output_device=ANYWHERE if self._preferred_memory is None else self._preferred_memory.device_id,
+            made_for=executing.get(),
         )
 
 

@@ -15,6 +15,7 @@ from forebay.client.placement import BlockPlacement
 from forebay.client.places import full_shape, output_places
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, refusal_text
 from forebay.engine.backends.python_model.gpus import gpus
+from forebay.engine.backends.python_model.outer_requests import LOOK_PERIOD_S
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.ipc.errors import InvalidArgument, ServingError, from_wire
 from forebay.ipc.messages import ReplyHead
@@ -28,6 +29,7 @@ class Link:
         self.engine = engine
         self.connection = engine.connection
         self.connection.device_pools.on_over = gpus.close_memory
+        self.connection.completions.look_up_every(LOOK_PERIOD_S)
         #: Requests that event loops wait for.
         self._watched = 0
         self._is_needed = threading.Condition()
@@ -82,6 +84,13 @@ class Call:
     def cancel(self) -> None:
         self._link.connection.cancel(self._pending)
 
+    def abandon(self) -> None:
+        self._link.connection.abandon(self._pending)
+
+    @property
+    def is_over(self) -> bool:
+        return self._pending.is_done or self._pending.is_abandoned
+
     def _failed(self, error: ServingError) -> NestedResponse:
         """Return the last response of a request that has failed."""
         if isinstance(error, InvalidArgument) and not self._pending.has_run:
@@ -119,7 +128,7 @@ class RowsCall(Call):
 
     def take(self) -> list[NestedResponse]:
         pending = self._pending
-        if not pending.is_done:
+        if not pending.has_news:
             return []
         if pending.error is not None:
             return [self._failed(pending.error)]
@@ -168,11 +177,11 @@ class BlockCall(Call):
 
     def take(self) -> list[NestedResponse]:
         pending = self._responses
-        is_done = pending.is_done
+        is_over = self.is_over
         found: list[NestedResponse] = []
-        while pending.responses:
+        while pending.responses and not pending.is_abandoned:
             found.append(self._response(*pending.responses.popleft()))
-        if not is_done:
+        if not is_over:
             return found
         if pending.error is not None:
             found.append(self._failed(pending.error))

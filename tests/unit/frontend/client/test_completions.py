@@ -12,6 +12,7 @@ import pytest
 from forebay.client.completions import Completions
 from forebay.client.errors import DeadlineExceeded
 from forebay.client.pending import Pending
+from forebay.ipc.errors import Cancelled
 
 
 class Lock:
@@ -60,3 +61,51 @@ def test_who_is_asked_to_read_on_when_its_time_is_up_asks_the_next() -> None:
     assert woken == ["behind"]
     completions.close()
     theirs.close()
+
+
+def test_who_reads_goes_when_its_request_is_abandoned_and_those_behind_read_on() -> None:
+    """L-026: its last answer may be long in coming, or be somebody else's to wait for."""
+    in_flight: Any = type("InFlight", (), {"count": 2, "take": lambda self, message: behind.finish()})()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    completions = Completions(ours, threading.Lock(), in_flight, spins=False)
+    completions.look_up_every(0.005)
+    first, behind = pending(), pending()
+    reader = threading.Thread(target=completions.wait, args=(first,))
+    reader.start()
+    while not completions._reader.locked():
+        time.sleep(0.001)
+    follower = threading.Thread(target=completions.wait, args=(behind,))
+    follower.start()
+    while not completions._followers:
+        time.sleep(0.001)
+    first.abandon()
+    reader.join()
+    theirs.send(b"an answer")
+    follower.join()
+    assert behind.is_done
+    assert not first.is_done
+    completions.close()
+    theirs.close()
+
+
+def test_who_was_woken_to_read_on_and_is_abandoned_wakes_the_next() -> None:
+    in_flight: Any = None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    completions = Completions(ours, threading.Lock(), in_flight, spins=False)
+    woken_to_read, behind = pending(), pending()
+    woken: list[str] = []
+    behind.waiter = lambda: woken.append("behind")
+    completions._followers.append(behind)
+    woken_to_read.abandon()
+    completions.wait(woken_to_read)
+    assert woken == ["behind"]
+    completions.close()
+    theirs.close()
+
+
+def test_what_comes_for_an_abandoned_request_does_not_change_its_answer() -> None:
+    request = pending()
+    request.abandon()
+    request.finish()
+    with pytest.raises(Cancelled, match=r"^request was cancelled$"):
+        request.raise_error()

@@ -16,9 +16,10 @@ from forebay.engine.backends.python_model import triton_python_backend_utils as 
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, NoEngineAccess
 from forebay.engine.backends.python_model.metric_family import Owner
 from forebay.engine.backends.python_model.metrics import registry
+from forebay.engine.backends.python_model.outer_requests import executing
 from forebay.engine.backends.python_model.request import Phase
 from forebay.engine.backends.python_model.response import Answering
-from forebay.ipc.errors import InvalidArgument, NotFound, Unavailable
+from forebay.ipc.errors import Cancelled, InvalidArgument, NotFound, Unavailable
 from forebay.ipc.tensor import DATATYPES
 
 # --- names and constants ---
@@ -280,6 +281,11 @@ class FakeCall:
         self._on_news: Callable[[], None] | None = None
         self.cancelled = threading.Event()
         self.cancel = self.cancelled.set
+        self.is_over = False
+
+    def abandon(self) -> None:
+        self.is_over = True
+        self.put(NestedResponse((), {}, Cancelled("request was cancelled"), True, True))
 
     def put(self, response: NestedResponse) -> None:
         with self._lock:
@@ -404,6 +410,30 @@ def test_decoupled_exec_iterates_and_cancels(fake_engine: FakeEngine) -> None:
     assert isinstance(slow, pb_utils.ResponseIterator)
     slow.cancel()
     assert fake_engine.calls[-1].cancelled.is_set()
+
+
+def test_calls_end_with_the_request_that_they_are_made_for(fake_engine: FakeEngine) -> None:
+    """L-026: those of the execution's own context, its tasks among them; not those of other threads."""
+    elsewhere: list[Any] = []
+
+    def call_elsewhere() -> None:
+        elsewhere.append(nested("slow").exec(decoupled=True))
+
+    async def in_tasks() -> list[Any]:
+        return await asyncio.gather(nested("slow").async_exec(), asyncio.to_thread(nested("slow").exec))
+
+    outer: Any = type("Outer", (), {"is_cancelled": True, "is_final": False})
+    outside = executing.set([outer])
+    try:
+        thread = threading.Thread(target=call_elsewhere)
+        thread.start()
+        thread.join()
+        answers: list[Any] = [nested("slow").exec(), *nested("slow").exec(decoupled=True), *asyncio.run(in_tasks())]
+    finally:
+        executing.reset(outside)
+    assert [answer.error().message() for answer in answers] == ["request was cancelled"] * 4
+    assert {answer.error().code() for answer in answers} == {pb_utils.TritonError.CANCELLED}
+    assert [call.is_over for call in fake_engine.calls] == [False, True, True, True, True]
 
 
 def test_async_exec_waits_without_blocking(fake_engine: FakeEngine) -> None:
