@@ -6,9 +6,9 @@ a wake-up is a context switch. The core is the one that the client's packets arr
 queue, or of a client on the same machine, which waits as we do.
 
 Measured on a virtual machine with two cores and one client of a tiny model, against free placement (medians of 6 paired
-runs): with the client pinned, so that it stays where we join it, median latency 0.63 and CPU time 0.55; with other work
-on the machine 0.88 and 0.87; on an idle machine, where the kernel moves the client to the core that we leave free, 0.95
-and 0.91.
+runs of ``bench/load`` against a server with and one without; no file of ``bench/`` repeats it). With the client pinned,
+so that it stays where we join it: median latency 0.63 and CPU time 0.55; with other work on the machine 0.88 and 0.87;
+on an idle machine, where the kernel moves the client to the core that we leave free, 0.95 and 0.91.
 
 As soon as two requests are in flight together everybody may run anywhere again, and also where requests become slow:
 somebody else may need that core, and no kernel moves what is pinned.

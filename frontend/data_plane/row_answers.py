@@ -75,13 +75,14 @@ class RowAnswers:
     def _answer_rows(self, slab: OwnedSlab, first: int, rows: int) -> None:
         """Call everybody who waits for one of these rows."""
         owners = slab.owners
+        between_answers = self._engine.between_answers if self._engine.crowded_routes else None
         for row in range(first, first + rows):
             owner = owners[row]
             if owner is not None:
                 owners[row] = None
                 owner.rows_done(slab, row)
-                if self._engine.crowded_routes and self._engine.between_answers is not None:
-                    self._engine.between_answers()
+                if between_answers is not None:
+                    between_answers()
 
     @staticmethod
     def _answer_remarked(route: RouteClient, slab: OwnedSlab, remarks: list[RowRemark], elapsed_ns: int) -> int:

@@ -159,12 +159,19 @@ def test_counts_each_request_once_and_sums_the_steps(
 def test_nothing_is_copied_between_steps(client: httpclient.InferenceServerClient, server: ForebayServer) -> None:
     """L-030, I-1: what comes in is placed once; between the steps and to the client nothing is copied."""
     given = rows(4)
+
+    def copied() -> list[float]:
+        return [metric(server, "forebay_copied_bytes_total", f'model="{name}"') for name in ("two_steps", "scale")]
+
+    # A frontend writes its counters behind the answers.
+    unused = copied()
     ask(client, "two_steps", "A", given)
-    names = ('model="two_steps"', 'model="scale"')
-    before = [metric(server, "forebay_copied_bytes_total", name) for name in names]
+    server.wait_for(lambda: copied()[0] > unused[0], "the first request is counted")
+    before = copied()
     for _ in range(5):
         ask(client, "two_steps", "A", given)
-    after = [metric(server, "forebay_copied_bytes_total", name) for name in names]
+    server.wait_for(lambda: copied()[0] - before[0] >= 5 * given.nbytes, "all requests are counted")
+    after = copied()
     assert after[0] - before[0] == 5 * given.nbytes
     assert after[1] == before[1]
 

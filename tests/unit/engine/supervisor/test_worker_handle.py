@@ -9,17 +9,15 @@ import subprocess
 from collections.abc import Callable, Generator
 
 import pytest
+from worker_harness import spec_from_config
 
 from forebay.engine.supervisor.worker_handle import WorkerHandle
 from forebay.ipc.errors import Code, InvalidArgument
 from forebay.ipc.lifeline import Lifeline
 from forebay.ipc.messages import Failed, Stop
-from forebay.ipc.worker_messages import InstanceSpec, MemoryClosed, MemoryDown, SupervisorToWorker
+from forebay.ipc.worker_messages import MemoryClosed, MemoryDown, SupervisorToWorker
 
-SPEC = InstanceSpec(
-    model="m", version=1, route=1, instance=7, instance_name="m_0", backend="", model_path="", version_path="",
-    model_file="", max_batch_size=0,
-)  # fmt: skip
+SPEC = spec_from_config({}, model="m", model_path="")
 
 
 @contextlib.contextmanager
