@@ -63,7 +63,6 @@ class Connection(asyncio.BufferedProtocol):
         "_calls",
         "_chunks",
         "_expects_upload",
-        "_express_fd",
         "_fd",
         "_frontend",
         "_head",
@@ -89,8 +88,6 @@ class Connection(asyncio.BufferedProtocol):
         self._frontend = frontend
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._fd = -1
-        #: Our descriptor while it is in the express epoll; else -1.
-        self._express_fd = -1
         # Reading
         self._partial = bytearray()
         self._head: Head | None = None
@@ -166,7 +163,7 @@ class Connection(asyncio.BufferedProtocol):
         if count:
             self._received(count)
         else:
-            self._leave_express()  # The loop will find out too.
+            self._frontend.express.leave(self._fd)  # The loop will find out too.
 
     def _received(self, nbytes: int) -> None:
         upload = self._upload
@@ -420,24 +417,12 @@ class Connection(asyncio.BufferedProtocol):
         engine.cores.client_fd = self._fd
         route.publish(slab, first, rows, call, plan.priority, plan.timeout_us)
         crowded = engine.crowded_routes
-        if crowded and (route in crowded) is (self._express_fd >= 0):
-            self._change_express()
-
-    def _change_express(self) -> None:
-        if self._express_fd >= 0:
-            self._leave_express()
-        elif self._fd >= 0:
-            self._express_fd = self._fd
-            self._frontend.express.join(self, self._fd)
-
-    def _leave_express(self) -> None:
-        if self._express_fd >= 0:
-            self._frontend.express.leave(self._express_fd)
-            self._express_fd = -1
+        if crowded:
+            self._frontend.express.sort(self, self._fd, is_quiet=route not in crowded)
 
     def _forget_fd(self) -> None:
         """Neither read nor write by ourselves any more."""
-        self._leave_express()
+        self._frontend.express.leave(self._fd)
         self._fd = -1
 
     def _infer_general(self, head: Head, body: memoryview) -> None:

@@ -37,15 +37,21 @@ class Express:
         self._is_looking = False
         engine.between_answers = self.step
 
-    def join(self, connection: Connection, fd: int) -> None:
-        """Look after a connection from now on."""
-        self._connections[fd] = connection
-        self._epoll.register(fd, select.EPOLLIN)
+    def sort(self, connection: Connection, fd: int, *, is_quiet: bool) -> None:
+        """A connection's request went to a quiet model, or to a crowded one: look after it from now on, or not."""
+        if is_quiet is (fd in self._connections) or fd < 0:
+            return
+        if is_quiet:
+            self._connections[fd] = connection
+            self._epoll.register(fd, select.EPOLLIN)
+        else:
+            self.leave(fd)
 
     def leave(self, fd: int) -> None:
-        del self._connections[fd]
-        with contextlib.suppress(OSError):  # Where the client has left, the loop has closed it already.
-            self._epoll.unregister(fd)
+        """Look after it no more, if it was looked after."""
+        if self._connections.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):  # Where the client has left, the loop has closed it already.
+                self._epoll.unregister(fd)
 
     def step(self) -> None:
         """A request has been taken or answered, and there is a crowd; the scratch buffers are free."""

@@ -19,7 +19,8 @@ class Quiet:
         self.client, self.server = socket.socketpair()
         self.read: list[bytes] = []
         self.express = express
-        express.join(self, self.server.fileno())  # type: ignore[arg-type]
+        connection: Any = self
+        express.sort(connection, self.server.fileno(), is_quiet=True)
 
     def read_now(self) -> None:
         self.express.step()  # As every request does; it must not look again from within a look.
@@ -82,6 +83,16 @@ def test_connection_that_left_is_not_read(scene: Scene, is_closed: bool) -> None
     if is_closed:
         quiet.close()
     scene.express.leave(fd)
+    scene.turn(8)
+    assert quiet.read == []
+    quiet.close()
+
+
+def test_connection_whose_model_is_crowded_itself_is_not_read(scene: Scene) -> None:
+    quiet = Quiet(scene.express)
+    quiet.client.send(b"request")
+    connection: Any = quiet
+    scene.express.sort(connection, quiet.server.fileno(), is_quiet=False)
     scene.turn(8)
     assert quiet.read == []
     quiet.close()
