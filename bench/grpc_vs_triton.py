@@ -35,7 +35,16 @@ import tritonclient.grpc as grpcclient
 from bench.kserve import FloatArray, execution_counts, get_json
 from bench.load.client import LoadFailed
 from bench.machine import describe_machine, machine_line, save_results
-from bench.rounds import MEDIAN_COLUMNS, RATIO_COLUMNS, RoundOptions, in_turns, numbers, round_parser, triton_report
+from bench.rounds import (
+    MEDIAN_COLUMNS,
+    RATIO_COLUMNS,
+    RoundOptions,
+    idle_cores,
+    in_turns,
+    numbers,
+    round_parser,
+    triton_report,
+)
 from bench.servers import EXAMPLE_REPOSITORY, PEER_FOLDER, Server, alpha_repository, forebay, free_ports, triton
 
 MODEL = "alpha_model"
@@ -72,6 +81,7 @@ def main() -> None:
     ours_flags = ["--allow-grpc=true", "--grpc-address=127.0.0.1", f"--grpc-port={our_port}"]
     peer_flags = ["--allow-grpc=true", "--grpc-address=127.0.0.1", f"--grpc-port={peer_port}"]
     with (
+        idle_cores(options.cores),
         alpha_repository("onnxruntime", delay_us=options.delay, instances=options.instances) as our_repository,
         alpha_repository("python", delay_us=options.delay, instances=options.instances) as peer_repository,
         forebay(our_repository, *ours_flags) as ours,

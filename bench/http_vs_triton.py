@@ -25,7 +25,7 @@ import onnxruntime
 from bench.kserve import FloatArray, get_json, infer_once, infer_request
 from bench.machine import describe_machine, machine_line, save_results
 from bench.measurement import Client, Measurement, measure
-from bench.rounds import RoundOptions, in_turns, numbers, round_parser, triton_report
+from bench.rounds import RoundOptions, idle_cores, in_turns, numbers, round_parser, triton_report
 from bench.servers import EXAMPLE_REPOSITORY, PEER_FOLDER, Server, alpha_repository, forebay, triton
 
 MODEL = "alpha_model"
@@ -52,6 +52,7 @@ def main() -> None:
     options = _parse_options()
     rows = np.random.default_rng(0).standard_normal((1, 50)).astype(np.float32)
     with (
+        idle_cores(options.cores),
         alpha_repository("onnxruntime", delay_us=options.delay, instances=options.instances) as our_repository,
         alpha_repository("python", delay_us=options.delay, instances=options.instances) as peer_repository,
         forebay(our_repository) as ours,

@@ -39,6 +39,7 @@ from bench.rounds import (
     MEDIAN_COLUMNS,
     RATIO_COLUMNS,
     RoundOptions,
+    idle_cores,
     in_turns,
     median_ratio,
     median_table,
@@ -133,6 +134,7 @@ def main() -> None:
     rounds: dict[Case, Rounds] = {case: {"forebay": [], "triton": []} for case in cases}
     copies: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     with (
+        idle_cores(options.cores),
         python_repository() as repository,
         forebay(repository) as ours,
         triton(repository, folder=options.peer) as peer,

@@ -7,12 +7,14 @@ round begins at the other end, and a slow minute of the machine falls on everyth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from bench.tables import markdown_table, number
+from forebay.ipc.wakeup_latency import WakeupLatency
 
 #: Triton's C++ ONNX Runtime backend divided by its Python backend, by requests in flight: rate, p50, server CPU.
 #: Measured on 2026-11-22 with wrk (one thread), queue delay 0 and two instances, both of Triton 2.51 in one session on
@@ -34,6 +36,8 @@ MEDIAN_COLUMNS = {
 }
 #: The same of the ratios.
 RATIO_COLUMNS = {"rate_per_s": "rate", "p50_us": "p50", "p99_us": "p99", "cpu_us": "server CPU"}
+
+CORES_HELP = "what idle cores do, for all servers: sleep as the system has it, or stay awake"
 
 Item = TypeVar("Item")
 
@@ -131,12 +135,25 @@ def triton_tables(
     return "\n".join(text)
 
 
+@contextlib.contextmanager
+def idle_cores(how: str) -> Iterator[None]:
+    """Have idle cores do what ``--cores`` says until the end of the block, whatever is measured."""
+    latency = WakeupLatency(0)
+    if how == "awake":
+        latency.hold()
+    try:
+        yield
+    finally:
+        latency.release()
+
+
 class RoundOptions(argparse.Namespace):
     """What every command line of paired rounds has."""
 
     rounds: int
     duration: float
     warmup: float
+    cores: str
     output: Path | None
 
 
@@ -154,6 +171,7 @@ def round_parser(name: str, doc: str | None, *, duration_s: float, **types: Any)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duration", default=duration_s, help="seconds of one measurement", **types)
     parser.add_argument("--warmup", default=1, help="seconds before each measurement", **types)
+    parser.add_argument("--cores", choices=["system", "awake"], default="system", help=CORES_HELP)
     parser.add_argument("--output", type=Path, help=f"results file (default: bench/results/{name}-DATE-COMMIT.json)")
     return parser
 

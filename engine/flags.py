@@ -317,6 +317,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("instances-per-process", "process.instances_per_process", minimum=1),
     Flag("wait", "process.wait", metavar="park|spin[=MICROSECONDS]", parse=values.parse_wait),
     Flag("share-cores", "process.share_cores"),
+    Flag("cpu-wakeup-latency-us", "process.cpu_wakeup_latency_us", minimum=-1, maximum=1_000_000),
     Flag(
         "host-policy",
         "process.host_policies",

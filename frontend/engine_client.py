@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from forebay.frontend.data_plane.awake_cores import AwakeCores
 from forebay.frontend.data_plane.cancellations import Cancellations
 from forebay.frontend.data_plane.core_sharing import CoreSharing
 from forebay.frontend.data_plane.device_pools import DevicePools
@@ -131,6 +132,8 @@ class EngineClient:
         self._no_counters = memoryview(bytearray(PRODUCER_WORDS * 8)).cast("Q")
         #: Has a worker run on our core while requests come one at a time.
         self.cores = CoreSharing(producer)
+        #: Keeps cores from sleeping while requests come.
+        self.awake_cores = AwakeCores(loop)
         self.rows = RowAnswers(self)
         self.parcels = ParcelsInFlight(self)
         self.grants = Grants(
@@ -240,6 +243,7 @@ class EngineClient:
         """Memory is being used: write the gauges in a moment, and until all of it is free again."""
         if not self.are_gauges_due:
             self.are_gauges_due = True
+            self.awake_cores.used()
             self._loop.call_later(GAUGE_SECS, self._write_gauges)
 
     def _write_gauges(self) -> None:

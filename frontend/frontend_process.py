@@ -114,6 +114,8 @@ class FrontendProcess:
         # A worker that looks for work without sleeping needs a core of its own.
         if process["share_cores"] and process["wait"] == "park":
             self.engine.cores.allow()
+        if process["cpu_wakeup_latency_us"] >= 0:
+            self.engine.awake_cores.allow(process["cpu_wakeup_latency_us"])
         if start.cache_bytes:
             counters = self.counters.block(start.cache_counter_offset, CACHE_WORDS)
             self.engine.response_cache = ResponseCache(self.engine, start.cache_bytes, counters)

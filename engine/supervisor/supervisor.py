@@ -27,6 +27,7 @@ from forebay.engine.console import Console
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.client_memories import ClientMemories
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
+from forebay.engine.supervisor.core_wakeups import check_wakeup_latency
 from forebay.engine.supervisor.device_pools import DevicePools
 from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.likely_families import likely_families
@@ -115,6 +116,7 @@ class Supervisor:
         """Serve until a signal; return the exit code."""
         try:
             policies = HostPolicies(self.settings.process.host_policies)
+            check_wakeup_latency(self.settings.process.cpu_wakeup_latency_us)
             self._mps.enter()
         except ServingError as error:
             log.error(f"error: creating server: {error.code.label} - {error.text}")
