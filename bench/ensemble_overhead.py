@@ -25,7 +25,7 @@ from onnx import TensorProto, helper
 from bench.kserve import infer_once, infer_request
 from bench.machine import describe_machine, machine_line, save_results
 from bench.measurement import Measurement, measure
-from bench.rounds import RoundOptions, in_turns, median_ratio, median_table, numbers, round_parser
+from bench.rounds import RoundOptions, idle_cores, in_turns, median_ratio, median_table, numbers, round_parser
 from bench.servers import EXAMPLE_REPOSITORY, forebay
 from bench.tables import markdown_table, number
 
@@ -66,7 +66,7 @@ def main() -> None:
     rounds: dict[int, dict[str, list[Measurement]]] = {
         connections: {name: [] for name in TARGETS} for connections in options.connections
     }
-    with _repository() as repository, forebay(repository) as server:
+    with idle_cores(options.cores), _repository() as repository, forebay(repository) as server:
         expected = infer_once(server.http_port, requests["alpha_model"])["prediction"]
         for name in ("one_step", "two_steps"):
             np.testing.assert_array_equal(infer_once(server.http_port, requests[name])["prediction"], expected)
