@@ -219,8 +219,11 @@ class ModelLifecycle:
         kept = self._unchanged(model, found, chosen.numbers)
         adjustments = await self._plan_adjustments(model, found, kept)
         if kept and not adjustments and len(kept) == len(chosen.numbers) == len(model.serving):
+            # Nothing changed (spec R-089), but a version that had failed may be gone.
             model.found, model.problem = found, ""
-            return  # Nothing changed (spec R-089).
+            model.forget_failures()
+            self.touch()
+            return
         starting = [version for version in chosen.numbers if version not in kept]
         for version in starting:
             log.info(f"loading: {name}:{version}")
@@ -413,13 +416,10 @@ class ModelLifecycle:
         model.serving = {**{version: model.serving[version] for version in kept}, **started}
         model.found, model.problem, model.is_excused = found, "", False
         replaced = {served.version for served in retired if served.version in started}
-        for version in list(model.status):
-            if version not in model.serving:
-                is_retired = any(served.version == version for served in retired)
-                if is_retired:
-                    model.status[version] = VersionStatus("UNLOADING")
-                elif model.status[version].state != "UNAVAILABLE" or model.status[version].reason != UNLOADED:
-                    del model.status[version]
+        model.forget_failures()
+        for served in retired:
+            if served.version not in model.serving:
+                model.status[served.version] = VersionStatus("UNLOADING")
         for version in started:
             model.status[version] = VersionStatus("READY")
         generation = self.touch()

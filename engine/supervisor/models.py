@@ -55,6 +55,12 @@ class Model:
     """Loaded because an ensemble needs it, not because anybody asked for it (spec R-095)."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    def forget_failures(self) -> None:
+        """Know no version any more that could not be loaded and does not serve."""
+        for version, status in list(self.status.items()):
+            if version not in self.serving and status.state == "UNAVAILABLE" and status.reason != UNLOADED:
+                del self.status[version]
+
 
 class LoadFailed(ServingError):
     """A load failed; what served before goes on. Carries Triton's text and code."""

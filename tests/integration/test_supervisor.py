@@ -542,20 +542,6 @@ def test_model_without_config_is_completed(repository: Path) -> None:
         assert infer(server) == 200
 
 
-def test_poll_mode_follows_the_repository(repository: Path) -> None:
-    """Spec R-081."""
-    with ForebayServer(repository, settings={"repository": {"control_mode": "poll", "poll_secs": 1}}) as server:
-        staged = repository.parent / "staged"
-        shutil.copytree(repository / "alpha_model", staged)
-        config = staged / "config.pbtxt"
-        config.write_text(config.read_text().replace("alpha_model", "beta_model"))
-        staged.rename(repository / "beta_model")
-        server.wait_for(lambda: infer(server, "beta_model") == 200, "the new model")
-        shutil.rmtree(repository / "beta_model")
-        server.wait_for(lambda: [row["name"] for row in index(server)] == ["alpha_model"] * 2, "it to be gone again")
-        assert infer(server) == 200
-
-
 def test_killing_everything_under_load_loses_no_other_request(server: ForebayServer) -> None:
     """A killed scheduler or worker costs its requests a retry at most; the server answers every one of them."""
     statuses: list[int] = []

@@ -8,11 +8,21 @@ from typing import Any, cast
 
 import pytest
 
+from forebay.engine.repository.config_problem import Problem
 from forebay.engine.repository.fingerprint import Fingerprint
-from forebay.engine.repository.found_model import FoundModel
+from forebay.engine.repository.found_model import FoundModel, unusable_model
 from forebay.engine.supervisor.lifecycle import ModelLifecycle
 from forebay.engine.supervisor.poller import RepositoryPoller
 from forebay.ipc.errors import InvalidArgument
+
+#: Model to what its directory is like; what begins with ``!`` is a configuration that cannot be read.
+Look = dict[str, str] | Exception
+
+
+def _found(name: str, digest: str) -> FoundModel:
+    if digest.startswith("!"):
+        return unusable_model(name, "r", Problem(digest))
+    return FoundModel(name=name, repository="r", path=name, fingerprint=Fingerprint(digest, "", {}))
 
 
 class FakeLifecycle:
@@ -20,23 +30,22 @@ class FakeLifecycle:
 
     def __init__(self) -> None:
         #: What each look at the repository finds, one after the other; the last one stays. An error is raised.
-        self.looks: list[dict[str, str] | InvalidArgument] = [{}]
+        self.looks: list[Look] = [{}]
         self.models: dict[str, Any] = {}
         self.repository = self
         self.events: list[str] = []
 
     def scan(self) -> list[FoundModel]:
         look = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
-        if isinstance(look, InvalidArgument):
+        if isinstance(look, Exception):
             raise look
-        return [
-            FoundModel(name=name, repository="r", path=name, fingerprint=Fingerprint(digest, "", {}))
-            for name, digest in look.items()
-        ]
+        return [_found(name, digest) for name, digest in look.items()]
 
     async def load(self, name: str, found: FoundModel) -> None:
-        assert found.fingerprint is not None
-        self.events.append(f"load {name} {found.fingerprint.config}")
+        digest = found.fingerprint.config if found.fingerprint is not None else found.problems[0].text
+        self.events.append(f"load {name} {digest}")
+        if digest == "breaks us":
+            raise RuntimeError("a fault of ours")
         self.models[name] = SimpleNamespace(found=found)
 
     async def unload(self, name: str) -> None:
@@ -46,11 +55,12 @@ class FakeLifecycle:
         del self.models[name]
 
 
-def poll(lifecycle: FakeLifecycle, poller: RepositoryPoller, *looks: dict[str, str] | InvalidArgument) -> list[str]:
-    """Poll once while the repository changes as ``looks`` say; return what was done."""
+def poll(lifecycle: FakeLifecycle, poller: RepositoryPoller, *looks: Look) -> list[str]:
+    """Poll until the repository has come to rest, while it changes as ``looks`` say; return what was done."""
     lifecycle.looks = list(looks)
     lifecycle.events = []
-    asyncio.run(poller.poll())
+    while asyncio.run(poller.poll()):
+        pass
     return lifecycle.events
 
 
@@ -95,3 +105,36 @@ def test_a_repository_that_cannot_be_read_unloads_nothing_and_is_reported_once(
     printed = capfd.readouterr().err
     assert printed.count("failed to poll the model repository: failed to stat file r: does not exist") == 1
     assert printed.count("the model repository can be polled again") == 1
+
+
+def test_a_repository_that_vanishes_while_a_model_settles_is_followed_when_it_is_back(
+    lifecycle: FakeLifecycle, poller: RepositoryPoller
+) -> None:
+    gone = InvalidArgument("failed to stat file r: does not exist")
+    assert poll(lifecycle, poller, {"a": "1"}, gone, {"a": "1"}) == ["load a 1"]
+    assert poll(lifecycle, poller, {"a": "2"}, OSError(24, "Too many open files"), {"a": "2"}) == ["load a 2"]
+
+
+def test_a_model_that_never_comes_to_rest_keeps_no_other_waiting(
+    lifecycle: FakeLifecycle, poller: RepositoryPoller
+) -> None:
+    """A model that writes a log into its own directory, for example."""
+    looks: list[Look] = [{"restless": str(number), "a": "1"} for number in range(5)]
+    assert poll(lifecycle, poller, *looks) == ["load a 1", "load restless 4"]
+
+
+def test_a_configuration_that_is_broken_in_another_way_is_tried_again(
+    lifecycle: FakeLifecycle, poller: RepositoryPoller
+) -> None:
+    """What the index says of it is what is wrong with it now."""
+    assert poll(lifecycle, poller, {"a": "!no such field"}) == ["load a !no such field"]
+    assert poll(lifecycle, poller, {"a": "!no such field"}) == []
+    assert poll(lifecycle, poller, {"a": "!no such value"}) == ["load a !no such value"]
+
+
+def test_a_fault_with_one_model_ends_the_following_of_no_other(
+    lifecycle: FakeLifecycle, poller: RepositoryPoller, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert poll(lifecycle, poller, {"a": "breaks us", "b": "1"}) == ["load a breaks us", "load b 1"]
+    assert "failed to follow the changes of model 'a'" in capfd.readouterr().err
+    assert poll(lifecycle, poller, {"a": "1", "b": "1"}) == ["load a 1"]
