@@ -41,6 +41,8 @@ class DescribedTensor(msgspec.Struct, frozen=True):
     """``TYPE_*``"""
     shape: tuple[int, ...]
     """Full shape, batch dimension included; -1 for a size that varies."""
+    is_shape_tensor: bool = False
+    """Its values are shapes (TensorRT); with batching, the first of them is the batch size."""
 
 
 class DescribedModel(msgspec.Struct, frozen=True):
@@ -50,6 +52,8 @@ class DescribedModel(msgspec.Struct, frozen=True):
     outputs: tuple[DescribedTensor, ...]
     config: dict[str, object] = {}
     """Config fields that the model itself sets (Python's ``auto_complete_config``)."""
+    max_batch_size: int | None = None
+    """Largest batch that the file allows, 0 for none (TensorRT's profiles); None: it does not say."""
 
 
 class MissingLibrary(Unsupported):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from forebay.engine.backends.base import Backend, DescribedModel, DescribedTensor, TensorInstance
+from forebay.engine.backends.base import Backend, DescribedModel, TensorInstance
 from forebay.engine.backends.shared_models import shared
-from forebay.engine.backends.tensorrt_engines import load_engine
+from forebay.engine.backends.tensorrt_engines import find_model_file, is_onnx, load_engine, with_a_library
 from forebay.engine.backends.tensorrt_instance import TensorRtInstance
-from forebay.engine.backends.tensorrt_tensors import check_config, datatype_of_tensor, tensor_names
+from forebay.engine.backends.tensorrt_plans import describe_onnx
+from forebay.engine.backends.tensorrt_tensors import check_config, describe_engine
 from forebay.engine.devices.base import Device
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.staging import stream_priority
 from forebay.ipc.errors import Unsupported
-from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.worker_messages import InstanceSpec
 
 
@@ -19,19 +19,13 @@ class TensorRtBackend(Backend):
     """``backend: "tensorrt"``."""
 
     def describe(self, spec: InstanceSpec) -> DescribedModel:
-        owner = load_engine(spec, _open_gpu(spec))
-
-        def described(mode: str) -> tuple[DescribedTensor, ...]:
-            return tuple(
-                DescribedTensor(
-                    name,
-                    DATATYPES[datatype_of_tensor(owner.engine, name)].config_name,
-                    tuple(int(size) for size in owner.engine.get_tensor_shape(name)),
-                )
-                for name in tensor_names(owner.trt, owner.engine, mode)
-            )
-
-        return DescribedModel(described("INPUT"), described("OUTPUT"))
+        device = _open_gpu(spec)
+        path = find_model_file(spec, device.compute_capability)
+        if is_onnx(path):
+            # Building a plan takes long, and what to build for is not complete yet.
+            return with_a_library(spec, path, lambda trt: describe_onnx(trt, spec, path))
+        owner = load_engine(spec, device)
+        return describe_engine(spec, owner.trt, owner.engine)
 
     def load(self, spec: InstanceSpec) -> TensorInstance:
         device = _open_gpu(spec)

@@ -12,7 +12,8 @@ import importlib
 import importlib.util
 import os
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from forebay.engine.backends.base import MissingLibrary, parse_bool
 from forebay.engine.backends.tensorrt_plans import cached_plan, make_logger
@@ -20,6 +21,8 @@ from forebay.engine.backends.tensorrt_runtime_cache import RuntimeCache
 from forebay.engine.devices.base import Device
 from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
 from forebay.ipc.worker_messages import InstanceSpec
+
+_Made = TypeVar("_Made")
 
 #: In the order in which they are tried.
 LIBRARIES = ("tensorrt", "tensorrt_rtx", "tensorrt_lean")
@@ -135,15 +138,32 @@ def load_engine(spec: InstanceSpec, device: Device) -> LoadedEngine:
         ServingError: no library takes the model; the text has each one's reason.
     """
     path = find_model_file(spec, device.compute_capability)
-    is_plan = not path.endswith(".onnx")
+
+    def load(trt: Any) -> LoadedEngine:
+        plan = _built_plan(trt, spec, path, device) if is_onnx(path) else _read(path)
+        return LoadedEngine(trt, spec, plan, device.name)
+
+    return with_a_library(spec, path, load)
+
+
+def is_onnx(path: str) -> bool:
+    """Return whether a model file has to be built into a plan."""
+    return path.endswith(".onnx")
+
+
+def with_a_library(spec: InstanceSpec, path: str, use: Callable[[Any], _Made]) -> _Made:
+    """Return what the first library makes of a model file that takes it.
+
+    Raises:
+        ServingError: none does; the text has each one's reason.
+    """
     reasons: list[str] = []
     for trt in installed_libraries(spec):
-        if not is_plan and not hasattr(trt, "OnnxParser"):
+        if is_onnx(path) and not hasattr(trt, "OnnxParser"):
             reasons.append(f"{trt.__name__} cannot build plans")
             continue
         try:
-            plan = _read(path) if is_plan else _built_plan(trt, spec, path, device)
-            return LoadedEngine(trt, spec, plan, device.name)
+            return use(trt)
         except (ServingError, OSError) as error:
             reasons.append(f"{trt.__name__} {trt.__version__}: {error}")
     raise InvalidArgument(f"unable to load model '{spec.model}' from '{os.path.basename(path)}': {'; '.join(reasons)}")

@@ -10,13 +10,14 @@ import numpy as np
 from forebay.engine.backends.base import Array, Arrays
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.backends.tensorrt_engines import LoadedEngine
-from forebay.engine.backends.tensorrt_tensors import datatype_of_tensor, parse_profiles, tensor_names
+from forebay.engine.backends.tensorrt_profiles import Profile, profile_numbers
+from forebay.engine.backends.tensorrt_tensors import datatype_of_tensor, tensor_names
 from forebay.engine.devices.base import Device, DeviceError, Graph, Memory, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.staging import Staging
 from forebay.ipc.errors import BackendFailed, InvalidArgument
 from forebay.ipc.log import log
-from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.tensor import DATATYPES, shape_text
 from forebay.ipc.worker_messages import InstanceSpec
 
 
@@ -56,23 +57,14 @@ def make_output_allocator(trt: Any, device: Device, stream: Stream) -> Any:
     return OutputAllocator()
 
 
-class _Profile:
+class _ProfileContext:
     """One optimisation profile with its execution context."""
 
-    def __init__(self, context: Any, ranges: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> None:
+    def __init__(self, context: Any, profile: Profile) -> None:
         self.context = context
-        self.ranges = ranges
+        self.profile = profile
         #: Shapes to the captured graph; None: capturing them failed, and is not tried again.
         self.graphs: dict[tuple[object, ...], Graph | None] = {}
-
-    def takes(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """True if all input shapes are in the profile's range."""
-        return all(
-            len(shapes[name]) == len(low)
-            and all(lo <= size <= hi for lo, size, hi in zip(low, shapes[name], high, strict=True))
-            for name, (low, high) in self.ranges.items()
-            if name in shapes
-        )
 
 
 class TensorRtInstance(DeviceInstance):
@@ -96,6 +88,7 @@ class TensorRtInstance(DeviceInstance):
             name for name in (*self._inputs, *self._outputs) if self._engine.get_tensor_location(name) == host
         }
         self._max_batch_size = spec.max_batch_size
+        self._instance_name = spec.instance_name
         self._shape_tensors = {tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.is_shape_tensor}
         self._dtypes = {
             name: DATATYPES[datatype_of_tensor(self._engine, name)].numpy_dtype
@@ -108,14 +101,15 @@ class TensorRtInstance(DeviceInstance):
         self._has_run = False
         self._allocators: dict[str, Any] = {}
         self._scratch: Memory | None = None
-        self._profiles = self._make_profiles(owner, parse_profiles(spec, self._engine.num_optimization_profiles))
+        self._numbers = profile_numbers(spec, self._engine.num_optimization_profiles)
+        self._profiles = self._make_profiles(owner)
 
-    def _make_profiles(self, owner: LoadedEngine, numbers: Sequence[int]) -> list[_Profile]:
+    def _make_profiles(self, owner: LoadedEngine) -> list[_ProfileContext]:
         # Contexts that never run at the same time can share their scratch memory; its size is that of the largest
         # profile, used or not.
         self._scratch = self.device.allocate(int(self._engine.device_memory_size_v2))
-        profiles: list[_Profile] = []
-        for number in numbers:
+        profiles: list[_ProfileContext] = []
+        for number in self._numbers:
             try:
                 context = owner.make_context()
             except InvalidArgument as error:
@@ -123,12 +117,7 @@ class TensorRtInstance(DeviceInstance):
             context.set_device_memory(self._scratch.address, self._scratch.byte_size)
             if number != 0 and not context.set_optimization_profile_async(number, self.stream.handle):
                 raise InvalidArgument(f"model '{self._model}': cannot use profile {number}")
-            ranges: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
-            for name in self._inputs:
-                if name not in self._on_host:
-                    low, _usual, high = self._engine.get_tensor_profile_shape(name, number)
-                    ranges[name] = (tuple(low), tuple(high))
-            profiles.append(_Profile(context, ranges))
+            profiles.append(_ProfileContext(context, Profile(self._engine, number, self._inputs)))
         self.stream.synchronize()
         return profiles
 
@@ -138,13 +127,14 @@ class TensorRtInstance(DeviceInstance):
         missing = [name for name in self._inputs if name not in batch[0]]
         if missing:
             raise InvalidArgument(f"model '{self._model}' needs its input '{missing[0]}'")
-        on_host = {name: self._host_input(name, batch) for name in self._inputs if name in self._on_host}
+        in_host_memory = self._on_host | self._shape_tensors
+        on_host = {name: self._host_input(name, batch) for name in self._inputs if name in in_host_memory}
         names = [name for name in self._inputs if name not in self._on_host]
         placed = self._staging.gather(
             [{name: tensors[name] for name in names if name not in self._shape_tensors} for tensors in batch]
         )
         # A shape tensor is the same for the whole batch (spec D-018).
-        placed |= self._staging.gather([{name: batch[0][name] for name in names if name in self._shape_tensors}])
+        placed |= self._staging.gather([{name: on_host[name] for name in names if name in self._shape_tensors}])
         profile, shapes = self._choose(placed, on_host)
         host_outputs = self._place_outputs(profile.context)
         self._execute(profile, (*shapes.items(),))
@@ -186,18 +176,20 @@ class TensorRtInstance(DeviceInstance):
 
     def _choose(
         self, placed: Mapping[str, DeviceArray], on_host: Mapping[str, Array]
-    ) -> tuple[_Profile, dict[str, tuple[int, ...]]]:
-        """Tell the context of a profile that takes these inputs about them."""
+    ) -> tuple[_ProfileContext, dict[str, tuple[int, ...]]]:
+        """Tell the context of the profile that suits these inputs best about them."""
         shapes: dict[str, tuple[int, ...]] = {
             name: placed[name].shape if name in placed else on_host[name].shape for name in self._inputs
         }
-        profile = next((one for one in self._profiles if one.takes(shapes)), None)
-        if profile is None:
-            raise InvalidArgument(self._shape_problem(shapes))
+        values = {name: tuple(on_host[name].ravel().tolist()) for name in on_host if name in self._shape_tensors}
+        profile = self._nearest(shapes, values)
         context = profile.context
         for name in self._inputs:
             if not context.set_input_shape(name, shapes[name]):
-                raise InvalidArgument(self._shape_problem(shapes))
+                raise InvalidArgument(
+                    f"trt failed to set binding dimension to {shape_text(shapes[name])} for input '{name}' for "
+                    f"{self._instance_name}: {self._take_errors()}"
+                )
             address = placed[name].address if name in placed else on_host[name].ctypes.data
             context.set_tensor_address(name, address)
         try:
@@ -208,16 +200,17 @@ class TensorRtInstance(DeviceInstance):
             raise InvalidArgument(f"model '{self._model}': the shape of '{unknown[0]}' cannot be told from the inputs")
         return profile, shapes
 
-    def _shape_problem(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        for name, shape in shapes.items():
-            ranges = [one.ranges[name] for one in self._profiles if name in one.ranges]
-            if ranges and not any(one.takes({name: shape}) for one in self._profiles):
-                allowed = " or ".join(f"{list(low)} to {list(high)}" for low, high in ranges)
-                return (
-                    f"request specifies invalid shape for input '{name}' for model '{self._model}': {list(shape)}, the "
-                    f"plan takes {allowed}"
-                )
-        return f"no optimisation profile of model '{self._model}' takes these inputs together"
+    def _nearest(self, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, tuple[int, ...]]) -> _ProfileContext:
+        nearest, least = None, 0
+        for one in self._profiles:
+            distance = one.profile.distance(shapes, values)
+            if distance is not None and (nearest is None or distance < least):
+                nearest, least = one, distance
+        if nearest is None:
+            problem = self._profiles[0].profile.problem(self._instance_name, shapes, values)
+            others = ", ".join(map(str, self._numbers[1:]))
+            raise InvalidArgument(problem + (f"; nor do the optimization profiles {others} take it" if others else ""))
+        return nearest
 
     def _place_outputs(self, context: Any) -> Arrays:
         """Give every output a place; returns those that TensorRT leaves on the host."""
@@ -246,7 +239,7 @@ class TensorRtInstance(DeviceInstance):
             raise BackendFailed(f"model '{self._model}': no room on the GPU for output '{name}'")
         return allocator.shape, allocator.memory.address
 
-    def _execute(self, profile: _Profile, key: tuple[object, ...]) -> None:
+    def _execute(self, profile: _ProfileContext, key: tuple[object, ...]) -> None:
         if self._captured_generation != self._staging.generation:
             self._captured_generation = self._staging.generation
             self._forget_graphs()
@@ -271,7 +264,7 @@ class TensorRtInstance(DeviceInstance):
         if self._owner is not None and self._owner.kernels is not None:
             self._owner.kernels.save()
 
-    def _capture(self, profile: _Profile) -> Graph | None:
+    def _capture(self, profile: _ProfileContext) -> Graph | None:
         self.stream.synchronize()
         self.stream.begin_capture()
         has_run = False

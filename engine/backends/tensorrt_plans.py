@@ -9,24 +9,39 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from forebay.engine.backends.base import DescribedModel, DescribedTensor, parse_int
 from forebay.engine.backends.cache_directory import default_cache_directory, make_private_directory, replace_file
+from forebay.engine.backends.tensorrt_tensors import protocol_datatype
+from forebay.engine.repository.auto_complete import DEFAULT_MAX_BATCH_SIZE
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.log import log
+from forebay.ipc.tensor import DATATYPES
 from forebay.ipc.worker_messages import InstanceSpec
 
-#: Parameters with the shapes of inputs whose dimensions vary, as trtexec takes them: ``x:1x3x224x224,y:1x8``.
+#: Parameters with the shapes of inputs whose dimensions vary, and the values of shape tensors, as trtexec takes them:
+#: ``x:1x3x224x224,y:1x8``.
 SHAPE_PARAMETERS = ("trt_min_shapes", "trt_opt_shapes", "trt_max_shapes")
 
 Shape = tuple[int, ...]
 
 
+class OnnxInput(NamedTuple):
+    """An input as an ONNX file has it."""
+
+    name: str
+    shape: Shape
+    """-1 for a size that varies."""
+    is_shape_tensor: bool = False
+
+
 class ProfileShapes(NamedTuple):
-    """Smallest, usual and largest shape of one input."""
+    """Smallest, usual and largest shape of one input; values of a shape tensor."""
 
     least: Shape
     usual: Shape
@@ -52,16 +67,16 @@ def parse_shapes(text: str, what: str) -> dict[str, Shape]:
     return shapes
 
 
-def choose_profile(spec: InstanceSpec, inputs: Mapping[str, Shape]) -> dict[str, ProfileShapes]:
-    """Return the shapes to build for: from the parameters, else the configured dims with batches up to the largest.
+def choose_profile(spec: InstanceSpec, inputs: Sequence[OnnxInput]) -> dict[str, ProfileShapes]:
+    """Return what to build for: from the parameters, else the configured dims with batches up to the largest.
 
     Args:
-        inputs: name to shape as the ONNX file has it, -1 for a size that varies. Fixed ones need no profile.
+        inputs: those with fixed shapes need no profile; of a shape tensor it is the values that vary.
 
     Raises:
-        InvalidArgument: a size varies, and nothing says how far.
+        InvalidArgument: a size or value varies, and nothing says how far.
     """
-    least, usual, most = (parse_shapes(spec.parameters.get(key, ""), key) for key in SHAPE_PARAMETERS)
+    given = {key: parse_shapes(spec.parameters.get(key, ""), key) for key in SHAPE_PARAMETERS}
     is_batching = spec.max_batch_size > 0
     # Nothing says how many elements a ragged batch has at most.
     configured = {
@@ -69,31 +84,52 @@ def choose_profile(spec: InstanceSpec, inputs: Mapping[str, Shape]) -> dict[str,
         for tensor in spec.inputs
     }
     profile: dict[str, ProfileShapes] = {}
-    for name, shape in inputs.items():
-        if -1 not in shape:
+    for one in inputs:
+        if -1 not in one.shape and not one.is_shape_tensor:
             continue
-        given = [shapes.get(name) for shapes in (least, usual, most)]
-        if any(one is not None for one in given):
-            lo, mid, hi = (one or next(other for other in (*given[::-1],) if other is not None) for one in given)
-        else:
-            dims = configured.get(name, shape[1:] if spec.max_batch_size > 0 else shape)
-            if -1 in dims:
-                raise InvalidArgument(
-                    f"model '{spec.model}', input '{name}': its shape {list(shape)} varies; say how far with the "
-                    f"parameters {', '.join(SHAPE_PARAMETERS)}, for example "
-                    f"'{name}:{'x'.join(str(1 if size == -1 else size) for size in shape)}'"
-                )
-            batches = ((1,), (spec.max_batch_size,), (spec.max_batch_size,)) if spec.max_batch_size > 0 else ((),) * 3
-            lo, mid, hi = ((*batch, *dims) for batch in batches)
-        if not len(lo) == len(mid) == len(hi) == len(shape):
-            raise InvalidArgument(f"model '{spec.model}', input '{name}': it has {len(shape)} dimensions")
-        if any(not small <= middle <= large for small, middle, large in zip(lo, mid, hi, strict=True)):
-            raise InvalidArgument(
-                f"model '{spec.model}', input '{name}': the shapes must rise from {SHAPE_PARAMETERS[0]} to "
-                f"{SHAPE_PARAMETERS[2]}"
-            )
-        profile[name] = ProfileShapes(lo, mid, hi)
+        shapes = _given_shapes(given, one.name)
+        if shapes is None:
+            dims = configured.get(one.name, one.shape[1:] if is_batching else one.shape)
+            if -1 in dims or one.is_shape_tensor:
+                raise _unknown_extent(spec, one)
+            least, most = ((1, *dims), (spec.max_batch_size, *dims)) if is_batching else (dims, dims)
+            shapes = ProfileShapes(least, most, most)
+        _check_rising(spec, one, shapes)
+        profile[one.name] = shapes
     return profile
+
+
+def _given_shapes(given: Mapping[str, Mapping[str, Shape]], name: str) -> ProfileShapes | None:
+    """Return what the parameters say of an input; what one leaves out is as in the largest; None: they say nothing."""
+    found = [given[key].get(name) for key in SHAPE_PARAMETERS]
+    largest_first = [shape for shape in reversed(found) if shape is not None]
+    if not largest_first:
+        return None
+    return ProfileShapes(*(largest_first[0] if shape is None else shape for shape in found))
+
+
+def _unknown_extent(spec: InstanceSpec, one: OnnxInput) -> InvalidArgument:
+    what = "its values are shapes" if one.is_shape_tensor else f"its shape {list(one.shape)} varies"
+    example = (1,) * max(math.prod(one.shape), 1) if one.is_shape_tensor else one.shape
+    return InvalidArgument(
+        f"model '{spec.model}', input '{one.name}': {what}; say how far with the parameters "
+        f"{', '.join(SHAPE_PARAMETERS)}, for example "
+        f"'{one.name}:{'x'.join(str(1 if size == -1 else size) for size in example)}'"
+    )
+
+
+def _check_rising(spec: InstanceSpec, one: OnnxInput, shapes: ProfileShapes) -> None:
+    count = math.prod(one.shape) if one.is_shape_tensor else len(one.shape)
+    if {len(shape) for shape in shapes} != {count}:
+        raise InvalidArgument(
+            f"model '{spec.model}', input '{one.name}': it has {count} "
+            f"{'values' if one.is_shape_tensor else 'dimensions'}"
+        )
+    if any(not small <= middle <= large for small, middle, large in zip(*shapes, strict=True)):
+        raise InvalidArgument(
+            f"model '{spec.model}', input '{one.name}': the shapes must rise from {SHAPE_PARAMETERS[0]} to "
+            f"{SHAPE_PARAMETERS[2]}"
+        )
 
 
 def make_logger(trt: Any) -> Any:
@@ -133,6 +169,28 @@ def build_plan(trt: Any, spec: InstanceSpec, onnx_file: str, *, compute_capabili
     Raises:
         InvalidArgument: the library does not take the file; the text says where and why.
     """
+    builder, network, _parser, logger = _parse(trt, spec, onnx_file)
+    config = builder.create_builder_config()
+    inputs = _inputs_of(network)
+    profile = choose_profile(spec, inputs)
+    if profile:
+        config.add_optimization_profile(_make_profile(builder, inputs, profile))
+    if compute_capability and hasattr(config, "set_compute_capability"):
+        _set_target(trt, config, compute_capability)
+    config.progress_monitor = monitor = _make_monitor(trt, spec.model)
+    plan = builder.build_serialized_network(network, config)
+    del monitor
+    if plan is None:
+        raise InvalidArgument(f"TensorRT cannot build model '{spec.model}': {logger.take()}")
+    return bytes(plan)
+
+
+def _parse(trt: Any, spec: InstanceSpec, onnx_file: str) -> tuple[Any, Any, Any, Any]:
+    """Return a builder, the network of an ONNX file, the parser that has its weights, and the logger.
+
+    Raises:
+        InvalidArgument: the library does not take the file; the text says where and why.
+    """
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     flags = trt.NetworkDefinitionCreationFlag.__members__
@@ -145,26 +203,51 @@ def build_plan(trt: Any, spec: InstanceSpec, onnx_file: str, *, compute_capabili
             f"TensorRT cannot read '{os.path.basename(onnx_file)}' of model '{spec.model}': "
             f"{'; '.join(reasons) or logger.take()}"
         )
-    config = builder.create_builder_config()
-    inputs = {tensor.name: tuple(tensor.shape) for tensor in _inputs_of(network)}
-    profile = choose_profile(spec, inputs)
-    if profile:
-        made = builder.create_optimization_profile()
-        for name, shapes in profile.items():
-            made.set_shape(name, shapes.least, shapes.usual, shapes.most)
-        config.add_optimization_profile(made)
-    if compute_capability and hasattr(config, "set_compute_capability"):
-        _set_target(trt, config, compute_capability)
-    config.progress_monitor = monitor = _make_monitor(trt, spec.model)
-    plan = builder.build_serialized_network(network, config)
-    del monitor
-    if plan is None:
-        raise InvalidArgument(f"TensorRT cannot build model '{spec.model}': {logger.take()}")
-    return bytes(plan)
+    return builder, network, parser, logger
 
 
-def _inputs_of(network: Any) -> Sequence[Any]:
-    return [network.get_input(index) for index in range(network.num_inputs)]
+def _inputs_of(network: Any) -> Sequence[OnnxInput]:
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    return [OnnxInput(tensor.name, tuple(tensor.shape), bool(tensor.is_shape_tensor)) for tensor in tensors]
+
+
+def _make_profile(builder: Any, inputs: Sequence[OnnxInput], profile: Mapping[str, ProfileShapes]) -> Any:
+    made = builder.create_optimization_profile()
+    for one in inputs:
+        if one.name in profile:
+            set_extent = made.set_shape_input if one.is_shape_tensor else made.set_shape
+            set_extent(one.name, *profile[one.name])
+    return made
+
+
+def describe_onnx(trt: Any, spec: InstanceSpec, onnx_file: str) -> DescribedModel:
+    """Return what a plan of an ONNX file will say of its tensors; nothing is built.
+
+    Raises:
+        InvalidArgument: as :func:`build_plan`, or a tensor has a type that the protocol has no name for.
+    """
+    given = {key: parse_shapes(spec.parameters.get(key, ""), key) for key in SHAPE_PARAMETERS}
+    usual = spec.max_batch_size or parse_int(spec.backend_config, "default-max-batch-size", DEFAULT_MAX_BATCH_SIZE)
+    _builder, network, _parser, _logger = _parse(trt, spec, onnx_file)
+    firsts: list[int] = []
+    for one in _inputs_of(network):
+        shapes = _given_shapes(given, one.name)
+        first = shapes.most[0] if shapes is not None else -1 if one.is_shape_tensor else (*one.shape, 0)[0]
+        firsts.append(usual if first == -1 else first)
+    return DescribedModel(
+        tuple(_describe_tensor(network.get_input(index)) for index in range(network.num_inputs)),
+        tuple(_describe_tensor(network.get_output(index)) for index in range(network.num_outputs)),
+        max_batch_size=min(firsts, default=0),
+    )
+
+
+def _describe_tensor(tensor: Any) -> DescribedTensor:
+    return DescribedTensor(
+        tensor.name,
+        DATATYPES[protocol_datatype(tensor.dtype, tensor.name)].config_name,
+        tuple(tensor.shape),
+        is_shape_tensor=bool(tensor.is_shape_tensor),
+    )
 
 
 def _set_target(trt: Any, config: Any, compute_capability: str) -> None:

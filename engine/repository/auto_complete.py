@@ -1,9 +1,9 @@
 """Complete a partial configuration from what a backend found in the model file, and compare the two.
 
 The model file is never opened here: a worker process looks into it and sends back a :class:`DescribedModel`. The rules
-depend on the backend: :func:`complete_config` is for backends that know their tensors (ONNX Runtime, TensorRT,
-OpenVINO, TorchScript with a signature), :func:`merge_completed` for the Python backend, whose model edits the
-configuration itself. The file on disk is never changed (spec R-068).
+depend on the backend: :func:`complete_config` is for backends that know their tensors (ONNX Runtime, OpenVINO,
+TorchScript with a signature), :func:`merge_completed` for the Python backend, whose model edits the configuration
+itself; TensorRT's are in ``engine_auto_complete.py``. The file on disk is never changed (spec R-068).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class DescribedTensor(msgspec.Struct, frozen=True):
     """Whole shape, batch dimension included; -1 for a size that varies; () for a scalar."""
     optional: bool = False
     """The model has a default for this input."""
+    is_shape_tensor: bool = False
+    """Its values are shapes (TensorRT)."""
 
 
 class DescribedModel(msgspec.Struct, frozen=True):
@@ -47,6 +49,8 @@ class DescribedModel(msgspec.Struct, frozen=True):
     outputs: tuple[DescribedTensor, ...]
     supports_batching: bool | None = None
     """What the backend knows about it; None: if and only if every tensor's first dimension varies (spec R-063)."""
+    max_batch_size: int | None = None
+    """Largest batch that the file allows, 0 for none (TensorRT); None: it does not say."""
 
     @property
     def can_batch(self) -> bool:
@@ -119,17 +123,17 @@ def complete_config(
             hint=_fixed_batch_hint(described),
         )
         raise ConfigError([problem.located(config.source)])
-    internal = _internal_tensors(message)
+    internal = internal_tensors(message)
     if not message.input:
         for tensor in described.inputs:
             if tensor.name not in internal:
                 added = message.input.add()
-                _fill(added, tensor, message.max_batch_size)
+                fill_tensor(added, tensor, message.max_batch_size)
                 added.optional = tensor.optional and message.max_batch_size == 0
     if not message.output:
         for tensor in described.outputs:
             if tensor.name not in internal:
-                _fill(message.output.add(), tensor, message.max_batch_size)
+                fill_tensor(message.output.add(), tensor, message.max_batch_size)
     normalise_defaults(completed)
     return Completed(completed, tuple(log))
 
@@ -179,14 +183,21 @@ def check_described(config: ModelConfig, described: DescribedModel) -> None:
 # ---- completing ------------------------------------------------------------------------------------------------------
 
 
-def _fill(target: Any, tensor: DescribedTensor, max_batch_size: int) -> None:
-    """Write one tensor; a scalar per item becomes dims [1] with an empty reshape (spec D-016).
+def fill_tensor(target: Any, tensor: DescribedTensor, max_batch_size: int) -> None:
+    """Write what a tensor lacks; a scalar per item becomes dims [1] with an empty reshape (spec D-016).
 
-    Without batching a scalar is dims [1] alone: an empty reshape is refused there (spec D-013).
+    Without batching a scalar is dims [1] alone: an empty reshape is refused there (spec D-013). What the target has is
+    kept, its name apart.
     """
     target.name = tensor.name
-    target.data_type = enum_number("DataType", tensor.datatype)
-    dims = tensor.shape[1:] if max_batch_size > 0 else tensor.shape
+    if not target.data_type:
+        target.data_type = enum_number("DataType", tensor.datatype)
+    if target.dims:
+        return
+    dims = tensor.shape
+    if max_batch_size > 0:
+        # A shape tensor has the batch size in front of its values instead of a batch dimension (spec D-018).
+        dims = tuple(size - 1 for size in dims) if tensor.is_shape_tensor else dims[1:]
     if dims:
         target.dims.extend(dims)
     else:
@@ -195,7 +206,7 @@ def _fill(target: Any, tensor: DescribedTensor, max_batch_size: int) -> None:
             target.reshape.SetInParent()
 
 
-def _internal_tensors(message: Any) -> set[str]:
+def internal_tensors(message: Any) -> set[str]:
     """Return the model's tensors that the server feeds or keeps itself: controls, state, batch inputs."""
     batching = message.sequence_batching
     names = {control.name for control in batching.control_input}
@@ -219,7 +230,7 @@ def _tensor_problems(message: Any, direction: str, described: tuple[DescribedTen
     name = message.name
     known = {tensor.name: tensor for tensor in described}
     tensors = list(getattr(message, direction))
-    internal = _internal_tensors(message) & set(known)
+    internal = internal_tensors(message) & set(known)
     expected = len(tensors) + (len(internal) if direction == "input" else 0)
     if expected > len(known):
         yield Problem(

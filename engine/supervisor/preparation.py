@@ -32,6 +32,7 @@ from forebay.engine.repository.auto_complete import (
 from forebay.engine.repository.check_repository import FILE_BACKENDS
 from forebay.engine.repository.config import config_json, parse_config_json
 from forebay.engine.repository.config_problem import Problem
+from forebay.engine.repository.engine_auto_complete import complete_engine_config
 from forebay.engine.repository.found_model import FoundModel
 from forebay.engine.repository.model_config_schema import ModelConfig
 from forebay.engine.repository.model_files import read_labels, resolve_model_file
@@ -43,7 +44,7 @@ from forebay.engine.repository.model_spec import (
     OldestStrategy,
     SequenceBatchingSpec,
 )
-from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups
+from forebay.engine.repository.normalise import normalise_defaults, normalise_instance_groups, usable_gpus
 from forebay.engine.repository.packaged_files import missing_packages, packaged_model_file
 from forebay.engine.repository.spec_reader import spec_from_config
 from forebay.engine.repository.validate import check_load
@@ -64,6 +65,9 @@ _SELF_COMPLETING = frozenset({"python"})
 
 #: Backends whose models say their whole configuration: functions, by their declaration.
 _SELF_CONFIGURED = frozenset({FUNCTION_BACKEND})
+
+#: Backends whose model files are looked into even if the configuration is complete, to compare the two (spec R-065).
+_ALWAYS_DESCRIBED = _SELF_COMPLETING | {"tensorrt"}
 
 #: Backends that can say what their model files hold.
 _DESCRIBING = frozenset({"onnxruntime", "openvino", "tensorrt", "python", "pytorch", "tensorflow"})
@@ -244,7 +248,7 @@ async def _auto_complete(
         if not is_complete(config):
             require_config(config, bool(found.config_file) or found.is_override)
         return config
-    if is_complete(config) and backend not in _SELF_COMPLETING:
+    if is_complete(config) and backend not in _ALWAYS_DESCRIBED:
         log.verbose(
             1,
             f"skipping model configuration auto-complete for '{found.name}': inputs and outputs already specified",
@@ -253,6 +257,8 @@ async def _auto_complete(
     described = await _describe(plant, found, version, config, runtime, quietly=quietly)
     if backend in _SELF_COMPLETING:
         completed = merge_completed(config, _edited_config(config, described))
+    elif described.max_batch_size is not None:
+        completed = complete_engine_config(config, _described_model(described))
     else:
         tensors = _described_model(described)
         options = plant.settings.backend.options(backend)
@@ -273,7 +279,7 @@ async def contradictions(plant: Plant, found: FoundModel, version: int) -> list[
     config = found.usable_config
     try:
         runtime = await asyncio.to_thread(find_runtime, config.backend, plant.settings.backend.directory)
-        if runtime.backend not in _DESCRIBING - _SELF_COMPLETING:
+        if runtime.backend not in _DESCRIBING - _ALWAYS_DESCRIBED:
             return []
         described = await _describe(plant, found, version, config, runtime)
     except ServingError:
@@ -308,6 +314,7 @@ def _described_model(described: Described) -> DescribedModel:
     return DescribedModel(
         inputs=tuple(_described_tensor(item) for item in described.inputs),
         outputs=tuple(_described_tensor(item) for item in described.outputs),
+        max_batch_size=described.max_batch_size,
     )
 
 
@@ -317,6 +324,7 @@ def _described_tensor(item: dict[str, Any]) -> DescribedTensor:
         datatype=item["data_type"],
         shape=tuple(item["shape"]),
         optional=item.get("optional", False),
+        is_shape_tensor=item.get("is_shape_tensor", False),
     )
 
 
@@ -328,6 +336,8 @@ async def _describe(
     worker = WorkerHandle(number, f"{found.name}:{version} describe", lambda _worker: None)
     worker.loads_quietly = quietly
     message = config.message
+    groups = message.instance_group
+    usable = usable_gpus(plant.gpus, plant.settings.gpu.min_supported_compute_capability)
     spec = InstanceSpec(
         model=found.name,
         version=version,
@@ -338,13 +348,19 @@ async def _describe(
         model_path=found.path,
         version_path=found.version_path(version),
         model_file=packaged_model_file(config) or config.default_model_filename,
+        device_id=next(iter([*(groups[0].gpus if groups else ()), *usable]), 0),
         max_batch_size=config.max_batch_size,
         parameters={key: message.parameters[key].string_value for key in message.parameters},
         backend_config=plant.settings.backend.options(config.backend),
         config_json=config_json(config).encode(),
         platform=config.platform,
         optimization={"graph_level": _NO_GRAPH_OPTIMIZATION},
-        extra={"runtime": str(message.runtime), "backend_file": runtime.backend_file},
+        extra={
+            "runtime": str(message.runtime),
+            "backend_file": runtime.backend_file,
+            "cc_model_filenames": dict(message.cc_model_filenames),
+            "profiles": [profile for group in groups for profile in group.profile],
+        },
     )
     try:
         await plant.fork(family_of(runtime.backend), worker)

@@ -236,13 +236,10 @@ class Worker:
         described = self._open(spec).describe(spec)
         self._lifeline.send(
             Described(
-                inputs=tuple(
-                    {"name": t.name, "data_type": t.data_type, "shape": list(t.shape)} for t in described.inputs
-                ),
-                outputs=tuple(
-                    {"name": t.name, "data_type": t.data_type, "shape": list(t.shape)} for t in described.outputs
-                ),
+                inputs=tuple(map(msgspec.to_builtins, described.inputs)),
+                outputs=tuple(map(msgspec.to_builtins, described.outputs)),
                 config=dict(described.config),
+                max_batch_size=described.max_batch_size,
             )
         )
 

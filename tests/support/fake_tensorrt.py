@@ -28,6 +28,11 @@ class TensorLocation(enum.Enum):
     HOST = 1
 
 
+class TensorFormat(enum.Enum):
+    LINEAR = 0
+    CHW32 = 5
+
+
 class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 2
 
@@ -50,13 +55,24 @@ class Tensor:
     """One input or output of a fake engine."""
 
     def __init__(
-        self, mode: TensorIOMode, shape: Shape, kind: DataType = DataType.FLOAT, location: Any = TensorLocation.DEVICE
+        self,
+        mode: TensorIOMode,
+        shape: Shape,
+        kind: DataType = DataType.FLOAT,
+        location: Any = TensorLocation.DEVICE,
+        *,
+        is_shape: bool = False,
+        layout: TensorFormat = TensorFormat.LINEAR,
     ) -> None:
         self.mode, self.shape, self.kind, self.location = mode, shape, kind, location
+        self.is_shape, self.layout = is_shape, layout
 
 
 class Engine:
-    """Runs ``function(inputs by name) -> outputs by name``; ``profiles``: input to (least, usual, most)."""
+    """Runs ``function(inputs by name) -> outputs by name``.
+
+    ``profiles``: input to (least, usual, most), sizes or the values of a shape tensor.
+    """
 
     def __init__(
         self,
@@ -99,8 +115,23 @@ class Engine:
     def device_memory_size_v2(self) -> int:
         return 1024 * len(self.profiles)
 
+    def is_shape_inference_io(self, name: str) -> bool:
+        return self.tensors[name].is_shape
+
+    def get_tensor_format(self, name: str) -> TensorFormat:
+        return self.tensors[name].layout
+
+    def get_tensor_format_desc(self, name: str) -> str:
+        return self.tensors[name].layout.name
+
     def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[Shape, Shape, Shape]:
+        assert not self.tensors[name].is_shape
         return self.profiles[profile][name]
+
+    def get_tensor_profile_values(self, profile: int, name: str) -> list[list[int]]:
+        """As in TensorRT the number comes first, and there is nothing if the values are not known."""
+        assert self.tensors[name].is_shape
+        return [list(values) for values in self.profiles[profile].get(name, ())]
 
     def create_execution_context(self, strategy: object) -> Context:
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED

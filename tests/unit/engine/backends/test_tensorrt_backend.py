@@ -18,7 +18,8 @@ from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.backends.tensorrt_engines import find_model_file
 from forebay.engine.backends.tensorrt_instance import TensorRtInstance
-from forebay.engine.backends.tensorrt_tensors import check_config, parse_profiles
+from forebay.engine.backends.tensorrt_profiles import profile_numbers
+from forebay.engine.backends.tensorrt_tensors import check_config, describe_engine
 from forebay.engine.devices.host_device import HostDevice
 from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
 from forebay.ipc.tensor import TensorSpec
@@ -104,9 +105,35 @@ def test_shape_outside_the_profile_is_the_clients_error() -> None:
     with pytest.raises(InvalidArgument) as caught:
         instance.run({"x": rows(3)}, ("y",))
     assert caught.value.text == (
-        "request specifies invalid shape for input 'x' for model 'm': [3, 3], the plan takes [1, 3] to [2, 3]"
+        "request specifies invalid shape for input 'x' for m_0_0. Error details: model expected the shape of dimension "
+        "0 to be between 1 and 2 but received 3"
     )
     instance.close()
+
+
+def test_inputs_that_no_profile_takes_are_told_so() -> None:
+    instance = open_instance(doubling((1, 2), (5, 8)), msgspec.structs.replace(SPEC, extra={"profiles": ["0", "1"]}))
+    with pytest.raises(InvalidArgument, match=r"between 1 and 2 but received 3; nor do the optimization profiles 1 "):
+        instance.run({"x": rows(3)}, ("y",))
+    with pytest.raises(InvalidArgument, match="model expected 2 dimensions but received 1 dimensions"):
+        instance.run({"x": rows(3)[0]}, ("y",))
+    instance.close()
+
+
+@pytest.mark.parametrize("order", [("0", "1", "2"), ("2", "1", "0")])
+def test_of_several_profiles_the_one_that_is_best_at_a_shape_runs(order: tuple[str, ...]) -> None:
+    engine = doubling((1, 8), (1, 4), (1, 2))
+    instance = open_instance(engine, msgspec.structs.replace(SPEC, extra={"profiles": list(order)}))
+    for count in (1, 2, 3, 5, 7, 4):
+        instance.run({"x": rows(count)}, ("y",))
+    assert {context.profile: context.runs_count for context in engine.contexts} == {0: 2, 1: 2, 2: 2}
+    instance.close()
+
+
+def test_profile_that_is_named_twice_is_used_once() -> None:
+    engine = doubling((1, 2), (1, 8))
+    open_instance(engine, msgspec.structs.replace(SPEC, extra={"profiles": ["1", "1"]})).close()
+    assert [context.profile for context in engine.contexts] == [1]
 
 
 def test_failed_run_tells_the_librarys_reason() -> None:
@@ -135,17 +162,24 @@ def test_output_whose_shape_depends_on_data() -> None:
     instance.close()
 
 
-def reshaping(location: TensorLocation = TensorLocation.HOST) -> Engine:
-    """An engine that gives each item of ``x`` the shape of ``size``, and says which that is."""
+SIZES = ((1, 1, 1), (4, 2, 3), (8, 6, 6))
+
+
+def reshaping(location: TensorLocation = TensorLocation.HOST, *sizes: tuple[Any, Any, Any]) -> Engine:
+    """An engine that gives each item of ``x`` the shape of ``size``, and says which that is.
+
+    Args:
+        sizes: values of ``size`` by profile.
+    """
     return Engine(
         {
             "x": Tensor(INPUT, (-1, 6)),
-            "size": Tensor(INPUT, (3,), DataType.INT32, location),
+            "size": Tensor(INPUT, (3,), DataType.INT32, location, is_shape=True),
             "y": Tensor(OUTPUT, (-1, -1, -1)),
-            "made": Tensor(OUTPUT, (3,), DataType.INT32, location),
+            "made": Tensor(OUTPUT, (3,), DataType.INT32, location, is_shape=True),
         },
         lambda inputs: {"y": inputs["x"].reshape(inputs["size"]), "made": inputs["size"]},
-        [{"x": ((1, 6), (8, 6), (8, 6)), "size": ((3,), (3,), (3,))}],
+        [{"x": ((1, 6), (8, 6), (8, 6)), "size": one} for one in sizes or (SIZES,)],
         lambda shapes: {**shapes, "y": (-1, -1, -1), "made": (3,)},
     )
 
@@ -208,9 +242,98 @@ def test_output_shape_tensor_without_a_batch_size_is_the_models_error(first: int
     instance.close()
 
 
+@pytest.mark.parametrize("location", TensorLocation)
+def test_profile_is_chosen_by_the_values_of_shape_tensors(location: TensorLocation) -> None:
+    """B-070: of the profiles that take the values, the one that is best at them."""
+    flat, square, any_size = (((1, 1, 1), one, (8, 6, 6)) for one in ((1, 1, 6), (1, 2, 3), (8, 6, 6)))
+    narrow = ((1, 1, 6), (1, 1, 6), (1, 1, 6))
+    engine = reshaping(location, flat, square, any_size, narrow)
+    spec = msgspec.structs.replace(reshaping_spec(), extra={"profiles": ["0", "1", "2"]})
+    instance = open_instance(engine, spec)
+    for count, *size in ([1, 1, 6], [1, 2, 3], [2, 2, 3], [1, 3, 2], [8, 6, 1]):
+        instance.run({"x": rows(count, 6), "size": np.array([count, *size], np.int32)}, ("made",))
+    assert [context.runs_count for context in engine.contexts] == [1, 3, 1]
+    instance.close()
+    instance = open_instance(engine, msgspec.structs.replace(spec, extra={"profiles": ["3"]}))
+    with pytest.raises(InvalidArgument) as caught:
+        instance.run({"x": rows(1, 6), "size": np.array([1, 2, 3], np.int32)}, ("made",))
+    assert caught.value.text == "The shape value at index 1 is expected to be in range from 1 to 1, Got: 2"
+    with pytest.raises(InvalidArgument, match=r"number of shape values\. Expecting 3\. Got 2"):
+        instance.run({"x": rows(1, 6), "size": np.array([1, 2], np.int32)}, ("made",))
+    instance.close()
+
+
+def test_engine_that_cannot_tell_the_values_of_a_profile_takes_any() -> None:
+    engine = reshaping()
+    engine.profiles = [{"x": ((1, 6), (8, 6), (8, 6))}]
+    instance = open_instance(engine, reshaping_spec())
+    results = instance.run({"x": rows(1, 6), "size": np.array([1, 6, 1], np.int32)}, ("y",))
+    assert results["y"].shape == (1, 6, 1)
+    instance.close()
+
+
+def test_engine_says_which_tensors_are_shapes_and_how_large_batches_can_be() -> None:
+    """R-065: for auto-complete."""
+    described = describe_engine(make_spec([], [], extra={"profiles": ["0", "1"]}), trt, reshaping_of_batches(2, 5))
+    assert [(one.name, one.data_type, one.shape, one.is_shape_tensor) for one in described.inputs] == [
+        ("x", "TYPE_FP32", (-1, 6), False),
+        ("size", "TYPE_INT32", (3,), True),
+    ]
+    assert [one.is_shape_tensor for one in described.outputs] == [False, True]
+    assert described.max_batch_size == 5
+    assert describe_engine(SPEC, trt, reshaping_of_batches(2, 5)).max_batch_size == 2
+    assert describe_engine(SPEC, trt, reshaping_of_batches(9)).max_batch_size == 8
+
+
+def reshaping_of_batches(*most: int) -> Engine:
+    return reshaping(TensorLocation.HOST, *(((1, 1, 1), (1, 1, 1), (rows, 6, 6)) for rows in most))
+
+
+def test_profile_that_the_engine_lacks_is_refused_before_completion() -> None:
+    spec = make_spec([], [], extra={"profiles": ["1"]})
+    with pytest.raises(InvalidArgument) as caught:
+        describe_engine(spec, trt, reshaping())
+    assert caught.value.text == (
+        "unable to autofill for 'm', configuration specified invalid profile 1 . Number of profiles supported by "
+        "TensorRT engine: 1"
+    )
+
+
 def test_configuration_counts_the_values_without_the_batch_size() -> None:
-    with pytest.raises(InvalidArgument, match=r"tensor 'size': the model expects shape .3. but .* specifies .4."):
+    with pytest.raises(InvalidArgument) as caught:
         check_config(reshaping_spec(values=3), trt, reshaping())
+    assert caught.value.text == (
+        "unable to load model 'm_0_0', binding 'size' shape expected by framework [3] doesn't match model "
+        "configuration shape [3]"
+    )
+
+
+def test_configuration_must_mark_shape_tensors_and_no_others() -> None:
+    spec = reshaping_spec()
+    unmarked, marked = (
+        msgspec.structs.replace(
+            spec, inputs=tuple(msgspec.structs.replace(one, is_shape_tensor=to) for one in spec.inputs)
+        )
+        for to in (False, True)
+    )
+    with pytest.raises(InvalidArgument) as caught:
+        check_config(unmarked, trt, reshaping())
+    assert caught.value.text == (
+        "input 'size' for model 'm' is a shape tensor but the model configuration doesn't mark it as a shape tensor."
+    )
+    with pytest.raises(InvalidArgument) as caught:
+        check_config(marked, trt, reshaping())
+    assert caught.value.text == (
+        "input 'x' for model 'm' is incorrectly marked as a shape tensor in the model configuration."
+    )
+
+
+def test_vectorised_layouts_are_refused() -> None:
+    """D-019."""
+    engine = doubling((1, 8))
+    engine.tensors["y"].layout = trt.TensorFormat.CHW32
+    with pytest.raises(InvalidArgument, match="output 'y' for model 'm' has the non-linear format 'CHW32'"):
+        check_config(SPEC, trt, engine)
 
 
 def test_second_batch_of_a_size_is_captured_and_then_launched() -> None:
@@ -274,25 +397,40 @@ def test_shapes_that_tensorrt_cannot_infer_are_the_requests_error(monkeypatch: p
     [
         ([tensor("z", 3)], [tensor("y", 3)], "unexpected inference input 'z', allowed inputs are: x"),
         ([tensor("x", 3)], [tensor("z", 3)], "unexpected inference output 'z', allowed outputs are: y"),
-        ([tensor("x", 4)], [tensor("y", 3)], "the model expects shape [-1, 3] but the model configuration specifies"),
-        ([tensor("x", 3, data_type="TYPE_FP16")], [tensor("y", 3)], "expects datatype TYPE_FP16 for input 'x'"),
-        ([tensor("x", 3), tensor("b", 3)], [tensor("y", 3)], "configuration expects 2 inputs, model provides 1"),
+        (
+            [tensor("x", 4)],
+            [tensor("y", 3)],
+            "model 'm', tensor 'x': the model expects 2 dimensions (shape [-1,3]) but the model configuration "
+            "specifies 2 dimensions (an initial batch dimension because max_batch_size > 0 followed by the explicit "
+            "tensor shape, making complete shape [-1,4])",
+        ),
+        (
+            [tensor("x", 3, data_type="TYPE_FP16")],
+            [tensor("y", 3)],
+            "unexpected datatype TYPE_FP32 for inference input 'x', expecting TYPE_FP16 for m_0_0",
+        ),
+        (
+            [tensor("x", 3), tensor("b", 3)],
+            [tensor("y", 3)],
+            "unable to load model 'm', configuration expects 2 inputs, model provides at most 1",
+        ),
+        ([], [tensor("y", 3)], "expected configuration for input 'x' for m_0_0"),
     ],
-    ids=["input", "output", "shape", "type", "count"],
+    ids=["input", "output", "shape", "type", "count", "missing"],
 )
 def test_contradiction_is_refused(inputs: list[Any], outputs: list[Any], text: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         check_config(make_spec(inputs, outputs), trt, doubling((1, 8)))
-    assert text in caught.value.text
+    assert caught.value.text == text
 
 
 @pytest.mark.parametrize("profile", ["2", "-1", "first"])
 def test_invalid_profile_is_refused(profile: str) -> None:
     """C-097."""
     spec = msgspec.structs.replace(SPEC, extra={"profiles": [profile]})
-    with pytest.raises(InvalidArgument, match=f"specifies invalid profile '{profile}'"):
-        parse_profiles(spec, 2)
-    assert parse_profiles(SPEC, 2) == [0]
+    with pytest.raises(InvalidArgument, match=f"configuration specified invalid profile {profile} "):
+        profile_numbers(spec, 2)
+    assert profile_numbers(SPEC, 2) == [0]
 
 
 def test_model_file_by_compute_capability(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from onnx import TensorProto, helper
 from worker_harness import spec_from_config
 
 from forebay.engine.backends.tensorrt_plans import (
+    OnnxInput,
     ProfileShapes,
     _read_or_make,
     build_plan,
     cached_plan,
     choose_profile,
+    describe_onnx,
     parse_shapes,
     plan_key,
 )
@@ -121,18 +123,65 @@ def test_shapes_are_read_as_trtexec_does() -> None:
 
 
 def test_profile_follows_the_configuration() -> None:
-    shapes = {"x": (-1, 3), "fixed": (2, 2)}
-    assert choose_profile(make_spec(3), shapes) == {"x": ProfileShapes((1, 3), (8, 3), (8, 3))}
-    assert choose_profile(make_spec(5, 3, max_batch_size=0), {"x": (-1, 3)}) == {
-        "x": ProfileShapes((5, 3), (5, 3), (5, 3))
-    }
+    inputs = [OnnxInput("x", (-1, 3)), OnnxInput("fixed", (2, 2))]
+    assert choose_profile(make_spec(3), inputs) == {"x": ProfileShapes((1, 3), (8, 3), (8, 3))}
+    assert choose_profile(make_spec(5, 3, max_batch_size=0), inputs) == {"x": ProfileShapes((5, 3), (5, 3), (5, 3))}
 
 
 def test_profile_follows_the_parameters() -> None:
     spec = make_spec(-1, trt_min_shapes="x:1x1", trt_opt_shapes="x:4x16", trt_max_shapes="x:8x99")
-    assert choose_profile(spec, {"x": (-1, -1)}) == {"x": ProfileShapes((1, 1), (4, 16), (8, 99))}
+    assert choose_profile(spec, [OnnxInput("x", (-1, -1))]) == {"x": ProfileShapes((1, 1), (4, 16), (8, 99))}
     only_most = make_spec(-1, trt_max_shapes="x:8x99")
-    assert choose_profile(only_most, {"x": (-1, -1)}) == {"x": ProfileShapes((8, 99), (8, 99), (8, 99))}
+    assert choose_profile(only_most, [OnnxInput("x", (-1, -1))]) == {"x": ProfileShapes((8, 99), (8, 99), (8, 99))}
+
+
+def test_profile_has_the_values_of_shape_tensors() -> None:
+    size = OnnxInput("size", (3,), is_shape_tensor=True)
+    spec = make_spec(6, trt_min_shapes="size:1x1x1", trt_max_shapes="size:8x6x6")
+    assert choose_profile(spec, [size]) == {"size": ProfileShapes((1, 1, 1), (8, 6, 6), (8, 6, 6))}
+    with pytest.raises(
+        InvalidArgument, match=r"'size': its values are shapes; say how far .*, for example 'size:1x1x1'"
+    ):
+        choose_profile(make_spec(6), [size])
+    with pytest.raises(InvalidArgument, match="'size': it has 3 values"):
+        choose_profile(make_spec(6, trt_max_shapes="size:8x6"), [size])
+
+
+def write_reshaping_onnx(path: Path) -> Path:
+    """Write a model that gives ``x`` the shape of ``size``."""
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "size"], ["y"])],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6]),
+            helper.make_tensor_value_info("size", TensorProto.INT64, [3]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", "c"])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+@needs_rtx
+def test_plan_with_shape_tensors_is_built(tmp_path: Path) -> None:
+    path = str(write_reshaping_onnx(tmp_path / "model.onnx"))
+    spec = make_spec(6, trt_min_shapes="size:1x1x1", trt_opt_shapes="size:8x2x3", trt_max_shapes="size:8x6x6")
+    assert len(build_plan(rtx(), spec, path, compute_capability="8.9")) > 1000
+
+
+@needs_rtx
+def test_onnx_file_is_described_without_a_plan(tmp_path: Path, onnx_file: Path) -> None:
+    """R-065, R-063: the largest batch is the configured one, else the default; or what the parameters say."""
+    described = describe_onnx(rtx(), make_spec(3, max_batch_size=0), str(onnx_file))
+    assert [(one.name, one.data_type, one.shape) for one in described.inputs] == [("x", "TYPE_FP32", (-1, 3))]
+    assert [(one.name, one.data_type, one.shape) for one in described.outputs] == [("y", "TYPE_FP32", (-1, 3))]
+    assert described.max_batch_size == 4
+    assert describe_onnx(rtx(), make_spec(3), str(onnx_file)).max_batch_size == 8
+    assert describe_onnx(rtx(), make_spec(3, trt_max_shapes="x:16x3"), str(onnx_file)).max_batch_size == 16
+    reshaping = describe_onnx(rtx(), make_spec(6), str(write_reshaping_onnx(tmp_path / "model.onnx")))
+    assert [(one.name, one.is_shape_tensor) for one in reshaping.inputs] == [("x", False), ("size", True)]
+    assert [one.is_shape_tensor for one in reshaping.outputs] == [False]
+    assert reshaping.max_batch_size == 8
 
 
 @pytest.mark.parametrize(
@@ -145,7 +194,7 @@ def test_profile_follows_the_parameters() -> None:
 )
 def test_impossible_profile_is_refused(parameters: dict[str, str], text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
-        choose_profile(make_spec(-1, **parameters), {"x": (-1, -1)})
+        choose_profile(make_spec(-1, **parameters), [OnnxInput("x", (-1, -1))])
 
 
 def test_profile_of_a_ragged_input_must_be_said() -> None:
@@ -153,4 +202,4 @@ def test_profile_of_a_ragged_input_must_be_said() -> None:
     ragged = TensorSpec("x", "FP32", (), allow_ragged_batch=True)
     spec = msgspec.structs.replace(make_spec(3), inputs=(ragged,))
     with pytest.raises(InvalidArgument, match="its shape \\[-1\\] varies; say how far"):
-        choose_profile(spec, {"x": (-1,)})
+        choose_profile(spec, [OnnxInput("x", (-1,))])
