@@ -176,30 +176,31 @@ class PythonInstance(RowsInstance):
                 incoming.append(InferenceRequest.of_parcel(self._recipient, parcel))
             except ServingError as error:
                 parcel.fail(error)
-        self._execute(incoming)
+        self._execute(incoming, [request.source for request in incoming])
 
     def execute_rows(self, requests: Sequence[RowRequest]) -> None:
         recipient = self._recipient
-        self._execute([InferenceRequest.of_row(recipient, request) for request in requests])
+        self._execute([InferenceRequest.of_row(recipient, request) for request in requests], requests)
 
-    def _execute(self, incoming: list[InferenceRequest]) -> None:
+    def _execute(self, incoming: list[InferenceRequest], sources: Sequence[ParcelRequest | RowRequest]) -> None:
         spec = self._spec
         execute = getattr(self._model, "execute", None)
         if execute is None:
             path = shown_path(os.path.join(spec.version_path, spec.model_file or "model.py"), spec.model_path)
             raise self._failure(f"Python model {path} does not implement `execute` method.")
         while incoming:
-            outside = executing.set([request.source for request in incoming])
+            outside = executing.set(sources)
             try:
                 result = execute(incoming)
             except BaseException as error:  # the model's own code, which may even want to exit
                 raise self._raised(error) from None
             finally:
                 executing.reset(outside)
-            if inspect.iscoroutine(result):
+            if not isinstance(result, list) and inspect.iscoroutine(result):
                 self._start(result, incoming)
                 return
             incoming = self._answer(incoming, result)
+            sources = [request.source for request in incoming]
 
     def _raised(self, error: BaseException) -> BackendFailed:
         failure = self._failure(exception_text(error, self._spec.model_path))
@@ -225,7 +226,7 @@ class PythonInstance(RowsInstance):
             return self._hand_back([request for request in requests if self._comes_again(request)])
         if not isinstance(result, list):
             raise self._failure(f"Expected a list in the execute return, found type '{type(result)}'.")
-        responses: list[Any] = [*result]
+        responses: list[Any] = result
         if len(responses) != len(requests):
             raise self._failure(
                 "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
@@ -240,7 +241,7 @@ class PythonInstance(RowsInstance):
                 again.append(request)
             elif response is not None and not request.is_closed:
                 self._deliver(request.source, response, True)
-        return self._hand_back(again)
+        return self._hand_back(again) if again else again
 
     def _hand_back(self, again: list[InferenceRequest]) -> list[InferenceRequest]:
         """Let the scheduler bring these again, together with others (spec S-060); returns those that it cannot."""

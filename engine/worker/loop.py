@@ -253,9 +253,10 @@ class Worker:
         self._clock = counters
         if isinstance(instance, TensorInstance):
             self._rows = RowsRunner(spec, instance, self._producers, counters)
-            self._lane = self._rows.open_lane(counters, self._done)
         elif isinstance(instance, RowsInstance):
             self._rows = RequestRowsRunner(spec, instance, self._producers, counters, self._inbox)
+        if self._rows is not None:
+            self._lane = self._rows.open_lane(counters, self._done)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
         self._parcels.tell_closed = self._tell_closed
         self._parcels.note_end = self._watch_open
@@ -353,7 +354,7 @@ class Worker:
         try:
             return lane.run(message, size, tells_scheduler)
         except ServingError as error:
-            assert isinstance(self._rows, RowsRunner)
+            assert self._rows is not None
             whole = memoryview(message)[:size]
             times = self._rows.failed(whole, self._clock[_SINCE], error)
             self._clock[_SINCE] = 0

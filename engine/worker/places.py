@@ -17,6 +17,30 @@ from forebay.ipc.errors import Internal
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size
 
 
+class GuardedBell:
+    """A producer's doorbell for who does not hold the lock: takes it for what a full doorbell makes wait.
+
+    A message alone needs no lock, being sent as a whole.
+    """
+
+    __slots__ = ("_bell", "_lock")
+
+    def __init__(self, bell: Bell, lock: threading.Lock) -> None:
+        self._bell = bell
+        self._lock = lock
+
+    @property
+    def backlog_count(self) -> int:
+        return self._bell.backlog_count
+
+    def fileno(self) -> int:
+        return self._bell.fileno()
+
+    def ring(self, message: bytes) -> bool:
+        with self._lock:
+            return self._bell.ring(message)
+
+
 class Producer:
     """One producer as a worker sees it: its arena and its completion doorbell. Owns both."""
 
@@ -97,6 +121,10 @@ class Producers:
             return self._by_id[producer]
         except KeyError:
             raise Internal("the producer of the request is gone") from None
+
+    def guarded_bell(self, producer: int) -> GuardedBell:
+        """Return the doorbell of a producer that is attached."""
+        return GuardedBell(self.get(producer).bell, self.lock)
 
     def has_backlog(self) -> bool:
         return any(producer.bell.backlog_count for producer in self._by_id.values())

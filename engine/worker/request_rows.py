@@ -7,17 +7,22 @@ waited for; the supervisor is told beforehand that it had better get parcels (:a
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from forebay.engine.backends.base import Array, RowsInstance
 from forebay.engine.worker.inbox import Inbox
+from forebay.engine.worker.lanes import open_lane
 from forebay.engine.worker.places import Producers
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews, by_producer
+from forebay.ipc.counters import COUNTED_BATCH_MAX
+from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import BackendFailed, Internal, ServingError
 from forebay.ipc.messages import ParameterValue, RowRemark
 from forebay.ipc.tensor import DATATYPES
@@ -36,8 +41,13 @@ from forebay.ipc.wire import (
 )
 from forebay.ipc.worker_messages import InstanceSpec
 
+if TYPE_CHECKING:
+    from forebay.engine.worker.rows_lane import RowsLane
+
 #: Places kept per producer; at the limit all of them are dropped.
 PLACES_MAX = 4096
+#: Slices that the lane keeps per producer; likewise.
+SLICES_MAX = 2048
 
 #: The only run of a message.
 _ONE_RUN = slice(HEADER.size, HEADER.size + RUN.size)
@@ -45,6 +55,13 @@ _ONE_RUN = slice(HEADER.size, HEADER.size + RUN.size)
 _REMARKS_BYTES_MAX = MESSAGE_BYTES_MAX // 2
 
 _encode_remarks = msgspec.msgpack.Encoder().encode
+
+
+class _Remarked(ServingError):
+    """The batch has run, and its answers say more than that: the lane cannot give them."""
+
+
+_REMARKED = _Remarked("")
 
 
 def address_of(array: Array) -> int:
@@ -181,7 +198,7 @@ class RowBatch:
         #: Bytes of outputs that were not made in their rows.
         self.copied_bytes = 0
         #: Producer, slab and first row of requests whose clients left.
-        self._cancelled: set[tuple[int, int, int]] = set()
+        self._cancelled: set[tuple[int, int, int]] | None = None
         self._inbox = inbox
         self._producers = producers
         #: Notified when a request ends; only while somebody waits.
@@ -192,12 +209,15 @@ class RowBatch:
         (base,) = SLAB.unpack_from(message, HEADER.size)
         rows = message[HEADER.size + SLAB.size :]
         whole = min(count, len(rows) // ROW.size) * ROW.size
-        self._cancelled.update((producer, base, first) for (first,) in ROW.iter_unpack(rows[:whole]))
+        cancelled = {(producer, base, first) for (first,) in ROW.iter_unpack(rows[:whole])}
+        self._cancelled = cancelled | (self._cancelled or set())
 
     def is_cancelled(self, place: RowPlace) -> bool:
         """Tell whether a request's client has left, as far as is known by now."""
         self._inbox.take_signals()
-        return (place.producer, place.base, place.first) in self._cancelled or place.producer not in self._producers
+        if self._cancelled is not None and (place.producer, place.base, place.first) in self._cancelled:
+            return True
+        return place.producer not in self._producers
 
     def one_ended(self) -> None:
         """A request has its answer."""
@@ -227,6 +247,7 @@ class RequestRowsRunner:
     def __init__(
         self, spec: InstanceSpec, instance: RowsInstance, producers: Producers, counters: memoryview, inbox: Inbox
     ) -> None:
+        self._spec = spec
         self._instance = instance
         self._producers = producers
         self._inbox = inbox
@@ -235,11 +256,28 @@ class RequestRowsRunner:
         self._views = SlabViews(spec, producers)
         #: By producer, then by slab, capacity, first row and rows.
         self._places: dict[int, dict[tuple[int, int, int, int], RowPlace]] = {}
+        self._lane: RowsLane | None = None
+        #: By producer, how many slices the lane keeps.
+        self._slice_counts: dict[int, int] = {}
+        #: That runs, or that the lane has left unanswered.
         self._batch: RowBatch | None = None
 
     def forget_producer(self, producer: int) -> None:
         """Drop the arrays that look into its arena, which is about to be unmapped."""
         self._places.pop(producer, None)
+        self._slice_counts.pop(producer, None)
+        if self._lane is not None:
+            self._lane.forget(producer)
+
+    def open_lane(self, counters: memoryview, done: Bell) -> RowsLane | None:
+        """Return the lane for slices that have run before; None if the package was built without it.
+
+        Args:
+            counters: uint64, this instance's block.
+            done: rings the scheduler.
+        """
+        self._lane = open_lane(self._spec.instance, counters, done, tells_requests_apart=True)
+        return self._lane
 
     def cancel(self, producer: int, message: memoryview) -> None:
         """Take in a CANCEL_ROWS message."""
@@ -261,21 +299,54 @@ class RequestRowsRunner:
             return NO_TIMES
         batch = self._batch = RowBatch(number, self._inbox, self._producers)
         input_end_ns = batch_start_ns
+        error: ServingError | None = None
         try:
             if sum(run.rows for run in runs) > self._views.rows_max:
                 raise Internal("batch is larger than the model allows")
             for run in runs:
                 self._add(batch, run)
+            if count == 1:
+                self._keep(runs[0], batch)
             input_end_ns = time.monotonic_ns()
             self._run(batch)
-        except ServingError as error:
-            self._fail_rest(batch, error)
-            if not batch.requests or all(request.error is error for request in batch.requests):
-                return self._bells.fail(runs, number, batch_start_ns, error)
-        finally:
-            self._batch = None
-        end_ns = time.monotonic_ns()
-        return self._answer(runs, batch, (batch_start_ns, input_end_ns, end_ns, end_ns))
+        except ServingError as failure:
+            error = failure
+        return self._answer(runs, batch, batch_start_ns, input_end_ns, error)
+
+    def failed(self, message: memoryview, start_ns: int, error: ServingError) -> bytes:
+        """Answer a batch that the lane has left unanswered; returns what :meth:`execute` does."""
+        _kind, _flags, count, _sender, _number = HEADER.unpack_from(message)
+        assert self._batch is not None
+        failure = None if error is _REMARKED else error
+        return self._answer(unpack_runs(message, count, HEADER.size), self._batch, start_ns, start_ns, failure)
+
+    def _keep(self, run: Run, batch: RowBatch) -> None:
+        """Have the lane run these requests the next time."""
+        # The lane counts each batch size apart.
+        if self._lane is None or run.rows > COUNTED_BATCH_MAX:
+            return
+        slices = self._slice_counts.get(run.producer, 0)
+        if slices >= SLICES_MAX:
+            self._lane.forget(run.producer)
+            slices = 0
+        self._slice_counts[run.producer] = slices + 1
+        call = functools.partial(self._run_known, self._lane, [request.place for request in batch.requests])
+        self._lane.keep(RUN.pack(*run), call, self._producers.guarded_bell(run.producer))
+
+    def _run_known(self, lane: RowsLane, places: Sequence[RowPlace]) -> None:
+        """Run what has run before.
+
+        Raises:
+            ServingError: it is not answered yet, whether it has failed or not; see :meth:`failed`.
+        """
+        batch = self._batch = RowBatch(lane.batch, self._inbox, self._producers)
+        batch.requests = [RowRequest(batch, place) for place in places]
+        self._run(batch)
+        if batch.has_remarks:
+            raise _REMARKED
+        self._batch = None
+        if batch.copied_bytes:
+            self._counters.scattered(batch.copied_bytes)
 
     def _add(self, batch: RowBatch, run: Run) -> None:
         each, remainder = divmod(run.rows, run.requests)
@@ -305,13 +376,22 @@ class RequestRowsRunner:
         finally:
             self._inbox.end()
 
-    @staticmethod
-    def _fail_rest(batch: RowBatch, error: ServingError) -> None:
-        for request in batch.requests:
-            request.fail(error)
+    def _answer(
+        self, runs: list[Run], batch: RowBatch, start_ns: int, input_end_ns: int, error: ServingError | None
+    ) -> bytes:
+        """Count, and tell the producers; with ``error``, which is that of all that have no answer yet.
 
-    def _answer(self, runs: list[Run], batch: RowBatch, stamps: tuple[int, int, int, int]) -> bytes:
-        """Count, and tell the producers."""
+        Returns:
+            The TIMES of the batch, packed.
+        """
+        self._batch = None
+        if error is not None:
+            for request in batch.requests:
+                request.fail(error)
+            if all(request.error is error for request in batch.requests):
+                return self._bells.fail(runs, batch.number, start_ns, error)
+        end_ns = time.monotonic_ns()
+        stamps = start_ns, input_end_ns, end_ns, end_ns
         times = TIMES.pack(*stamps)
         trailers: dict[int, bytes] = {}
         failed = failed_rows = 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, TensorInstance
+from forebay.engine.worker.lanes import open_lane
 from forebay.engine.worker.places import Producers, row_shape
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews
 from forebay.engine.worker.tensor_parcels import JOINED_BYTES_MAX
@@ -71,11 +72,7 @@ class RowsRunner:
             counters: uint64, this instance's block.
             done: rings the scheduler.
         """
-        try:
-            from forebay.engine.worker.rows_lane import RowsLane
-        except ImportError:
-            return None
-        self._lane = RowsLane(self._spec.instance, counters, done)
+        self._lane = open_lane(self._spec.instance, counters, done, tells_requests_apart=False)
         return self._lane
 
     def failed(self, message: memoryview, start_ns: int, error: ServingError) -> bytes:

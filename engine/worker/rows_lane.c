@@ -1,9 +1,9 @@
-/* The lane: what RowsRunner does for a batch that is one slice, bound before, without Python between the steps.
+/* The lane: what a runner of rows does for a batch that is one slice, known from before, with no Python around the model.
  *
  * Why C: with one client a fifth of the server's CPU time was the worker's Python between its doorbell and the model.
  * With the lane p50 is 0.90 and CPU time 0.86 of what they are without (medians of 10 paired runs, one connection). All
- * that is not this one case is left to rows.py, which alone checks numbers and makes bindings; without a C compiler
- * there is no lane, and rows.py does everything.
+ * that is not this one case is left to rows.py and request_rows.py, which alone check numbers and make bindings; without a
+ * C compiler there is no lane, and they do everything.
  *
  * Layouts are those of ipc/wire.py, indices those of ipc/counters.py; test_rows_lane.py holds the two against
  * each other.
@@ -11,8 +11,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <structmember.h>
 #include <sys/socket.h>
 #include <time.h>
 
@@ -54,6 +56,7 @@ struct slice {
     uint32_t producer;
     uint64_t base;
     uint32_t capacity, first, rows;
+    uint32_t requests; /* 0 where it does not matter whose the rows are */
 };
 #pragma pack(pop)
 
@@ -82,6 +85,8 @@ typedef struct {
     PyObject_HEAD
     Py_buffer counters; /* uint64, the instance's block */
     uint32_t instance;
+    int tells_requests_apart;
+    unsigned long long batch; /* that is running, or ran last */
     PyObject *done; /* the Bell that reaches the scheduler */
     PyObject *kept; /* slice, packed -> (call, Bell of its producer) */
 } Lane;
@@ -144,16 +149,17 @@ static int ring(PyObject *bell, const void *message, size_t size)
     return result == NULL ? -1 : 0;
 }
 
-static PyObject *pack_slice(const struct run *run)
+static PyObject *pack_slice(const Lane *self, const struct run *run)
 {
-    struct slice slice = {run->producer, run->base, run->capacity, run->first, run->rows};
+    uint32_t requests = self->tells_requests_apart ? run->requests : 0;
+    struct slice slice = {run->producer, run->base, run->capacity, run->first, run->rows, requests};
     return PyBytes_FromStringAndSize((const char *)&slice, sizeof slice);
 }
 
 /* Return (call, bell) for the slice of a batch: borrowed; NULL without an exception: it is not kept. */
 static PyObject *find(Lane *self, const struct run *run)
 {
-    PyObject *slice = pack_slice(run);
+    PyObject *slice = pack_slice(self, run);
     if (slice == NULL)
         return NULL;
     PyObject *found = PyDict_GetItemWithError(self->kept, slice);
@@ -166,6 +172,7 @@ static int execute(Lane *self, PyObject *call, PyObject *bell, const struct runs
 {
     volatile uint64_t *words = self->counters.buf;
 
+    self->batch = batch->header.batch;
     times->start_ns = times->input_end_ns = words[RUNNING_SINCE_NS] = now_ns(CLOCK_MONOTONIC);
     PyObject *result = PyObject_CallNoArgs(call);
     if (result == NULL)
@@ -233,7 +240,7 @@ static PyObject *lane_keep(Lane *self, PyObject *arguments)
     PyBuffer_Release(&packed);
     if (!is_run)
         return PyErr_Format(PyExc_ValueError, "not a RUN");
-    PyObject *slice = pack_slice(&run), *pair = PyTuple_Pack(2, call, bell);
+    PyObject *slice = pack_slice(self, &run), *pair = PyTuple_Pack(2, call, bell);
     int failure = slice == NULL || pair == NULL || PyDict_SetItem(self->kept, slice, pair);
     Py_XDECREF(slice);
     Py_XDECREF(pair);
@@ -267,17 +274,19 @@ static PyObject *lane_forget(Lane *self, PyObject *argument)
 static int lane_init(Lane *self, PyObject *arguments, PyObject *Py_UNUSED(keywords))
 {
     unsigned int instance;
+    int tells_requests_apart;
     PyObject *counters, *done;
 
     if (self->kept != NULL) {
         PyErr_SetString(PyExc_TypeError, "a lane is made once");
         return -1;
     }
-    if (!PyArg_ParseTuple(arguments, "IOO", &instance, &counters, &done))
+    if (!PyArg_ParseTuple(arguments, "IOOp", &instance, &counters, &done, &tells_requests_apart))
         return -1;
     if (PyObject_GetBuffer(counters, &self->counters, PyBUF_CONTIG))
         return -1;
     self->instance = instance;
+    self->tells_requests_apart = tells_requests_apart;
     self->done = Py_NewRef(done);
     self->kept = PyDict_New();
     return self->kept == NULL ? -1 : 0;
@@ -303,9 +312,15 @@ static PyMethodDef lane_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef lane_members[] = {
+    {"batch", T_ULONGLONG, offsetof(Lane, batch), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot lane_slots[] = {
     {Py_tp_init, (void *)lane_init},
     {Py_tp_dealloc, (void *)lane_dealloc},
+    {Py_tp_members, lane_members},
     {Py_tp_methods, lane_methods},
     {0, NULL},
 };

@@ -2,15 +2,24 @@
 
 from collections.abc import Callable
 
+from forebay.engine.worker.places import GuardedBell
 from forebay.ipc.doorbell import Bell
 
 class RowsLane:
     """Runs batches of slices that are kept here; one per worker loop, and used by it alone."""
 
-    def __init__(self, instance: int, counters: memoryview, done: Bell, /) -> None:
-        """Count into ``counters`` (uint64, the instance's block); ``done`` rings the scheduler."""
+    def __init__(self, instance: int, counters: memoryview, done: Bell, tells_requests_apart: bool, /) -> None:
+        """Count into ``counters`` (uint64, the instance's block); ``done`` rings the scheduler.
 
-    def keep(self, run: bytes, call: Callable[[], None], bell: Bell, /) -> None:
+        Args:
+            tells_requests_apart: the same rows are something else if they are of another number of requests.
+        """
+
+    @property
+    def batch(self) -> int:
+        """The number of the batch that runs, or that ran last."""
+
+    def keep(self, run: bytes, call: Callable[[], None], bell: Bell | GuardedBell, /) -> None:
         """Remember how the rows of a ``RUN``, which has been checked, are run, and whom to ring."""
 
     def forget(self, producer: int, /) -> None:

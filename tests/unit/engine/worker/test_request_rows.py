@@ -1,7 +1,11 @@
-"""Slab rows of a Python model in a real worker: each request for itself, as if it had come alone (spec section 7)."""
+"""Slab rows of a Python model in a real worker: each request for itself, as if it had come alone (spec section 7).
+
+All of it twice: by Python alone, and by way of the lane, which takes rows that have run before.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,17 +52,26 @@ class Slab:
         self.worker.wait_done()
         return answer
 
+    def run_everything_once(self) -> None:
+        for first, each, requests in itertools.product(range(CAPACITY - 4), (1, 2, 3), (1, 2, 3)):
+            if each * requests <= min(4, CAPACITY - first):
+                self.run(self.run_of(first, each * requests, each=each))
 
-@pytest.fixture(name="slab", scope="module")
-def slab_of_a_worker() -> Iterator[Slab]:
-    with WorkerHarness(spec_from_config(CONFIG, model="rows", model_path=str(MODELS / "rows"))) as worker:
-        yield Slab(worker)
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[WorkerHarness]:
+    with WorkerHarness(spec_from_config(CONFIG, model="rows", model_path=str(MODELS / "rows"))) as running:
+        yield running
 
 
-@pytest.fixture(autouse=True)
-def fresh_rows(slab: Slab) -> None:
-    slab.given[:] = np.arange(CAPACITY * 4, dtype=np.float32).reshape(CAPACITY, 4) + 1
-    slab.out[:] = 0
+@pytest.fixture(params=["new", "known"])
+def slab(request: pytest.FixtureRequest, worker: WorkerHarness) -> Slab:
+    """Rows that the worker has never seen, or has run already."""
+    slab = Slab(worker)
+    if request.param == "known":
+        slab.run_everything_once()
+        slab.out[:] = 0
+    return slab
 
 
 def test_every_request_of_a_run_is_a_request_of_its_own(slab: Slab) -> None:

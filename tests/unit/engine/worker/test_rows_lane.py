@@ -264,6 +264,23 @@ def test_answers_stay_behind_what_waits_for_a_full_doorbell() -> None:
         assert not order or order[0] == bytes(4096)
 
 
+def test_rows_of_another_number_of_requests_are_something_else_where_that_matters() -> None:
+    calls: list[str] = []
+    with rig() as it:
+        bell = it.runner._producers.guarded_bell(PRODUCER)
+        lane = rows_lane.RowsLane(INSTANCE, it.counters, it.done, True)
+        three, four = message(requests=3), message(requests=4)
+        lane.keep(three[HEADER.size :], lambda: calls.append(f"three of batch {lane.batch}"), bell)
+        assert lane.run(three, len(three), True)
+        assert not lane.run(four, len(four), True)
+        lane.keep(four[HEADER.size :], lambda: calls.append("four"), bell)
+        assert lane.run(four, len(four), True)
+        assert calls == ["three of batch 9", "four"]
+        lane.forget(PRODUCER)
+        assert not lane.run(three, len(three), True)
+        assert not lane.run(four, len(four), True)
+
+
 def test_nothing_leaks() -> None:
     with rig() as it:
         lane = it.runner.open_lane(it.counters, it.done)
