@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -18,6 +18,7 @@ from forebay.frontend.device_places import DevicePlace, HeadMemories, Targets
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.inference import InputTensor, OnResponse, OutputView, RequestMeta, Response
 from forebay.frontend.start_inference import PlacedInference
+from forebay.ipc.ensemble.device_tensors import DeviceRoom
 from forebay.ipc.errors import ArenaFull, Internal, ServingError, from_wire
 from forebay.ipc.messages import ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 
@@ -74,6 +75,9 @@ class Carriage:
 
     def lend(self, byte_size: int) -> int:
         raise ArenaFull("a courier needs no other room than it was given")
+
+    def lend_rooms(self, needs: Mapping[str, int]) -> Mapping[str, DeviceRoom]:
+        return {}
 
 
 class CourierInference:

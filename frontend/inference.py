@@ -15,6 +15,7 @@ from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.device_places import NO_TARGETS, DevicePlace, HeadMemories, Targets
 from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import align
+from forebay.ipc.ensemble.device_tensors import DeviceRoom
 from forebay.ipc.errors import QUEUE_FULL_TEXT, ArenaFull, NotReady, ServingError, from_wire
 from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.request_options import RequestOptions
@@ -98,6 +99,8 @@ def make_parcel(
     meta: RequestMeta,
     memories: Sequence[DeviceMemory] = (),
     targets: tuple[TensorPlace, ...] = (),
+    *,
+    may_wait: bool = False,
 ) -> ParcelSubmit:
     """Return the message that submits a request outside slabs.
 
@@ -107,9 +110,10 @@ def make_parcel(
         reply: offset and bytes of the block lent for the outputs.
         memories: on devices, that places and targets lie in.
         targets: of outputs that go there.
+        may_wait: an output that does not fit its target waits on the device for room.
     """
     engine, entry = route.engine, route.entry
-    head = meta.parcel_head(meta.id, places, reply, memories, targets)
+    head = meta.parcel_head(meta.id, places, reply, memories, targets, may_wait=may_wait)
     return ParcelSubmit(
         route=route.route,
         token=token,
@@ -348,6 +352,9 @@ class Inference:
         self.route.block_bytes += byte_size
         learn_reply_bytes(self.route, byte_size)
         return offset
+
+    def lend_rooms(self, needs: Mapping[str, int]) -> Mapping[str, DeviceRoom]:
+        return {}
 
     # --- the end ---
 

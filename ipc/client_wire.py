@@ -28,7 +28,7 @@ Submissions, to the scheduler; the header is that of doorbells (:mod:`forebay.ip
     SUBMIT_PARCEL  header + SUBMIT_PARCEL + head + correlation text
     SUBMIT_CANCEL  header + count * TOKEN
     SUBMIT_CANCEL_RUNS  header + count * CANCEL_RUN
-    SUBMIT_COLLECT header + GROW                             sender: the instance that asked
+    SUBMIT_COLLECT header + GROW + [Rooms]                   sender: the instance that asked
     SUBMIT_RINGS   header + count * instance u32             rings that this client holds
 
 Rings, one per instance, straight to the worker; only under a grant, ``batch`` is the grant's ticket::

@@ -18,5 +18,11 @@ class DeviceBlocks(BlockAllocator):
         super().free(offset, _aligned(byte_size))
 
 
+def tail_of(offset: int, byte_size: int, kept_bytes: int) -> tuple[int, int]:
+    """Return offset and bytes of what can be freed of a block that is used up to ``kept_bytes`` only; 0: nothing."""
+    kept = _aligned(kept_bytes)
+    return offset + kept, max(_aligned(byte_size) - kept, 0)
+
+
 def _aligned(byte_size: int) -> int:
     return (max(byte_size, 1) + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES

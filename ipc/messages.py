@@ -78,6 +78,9 @@ class ParcelHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What is noted of requests that the model makes for this one; empty: it is not traced."""
     may_spill: bool = False
     """Outputs that do not fit their targets come to the reply block instead of failing the request."""
+    may_wait: bool = False
+    """Outputs that do not fit their targets wait on the device until there is room (:class:`Rooms`); those for whom
+    there is none come to the host. A target without a memory has no room yet."""
 
 
 class InlineTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -104,6 +107,21 @@ class ReplyHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Above 0: no answer yet, the outputs need a reply block of so many bytes (answer with COLLECT)."""
     spans: tuple[TraceSpan, ...] = ()
     """Of a traced request's last answer: what the model has asked others for it; see :meth:`Trace.adopt`."""
+    needs_rooms: dict[str, int] = {}
+    """Beside ``needs_bytes``: outputs that wait on the device, and how many bytes of room each needs there. The block
+    must be larger by the aligned bytes of those that are given none."""
+
+
+class Rooms(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a COLLECT lends besides a reply block: room for outputs that wait on the device."""
+
+    memories: tuple[DeviceMemory, ...] = ()
+    targets: tuple[TensorPlace, ...] = ()
+    """In those memories; their shapes mean nothing."""
+
+
+#: No room on any device.
+NO_ROOMS = Rooms()
 
 
 class RowRemark(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -35,7 +35,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
         memories: Sequence[DeviceMemory] = (),
         targets: tuple[TensorPlace, ...] = (),
         *,
-        may_spill: bool = False,
+        may_wait: bool = False,
     ) -> ParcelHead:
         """Return what the worker must know.
 
@@ -44,7 +44,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
             reply: offset and bytes of the block lent for the outputs.
             memories: on devices, that inputs and targets lie in.
             targets: of outputs that go there.
-            may_spill: an output that does not fit its target comes to the lent block.
+            may_wait: an output that does not fit its target waits on the device for room.
         """
         trace = self.trace
         return ParcelHead(
@@ -64,5 +64,5 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
             memories=tuple(memories),
             targets=targets,
             trace_levels=() if trace is None else trace.levels,
-            may_spill=may_spill,
+            may_wait=may_wait,
         )

@@ -8,7 +8,7 @@ To a worker (senders: scheduler, and frontends that hold a grant)::
     header   kind u8 | flags u8 | count u16 | sender u32 | batch u64                                  16 bytes
     RUNS     header + count * RUN
     PARCELS  header + count * (PARCEL + head bytes)
-    COLLECT  header + GROW                     the producer lends a larger reply block
+    COLLECT  header + GROW + [Rooms]           the producer lends a larger reply block, and room on the device
     CANCEL   header + count * TOKEN            the client of these parcels left
     SYNC     header                            answer with SYNCED when everything before is done
     WAKE     header                            something waits on the lifeline

@@ -218,7 +218,7 @@ class ClientSubmissions:
                 rows = tuple(RowsCancel(route=route, base=base, firsts=(first,)) for route, first, base in fields)
                 self._engine.accept(Cancel(producer=client.number, rows=rows))
             case SubmitKind.COLLECT:
-                self._collect(client, sender, self._exactly(message, GROW.size))
+                self._collect(client, sender, message[_END:])
             case SubmitKind.RINGS:
                 numbers = NUMBER.iter_unpack(self._exactly(message, count * NUMBER.size))
                 client.rings.update(n for (n,) in numbers if self._engine.instance_of(n) is not None)
@@ -324,14 +324,17 @@ class ClientSubmissions:
         header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL | _flags_of(error), 1, 0, 0)
         self._engine.ring_producer(client.number, header + NO_TIMES + TOKEN.pack(token) + reply)
 
-    def _collect(self, client: _Client, instance_number: int, grow: bytes) -> None:
-        _token, offset, byte_size = GROW.unpack(grow)
+    def _collect(self, client: _Client, instance_number: int, lent: bytes) -> None:
+        if not GROW.size <= len(lent) <= GROW.size + HEAD_BYTES_MAX:
+            raise _Broken(f"{len(lent)} bytes where {GROW.size} and rooms belong")
+        _token, offset, byte_size = GROW.unpack_from(lent)
         instance = self._engine.instance_of(instance_number)
         if offset + byte_size > client.arena_bytes:
             raise _Broken("a reply block lies outside the arena")
         if instance is not None:
-            # The worker knows which requests of this client wait for room, and no others.
-            instance.bell.ring(HEADER.pack(Kind.COLLECT, 0, 1, client.number, 0) + grow)
+            # The worker knows which requests of this client wait for room, and no others; it checks what is lent on a
+            # device when it opens that.
+            instance.bell.ring(HEADER.pack(Kind.COLLECT, 0, 1, client.number, 0) + lent)
 
     # --- limits ---
 

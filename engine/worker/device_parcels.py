@@ -1,7 +1,8 @@
 """Runs parcels on a model that lives on a device, where any tensor may lie on that device already.
 
 Each input is copied once to where the model reads it, from host or device memory; each output once to where its client
-wants it. Nothing that is on the device comes to the host on the way.
+wants it. Nothing that is on the device comes to the host on the way. An output for which its client has lent too little
+room, because nobody knew how large it would be, is copied aside until there is room.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from forebay.engine.backends.base import Array
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.poisoning import DeviceBatch, DeviceGuard
+from forebay.engine.worker.kept_outputs import Copies, KeptOutput, KeptOutputs
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.engine.worker.shape_tensors import ShapeTensors
@@ -25,7 +27,7 @@ _Placed = tuple[ParcelRequest, dict[str, PlacedTensor]]
 
 def uses_device(request: ParcelRequest) -> bool:
     """Whether any tensor of the request lies, or shall lie, in device memory."""
-    return bool(request.head.memories)
+    return bool(request.head.memories or request.head.targets)
 
 
 class DeviceParcels:
@@ -36,6 +38,7 @@ class DeviceParcels:
         self._is_batching = spec.max_batch_size > 0
         self._stream = instance.stream
         self._promised = promised
+        self._kept = KeptOutputs(instance.device, self._run_copies)
         self._shape_tensors = ShapeTensors(spec)
 
     def run(self, requests: Sequence[ParcelRequest], stamps: list[int]) -> None:
@@ -102,21 +105,30 @@ class DeviceParcels:
             request.times = (stamps[0], stamps[1], stamps[2], stamps[2])
             request.reply(arrays)
 
+    def _run_copies(self, copies: Copies) -> None:
+        with DeviceBatch(self._instance.device, self._stream):
+            copies(self._stream)
+
     def _hand_over(
         self, request: ParcelRequest, outputs: Mapping[str, DeviceArray], shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[str, Array]]:
-        """Begin to copy a request's outputs to where it wants them; return those that go to the host.
+        """Begin to copy a request's outputs to where it wants them, or aside; return those that go to the host.
 
         Raises:
             Internal: one has less room than it needs (spec H-198).
         """
         hosts: dict[str, tuple[str, Array]] = {}
         placed: list[TensorPlace] = []
+        kept: list[KeptOutput] = []
         for name, tensor in outputs.items():
             datatype = self._promised.specs[name].datatype
             shape = (request.rows, *shapes[name][1:]) if self._is_batching else shapes[name]
             target = request.target(name, tensor.nbytes)
             if target is None:
+                aside = self._aside(request, name, tensor)
+                if aside is not None:
+                    kept.append(KeptOutput(name, datatype, shape, aside, self._kept))
+                    continue
                 array = request.lend_array(datatype, shape)
                 if tensor.nbytes:
                     self._stream.copy_out(array.ctypes.data, tensor.address, tensor.nbytes)
@@ -126,8 +138,17 @@ class DeviceParcels:
             if tensor.nbytes:
                 self._stream.copy_within(address, tensor.address, tensor.nbytes)
             placed.append(TensorPlace(name, datatype, shape, target.offset, tensor.nbytes, memory=target.memory))
-        request.placed = tuple(placed)
+        request.placed, request.kept = tuple(placed), tuple(kept)
         return hosts
+
+    def _aside(self, request: ParcelRequest, name: str, tensor: DeviceArray) -> DeviceArray | None:
+        """Begin to copy an output that waits for room; None: it does not wait, or there is no room for that either."""
+        if not request.awaits_room(name, tensor.nbytes):
+            return None
+        aside = self._kept.take(tensor.shape, tensor.dtype)
+        if aside is not None:
+            self._stream.copy_within(aside.address, tensor.address, tensor.nbytes)
+        return aside
 
 
 def can_be_joined(separate: Sequence[Mapping[str, PlacedTensor]]) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays
 from forebay.engine.devices.device_array import DeviceArray
+from forebay.engine.worker.kept_outputs import KeptOutput
 from forebay.engine.worker.parcel_counting import count_answer
 from forebay.engine.worker.pending_response import PendingResponse, RawTensor, address_of, byte_view
 from forebay.engine.worker.places import Producer, backend_shape
@@ -26,7 +27,16 @@ from forebay.engine.worker.reply_batch import ReplyBatch
 from forebay.ipc.arena import align
 from forebay.ipc.counters import InstanceCounter as Count
 from forebay.ipc.errors import ArenaFull, BackendFailed, Cancelled, Internal, ServingError
-from forebay.ipc.messages import InlineTensor, ParameterValue, ParcelHead, ReplyHead, TensorPlace
+from forebay.ipc.messages import (
+    NO_ROOMS,
+    DeviceMemory,
+    InlineTensor,
+    ParameterValue,
+    ParcelHead,
+    ReplyHead,
+    Rooms,
+    TensorPlace,
+)
 from forebay.ipc.spans import Trace
 from forebay.ipc.tensor import DATATYPES, byte_size, decode_bytes, encode_bytes
 from forebay.ipc.wire import FLAG_FINAL, HEADER, MESSAGE_BYTES_MAX, TIMES, TOKEN, Kind
@@ -83,6 +93,8 @@ class ParcelRequest:
         self._block_used_bytes = 0
         #: Outputs that are where their client wants them in device memory, besides those of the (only) reply.
         self.placed: tuple[TensorPlace, ...] = ()
+        #: Outputs of the (only) reply that wait on the device until its client has lent room for them there.
+        self.kept: tuple[KeptOutput, ...] = ()
         #: What is noted of requests that the model makes for this one; None: it is not traced.
         self.trace: Trace | None = None
         if head.trace_levels:
@@ -169,10 +181,13 @@ class ParcelRequest:
             Internal: the head names no such memory.
             InvalidArgument, DeviceError: see :meth:`DeviceMemories.address`.
         """
+        return self._address_in(self.head.memories, place, size)
+
+    def _address_in(self, named: Sequence[DeviceMemory], place: TensorPlace, size: int) -> int:
         memories = self._runner.memories
-        if memories is None or not 1 <= place.memory <= len(self.head.memories):
+        if memories is None or not 1 <= place.memory <= len(named):
             raise Internal(f"tensor '{place.name}' lies in a device memory that the request does not name")
-        memory = self.head.memories[place.memory - 1]
+        memory = named[place.memory - 1]
         # Whose it is, only those are believed who speak for others.
         owner = memory.owner if self._producer.is_trusted else self._producer.id
         return memories.address((owner, memory.number), memory, place.offset, size)
@@ -191,8 +206,15 @@ class ParcelRequest:
 
     def target(self, name: str, size: int) -> TensorPlace | None:
         """Return where an output of ``size`` bytes goes on the instance's device; None: it goes to the host."""
-        found = next((target for target in self.head.targets if target.name == name), None)
-        return None if found is None or (self.head.may_spill and size > found.byte_size) else found
+        head = self.head
+        found = next((target for target in head.targets if target.name == name), None)
+        if found is None or (head.may_wait and not found.memory):
+            return None
+        return None if (head.may_spill or head.may_wait) and size > found.byte_size else found
+
+    def awaits_room(self, name: str, size: int) -> bool:
+        """Whether an output of ``size`` bytes that has no target should wait on the device until it has one."""
+        return self.head.may_wait and size > 0 and any(target.name == name for target in self.head.targets)
 
     def target_address(self, target: TensorPlace, size: int) -> int:
         """Return where ``size`` bytes of an output go on the instance's device.
@@ -270,7 +292,8 @@ class ParcelRequest:
             self.is_final = final
             if final:
                 count_answer(self._counters, self.executed_ns)
-            response = PendingResponse(tensors, dict(parameters or {}), self._responses, final)
+            response = PendingResponse(tensors, dict(parameters or {}), self._responses, final, self.kept)
+            self.kept = ()
             self._responses += 1
             self._enqueue(response)
         if final:
@@ -319,8 +342,12 @@ class ParcelRequest:
 
     # --- what the producer says ---
 
-    def collect(self, offset: int, size: int) -> None:
-        """The producer has lent ``size`` bytes at ``offset`` for the response that waits first; 0 bytes: it cannot."""
+    def collect(self, offset: int, size: int, rooms: Rooms = NO_ROOMS) -> None:
+        """The producer has lent ``size`` bytes at ``offset`` for the response that waits first; 0 bytes: it cannot.
+
+        Args:
+            rooms: for outputs that wait on the device.
+        """
         with self._runner.producers.lock:
             if not self._waiting:
                 return
@@ -331,16 +358,56 @@ class ParcelRequest:
                         f"no room for {response.total_bytes} bytes of outputs in shared memory; send fewer requests"
                     )
                 )
-            elif size < response.total_bytes:
-                self._send(ReplyHead(needs_bytes=response.total_bytes, index=response.index), final=False)
+            elif size < response.bytes_without(targets := _sufficient(rooms, response.kept)):
+                self._send(response.question(), final=False)
                 return
             else:
-                self._waiting.popleft()
-                self._write(response, offset)
-                self._pump()
+                self._take_room(response, offset, rooms.memories, targets)
             is_done = self.is_final and not self._waiting
         if is_done:
             self._runner.forget(self)
+
+    def _take_room(
+        self,
+        response: PendingResponse,
+        offset: int,
+        memories: Sequence[DeviceMemory],
+        targets: Mapping[str, TensorPlace],
+    ) -> None:
+        """Send a response that has room now: in a block, and in places on the device."""
+        self._waiting.popleft()
+        if response.kept:
+            try:
+                self._settle(response, memories, targets)
+            except ServingError as error:
+                self._abandon(error)
+                return
+        self._write(response, offset)
+        self._pump()
+
+    def _settle(
+        self, response: PendingResponse, memories: Sequence[DeviceMemory], targets: Mapping[str, TensorPlace]
+    ) -> None:
+        """Copy what has waited on the device to its places there, and to the host what has none.
+
+        Raises:
+            ServingError: a place cannot be used, or the device refused.
+        """
+        copies: list[tuple[int, DeviceArray]] = []
+        placed: list[TensorPlace] = []
+        spilled: list[RawTensor] = []
+        for name, datatype, shape, array, store in response.kept:
+            target = targets.get(name)
+            if target is None:
+                spilled.append(RawTensor(name, datatype, shape, store.fetch(array)))
+                continue
+            copies.append((self._address_in(memories, target, array.nbytes), array))
+            placed.append(TensorPlace(name, datatype, shape, target.offset, array.nbytes, memory=target.memory))
+        if copies:
+            response.kept[0].store.hand_over(copies)
+        response.tensors = (*response.tensors, *spilled)
+        response.kept = ()
+        self.placed = (*self.placed, *placed)
 
     def cancel(self) -> None:
         """The client has left. The final word is still said, so that the producer knows when its blocks are free."""
@@ -386,6 +453,9 @@ class ParcelRequest:
         # Send what can go without new room; stops at the first response that needs a block.
         while self._waiting:
             response = self._waiting[0]
+            if response.kept:
+                self._send(response.question(), final=False)
+                return
             if self._block_free and response.tensors and self._write_into_block(response):
                 self._waiting.popleft()
             elif response.total_bytes <= INLINE_BYTES_MAX:
@@ -395,7 +465,7 @@ class ParcelRequest:
                     ReplyHead(inline=inline, parameters=response.parameters, index=response.index), final=response.final
                 )
             else:
-                self._send(ReplyHead(needs_bytes=response.total_bytes, index=response.index), final=False)
+                self._send(response.question(), final=False)
                 return
 
     def _write_into_block(self, response: PendingResponse) -> bool:
@@ -433,7 +503,7 @@ class ParcelRequest:
             self._producer.arena.slice(offset, len(data))[:] = data
             places.append(TensorPlace(name, datatype, shape, offset, len(data)))
             offset += align(len(data))
-        self._counters[Count.SCATTERED_BYTES] += response.total_bytes
+            self._counters[Count.SCATTERED_BYTES] += len(data)
         self._send(
             ReplyHead(outputs=tuple(places), parameters=response.parameters, index=response.index), final=response.final
         )
@@ -492,3 +562,9 @@ class ParcelRequest:
             else:
                 time.sleep(0.001)
             runner.take_signals()
+
+
+def _sufficient(rooms: Rooms, kept: Sequence[KeptOutput]) -> dict[str, TensorPlace]:
+    """Return the places that are large enough for what waits, by name."""
+    sizes = {output.name: output.array.nbytes for output in kept}
+    return {target.name: target for target in rooms.targets if target.byte_size >= sizes.get(target.name, sys.maxsize)}

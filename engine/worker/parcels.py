@@ -21,12 +21,13 @@ from forebay.engine.worker.places import Producers
 from forebay.engine.worker.promised_outputs import PromisedOutputs
 from forebay.engine.worker.tensor_parcels import TensorParcels
 from forebay.ipc.errors import BackendFailed, Internal, InvalidArgument, ServingError
-from forebay.ipc.messages import ParcelHead
+from forebay.ipc.messages import NO_ROOMS, ParcelHead, Rooms
 from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.wire import FLAG_RESCHEDULE, GROW, HEADER, OPEN, PARCEL, TIMES, TOKEN
 from forebay.ipc.worker_messages import InstanceSpec
 
 _decode_head = msgspec.msgpack.Decoder(ParcelHead).decode
+_decode_rooms = msgspec.msgpack.Decoder(Rooms).decode
 
 
 class ParcelsRunner:
@@ -100,17 +101,18 @@ class ParcelsRunner:
                 request.cancel()
 
     def collect(self, producer: int, message: memoryview) -> None:
-        """A larger reply block has been lent."""
+        """A larger reply block has been lent, and maybe room on the device."""
         if len(message) < HEADER.size + GROW.size:
             return
         token, offset, size = GROW.unpack_from(message, HEADER.size)
         request = self._open.get((producer, token))
         if request is None:
             return
+        lent = message[HEADER.size + GROW.size :]
         try:
-            request.collect(offset, size)
-        except Internal:
-            # The place is outside the producer's own arena: it will hear no more of this request.
+            request.collect(offset, size, _decode_rooms(lent) if lent else NO_ROOMS)
+        except (Internal, msgspec.DecodeError):
+            # Unreadable, or the place is outside the producer's own arena: it will hear no more of this request.
             request.orphan()
             self.forget(request)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from forebay.engine.backends.base import Array
 from forebay.ipc.arena import align
-from forebay.ipc.messages import ParameterValue
+from forebay.ipc.messages import ParameterValue, ReplyHead
+
+if TYPE_CHECKING:
+    from forebay.engine.worker.kept_outputs import KeptOutput
 
 
 class RawTensor(NamedTuple):
@@ -26,20 +29,41 @@ class RawTensor(NamedTuple):
 class PendingResponse:
     """A response that waits for a reply block, or behind one that does."""
 
-    __slots__ = ("final", "index", "parameters", "tensors", "total_bytes")
+    __slots__ = ("final", "index", "kept", "parameters", "tensors", "total_bytes")
 
     def __init__(
-        self, tensors: Sequence[RawTensor], parameters: dict[str, ParameterValue], index: int, final: bool
+        self,
+        tensors: Sequence[RawTensor],
+        parameters: dict[str, ParameterValue],
+        index: int,
+        final: bool,
+        kept: Sequence[KeptOutput] = (),
     ) -> None:
+        """
+        Args:
+            kept: outputs that wait on the device for room.
+        """
         self.tensors: Sequence[RawTensor] = tensors
+        self.kept = kept
         self.parameters = parameters
         self.index = index
         self.final = final
+        #: Of those on the host.
         self.total_bytes = sum(align(len(tensor.data)) for tensor in tensors)
 
     def keep(self) -> None:
         """Copy the tensors: the model may write into its arrays again while they wait."""
         self.tensors = [tensor._replace(data=memoryview(bytes(tensor.data))) for tensor in self.tensors]
+
+    def question(self) -> ReplyHead:
+        """Return what asks the producer for room."""
+        rooms = {output.name: output.array.nbytes for output in self.kept}
+        return ReplyHead(needs_bytes=max(self.total_bytes, 1), needs_rooms=rooms, index=self.index)
+
+    def bytes_without(self, names: Collection[str]) -> int:
+        """Return how large a block must be if, of the outputs on the device, only these have room there."""
+        homeless = (output for output in self.kept if output.name not in names)
+        return self.total_bytes + sum(align(output.array.nbytes) for output in homeless)
 
 
 def byte_view(array: Array) -> memoryview:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from forebay.client.connection import Connection
 from forebay.client.device_pools import DeviceLease
 from forebay.client.opened import Opened
 from forebay.client.options import Options
-from forebay.client.parcels import describe, device_targets
+from forebay.client.parcels import describe
 from forebay.client.pending import BlockLease, PendingParcel
 from forebay.client.placement import BlockPlacement
+from forebay.ipc.ensemble.device_tensors import device_targets
 from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.tensor import TensorSpec
 
@@ -21,7 +22,9 @@ class DevicePlacement(BlockPlacement):
     def __init__(self, connection: Connection, model: Opened) -> None:
         super().__init__(connection, model)
         self._memories: list[DeviceMemory] = []
-        self._targets: dict[str, DeviceLease] = {}
+        self._targets: dict[str, DeviceLease | None] = {}
+        #: Takes device memory for an output, once its size is known.
+        self._take_room: Callable[[int], DeviceLease | None] | None = None
 
     def put_leased(self, spec: TensorSpec, shape: Sequence[int], size: int, lease: DeviceLease) -> None:
         """Let an input be what lies at the beginning of a block of device memory.
@@ -35,19 +38,20 @@ class DevicePlacement(BlockPlacement):
         place = TensorPlace(spec.name, spec.datatype, self._shape_of(spec, shape), lease.offset, size, memory=number)
         self._inputs[spec.name] = (place, lease)
 
-    def want_leased(self, name: str, lease: DeviceLease) -> None:
-        """Have an output written to a block of device memory, if it fits there."""
+    def want_leased(self, name: str, lease: DeviceLease | None) -> None:
+        """Have an output written to a block of device memory, if it fits there; None: one is taken when it is there."""
         self._targets[name] = lease
 
-    def target(self, place: TensorPlace) -> DeviceLease | None:
-        """Return the block that an output of the answer lies in; None: it is none of ours."""
-        lease = self._targets.get(place.name)
-        return lease if lease is not None and lease.contains(place.offset, place.byte_size) else None
+    def take_rooms_by(self, take_room: Callable[[int], DeviceLease | None]) -> None:
+        """Say who has device memory for outputs that do not fit, by their bytes. The connection's lock is held then."""
+        self._take_room = take_room
 
     def _describe(
         self, pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options
     ) -> None:
         memories, targets = device_targets(self._memories, self._targets)
         view = self._connection.view
-        describe(pending, places, reply, options, view, memories=memories, targets=targets, may_spill=True)
-        pending.targets = tuple(self._targets.values())
+        describe(pending, places, reply, options, view, memories=memories, targets=targets, may_wait=bool(targets))
+        pending.targets = {name: lease for name, lease in self._targets.items() if lease is not None}
+        if self._take_room is not None:
+            pending.take_room = self._take_room

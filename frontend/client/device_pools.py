@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from forebay.client.door import Door
 from forebay.client.pending import BlockLease, BlockReturns
-from forebay.ipc.device_blocks import DeviceBlocks
+from forebay.ipc.device_blocks import DeviceBlocks, tail_of
 from forebay.ipc.errors import ArenaFull
 from forebay.ipc.messages import DeviceMemory
 
@@ -32,6 +32,13 @@ class DeviceLease(BlockLease):
     def __init__(self, returns: BlockReturns, memory: DeviceMemory, offset: int, byte_size: int) -> None:
         super().__init__(returns, offset, byte_size)
         self.memory = memory
+
+    def shrink(self, byte_size: int) -> None:
+        """Give back what is behind so many bytes; nobody may use it any more."""
+        offset, freed_bytes = tail_of(self.offset, self.byte_size, byte_size)
+        if freed_bytes:
+            self._returns.append((offset, freed_bytes))
+        self.byte_size = byte_size
 
 
 class _Pool:

@@ -7,6 +7,7 @@ tell each other stays in its memory, which the server keeps and this process doe
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 
@@ -18,15 +19,16 @@ from forebay.client.memory import Memory
 from forebay.client.models import Models
 from forebay.client.opened import Opened
 from forebay.client.options import Options
-from forebay.client.parcels import describe, device_targets, reply_bytes
+from forebay.client.parcels import describe, reply_bytes
 from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
 from forebay.ipc.catalog import EnsembleStep
+from forebay.ipc.ensemble.device_tensors import device_targets
 from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
 from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.ensemble.traced import traced_reply, traced_run
 from forebay.ipc.errors import Cancelled, Internal, ServingError, Unavailable, from_wire
-from forebay.ipc.messages import DeviceMemory, InlineTensor, ReplyHead, TensorPlace
+from forebay.ipc.messages import InlineTensor, ReplyHead, TensorPlace
 
 _NO_TARGETS: tuple[TensorPlace, ...] = ()
 
@@ -205,33 +207,43 @@ class _ModelCall:
         self._options = options
         self._on_reply = on_reply
         self._pending = _StepParcel(model, request.rows, in_flight.next_token(), self)
-        #: Where outputs go that stay on the model's GPU, by name.
-        self._device_leases: dict[str, DeviceLease] = {}
 
     def start(self) -> None:
         pending, tensors = self._pending, self._request.inputs.values()
         reply = self._memory.loan_block(reply_bytes(pending.model, pending.rows))
         memories, targets = self._request.memories, _NO_TARGETS
         if self._request.device_outputs:
-            memories, targets = self._take_device_blocks()
-        view = self._memory.view
-        describe(pending, self._request.places, reply, self._options, view, memories=memories, targets=targets)
+            memories, targets = device_targets(memories, self._take_device_blocks())
+        describe(
+            pending,
+            self._request.places,
+            reply,
+            self._options,
+            self._memory.view,
+            memories=memories,
+            targets=targets,
+            may_wait=bool(targets),
+        )
         pending.inputs = tuple(tensor.block.lease for tensor in tensors if isinstance(tensor.block, KeptBlock))
         pending.enqueue_ns = time.monotonic_ns()
         self._in_flight.submit_step(pending)
 
-    def _take_device_blocks(self) -> tuple[tuple[DeviceMemory, ...], tuple[TensorPlace, ...]]:
-        """Take room for outputs on the model's GPU, as long as there is any; the others come to the host.
+    def _take_device_blocks(self) -> dict[str, DeviceLease | None]:
+        """Take room for outputs on the model's GPU, as long as there is any.
 
         Returns:
-            The device memories of the request, and the targets in them.
+            The blocks; None for those outputs that ask for one when their size is known. Others come to the host.
         """
-        request, device_id = self._request, self._pending.model.entry.device_id
-        for name, byte_size in request.device_outputs.items():
-            lease = self._device_pools.take(device_id, byte_size)
+        pending, rooms = self._pending, dict[str, DeviceLease | None]()
+        pending.take_room = functools.partial(self._device_pools.take, pending.model.entry.device_id)
+        for name, byte_size in self._request.device_outputs.items():
+            expected = byte_size or pending.model.output_sizes.expected(name, pending.rows)
+            lease = pending.take_room(expected) if expected else None
             if lease is not None:
-                self._device_leases[name] = lease
-        return device_targets(request.memories, self._device_leases)
+                pending.targets[name] = lease
+            if lease is not None or not byte_size:
+                rooms[name] = lease
+        return rooms
 
     def cancel(self) -> None:
         self._in_flight.cancel_step(self._pending)
@@ -276,10 +288,7 @@ class _ModelCall:
         """Return what an output lies in; None: the answer makes no sense."""
         if not place.memory:
             return next((lease for lease in held if lease.contains(place.offset, place.byte_size)), None)
-        lease = self._device_leases.get(place.name)
-        if lease is None or not lease.contains(place.offset, place.byte_size):
-            return None
-        return lease
+        return self._pending.target(place)
 
     def _times(self) -> StepTimes:
         return StepTimes.since(self._pending.enqueue_ns, self._in_flight.reply_times())

@@ -21,6 +21,7 @@ from forebay.client.pending import Pending, PendingParcel, RowsLease
 from forebay.client.submissions import Submissions
 from forebay.client.traced import trace_end, trace_response, trace_rows, trace_start
 from forebay.ipc.arena import Arena
+from forebay.ipc.ensemble.device_tensors import bytes_without_room, lent_rooms
 from forebay.ipc.errors import ArenaFull, Cancelled, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ReplyHead, RowRemark
 from forebay.ipc.trace import TraceSpan
@@ -54,6 +55,8 @@ _TIMED = (Kind.PARCEL_REPLY, Kind.RUNS_DONE, Kind.RUNS_FAILED)
 
 #: Larger reply blocks are not lent to begin with.
 _REPLY_GUESS_MAX = 1 << 20
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class InFlight:
@@ -323,7 +326,7 @@ class InFlight:
         if flags & FLAG_MOVED:
             self._follow_model(pending, from_wire(reply.code, reply.text))
         elif reply.needs_bytes:
-            self._lend(pending, reply.needs_bytes, instance)
+            self._lend(pending, reply, instance)
         else:
             self._note_response(pending, reply, is_final=is_final)
 
@@ -333,9 +336,8 @@ class InFlight:
             # An answer lies in the block that was lent for it; the first one, else, in that of the request.
             held = (pending.lent.popleft(),) if pending.lent else tuple(pending.blocks)
             pending.respond(reply, held)
-            passed_bytes = sum(place.byte_size for place in reply.outputs if place.memory)
-            if passed_bytes and pending.model.counts is not None:
-                pending.model.counts.passed(passed_bytes)
+            if pending.targets:
+                _note_passed(pending, reply)
             if pending.trace is not None:
                 trace_response(pending.trace, reply, self._arena.view)
         elif error is None and is_final:
@@ -346,7 +348,12 @@ class InFlight:
         else:
             pending.wake()
 
-    def _lend(self, pending: PendingParcel, byte_size: int, instance: int) -> None:
+    def _lend(self, pending: PendingParcel, reply: ReplyHead, instance: int) -> None:
+        byte_size, lent = reply.needs_bytes, b""
+        if reply.needs_rooms:
+            rooms = pending.lend_rooms(reply.needs_rooms)
+            byte_size += bytes_without_room(reply.needs_rooms, rooms)
+            lent = _encode(lent_rooms(rooms))
         try:
             lease = self._memory.loan_block(byte_size)
         except ArenaFull as error:
@@ -355,7 +362,7 @@ class InFlight:
         else:
             pending.lent.append(lease)
             pending.model.reply_guess_bytes = max(pending.model.reply_guess_bytes, min(byte_size, _REPLY_GUESS_MAX))
-            self._submissions.collect(instance, pending.token, lease.offset, byte_size)
+            self._submissions.collect(instance, pending.token, lease.offset, byte_size, lent)
 
     # --- workers that died, models that moved, schedulers that were restarted ---
 
@@ -449,3 +456,16 @@ class InFlight:
             for pending in left:
                 pending.finish(EngineGone(text))
         return EngineGone(self.failure.text)
+
+
+def _note_passed(pending: PendingParcel, reply: ReplyHead) -> None:
+    """Count outputs that stay on a device, remember how large they are, and give back what they do not use."""
+    passed_bytes = 0
+    for place in reply.outputs:
+        lease = pending.target(place) if place.memory else None
+        if lease is not None:
+            passed_bytes += place.byte_size
+            pending.model.output_sizes.learn(place.name, pending.rows, place.byte_size)
+            lease.shrink(place.byte_size)
+    if pending.model.counts is not None:
+        pending.model.counts.passed(passed_bytes)

@@ -10,6 +10,7 @@ import numpy as np
 from forebay.client.counting import RequestCounts
 from forebay.client.door import OpenedModel, Signature
 from forebay.client.pending import Array, Pending
+from forebay.ipc.ensemble.output_sizes import OutputSizes
 from forebay.ipc.ensemble.run import Ensemble
 from forebay.ipc.slabs import Area, Slab, SlabLayout
 from forebay.ipc.tensor import DATATYPES, TensorSpec
@@ -55,8 +56,8 @@ class Opened:
         self._arrays: dict[int, tuple[Arrays, Arrays]] = {}
         #: Bytes that answers of unknown size took so far, at most.
         self.reply_guess_bytes = 4096
-        #: Bytes per batch item that outputs of unknown size took so far, at most, by name.
-        self.output_row_bytes: dict[str, int] = {}
+        #: Of outputs that stay on its GPU.
+        self.output_sizes = OutputSizes()
 
     def _take(self, found: OpenedModel) -> None:
         self.route = found.route

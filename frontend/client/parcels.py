@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
-from forebay.client.device_pools import DeviceLease
 from forebay.client.opened import Opened
 from forebay.client.options import Options
 from forebay.client.pending import BlockLease, PendingParcel
@@ -27,7 +26,7 @@ def describe(
     *,
     memories: tuple[DeviceMemory, ...] = (),
     targets: tuple[TensorPlace, ...] = (),
-    may_spill: bool = False,
+    may_wait: bool = False,
 ) -> None:
     """Fill in a request whose inputs lie in ``places`` and whose answer goes to ``reply``.
 
@@ -35,7 +34,7 @@ def describe(
         view: uint8 [arena bytes]
         memories: on devices, that places and targets lie in.
         targets: of outputs that go there.
-        may_spill: an output that does not fit its target comes to ``reply``.
+        may_wait: an output that does not fit its target waits on the device for room.
     """
     pending.blocks = [reply]
     model = pending.model
@@ -54,27 +53,9 @@ def describe(
             (reply.offset, reply.byte_size),
             memories=memories,
             targets=targets,
-            may_spill=may_spill,
+            may_wait=may_wait,
         )
     )
-
-
-def device_targets(
-    memories: Sequence[DeviceMemory], leases: Mapping[str, DeviceLease]
-) -> tuple[tuple[DeviceMemory, ...], tuple[TensorPlace, ...]]:
-    """Return the device memories of a request, and where in them its outputs go, as a worker is told.
-
-    Args:
-        memories: that its inputs lie in.
-        leases: outputs by name.
-    """
-    named = list(memories)
-    targets: list[TensorPlace] = []
-    for name, lease in leases.items():
-        if lease.memory not in named:
-            named.append(lease.memory)
-        targets.append(TensorPlace(name, "", (), lease.offset, lease.byte_size, memory=named.index(lease.memory) + 1))
-    return tuple(named), tuple(targets)
 
 
 def reply_bytes(model: Opened, rows: int) -> int:

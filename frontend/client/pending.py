@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from forebay.client.errors import DeadlineExceeded
 from forebay.ipc.errors import Cancelled, ServingError
-from forebay.ipc.messages import ParameterValue, ReplyHead
+from forebay.ipc.messages import ParameterValue, ReplyHead, TensorPlace
 from forebay.ipc.slabs import Slab
 from forebay.ipc.spans import Trace
 from forebay.ipc.tensor import DATATYPES
 
 if TYPE_CHECKING:
+    from forebay.client.device_pools import DeviceLease
     from forebay.client.opened import Opened
 
 #: Any array.
@@ -232,7 +233,7 @@ class PendingResponses(Pending):
 class PendingParcel(PendingResponses):
     """A request outside slabs, as the engine knows it."""
 
-    __slots__ = ("blocks", "head", "lent", "sequence", "shape_key", "targets", "token")
+    __slots__ = ("blocks", "head", "lent", "sequence", "shape_key", "take_room", "targets", "token")
 
     def __init__(self, model: Opened, rows: int, token: int) -> None:
         super().__init__(model, rows)
@@ -242,9 +243,31 @@ class PendingParcel(PendingResponses):
         self.shape_key = 0
         #: Correlation id as text, or empty; as a number; flags of SUBMIT_PARCEL.
         self.sequence: tuple[str, int, int] = ("", 0, 0)
-        #: Device memory that outputs go to: not given back while a worker may write there.
-        self.targets: tuple[BlockLease, ...] = ()
+        #: Device memory that outputs go to, by name: not given back while a worker may write there.
+        self.targets: dict[str, DeviceLease] = {}
+        #: Takes device memory for an output that waits there, by its bytes.
+        self.take_room: Callable[[int], DeviceLease | None] = _no_room
         #: The reply block that came with the request.
         self.blocks: list[BlockLease] = []
         #: Reply blocks lent since, for responses that have not come yet.
         self.lent: deque[BlockLease] = deque()
+
+    def lend_rooms(self, needs: Mapping[str, int]) -> Mapping[str, DeviceLease]:
+        """Return room on the device for outputs that wait there, whose bytes these are; what finds none is missing."""
+        rooms: dict[str, DeviceLease] = {}
+        for name, byte_size in needs.items():
+            self.targets.pop(name, None)
+            lease = self.take_room(byte_size) if byte_size > 0 else None
+            if lease is not None:
+                rooms[name] = self.targets[name] = lease
+        return rooms
+
+    def target(self, place: TensorPlace) -> DeviceLease | None:
+        """Return the device memory that an output of the answer lies in; None: it is none of ours."""
+        lease = self.targets.get(place.name)
+        fits = lease is not None and place.offset == lease.offset and place.byte_size <= lease.byte_size
+        return lease if fits else None
+
+
+def _no_room(_byte_size: int) -> DeviceLease | None:
+    return None

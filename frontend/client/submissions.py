@@ -171,10 +171,14 @@ class Submissions:
             header = HEADER.pack(SubmitKind.CANCEL_RUNS, 0, 1, 0, self.epoch)
             self._send(header + CANCEL_RUN.pack(pending.route, pending.lease.first, pending.lease.slab.base))
 
-    def collect(self, instance: int, token: int, offset: int, byte_size: int) -> None:
-        """Lend a block for a response that did not fit; 0 bytes: there is no room."""
+    def collect(self, instance: int, token: int, offset: int, byte_size: int, rooms: bytes = b"") -> None:
+        """Lend a block for a response that did not fit; 0 bytes: there is no room.
+
+        Args:
+            rooms: an encoded ``Rooms``, or empty.
+        """
         header = HEADER.pack(SubmitKind.COLLECT, 0, 1, instance, self.epoch)
-        self._send(header + GROW.pack(token, offset, byte_size))
+        self._send(header + GROW.pack(token, offset, byte_size) + rooms)
 
     def announce_rings(self, instances: Iterable[int]) -> None:
         """Tell the scheduler which workers a grant would let us ring."""

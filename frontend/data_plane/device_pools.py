@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from forebay.ipc.device_blocks import DeviceBlocks
+from forebay.ipc.device_blocks import DeviceBlocks, tail_of
 from forebay.ipc.errors import ArenaFull
 from forebay.ipc.messages import DeviceMemory
 
@@ -36,6 +36,13 @@ class DeviceBlock:
         self._users -= 1
         if self._users == 0:
             self._pool.free(self.offset, self.byte_size)
+
+    def shrink(self, byte_size: int) -> None:
+        """Free what is behind so many bytes; nobody may use it any more."""
+        offset, freed_bytes = tail_of(self.offset, self.byte_size, byte_size)
+        if freed_bytes:
+            self._pool.free(offset, freed_bytes)
+        self.byte_size = byte_size
 
 
 class DevicePool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
+from forebay.ipc.ensemble.device_tensors import DeviceRoom
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue, ReplyHead
 from forebay.ipc.slabs import Slab
@@ -51,4 +52,8 @@ class ParcelOwner(Protocol):
         Raises:
             ArenaFull: there is no room.
         """
+        ...
+
+    def lend_rooms(self, needs: Mapping[str, int]) -> Mapping[str, DeviceRoom]:
+        """Return room on the GPU for outputs that wait there, whose bytes these are; what finds none is missing."""
         ...

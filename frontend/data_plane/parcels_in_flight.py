@@ -12,6 +12,7 @@ from forebay.frontend.data_plane.owners import ParcelOwner
 from forebay.frontend.data_plane.recovery import ATTEMPTS_MAX, gave_up
 from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.counting import count_answered, count_failure
+from forebay.ipc.ensemble.device_tensors import bytes_without_room, lent_rooms
 from forebay.ipc.errors import BackendFailed, Cancelled, Code, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ParcelSubmit, ReplyHead
 from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, REPLY, TIMES_END, TOKEN, Kind
@@ -19,6 +20,8 @@ from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, REPLY, TIMES_END, TOKEN, 
 if TYPE_CHECKING:
     from forebay.frontend.data_plane.route_client import RouteClient
     from forebay.frontend.engine_client import EngineClient
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class ParcelInFlight:
@@ -82,7 +85,7 @@ class ParcelsInFlight:
                 reply = ReplyHead(code=int(Code.INTERNAL), text="the model's answer could not be read")
                 final = True
             if reply.needs_bytes:
-                self._lend(parcel, token, reply.needs_bytes, instance)
+                self._lend(parcel, token, reply, instance)
             else:
                 if parcel.route.details is not None and instance:
                     times = self._engine.reply_times()
@@ -129,17 +132,23 @@ class ParcelsInFlight:
         if details is not None:
             details.answered(1, elapsed_ns, parcel.submit.enqueue_ns, self._engine.reply_times() if ran else None)
 
-    def _lend(self, parcel: ParcelInFlight, token: int, byte_size: int, instance: int) -> None:
+    def _lend(self, parcel: ParcelInFlight, token: int, reply: ReplyHead, instance: int) -> None:
+        byte_size, lent = reply.needs_bytes, b""
         bell = self._engine.grants.bell_of(instance)
         try:
             if bell is None:
                 raise WorkerDied("the model instance is gone")
+            if reply.needs_rooms:
+                rooms = parcel.owner.lend_rooms(reply.needs_rooms)
+                byte_size += bytes_without_room(reply.needs_rooms, rooms)
+                lent = _encode(lent_rooms(rooms))
             offset = parcel.owner.lend(byte_size)
         except ServingError as error:
             self.fail(token, error)
             self._engine.cancel(token)
             return
-        bell.ring(HEADER.pack(Kind.COLLECT, 0, 1, self._engine.producer, 0) + GROW.pack(token, offset, byte_size))
+        header = HEADER.pack(Kind.COLLECT, 0, 1, self._engine.producer, 0)
+        bell.ring(header + GROW.pack(token, offset, byte_size) + lent)
 
     def fail(self, token: int, error: ServingError) -> None:
         """Answer a parcel with an error of ours, if it is still in flight."""

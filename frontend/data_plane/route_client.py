@@ -15,6 +15,7 @@ from forebay.frontend.route_details import RouteDetails
 from forebay.frontend.tracing import Sampler
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import ProducerCounter as Count
+from forebay.ipc.ensemble.output_sizes import OutputSizes
 from forebay.ipc.errors import Cancelled
 from forebay.ipc.messages import ParameterValue, ParcelSubmit
 from forebay.ipc.slabs import Slab, SlabLayout
@@ -64,6 +65,8 @@ class RouteClient:
         self.block_bytes = 0
         #: Bytes that replies of unknown size are expected to take; learned from those that did not fit.
         self.reply_guess_bytes = 1024
+        #: Of outputs that stay on its GPU.
+        self.output_sizes = OutputSizes()
         row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
         #: True if requests may live in slab rows; see :meth:`takes_rows`.
         self.uses_rows = entry.is_fixed and row_bytes <= SLAB_ROW_BYTES_MAX

@@ -9,11 +9,12 @@ from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
 from forebay.ipc.counters import ProducerCounter
+from forebay.ipc.ensemble.device_tensors import DeviceRoom, device_targets
 from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepRequest, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor, hold_all, release_all
 from forebay.ipc.ensemble.traced import trace_tensors
 from forebay.ipc.errors import Internal, from_wire
-from forebay.ipc.messages import DeviceMemory, ReplyHead, TensorPlace
+from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.spans import (
     BACKEND_INPUT,
     BACKEND_OUTPUT,
@@ -21,7 +22,6 @@ from forebay.ipc.spans import (
     QUEUE_START,
 )
 
-_NO_BLOCKS: Mapping[str, DeviceBlock] = {}
 _NO_TARGETS: tuple[TensorPlace, ...] = ()
 
 
@@ -53,7 +53,7 @@ class ModelCall:
         self._on_reply = on_reply
         self._is_cancelled = False
         #: Where outputs go that stay on the model's GPU, by name.
-        self._device_blocks: Mapping[str, DeviceBlock] = _NO_BLOCKS
+        self._device_blocks: dict[str, DeviceBlock] = {}
         self._lent: list[Block] = []
         self._first: Block | None = None
         self._token = 0
@@ -77,31 +77,51 @@ class ModelCall:
         reply = (first.offset, first.byte_size)
         memories, targets = request.memories, _NO_TARGETS
         if request.device_outputs:
-            memories, targets = self._take_device_blocks()
-        parcel = make_parcel(route, self._token, request.places, request.rows, reply, self._meta, memories, targets)
+            memories, targets = device_targets(memories, self._take_device_blocks())
+        parcel = make_parcel(
+            route,
+            self._token,
+            request.places,
+            request.rows,
+            reply,
+            self._meta,
+            memories,
+            targets,
+            may_wait=bool(targets),
+        )
         route.submit_parcel(parcel, self)
 
-    def _take_device_blocks(self) -> tuple[tuple[DeviceMemory, ...], tuple[TensorPlace, ...]]:
-        """Take room for outputs on the model's GPU, as long as there is any; the others come to the host.
+    def _take_device_blocks(self) -> dict[str, DeviceBlock | None]:
+        """Take room for outputs on the model's GPU, as long as there is any.
 
         Returns:
-            The device memories of the request, and the targets in them.
+            The blocks; None for those outputs that ask for one when their size is known. Others come to the host.
         """
-        pools, device_id = self._route.engine.device_pools, self._route.entry.device_id
-        memories = list(self._request.memories)
-        blocks: dict[str, DeviceBlock] = {}
-        targets: list[TensorPlace] = []
+        rooms: dict[str, DeviceBlock | None] = {}
         for name, byte_size in self._request.device_outputs.items():
-            block = pools.take(device_id, byte_size)
-            if block is None:
-                continue
-            blocks[name] = block
-            if block.memory not in memories:
-                memories.append(block.memory)
-            number = memories.index(block.memory) + 1
-            targets.append(TensorPlace(name, "", (), block.offset, byte_size, memory=number))
-        self._device_blocks = blocks
-        return tuple(memories), tuple(targets)
+            expected = byte_size or self._route.output_sizes.expected(name, self._request.rows)
+            block = self._take_device_block(name, expected) if expected else None
+            if block is not None or not byte_size:
+                rooms[name] = block
+        return rooms
+
+    def _take_device_block(self, name: str, byte_size: int) -> DeviceBlock | None:
+        block = self._route.engine.device_pools.take(self._route.entry.device_id, byte_size)
+        if block is not None:
+            self._device_blocks[name] = block
+        return block
+
+    def lend_rooms(self, needs: Mapping[str, int]) -> Mapping[str, DeviceRoom]:
+        rooms: dict[str, DeviceRoom] = {}
+        for name, byte_size in needs.items():
+            if name not in self._request.device_outputs or byte_size <= 0:
+                continue  # Nobody asked for it there.
+            if (former := self._device_blocks.pop(name, None)) is not None:
+                former.release()
+            block = self._take_device_block(name, byte_size)
+            if block is not None:
+                rooms[name] = block
+        return rooms
 
     def cancel(self) -> None:
         """Nobody waits any more; the blocks are given back when the engine has let go of them."""
@@ -147,6 +167,8 @@ class ModelCall:
         if block is None or place.byte_size > block.byte_size:
             return None
         self._route.counters[ProducerCounter.DEVICE_PASSED_BYTES] += place.byte_size
+        self._route.output_sizes.learn(place.name, self._request.rows, place.byte_size)
+        block.shrink(place.byte_size)
         return Tensor(place.datatype, place.shape, place.byte_size, block.offset, block, memory=block.memory)
 
     def _read(self, reply: ReplyHead, blocks: Sequence[Block], *, final: bool, ran: bool) -> StepReply:

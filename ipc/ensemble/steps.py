@@ -84,7 +84,8 @@ class StepRequest(NamedTuple):
     memories: tuple[DeviceMemory, ...] = ()
     """On devices, that places lie in."""
     device_outputs: Mapping[str, int] = {}
-    """Outputs that may stay on the model's GPU, because nobody but steps there reads them, with their bytes."""
+    """Outputs that may stay on the model's GPU, because nobody but steps there reads them, with their bytes; 0: these
+    vary."""
 
 
 class StepModel(Protocol):

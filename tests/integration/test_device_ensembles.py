@@ -28,9 +28,9 @@ ROW_BYTES = 16
 class Chain:
     """A server whose ensemble ``chain`` runs the model ``gpu`` twice, and a client."""
 
-    def __init__(self, root: Path, kind: str, *flags: str) -> None:
-        add_doubler(root, "gpu", "KIND_GPU", more="dynamic_batching { }")
-        add_chain(root, "chain")
+    def __init__(self, root: Path, kind: str, *flags: str, dim: int = 4) -> None:
+        add_doubler(root, "gpu", "KIND_GPU", dim=dim, more="dynamic_batching { }")
+        add_chain(root, "chain", dim=dim)
         self.kind = kind
         self.models = root
         #: Requests to the model ``gpu`` that :meth:`infer` has made.
@@ -38,17 +38,21 @@ class Chain:
         environment = {PLAYED_GPUS_VARIABLE: "1"} if kind == "host" else {}
         self.server = ForebayServer(root, *flags, environment=environment)
 
-    def infer(self, first: int = 0, count: int = 1) -> None:
-        """Send requests at the same time and check every answer."""
+    def infer(self, first: int = 0, count: int = 1, *, width: int = 4) -> None:
+        """Send requests at the same time and check every answer.
+
+        Args:
+            width: elements of a row.
+        """
         with httpclient.InferenceServerClient(self.server.http_url, concurrency=count) as client:
             sent: list[tuple[int, Any]] = []
             for number in range(first, first + count):
-                tensor = httpclient.InferInput("X", [1, 4], "FP32")
-                tensor.set_data_from_numpy(np.full((1, 4), number, np.float32))
+                tensor = httpclient.InferInput("X", [1, width], "FP32")
+                tensor.set_data_from_numpy(np.full((1, width), number, np.float32))
                 sent.append((number, client.async_infer("chain", [tensor])))
             self.sent += 2 * count
             for number, request in sent:
-                np.testing.assert_array_equal(request.get_result().as_numpy("Y"), np.full((1, 4), 4 * number))
+                np.testing.assert_array_equal(request.get_result().as_numpy("Y"), np.full((1, width), 4 * number))
 
     def counter(self, family: str, model: str = "gpu", **labels: str) -> int:
         """Return a counter of a model; 0: there is no such series."""
@@ -113,6 +117,46 @@ def test_what_only_steps_read_stays_on_the_gpu(chain: Chain) -> None:
     )
 
 
+#: Widths of rows: larger and smaller than those before.
+WIDTHS = (4, 400, 40, 4000, 4001, 4)
+
+
+@pytest.fixture(params=KINDS)
+def varying(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Chain]:
+    """The model's rows may have any width."""
+    made = Chain(tmp_path, request.param, dim=-1)
+    with made.server:
+        made.wait_passing()
+        yield made
+
+
+def test_what_varies_in_size_stays_on_the_gpu_from_the_first_request_of_a_size(varying: Chain) -> None:
+    """Only the model knows how large its output is, which waits on the GPU until the frontend has lent room there."""
+    passed, (into, out) = varying.passed, varying.crossed
+    for width in WIDTHS:
+        varying.infer(width, width=width)
+    total = sum(4 * width for width in WIDTHS)
+    assert (varying.passed, varying.crossed) == (passed + total, (into + total, out + total))
+
+
+def test_what_varies_in_size_stays_on_the_gpu_for_many_at_a_time(varying: Chain) -> None:
+    passed, (into, out) = varying.passed, varying.crossed
+    for width in (100, 7000):
+        varying.infer(count=24, width=width)
+    total = 24 * 4 * 7100
+    assert (varying.passed, varying.crossed) == (passed + total, (into + total, out + total))
+
+
+def test_what_varies_in_size_stays_on_the_gpu_where_a_client_runs_the_steps(varying: Chain) -> None:
+    with Client(varying) as client:
+        client.wait_passing()
+        passed, (into, out) = client.settled_counters()
+        for width in WIDTHS:
+            client.infer(width)
+        total = sum(4 * width for width in WIDTHS)
+        assert client.settled_counters() == (passed + total, (into + total, out + total))
+
+
 def test_a_worker_that_dies_between_steps_loses_no_request(chain: Chain) -> None:
     """What a request has on the GPU is kept until it has ended, so its step is tried again."""
     for round_number in range(3):
@@ -168,10 +212,10 @@ class Client:
     def __exit__(self, *_exception: object) -> None:
         self._engine.close()
 
-    def infer(self) -> None:
+    def infer(self, width: int = 4) -> None:
         self._number += 1
-        self._model.input("X", rows=1)[:] = self._number
-        np.testing.assert_array_equal(self._model.infer(), np.full((1, 4), 4 * self._number))
+        self._model.input("X", shape=(1, width))[:] = self._number
+        np.testing.assert_array_equal(self._model.infer(), np.full((1, width), 4 * self._number))
 
     def wait_passing(self) -> None:
         """Run requests until there is a pool; they are answered before it is there, too."""

@@ -26,12 +26,16 @@ instance_group {{ kind: {kind} count: {count} }}
 ENSEMBLE = """
 platform: "ensemble"
 max_batch_size: 8
-input { name: "X" data_type: TYPE_FP32 dims: [ 4 ] }
-output { name: "Y" data_type: TYPE_FP32 dims: [ 4 ] }
-ensemble_scheduling {
-  step { model_name: "gpu" model_version: -1 input_map { key: "X" value: "X" } output_map { key: "Y" value: "T" } }
-  step { model_name: "gpu" model_version: -1 input_map { key: "X" value: "T" } output_map { key: "Y" value: "Y" } }
-}
+input {{ name: "X" data_type: TYPE_FP32 dims: [ {dim} ] }}
+output {{ name: "Y" data_type: TYPE_FP32 dims: [ {dim} ] }}
+ensemble_scheduling {{
+  step {{
+    model_name: "{model}" model_version: -1 input_map {{ key: "X" value: "X" }} output_map {{ key: "Y" value: "T" }}
+  }}
+  step {{
+    model_name: "{model}" model_version: -1 input_map {{ key: "X" value: "T" }} output_map {{ key: "Y" value: "Y" }}
+  }}
+}}
 """
 
 ONNX = 'backend: "onnxruntime"'
@@ -83,7 +87,7 @@ def write_onnx_doubler(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
 
 
-def add_chain(root: Path, name: str) -> None:
-    """Add an ensemble that runs the model ``gpu`` twice."""
+def add_chain(root: Path, name: str, *, model: str = "gpu", dim: int = 4) -> None:
+    """Add an ensemble that runs a model twice."""
     (root / name / "1").mkdir(parents=True)
-    (root / name / "config.pbtxt").write_text(ENSEMBLE)
+    (root / name / "config.pbtxt").write_text(ENSEMBLE.format(model=model, dim=dim))

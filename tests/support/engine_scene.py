@@ -17,6 +17,7 @@ from forebay.ipc.arena import Arena, create_memory_file
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, ProducerCounter
 from forebay.ipc.doorbell import create_doorbell
+from forebay.ipc.ensemble.device_tensors import DeviceRoom
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import Message, ParameterValue, ParcelSubmit, ReplyHead
 from forebay.ipc.tensor import TensorSpec
@@ -57,6 +58,9 @@ class Parcel:
 
     def lend(self, byte_size: int) -> int:
         raise AssertionError("nobody asked for room")
+
+    def lend_rooms(self, needs: Mapping[str, int]) -> Mapping[str, DeviceRoom]:
+        raise AssertionError("nobody asked for room on a device")
 
 
 class Sent:

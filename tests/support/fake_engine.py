@@ -15,6 +15,7 @@ from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import BlockAllocator
 from forebay.ipc.catalog import ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, ProducerCounter, instance_words
+from forebay.ipc.ensemble.output_sizes import OutputSizes
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.tensor import TensorSpec
@@ -48,6 +49,7 @@ class FakeRoute:
         self.step_counters = words(instance_words(entry.max_batch_size))
         self.block_bytes = self.copied_in_bytes = self.copied_out_bytes = 0
         self.reply_guess_bytes = 1024
+        self.output_sizes = OutputSizes()
         self.ensemble: object = None
         self.details = None
         self.heads: list[ParcelHead] = []

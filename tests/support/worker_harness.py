@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,7 +27,7 @@ from forebay.ipc.counters import CountersFile, InstanceCounter, instance_words
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import ServingError, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
-from forebay.ipc.messages import Failed, ParcelHead, ReplyHead, RowRemark, Stop, TensorPlace
+from forebay.ipc.messages import Failed, ParcelHead, ReplyHead, Rooms, RowRemark, Stop, TensorPlace
 from forebay.ipc.slabs import SlabLayout
 from forebay.ipc.tensor import DATATYPES, TensorSpec, datatype_of, encode_bytes, view_tensor
 from forebay.ipc.wire import (
@@ -90,6 +90,8 @@ class Response(NamedTuple):
     final: bool
     in_place: bool
     """True if the outputs lie in the block that was lent with the request."""
+    needs_rooms: Mapping[str, int] = MappingProxyType({})
+    """Outputs that wait on the device."""
 
 
 class RunsAnswer(NamedTuple):
@@ -361,9 +363,10 @@ class WorkerHarness:
         for token, flags, head in packed:
             self._replies.append((token, flags, msgspec.msgpack.decode(head, type=ReplyHead)))
 
-    def collect(self, token: int, offset: int, byte_size: int) -> None:
-        """Lend a reply block."""
-        self._ring(HEADER.pack(Kind.COLLECT, 0, 1, PRODUCER, 0) + GROW.pack(token, offset, byte_size))
+    def collect(self, token: int, offset: int, byte_size: int, rooms: Rooms | None = None) -> None:
+        """Lend a reply block, and room on the device."""
+        lent = b"" if rooms is None else msgspec.msgpack.encode(rooms)
+        self._ring(HEADER.pack(Kind.COLLECT, 0, 1, PRODUCER, 0) + GROW.pack(token, offset, byte_size) + lent)
 
     def cancel(self, *tokens: int) -> None:
         """Tell the worker that the clients left."""
@@ -387,7 +390,9 @@ class WorkerHarness:
             outputs[tensor.name] = view_tensor(memoryview(tensor.data), tensor.datatype, tensor.shape)
             datatypes[tensor.name] = tensor.datatype
         error = from_wire(reply.code, reply.text) if reply.text else None
-        return Response(token, outputs, datatypes, reply.parameters, error, reply.index, final, in_place)
+        return Response(
+            token, outputs, datatypes, reply.parameters, error, reply.index, final, in_place, reply.needs_rooms
+        )
 
     # --- producer: slab rows ---
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from forebay.client.connection import Connection
 from forebay.client.device_placement import DevicePlacement
-from forebay.client.device_pools import DeviceLease
+from forebay.client.device_pools import DeviceLease, DevicePools
 from forebay.client.opened import Opened
 from forebay.client.options import Options
-from forebay.client.pending import BlockLease
+from forebay.client.pending import BlockLease, PendingParcel
 from forebay.client.places import full_shape
 from forebay.engine.backends.python_model.engine_access import ANYWHERE, NestedCall, NestedRequest, NestedResponse
 from forebay.engine.backends.python_model.gpus import Gpu, gpus
@@ -19,7 +20,7 @@ from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.engine.devices.base import DeviceError
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.worker.pending_response import byte_view
-from forebay.ipc.errors import ServingError
+from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.log import log
 from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, byte_size
@@ -52,22 +53,14 @@ def _has_input_on(request: NestedRequest, index: int) -> bool:
 
 
 def expected_outputs(model: Opened, rows: int, wanted: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Yield the outputs whose sizes are known, or can be guessed from earlier ones, and those in bytes."""
+    """Yield the outputs that can be on a GPU, and their bytes: known, or guessed from earlier ones; 0: nobody knows."""
     for spec in model.signature.outputs:
         if wanted and spec.name not in wanted:
             continue
         if spec.is_fixed:
             yield spec.name, byte_size(spec.datatype, full_shape(spec, rows, model.signature.max_batch_size))
-        elif spec.name in model.output_row_bytes:
-            yield spec.name, rows * model.output_row_bytes[spec.name]
-
-
-def _learn_sizes(model: Opened, rows: int, places: Iterable[TensorPlace]) -> None:
-    """Remember how large outputs were, for :func:`expected_outputs`."""
-    known = model.output_row_bytes
-    for place in places:
-        if place.datatype != "BYTES":
-            known[place.name] = max(known.get(place.name, 0), -(-place.byte_size // max(rows, 1)))
+        elif spec.datatype != "BYTES":
+            yield spec.name, model.output_sizes.expected(spec.name, rows)
 
 
 class _Room(NamedTuple):
@@ -80,19 +73,27 @@ class _Room(NamedTuple):
 def _loan(connection: Connection, gpu: Gpu, size: int) -> _Room | None:
     """Return room in memory that other processes on the GPU can open, too; None: there is none now."""
     lease = connection.loan_device_block(gpu.index, size)
-    if lease is None:
-        return None
+    return None if lease is None else _opened(gpu, lease)
+
+
+def _opened(gpu: Gpu, lease: DeviceLease) -> _Room | None:
     try:
-        return _Room(lease, gpu.address(lease.memory, lease.offset, size))
+        return _Room(lease, gpu.address(lease.memory, lease.offset, lease.byte_size))
     except DeviceError as error:
         log.verbose(1, f"device memory of the server cannot be used by this model: {error.text}")
         return None
 
 
+def _take_room(pools: DevicePools, gpu: Gpu, size: int) -> DeviceLease | None:
+    """Return room for an output that waits for it, with the connection's lock held; None: there is none now."""
+    lease = pools.take(gpu.index, size)
+    return lease if lease is not None and _opened(gpu, lease) is not None else None
+
+
 class DeviceCall(BlockCall):
     """One to a model on a GPU: what is on that GPU is handed over there, and outputs come back there."""
 
-    __slots__ = ("_device_placement", "_gpu", "_targets")
+    __slots__ = ("_device_placement", "_gpu")
 
     def __init__(
         self,
@@ -106,20 +107,20 @@ class DeviceCall(BlockCall):
         """Place the inputs, which fit the model, and hand them over.
 
         Args:
-            outputs: those that are to come back on the GPU if they have room there, and so much of it.
+            outputs: those that are to come back on the GPU if they have room there, and so much of it; 0: the model
+                knows.
 
         Raises:
             ServingError: there is no room, or no server any more.
         """
         self._device_placement = placement
         self._gpu = gpu
-        #: Where outputs go on the GPU, in this process, by name.
-        self._targets: dict[str, int] = {}
+        placement.take_rooms_by(functools.partial(_take_room, link.connection.device_pools, gpu))
+        fixed = {spec.name for spec in placement.model.signature.outputs if spec.is_fixed}
         for name, size in outputs:
-            room = _loan(link.connection, gpu, size)
-            if room is not None:
-                placement.want_leased(name, room.lease)
-                self._targets[name] = room.address
+            room = _loan(link.connection, gpu, size) if size else None
+            if room is not None or name not in fixed:
+                placement.want_leased(name, None if room is None else room.lease)
         super().__init__(link, placement, request, options)
 
     def _put(self, tensor: Tensor) -> None:
@@ -140,16 +141,18 @@ class DeviceCall(BlockCall):
         placement.put_leased(spec, device.shape, device.nbytes, lease)
 
     def _tensors(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> Iterator[Tensor]:
-        _learn_sizes(self._pending.model, self._pending.rows, reply.outputs)
         on_host = {tensor.name(): tensor for tensor in super()._tensors(reply, held)}
         for place in reply.outputs:
             yield self._on_gpu(place) if place.memory else on_host.pop(place.name)
         yield from on_host.values()
 
     def _on_gpu(self, place: TensorPlace) -> Tensor:
-        lease = self._device_placement.target(place)
-        assert lease is not None
-        array = DeviceArray(self._targets[place.name], place.shape, DATATYPES[place.datatype].numpy_dtype, lease)
+        pending = self._responses
+        lease = pending.target(place) if isinstance(pending, PendingParcel) else None
+        if lease is None:
+            raise Internal("the model's answer could not be read")
+        address = self._gpu.address(lease.memory, lease.offset, place.byte_size)
+        array = DeviceArray(address, place.shape, DATATYPES[place.datatype].numpy_dtype, lease)
         self._gpu.leases[array.address] = lease
         return Tensor.on_gpu(place.name, place.datatype, array, self._gpu)
 

@@ -9,25 +9,22 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from forebay.client.device_pools import DeviceLease
 from forebay.engine.backends.base import Array
-from forebay.engine.devices.base import Device, DeviceError, Memory, Stream
+from forebay.engine.devices.base import Device, DeviceError, Memory
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.poisoning import DeviceBatch, DeviceGuard
 from forebay.engine.worker.device_memories import DeviceMemories
+from forebay.engine.worker.kept_outputs import Copies, KeptOutputs
 from forebay.engine.worker.pending_response import address_of
 from forebay.ipc.errors import Unsupported
 from forebay.ipc.log import log
 from forebay.ipc.messages import DeviceMemory
-
-#: Begins copies on a stream.
-Copies = Callable[[Stream], None]
 
 
 class Gpu:
@@ -40,6 +37,8 @@ class Gpu:
         with device.current():
             self._stream = device.make_stream()
         self._memories = DeviceMemories(device)
+        #: Outputs that wait for room.
+        self.kept = KeptOutputs(device, self.run)
         #: Blocks that tensors of the model begin at, as long as it has those, by address: other processes know them,
         #: whichever libraries the tensors have been through.
         self.leases: weakref.WeakValueDictionary[int, DeviceLease] = weakref.WeakValueDictionary()

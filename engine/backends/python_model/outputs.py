@@ -7,6 +7,7 @@ from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.response import InferenceResponse
 from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.engine.devices.device_array import DeviceArray
+from forebay.engine.worker.kept_outputs import KeptOutput
 from forebay.engine.worker.parcel_request import ParcelRequest
 from forebay.engine.worker.pending_response import RawTensor, byte_view
 from forebay.engine.worker.places import client_shape
@@ -34,15 +35,14 @@ class ModelOutputs:
         self._specs = {tensor.name: tensor for tensor in spec.outputs}
 
     def raw(self, request: ParcelRequest, response: InferenceResponse) -> list[RawTensor]:
-        """Return the outputs that the client wants, as bytes; those that it wants on the GPU are brought there.
+        """Return the outputs that the client wants, as bytes; those that it wants on a GPU are brought there, or wait.
 
         Raises:
             BackendFailed: they are not as configured.
             Internal: one has less room than it needs.
         """
-        placed: list[TensorPlace] = []
         produced = {tensor.name(): tensor for tensor in response.output_tensors()}
-        tensors: list[RawTensor] = []
+        outputs: list[RawTensor | TensorPlace | KeptOutput] = []
         for name in request.requested_outputs:
             tensor = produced.get(name)
             if tensor is None:
@@ -52,18 +52,10 @@ class ModelOutputs:
             shape = tuple(tensor.shape())
             if self._are_checked:
                 shape = self._checked_shape(request.rows, self._specs[name], tensor.datatype, shape)
-            is_there = tensor.device is not None and tensor.gpu is self._gpu
-            source = tensor.device if is_there and tensor.device is not None else _host_bytes(request, tensor)
-            target = request.target(name, source.nbytes)
-            if self._gpu is not None and target is not None:
-                _bring(self._gpu, request, source, target)
-                place = TensorPlace(name, tensor.datatype, shape, target.offset, source.nbytes, memory=target.memory)
-                placed.append(place)
-            else:
-                raw = _host_bytes(request, tensor) if isinstance(source, DeviceArray) else source
-                tensors.append(RawTensor(name, tensor.datatype, shape, raw))
-        request.placed = tuple(placed)
-        return tensors
+            outputs.append(_handed_over(self._gpu, request, tensor, shape))
+        request.placed = tuple(output for output in outputs if isinstance(output, TensorPlace))
+        request.kept = tuple(output for output in outputs if isinstance(output, KeptOutput))
+        return [output for output in outputs if isinstance(output, RawTensor)]
 
     def arrays(self, request: RowRequest, response: InferenceResponse) -> list[Array]:
         """Return all outputs, each of the shape and dtype of its rows.
@@ -113,6 +105,30 @@ class ModelOutputs:
                 f"but its configuration promises {spec.datatype} {expected}"
             )
         return seen
+
+
+def _handed_over(
+    gpu: Gpu | None, request: ParcelRequest, tensor: Tensor, shape: tuple[int, ...]
+) -> RawTensor | TensorPlace | KeptOutput:
+    """Return an output as bytes on the host, or where it is on the GPU now: at its target, or aside until it has one.
+
+    Raises:
+        ServingError: it has less room than it needs, or the device refused.
+    """
+    name, datatype = tensor.name(), tensor.datatype
+    if gpu is None:
+        return RawTensor(name, datatype, shape, _host_bytes(request, tensor))
+    source = tensor.device if tensor.device is not None and tensor.gpu is gpu else _host_bytes(request, tensor)
+    target = request.target(name, source.nbytes)
+    if target is not None:
+        _bring(gpu, request, source, target)
+        return TensorPlace(name, datatype, shape, target.offset, source.nbytes, memory=target.memory)
+    if isinstance(source, memoryview):
+        return RawTensor(name, datatype, shape, source)
+    if request.awaits_room(name, source.nbytes) and (aside := gpu.kept.take(source.shape, source.dtype)) is not None:
+        gpu.move(aside.address, source)
+        return KeptOutput(name, datatype, shape, aside, gpu.kept)
+    return RawTensor(name, datatype, shape, _host_bytes(request, tensor))
 
 
 def _bring(gpu: Gpu, request: ParcelRequest, source: DeviceArray | memoryview, target: TensorPlace) -> None:

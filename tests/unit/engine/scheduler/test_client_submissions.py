@@ -153,7 +153,9 @@ def test_cancellations_are_handed_on(scene: Scene) -> None:
 def test_collects_go_to_the_worker_in_the_clients_name(scene: Scene) -> None:
     scene.send(SubmitKind.COLLECT, GROW.pack(1, 64, 128), sender=9)
     scene.send(SubmitKind.COLLECT, GROW.pack(1, 64, 128), sender=10)
-    assert scene.engine.to_worker == [HEADER.pack(Kind.COLLECT, 0, 1, 3, 0) + GROW.pack(1, 64, 128)]
+    scene.send(SubmitKind.COLLECT, GROW.pack(2, 64, 128) + b"rooms", sender=9)
+    header = HEADER.pack(Kind.COLLECT, 0, 1, 3, 0)
+    assert scene.engine.to_worker == [header + GROW.pack(1, 64, 128), header + GROW.pack(2, 64, 128) + b"rooms"]
 
 
 def test_rings_count_for_instances_that_are(scene: Scene) -> None:

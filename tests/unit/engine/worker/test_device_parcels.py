@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from forebay.engine.devices.base import Device, Memory, Stream
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE, open_device
 from forebay.engine.repository.config import config_json, parse_config_text
 from forebay.ipc.errors import Internal, InvalidArgument, ServingError
-from forebay.ipc.messages import DeviceMemory, TensorPlace
+from forebay.ipc.messages import DeviceMemory, Rooms, TensorPlace
 from forebay.ipc.worker_messages import (
     CheckMemory,
     Loaded,
@@ -121,6 +121,87 @@ def test_an_output_that_does_not_fit_comes_to_the_host_if_it_may(client: Client,
         assert response.error is None
         assert bool(response.outputs) != bool(places)
     np.testing.assert_array_equal(client.get(64, (1, 3)), [2 * ROW])
+
+
+def ask(client: Client, worker: WorkerHarness, *, reply_bytes: int = 4096) -> int:
+    """Submit a request whose output has no room on the device yet; return its token when the worker asks for some."""
+    client.put(0, ROW[np.newaxis])
+    nowhere = TensorPlace("Y", "", (), 0, 0)
+    head = {"memories": (client.exported,), "targets": (nowhere,), "may_wait": True, "reply_bytes": reply_bytes}
+    [token] = worker.submit({"X": on_device(0, 1)}, **head)
+    asked = worker.next_response(lend=False)
+    assert (asked.token, asked.final, asked.needs_rooms) == (token, False, {"Y": 12})
+    return token
+
+
+def block(worker: WorkerHarness, byte_size: int = 64) -> tuple[int, int]:
+    return worker.blocks.allocate(byte_size), byte_size
+
+
+def test_an_output_of_unknown_size_waits_on_the_device_until_it_has_room(client: Client, worker: WorkerHarness) -> None:
+    """Issue 8, 4: what only the model knows the size of; the model runs others meanwhile."""
+    token = ask(client, worker)
+    [other] = worker.infer({"X": np.full((1, 3), 7, np.float32)})
+    np.testing.assert_array_equal(other.outputs["Y"], np.full((1, 3), 14))
+    # Too small: it asks again. Then the room.
+    worker.collect(token, *block(worker, 1), Rooms((client.exported,), (room(512, 11),)))
+    assert worker.next_response(lend=False).needs_rooms == {"Y": 12}
+    worker.collect(token, *block(worker, 1), Rooms((client.exported,), (room(512, 12),)))
+    answer = worker.next_response()
+    assert (answer.final, answer.error, answer.datatypes) == (True, None, {"Y": "FP32 on the device"})
+    np.testing.assert_array_equal(client.get(512, (1, 3)), [2 * ROW])
+
+
+@pytest.mark.parametrize("rooms", [None, Rooms()], ids=["no rooms", "empty"])
+def test_an_output_that_gets_no_room_comes_to_the_host(
+    client: Client, worker: WorkerHarness, rooms: Rooms | None
+) -> None:
+    token = ask(client, worker, reply_bytes=0)
+    worker.collect(token, *block(worker, 1), rooms)
+    assert worker.next_response(lend=False).needs_rooms == {"Y": 12}
+    worker.collect(token, *block(worker), rooms)
+    answer = worker.next_response()
+    assert answer.final
+    np.testing.assert_array_equal(answer.outputs["Y"], [2 * ROW])
+
+
+def test_room_that_cannot_be_used_fails_the_request(client: Client, worker: WorkerHarness) -> None:
+    for memories, target, text in (
+        ((), room(0, 12), "device memory that the request does not name"),
+        ((client.exported,), room(4090, 12), "lies outside of its device memory"),
+    ):
+        token = ask(client, worker)
+        worker.collect(token, *block(worker), Rooms(memories, (target,)))
+        answer = worker.next_response()
+        assert answer.final
+        assert answer.error is not None
+        assert text in answer.error.text
+
+
+def test_who_leaves_while_an_output_waits_gets_the_last_word(client: Client, worker: WorkerHarness) -> None:
+    token = ask(client, worker)
+    worker.cancel(token)
+    answer = worker.next_response()
+    assert answer.final
+    assert answer.error is not None
+    worker.collect(token, *block(worker), Rooms((client.exported,), (room(0, 12),)))
+    worker.collect(ask(client, worker), 0, 0)
+    assert "no room" in str(worker.next_response().error)
+
+
+def test_what_cannot_be_read_ends_the_request_and_not_the_worker(client: Client, worker: WorkerHarness) -> None:
+    token = ask(client, worker)
+    worker.collect(token, *block(worker), cast("Rooms", ["nonsense"]))
+    worker.collect(token, *block(worker), Rooms((client.exported,), (room(0, 12),)))
+    [response] = worker.infer({"X": on_device(0, 1)}, memories=(client.exported,))
+    assert response.error is None
+
+
+def test_an_empty_output_needs_no_room(client: Client, worker: WorkerHarness) -> None:
+    [response] = worker.infer(
+        {"X": np.zeros((1, 0), np.float32)}, targets=(TensorPlace("Y", "", (), 0, 0),), may_wait=True
+    )
+    assert response.outputs["Y"].shape == (1, 0)
 
 
 def test_requests_are_joined_on_the_device(client: Client, worker: WorkerHarness) -> None:

@@ -81,3 +81,17 @@ def test_memory_that_is_lost_is_given_back_when_nobody_uses_it(door: Door, pools
     del lease
     pools.take(0, 10)
     assert (closed, door.given_back) == ([number], [number])
+
+
+def test_what_an_output_does_not_use_of_its_room_is_free_again(door: Door, pools: DevicePools) -> None:
+    pools.take(0, 1)
+    door.answer(1024)
+    lease = pools.take(0, 1000)
+    assert lease is not None
+    lease.shrink(300)
+    second = pools.take(0, 512)
+    assert second is not None
+    assert (lease.byte_size, second.offset) == (300, 512)
+    lease.shrink(257)
+    del lease
+    assert pools.take(0, 512) is not None

@@ -93,12 +93,11 @@ def test_a_step_reads_on_the_gpu_where_the_one_before_has_written(engine: FakeEn
         ({"device_id": -1}, {}),
         ({}, {"device_id": -1}),
         ({}, {"device_id": 1}),
-        ({"dims": (-1,)}, {}),
         ({"response_cache": True}, {}),
         ({}, {"response_cache": True}),
         ({"decoupled": True}, {}),
     ],
-    ids=["from the host", "to the host", "to another GPU", "any size", "kept", "looked up", "many answers"],
+    ids=["from the host", "to the host", "to another GPU", "kept", "looked up", "many answers"],
 )
 def test_what_must_be_on_the_host_goes_there(
     engine: FakeEngine, of_first: dict[str, Any], of_second: dict[str, Any]
@@ -108,6 +107,72 @@ def test_what_must_be_on_the_host_goes_there(
     assert (first.heads[0].memories, first.heads[0].targets) == ((), ())
     reply_inline(engine)
     assert (second.heads[0].memories, second.heads[0].inputs[0].memory) == ((), 0)
+
+
+def add_varying(engine: FakeEngine) -> tuple[FakeRoute, FakeRoute, FakeRoute]:
+    """Add two models whose tensors may have any size, and the ensemble of them."""
+    return add(engine, "first", dims=(-1,)), add(engine, "second", dims=(-1,)), add_ensemble(engine)
+
+
+def lend(engine: FakeEngine, needs: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Have the oldest request's worker ask for room; return offset and bytes of what it gets, by output."""
+    owner = engine.pending[0][2]
+    return {name: (room.offset, room.byte_size) for name, room in owner.lend_rooms(needs).items()}
+
+
+def reply_at(engine: FakeEngine, offset: int, byte_size: int) -> None:
+    place = TensorPlace("Y", "FP32", (byte_size // 4,), offset, byte_size, memory=1)
+    engine.reply(0, ReplyHead(outputs=(place,)), final=True)
+
+
+def test_an_output_of_any_size_gets_its_room_when_the_model_knows_it(engine: FakeEngine) -> None:
+    """The next one has as much from the beginning, and gives back what it does not need."""
+    first, second, route = add_varying(engine)
+    ask(route)
+    head = first.heads[0]
+    assert (head.may_wait, head.memories, head.targets) == (True, (), (TensorPlace("Y", "", (), 0, 0),))
+    assert lend(engine, {"Y": 400}) == {"Y": (0, 400)}
+    reply_at(engine, 0, 400)
+    assert second.heads[0].inputs == (TensorPlace("X", "FP32", (100,), 0, 400, memory=1),)
+    reply_inline(engine)
+    ask(route)
+    [target] = first.heads[1].targets
+    assert (target.offset, target.byte_size, target.memory) == (0, 400, 1)
+    reply_at(engine, 0, 16)
+    ask(route)
+    assert first.heads[2].targets[0].offset == 256
+    # The worker that was given room has died, and the next one needs more.
+    engine.pending.rotate(-1)
+    assert lend(engine, {"Y": 600}) == {"Y": (256, 600)}
+    reply_at(engine, 256, 600)
+
+
+def test_an_output_of_any_size_that_finds_no_room_goes_to_the_host(engine: FakeEngine) -> None:
+    first, second, route = add_varying(engine)
+    ask(route)
+    assert lend(engine, {"Y": 1025, "Z": 4}) == {}
+    assert lend(engine, {"Y": 0}) == {}
+    reply_inline(engine)
+    assert (second.heads[0].memories, second.heads[0].inputs[0].memory) == ((), 0)
+    reply_inline(engine)
+    # What was learned is too much for what is left: it may still ask for what it really needs.
+    ask(route)
+    assert lend(engine, {"Y": 1024}) == {"Y": (0, 1024)}
+    ask(route)
+    reply_at(engine, 0, 1024)
+    ask(route)
+    assert [target.memory for target in first.heads[3].targets] == [0]
+
+
+def test_room_for_a_waiting_output_is_kept_until_its_worker_lets_go(engine: FakeEngine, emptied: list[int]) -> None:
+    _first, _second, route = add_varying(engine)
+    inference, _ = ask(route)
+    lend(engine, {"Y": 64})
+    inference.cancel()
+    engine.device_pools.remove(MEMORY.number)
+    assert emptied == []
+    engine.reply(0, ReplyHead(code=int(Code.CANCELLED), text="cancelled"), final=True)
+    assert emptied == [MEMORY.number]
 
 
 def test_what_a_client_gets_goes_to_the_host_unless_it_did_not_ask(engine: FakeEngine) -> None:
