@@ -9,10 +9,11 @@ import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays
 from forebay.engine.backends.device_instance import DeviceInstance, PlacedTensor
+from forebay.engine.backends.tensorrt_contexts import BoundContext, Contexts
 from forebay.engine.backends.tensorrt_engines import LoadedEngine
-from forebay.engine.backends.tensorrt_profiles import Profile, profile_numbers
+from forebay.engine.backends.tensorrt_profiles import profile_numbers
 from forebay.engine.backends.tensorrt_tensors import datatype_of_tensor, tensor_names
-from forebay.engine.devices.base import Device, DeviceError, Graph, Memory, Stream
+from forebay.engine.devices.base import Device, DeviceError, Memory, Stream
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.devices.staging import Staging
 from forebay.ipc.errors import BackendFailed, InvalidArgument
@@ -57,18 +58,14 @@ def make_output_allocator(trt: Any, device: Device, stream: Stream) -> Any:
     return OutputAllocator()
 
 
-class _ProfileContext:
-    """One optimisation profile with its execution context."""
-
-    def __init__(self, context: Any, profile: Profile) -> None:
-        self.context = context
-        self.profile = profile
-        #: Shapes to the captured graph; None: capturing them failed, and is not tried again.
-        self.graphs: dict[tuple[object, ...], Graph | None] = {}
+def _input_of(name: str, placed: Mapping[str, DeviceArray], on_host: Mapping[str, Array]) -> PlacedTensor:
+    """Return an input where TensorRT reads it."""
+    tensor = placed.get(name)
+    return on_host[name] if tensor is None else tensor
 
 
 class TensorRtInstance(DeviceInstance):
-    """One engine on one GPU: a context for each profile, all on one stream and with one scratch memory."""
+    """One engine on one GPU."""
 
     def __init__(self, spec: InstanceSpec, owner: LoadedEngine, device: Device, stream: Stream) -> None:
         """Take ownership of the stream."""
@@ -94,32 +91,17 @@ class TensorRtInstance(DeviceInstance):
             name: DATATYPES[datatype_of_tensor(self._engine, name)].numpy_dtype
             for name in (*self._inputs, *self._outputs)
         }
-        wants_graphs = bool(spec.optimization.get("cuda_graphs")) and is_fixed and not self._on_host
-        self._uses_graphs = wants_graphs and not owner.makes_graphs
-        #: Generation of the staging's buffers that the graphs use.
-        self._captured_generation = 0
         self._has_run = False
         self._allocators: dict[str, Any] = {}
-        self._scratch: Memory | None = None
-        self._numbers = profile_numbers(spec, self._engine.num_optimization_profiles)
-        self._profiles = self._make_profiles(owner)
-
-    def _make_profiles(self, owner: LoadedEngine) -> list[_ProfileContext]:
-        # Contexts that never run at the same time can share their scratch memory; its size is that of the largest
-        # profile, used or not.
-        self._scratch = self.device.allocate(int(self._engine.device_memory_size_v2))
-        profiles: list[_ProfileContext] = []
-        for number in self._numbers:
-            try:
-                context = owner.make_context()
-            except InvalidArgument as error:
-                raise InvalidArgument(f"unable to load model '{self._model}': {error.text}") from None
-            context.set_device_memory(self._scratch.address, self._scratch.byte_size)
-            if number != 0 and not context.set_optimization_profile_async(number, self.stream.handle):
-                raise InvalidArgument(f"model '{self._model}': cannot use profile {number}")
-            profiles.append(_ProfileContext(context, Profile(self._engine, number, self._inputs)))
-        self.stream.synchronize()
-        return profiles
+        self._contexts = Contexts(
+            spec,
+            owner,
+            device,
+            stream,
+            self._inputs,
+            profile_numbers(spec, self._engine.num_optimization_profiles),
+            uses_graphs=bool(spec.optimization.get("cuda_graphs")) and is_fixed and not self._on_host,
+        )
 
     # --- requests ---
 
@@ -135,15 +117,18 @@ class TensorRtInstance(DeviceInstance):
         )
         # A shape tensor is the same for the whole batch (spec D-018).
         placed |= self._staging.gather([{name: on_host[name] for name in names if name in self._shape_tensors}])
-        profile, shapes = self._choose(placed, on_host)
-        host_outputs = self._place_outputs(profile.context)
-        self._execute(profile, (*shapes.items(),))
+        bound = self._choose(placed, on_host)
+        host_outputs = {} if bound.is_told else self._tell(bound, placed, on_host)
+        self._contexts.run(bound)
+        if not self._has_run:
+            self._has_run = True
+            self._save_kernels()
         if host_outputs:
             self.stream.synchronize()
         results: dict[str, DeviceArray] = {}
         for name in outputs:
             if name not in host_outputs:
-                shape, address = self._output_place(profile.context, name)
+                shape, address = self._output_place(bound.context, name)
                 results[name] = DeviceArray(address, shape, self._dtypes[name])
             if name in self._shape_tensors and self._max_batch_size > 0:
                 whole = host_outputs.get(name)
@@ -174,43 +159,32 @@ class TensorRtInstance(DeviceInstance):
             raise BackendFailed(f"failed to retrieve the output shape values from binding '{self._model}'")
         return np.tile(values[1:], (rows, 1))
 
-    def _choose(
-        self, placed: Mapping[str, DeviceArray], on_host: Mapping[str, Array]
-    ) -> tuple[_ProfileContext, dict[str, tuple[int, ...]]]:
-        """Tell the context of the profile that suits these inputs best about them."""
-        shapes: dict[str, tuple[int, ...]] = {
-            name: placed[name].shape if name in placed else on_host[name].shape for name in self._inputs
-        }
+    def _choose(self, placed: Mapping[str, DeviceArray], on_host: Mapping[str, Array]) -> BoundContext:
+        shapes = {name: _input_of(name, placed, on_host).shape for name in self._inputs}
         values = {name: tuple(on_host[name].ravel().tolist()) for name in on_host if name in self._shape_tensors}
-        profile = self._nearest(shapes, values)
-        context = profile.context
+        return self._contexts.choose(shapes, values, self._staging.generation)
+
+    def _tell(self, bound: BoundContext, placed: Mapping[str, DeviceArray], on_host: Mapping[str, Array]) -> Arrays:
+        """Tell a context where inputs and outputs are; returns the outputs that TensorRT leaves on the host."""
+        context = bound.context
         for name in self._inputs:
-            if not context.set_input_shape(name, shapes[name]):
+            tensor = _input_of(name, placed, on_host)
+            if not context.set_input_shape(name, tensor.shape):
                 raise InvalidArgument(
-                    f"trt failed to set binding dimension to {shape_text(shapes[name])} for input '{name}' for "
+                    f"trt failed to set binding dimension to {shape_text(tensor.shape)} for input '{name}' for "
                     f"{self._instance_name}: {self._take_errors()}"
                 )
-            address = placed[name].address if name in placed else on_host[name].ctypes.data
-            context.set_tensor_address(name, address)
+            context.set_tensor_address(name, tensor.address if isinstance(tensor, DeviceArray) else tensor.ctypes.data)
         try:
             unknown = list(context.infer_shapes())
         except RuntimeError as error:
             raise InvalidArgument(f"model '{self._model}': {error}: {self._take_errors()}") from None
         if unknown:
             raise InvalidArgument(f"model '{self._model}': the shape of '{unknown[0]}' cannot be told from the inputs")
-        return profile, shapes
-
-    def _nearest(self, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, tuple[int, ...]]) -> _ProfileContext:
-        nearest, least = None, 0
-        for one in self._profiles:
-            distance = one.profile.distance(shapes, values)
-            if distance is not None and (nearest is None or distance < least):
-                nearest, least = one, distance
-        if nearest is None:
-            problem = self._profiles[0].profile.problem(self._instance_name, shapes, values)
-            others = ", ".join(map(str, self._numbers[1:]))
-            raise InvalidArgument(problem + (f"; nor do the optimization profiles {others} take it" if others else ""))
-        return nearest
+        host_outputs = self._place_outputs(context)
+        self._contexts.note_generation(self._staging.generation, but=bound)
+        bound.is_told = bound.keeps_shapes
+        return host_outputs
 
     def _place_outputs(self, context: Any) -> Arrays:
         """Give every output a place; returns those that TensorRT leaves on the host."""
@@ -239,24 +213,6 @@ class TensorRtInstance(DeviceInstance):
             raise BackendFailed(f"model '{self._model}': no room on the GPU for output '{name}'")
         return allocator.shape, allocator.memory.address
 
-    def _execute(self, profile: _ProfileContext, key: tuple[object, ...]) -> None:
-        if self._captured_generation != self._staging.generation:
-            self._captured_generation = self._staging.generation
-            self._forget_graphs()
-        graph = profile.graphs.get(key)
-        if graph is not None:
-            self.stream.launch(graph)
-            return
-        if not profile.context.execute_async_v3(self.stream.handle):
-            self.stream.synchronize()
-            raise BackendFailed(f"model '{self._model}': TensorRT: {self._take_errors()}")
-        if not self._has_run:
-            self._has_run = True
-            self._save_kernels()
-        # What has run once as it is can be captured for the next time.
-        if self._uses_graphs and key not in profile.graphs:
-            profile.graphs[key] = self._capture(profile)
-
     def _take_errors(self) -> str:
         return "" if self._owner is None else str(self._owner.logger.take())
 
@@ -264,47 +220,16 @@ class TensorRtInstance(DeviceInstance):
         if self._owner is not None and self._owner.kernels is not None:
             self._owner.kernels.save()
 
-    def _capture(self, profile: _ProfileContext) -> Graph | None:
-        self.stream.synchronize()
-        self.stream.begin_capture()
-        has_run = False
-        try:
-            has_run = bool(profile.context.execute_async_v3(self.stream.handle))
-        finally:
-            # Whatever happens: a stream that captures is of no other use.
-            graph = self._end_capture()
-        if graph is not None and not has_run:
-            graph.close()
-            return None
-        return graph
-
-    def _end_capture(self) -> Graph | None:
-        try:
-            return self.stream.end_capture()
-        except DeviceError as error:
-            log.warning(f"model '{self._model}' runs without CUDA graphs: {error}")
-            return None
-
-    def _forget_graphs(self) -> None:
-        for profile in self._profiles:
-            for graph in profile.graphs.values():
-                if graph is not None:
-                    graph.close()
-            profile.graphs.clear()
-
     def close(self) -> None:
         self.stream.synchronize()
         self._save_kernels()
-        self._forget_graphs()
-        # Contexts go before the engine, and all of them before the memory that they were given.
-        self._profiles.clear()
+        # Contexts go before the engine.
+        self._contexts.close()
         self._engine = None
         self._owner = None
         self._staging.close()
         for allocator in self._allocators.values():
             if allocator.memory is not None:
                 allocator.memory.close()
-        if self._scratch is not None:
-            self._scratch.close()
         self._arenas.close()
         self.stream.close()

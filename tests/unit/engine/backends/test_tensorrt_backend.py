@@ -16,6 +16,7 @@ from fake_tensorrt import DataType, Engine, Tensor, TensorIOMode, TensorLocation
 from onnx import TensorProto, helper
 from worker_harness import WorkerHarness, spec_from_config
 
+from forebay.engine.backends import tensorrt_contexts
 from forebay.engine.backends.tensorrt_engines import find_model_file
 from forebay.engine.backends.tensorrt_instance import TensorRtInstance
 from forebay.engine.backends.tensorrt_profiles import profile_numbers
@@ -336,46 +337,97 @@ def test_vectorised_layouts_are_refused() -> None:
         check_config(SPEC, trt, engine)
 
 
+GRAPHS = msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True})
+
+
 def test_second_batch_of_a_size_is_captured_and_then_launched() -> None:
     engine = doubling((1, 8))
-    spec = msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True})
-    instance = open_instance(engine, spec)
+    instance = open_instance(engine, GRAPHS)
     device = instance.device
-    bound = instance.bind({"x": rows(4)}, {"y": np.zeros((4, 3), np.float32)})
+    outputs = {"y": np.zeros((4, 3), np.float32)}
+    bound = instance.bind({"x": rows(4)}, outputs)
     bound()  # Runs, and is captured.
     bound()
     bound()
     assert device.traffic.graph_launches == 2
-    assert engine.contexts[0].runs_count == 2
+    assert sum(context.runs_count for context in engine.contexts) == 2
+    assert (outputs["y"] == rows(4) * 2).all()
     instance.close()
 
 
 def test_each_size_is_captured_once_in_whatever_order_they_come() -> None:
     """The buffers have room for the largest batch from the first on, so that no graph's addresses become stale."""
     engine = doubling((1, 8))
-    instance = open_instance(engine, msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True}))
+    instance = open_instance(engine, GRAPHS)
     for count in (1, 8, 4, 1, 8, 4):
-        instance.run({"x": rows(count)}, ("y",))
-    assert engine.contexts[0].runs_count == 3 * 2
+        assert (instance.run({"x": rows(count)}, ("y",))["y"] == rows(count) * 2).all()
     assert instance.device.traffic.graph_launches == 3
+    instance.close()
+
+
+def test_each_graph_has_a_context_of_its_own_on_the_same_scratch_memory() -> None:
+    """What is changed in a context would change what a graph of it does."""
+    engine = doubling((1, 4), (5, 8))
+    instance = open_instance(engine, msgspec.structs.replace(GRAPHS, extra={"profiles": ["0", "1"]}))
+    for count in (1, 8, 1, 8):
+        instance.run({"x": rows(count)}, ("y",))
+    assert [(context.profile, context.runs_count) for context in engine.contexts] == [(0, 0), (1, 0), (0, 2), (1, 2)]
+    assert len({context.scratch for context in engine.contexts}) == 1
+    instance.close()
+
+
+def test_library_that_makes_graphs_itself_gets_a_context_for_each_shape() -> None:
+    engine = doubling((1, 8))
+    device, owner = HostDevice(), Owner(engine)
+    owner.makes_graphs = True
+    given: Any = owner
+    instance = TensorRtInstance(GRAPHS, given, device, device.make_stream())
+    for count in (1, 8, 1, 8):
+        instance.run({"x": rows(count)}, ("y",))
+    assert [context.runs_count for context in engine.contexts] == [0, 2, 2]
+    assert device.traffic.graph_launches == 0
+    instance.close()
+
+
+def test_shapes_beyond_a_limit_run_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_contexts, "GRAPHS_MAX", 1)
+    engine = doubling((1, 8))
+    instance = open_instance(engine, GRAPHS)
+    for count in (1, 8, 1, 8):
+        assert (instance.run({"x": rows(count)}, ("y",))["y"] == rows(count) * 2).all()
+    assert [context.runs_count for context in engine.contexts] == [2, 2]
+    instance.close()
+
+
+def test_no_room_for_another_context_means_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = doubling((1, 8))
+    instance = open_instance(engine, GRAPHS)
+
+    def make_context(_owner: Owner) -> Any:
+        raise InvalidArgument("out of memory")
+
+    monkeypatch.setattr(Owner, "make_context", make_context)
+    for count in (1, 8, 1):
+        assert (instance.run({"x": rows(count)}, ("y",))["y"] == rows(count) * 2).all()
+    assert engine.contexts[0].runs_count == 3
     instance.close()
 
 
 def test_a_capture_that_raises_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = doubling((1, 8))
-    instance = open_instance(engine, msgspec.structs.replace(SPEC, optimization={"cuda_graphs": True}))
-    context = engine.contexts[0]
-    run, calls = context.execute_async_v3, itertools.count(1)
+    instance = open_instance(engine, GRAPHS)
+    run, calls = trt.Context.execute_async_v3, itertools.count(1)
 
-    def raise_second_time(stream: int) -> bool:
+    def raise_second_time(context: trt.Context, stream: int) -> bool:
         if next(calls) == 2:
             raise RuntimeError("not while it captures")
-        return run(stream)
+        return run(context, stream)
 
-    monkeypatch.setattr(context, "execute_async_v3", raise_second_time)
+    monkeypatch.setattr(trt.Context, "execute_async_v3", raise_second_time)
     with pytest.raises(RuntimeError, match="not while it captures"):
         instance.run({"x": rows(1)}, ("y",))
-    assert (instance.run({"x": rows(2)}, ("y",))["y"] == rows(2) * 2).all()
+    for count in (1, 2):
+        assert (instance.run({"x": rows(count)}, ("y",))["y"] == rows(count) * 2).all()
     instance.close()
 
 
