@@ -1,8 +1,8 @@
 """The execution contexts of one TensorRT instance, all on one stream and with one scratch memory.
 
 There is one for each optimisation profile, and with CUDA graphs one more for each set of shapes: a graph holds the
-state of the context that it was captured from, and what is changed there later changes what it does. TensorRT-RTX, which
-makes its graphs itself, would make them anew whenever the shapes of a context change.
+state of the context that it was captured from, and what is changed there later changes what it does. TensorRT-RTX,
+which makes its graphs itself, would make them anew whenever the shapes of a context change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BoundContext:
             keeps_shapes: it always runs with the same shapes and addresses.
             captures: its first run is followed by the capture of a graph.
         """
-        self.context = context
+        self.context: Any = context
         self.keeps_shapes = keeps_shapes
         self.captures = captures
         #: Shapes and addresses are those of the next run.
