@@ -112,6 +112,8 @@ SLOT_START, SLOT_END = 1, 2
 HEADER = struct.Struct("<BBHIQ")
 #: producer u32, requests u32, base u64, capacity u32, first u32, rows u32, attempt u32, enqueue_sum_ns u64
 RUN = struct.Struct("<IIQIIIIQ")
+#: A RUNS message of one run: a header and the run.
+ONE_RUN = struct.Struct(HEADER.format + RUN.format[1:])
 #: producer u32, rows u32, token u64, enqueue_ns u64, head_bytes u32
 PARCEL = struct.Struct("<IIQQI")
 #: slot u32, flags u32, assigned correlation id u64 (0: the one in the head)

@@ -17,6 +17,7 @@ from forebay.ipc.wire import (
     GRANT,
     GRANTED_BATCH,
     HEADER,
+    ONE_RUN,
     PARCEL,
     TOKEN,
     Kind,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 
 _T = TypeVar("_T", contravariant=True)
+
+# Plain integers: looking up a member of an enum costs as much as what is done with it.
+_RUNS, _GRANTED_BATCHES = int(Kind.RUNS), int(Count.GRANTED_BATCHES)
 
 
 class Lost(Protocol[_T]):
@@ -71,6 +75,16 @@ class Grant:
         batch = GRANTED_BATCH | self.batches
         self.bell.ring(pack_runs(Kind.RUNS, FLAG_GRANTED, self.route.engine.producer, batch, runs))
         self.route.counters[Count.GRANTED_BATCHES] += 1
+
+    def ring_one(self, run: Run) -> None:
+        """As :meth:`ring`, for the one request that a lone client has in flight."""
+        route = self.route
+        engine = route.engine
+        self.outstanding = [run]
+        self.batches += 1
+        engine.cores.begun(self, 1)
+        self.bell.ring(ONE_RUN.pack(_RUNS, FLAG_GRANTED, 1, engine.producer, GRANTED_BATCH | self.batches, *run))
+        route.counters[_GRANTED_BATCHES] += 1
 
     def ring_parcels(self, parcels: Sequence[ParcelSubmit]) -> None:
         """Have the idle worker run these parcels as one batch; as :meth:`ring` if it is gone."""
@@ -215,7 +229,10 @@ class Grants:
     def runs_ended(self, instance: int) -> None:
         """A worker has answered the rows that it was rung for, if it was."""
         grant = self._by_instance.get(instance)
-        if grant is not None:
+        if grant is None:
+            return
+        grant.outstanding = []
+        if grant.revoked or grant.route.is_holding:
             self._became_idle(grant)
 
     def parcel_ended(self, instance: int, token: int) -> None:
@@ -226,7 +243,7 @@ class Grants:
             self._became_idle(grant)
 
     def _became_idle(self, grant: Grant) -> None:
-        grant.outstanding = []
+        """Let go of a grant that was revoked, or let what was held for it go to its worker; unless that has more."""
         if not grant.is_idle:
             return
         if grant.revoked:

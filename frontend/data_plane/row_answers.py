@@ -56,18 +56,16 @@ class RowAnswers:
             if found is None:
                 continue
             route, slab = found
-            failed = 0
-            if index in remarks:
-                failed = self._answer_remarked(route, slab, remarks[index], now_ns - enqueue_sum_ns // requests)
-            self._answer_rows(slab, first, rows)
-            route.release(slab, first, rows)
             enqueue_ns = enqueue_sum_ns // requests
             elapsed_ns = now_ns - enqueue_ns
-            requests -= failed
+            if index in remarks:
+                requests -= self._answer_remarked(route, slab, remarks[index], elapsed_ns)
+            self._answer_rows(slab, first, rows)
+            route.release(slab, first, rows)
             if requests:
                 count_answered(route.counters, requests, requests * elapsed_ns)
-            if requests and route.details is not None:
-                route.details.answered(requests, elapsed_ns, enqueue_ns, self._engine.reply_times())
+                if route.details is not None:
+                    route.details.answered(requests, elapsed_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
         self._engine.grants.runs_ended(instance)
         self._engine.cores.ended(elapsed_ns)
