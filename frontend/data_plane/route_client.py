@@ -119,7 +119,8 @@ class RouteClient:
     def release(self, slab: OwnedSlab, first: int, rows: int) -> None:
         """Give rows back: those of requests that have ended, or that were never published."""
         slab.release(first, rows)
-        self._slab_set.free_idle()
+        if self.is_retired or len(self.slabs) > 1:
+            self._slab_set.free_idle()
 
     def _make_slab(self, capacity: int) -> OwnedSlab:
         layout = SlabLayout(self.entry.inputs, self.entry.outputs, capacity)
@@ -216,10 +217,10 @@ class RouteClient:
         grant = self._idle_grant()
         if grant is None:
             return False
-        if self.engine.crowded_routes:
-            self.engine.crowded_routes.discard(self)
-        run = Run(self.engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns())
-        grant.ring([run])
+        engine = self.engine
+        if engine.crowded_routes:
+            engine.crowded_routes.discard(self)
+        grant.ring_one(Run(engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns()))
         return True
 
     def input_slice(self, slab: OwnedSlab, first: int, rows: int, index: int) -> memoryview:
@@ -270,7 +271,7 @@ class RouteClient:
 
     def _idle_grant(self) -> Grant | None:
         for grant in self.grants:
-            if grant.is_idle and not grant.revoked:
+            if not grant.outstanding and not grant.tokens and not grant.revoked:
                 return grant
         return None
 
