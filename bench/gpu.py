@@ -256,7 +256,7 @@ class Bench:
             calls = {call: count - before[call] for call, count in read_calls(folder).items()}
         self.figures["calls"].append({"model": model.name, "way": name, "requests": requests, **calls})
         print(f"\n{model.name} by {name}, {requests} requests, calls of CUDA: {calls}")
-        if not calls["launches"]:
+        if self.is_real and not calls["launches"]:
             raise CannotCount("CUPTI saw no launch; the server's log says why")
         if waits := calls["waits for a context"]:
             raise RuntimeError(f"{waits} waits for a whole context")

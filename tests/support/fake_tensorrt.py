@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,10 @@ class DataType(enum.Enum):
 
 class IOutputAllocator:
     pass
+
+
+class ILogger:
+    ERROR, INTERNAL_ERROR, WARNING = range(3)
 
 
 _NUMPY = {DataType.FLOAT: np.float32, DataType.INT32: np.int32, DataType.INT64: np.int64}
@@ -203,3 +208,36 @@ class Context:
         dtype = np.dtype(_NUMPY[self.engine.tensors[name].kind])
         size = int(np.prod(shape)) * dtype.itemsize
         return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
+
+
+#: Values of ``size`` that :func:`reshaping_engine` takes if nothing else is said.
+SIZES = ((1, 1, 1), (4, 2, 3), (8, 6, 6))
+
+
+def reshaping_engine(location: TensorLocation = TensorLocation.HOST, *sizes: Any) -> Engine:
+    """Return an engine that gives each item of ``x`` the shape of ``size``, and says which that is.
+
+    Args:
+        sizes: least, usual and largest values of ``size`` by profile.
+    """
+    return Engine(
+        {
+            "x": Tensor(TensorIOMode.INPUT, (-1, 6)),
+            "size": Tensor(TensorIOMode.INPUT, (3,), DataType.INT32, location, is_shape=True),
+            "y": Tensor(TensorIOMode.OUTPUT, (-1, -1, -1)),
+            "made": Tensor(TensorIOMode.OUTPUT, (3,), DataType.INT32, location, is_shape=True),
+        },
+        lambda inputs: {"y": inputs["x"].reshape(inputs["size"]), "made": inputs["size"]},
+        [{"x": ((1, 6), (8, 6), (8, 6)), "size": one} for one in sizes or (SIZES,)],
+        lambda shapes: {**shapes, "y": (-1, -1, -1), "made": (3,)},
+    )
+
+
+class Runtime:
+    """Takes plans that are the values of ``size`` by profile, as JSON."""
+
+    def __init__(self, logger: object) -> None:
+        self.logger = logger
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Engine:
+        return reshaping_engine(TensorLocation.HOST, *json.loads(plan))

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from fake_tensorrt import DataType, Engine, Tensor, TensorIOMode, TensorLocation
+from fake_tensorrt import DataType, Engine, Tensor, TensorIOMode, TensorLocation, reshaping_engine
 from onnx import TensorProto, helper
 from worker_harness import WorkerHarness, spec_from_config
 
@@ -163,28 +163,6 @@ def test_output_whose_shape_depends_on_data() -> None:
     instance.close()
 
 
-SIZES = ((1, 1, 1), (4, 2, 3), (8, 6, 6))
-
-
-def reshaping(location: TensorLocation = TensorLocation.HOST, *sizes: tuple[Any, Any, Any]) -> Engine:
-    """An engine that gives each item of ``x`` the shape of ``size``, and says which that is.
-
-    Args:
-        sizes: values of ``size`` by profile.
-    """
-    return Engine(
-        {
-            "x": Tensor(INPUT, (-1, 6)),
-            "size": Tensor(INPUT, (3,), DataType.INT32, location, is_shape=True),
-            "y": Tensor(OUTPUT, (-1, -1, -1)),
-            "made": Tensor(OUTPUT, (3,), DataType.INT32, location, is_shape=True),
-        },
-        lambda inputs: {"y": inputs["x"].reshape(inputs["size"]), "made": inputs["size"]},
-        [{"x": ((1, 6), (8, 6), (8, 6)), "size": one} for one in sizes or (SIZES,)],
-        lambda shapes: {**shapes, "y": (-1, -1, -1), "made": (3,)},
-    )
-
-
 def with_shape_tensors(spec: InstanceSpec) -> InstanceSpec:
     """Return a specification whose INT32 tensors are shapes."""
 
@@ -204,7 +182,7 @@ def reshaping_spec(values: int = 2, max_batch_size: int = 8) -> InstanceSpec:
 @pytest.mark.parametrize("location", TensorLocation)
 def test_shape_tensor_is_the_same_for_all_items_of_a_batch(location: TensorLocation) -> None:
     """D-018: in with the batch size in front, out with a row for each item."""
-    engine = reshaping(location)
+    engine = reshaping_engine(location)
     spec = reshaping_spec()
     check_config(spec, trt, engine)
     instance = open_instance(engine, spec)
@@ -217,7 +195,7 @@ def test_shape_tensor_is_the_same_for_all_items_of_a_batch(location: TensorLocat
 
 
 def test_shape_tensors_of_a_model_that_does_not_batch_are_as_they_are() -> None:
-    engine = reshaping()
+    engine = reshaping_engine()
     spec = with_shape_tensors(
         make_spec(
             [tensor("x", -1, 6), tensor("size", 3, data_type="TYPE_INT32")],
@@ -235,7 +213,7 @@ def test_shape_tensors_of_a_model_that_does_not_batch_are_as_they_are() -> None:
 
 @pytest.mark.parametrize("first", [0, -1, 9])
 def test_output_shape_tensor_without_a_batch_size_is_the_models_error(first: int) -> None:
-    engine = reshaping()
+    engine = reshaping_engine()
     engine.function = lambda inputs: {"made": np.array([first, 2, 3])}
     instance = open_instance(engine, reshaping_spec())
     with pytest.raises(BackendFailed, match="failed to retrieve the output shape values from binding 'm'"):
@@ -248,7 +226,7 @@ def test_profile_is_chosen_by_the_values_of_shape_tensors(location: TensorLocati
     """B-070: of the profiles that take the values, the one that is best at them."""
     flat, square, any_size = (((1, 1, 1), one, (8, 6, 6)) for one in ((1, 1, 6), (1, 2, 3), (8, 6, 6)))
     narrow = ((1, 1, 6), (1, 1, 6), (1, 1, 6))
-    engine = reshaping(location, flat, square, any_size, narrow)
+    engine = reshaping_engine(location, flat, square, any_size, narrow)
     spec = msgspec.structs.replace(reshaping_spec(), extra={"profiles": ["0", "1", "2"]})
     instance = open_instance(engine, spec)
     for count, *size in ([1, 1, 6], [1, 2, 3], [2, 2, 3], [1, 3, 2], [8, 6, 1]):
@@ -265,7 +243,7 @@ def test_profile_is_chosen_by_the_values_of_shape_tensors(location: TensorLocati
 
 
 def test_engine_that_cannot_tell_the_values_of_a_profile_takes_any() -> None:
-    engine = reshaping()
+    engine = reshaping_engine()
     engine.profiles = [{"x": ((1, 6), (8, 6), (8, 6))}]
     instance = open_instance(engine, reshaping_spec())
     results = instance.run({"x": rows(1, 6), "size": np.array([1, 6, 1], np.int32)}, ("y",))
@@ -287,13 +265,13 @@ def test_engine_says_which_tensors_are_shapes_and_how_large_batches_can_be() -> 
 
 
 def reshaping_of_batches(*most: int) -> Engine:
-    return reshaping(TensorLocation.HOST, *(((1, 1, 1), (1, 1, 1), (rows, 6, 6)) for rows in most))
+    return reshaping_engine(TensorLocation.HOST, *(((1, 1, 1), (1, 1, 1), (rows, 6, 6)) for rows in most))
 
 
 def test_profile_that_the_engine_lacks_is_refused_before_completion() -> None:
     spec = make_spec([], [], extra={"profiles": ["1"]})
     with pytest.raises(InvalidArgument) as caught:
-        describe_engine(spec, trt, reshaping())
+        describe_engine(spec, trt, reshaping_engine())
     assert caught.value.text == (
         "unable to autofill for 'm', configuration specified invalid profile 1 . Number of profiles supported by "
         "TensorRT engine: 1"
@@ -302,7 +280,7 @@ def test_profile_that_the_engine_lacks_is_refused_before_completion() -> None:
 
 def test_configuration_counts_the_values_without_the_batch_size() -> None:
     with pytest.raises(InvalidArgument) as caught:
-        check_config(reshaping_spec(values=3), trt, reshaping())
+        check_config(reshaping_spec(values=3), trt, reshaping_engine())
     assert caught.value.text == (
         "unable to load model 'm_0_0', binding 'size' shape expected by framework [3] doesn't match model "
         "configuration shape [3]"
@@ -318,12 +296,12 @@ def test_configuration_must_mark_shape_tensors_and_no_others() -> None:
         for to in (False, True)
     )
     with pytest.raises(InvalidArgument) as caught:
-        check_config(unmarked, trt, reshaping())
+        check_config(unmarked, trt, reshaping_engine())
     assert caught.value.text == (
         "input 'size' for model 'm' is a shape tensor but the model configuration doesn't mark it as a shape tensor."
     )
     with pytest.raises(InvalidArgument) as caught:
-        check_config(marked, trt, reshaping())
+        check_config(marked, trt, reshaping_engine())
     assert caught.value.text == (
         "input 'x' for model 'm' is incorrectly marked as a shape tensor in the model configuration."
     )
