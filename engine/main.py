@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from forebay.engine.command_line import Command, CommandLineExit, parse_command_line, version
-
 if TYPE_CHECKING:
+    from forebay.engine.command_line import Command, CommandLineExit
     from forebay.engine.settings import Settings
     from forebay.engine.supervisor.listeners import Listener
     from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
@@ -23,9 +22,22 @@ _COMMAND_MODULES = {
     "demo": "forebay.engine.demo",
 }
 
+#: Exit code after Ctrl-C, as shells give it: 128 and the signal's number.
+_INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        # Before the server watches for signals, or in a command that does not: no traceback for Ctrl-C.
+        return _INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from forebay.engine.command_line import CommandLineExit, parse_command_line, version
+
     try:
         command = parse_command_line(sys.argv[1:] if arguments is None else arguments, os.environ)
     except CommandLineExit as answer:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,9 @@ import time
 from forebay.engine.supervisor.backoff import Backoff
 from forebay.ipc.log import log
 from forebay.ipc.process import ignore_terminal_signals, set_name
+
+#: How long the end of a server waits for its janitor, ms; a stopped process would never come to its end.
+_PATIENCE_MS = 3000
 
 
 class Janitor:
@@ -86,7 +91,19 @@ class Janitor:
         """Have it remove what is left of the directory and end."""
         os.close(self._held_fd)
         os.close(self._watched_fd)
+        with contextlib.suppress(ProcessLookupError):
+            self._wait_or_kill()
         self._reap()
+
+    def _wait_or_kill(self) -> None:
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            ended = select.poll()
+            ended.register(pidfd, select.POLLIN)
+            if not ended.poll(_PATIENCE_MS):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
 
 
 def _run_forked(watched_fd: int, path: str) -> None:

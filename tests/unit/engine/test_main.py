@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from forebay.engine import main as main_module
+from forebay.engine.settings import Settings
 
 
 def test_help_ends_quietly_when_nobody_reads_it_to_its_end() -> None:
@@ -21,3 +27,14 @@ def test_help_ends_quietly_when_nobody_reads_it_to_its_end() -> None:
     finally:
         os.close(writer)
     assert program.stderr == b""
+
+
+def test_an_interrupt_before_the_server_watches_for_it_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(settings: Settings) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_module, "serve", interrupted)
+    assert main_module.main(["serve", "--model-repository", str(tmp_path)]) == 130
+    assert capfd.readouterr() == ("", "")

@@ -36,6 +36,15 @@ def test_directory_is_private_and_removed(base: Path) -> None:
     assert not is_running(janitor)
 
 
+def test_a_stopped_janitor_holds_nobody_up(base: Path) -> None:
+    runtime = RuntimeDirectory(str(base))
+    janitor = runtime.janitor.pid
+    os.kill(janitor, signal.SIGSTOP)
+    runtime.remove()
+    assert not os.path.exists(runtime.path)
+    assert not is_running(janitor)
+
+
 def test_live_directory_survives_another_server(base: Path) -> None:
     first, second = RuntimeDirectory(str(base)), RuntimeDirectory(str(base))
     assert first.path != second.path
