@@ -28,6 +28,7 @@ Submissions, to the scheduler; the header is that of doorbells (:mod:`forebay.ip
     SUBMIT_PARCEL  header + SUBMIT_PARCEL + head + correlation text
     SUBMIT_CANCEL  header + count * TOKEN
     SUBMIT_CANCEL_RUNS  header + count * CANCEL_RUN
+    SUBMIT_CANCEL_RUNG  header + CANCEL_RUNG                 sender: the instance that was rung
     SUBMIT_COLLECT header + GROW + [Rooms]                   sender: the instance that asked
     SUBMIT_RINGS   header + count * instance u32             rings that this client holds
 
@@ -103,6 +104,7 @@ class SubmitKind(enum.IntEnum):
     COLLECT = 51
     RINGS = 52
     CANCEL_RUNS = 53
+    CANCEL_RUNG = 54
 
 
 #: Flag of WELCOME: workers may page-lock the arena; no page of its file may be given back (hole punching).
@@ -159,6 +161,8 @@ SUBMIT_PARCEL = struct.Struct("<IIQQQQQQIIIIII")
 
 #: route u32, first u32, base u64: a request in rows
 CANCEL_RUN = struct.Struct("<IIQ")
+#: ticket u64, base u64, first u32, zero u32: a request in rows that a worker was rung for
+CANCEL_RUNG = struct.Struct("<QQII")
 
 _BY_NUMBER = {datatype.number: name for name, datatype in DATATYPES.items()}
 

@@ -80,6 +80,7 @@ class Kind(enum.IntEnum):
     DONE = 32
     SYNCED = 33
     CLOSED = 34
+    OPENED = 35
 
 
 #: Flag of RUNS: sent by a frontend under a grant, so the scheduler is not told.

@@ -24,6 +24,7 @@ from forebay.engine.scheduler.waiting import Waiting
 from forebay.ipc.arena import align
 from forebay.ipc.client_wire import (
     CANCEL_RUN,
+    CANCEL_RUNG,
     FLAG_SEQUENCE_END,
     FLAG_SEQUENCE_START,
     NUMBER,
@@ -48,6 +49,7 @@ from forebay.ipc.wire import (
     TOKEN,
     Kind,
     Run,
+    pack_rows_cancel,
     pack_runs,
 )
 
@@ -163,6 +165,11 @@ class ClientSubmissions:
                 client.sock.shutdown(socket.SHUT_RDWR)
             client.sock.close()
 
+    def close(self) -> None:
+        """Close our ends; the clients stay connected to the next scheduler."""
+        for client in self._clients.values():
+            client.sock.close()
+
     def can_ring(self, number: int, instance: int) -> bool:
         """True if the client holds a ring to the instance, so that a grant would be of use to it."""
         client = self._clients.get(number)
@@ -217,6 +224,8 @@ class ClientSubmissions:
                 fields = CANCEL_RUN.iter_unpack(self._exactly(message, count * CANCEL_RUN.size))
                 rows = tuple(RowsCancel(route=route, base=base, firsts=(first,)) for route, first, base in fields)
                 self._engine.accept(Cancel(producer=client.number, rows=rows))
+            case SubmitKind.CANCEL_RUNG:
+                self._cancel_rung(client, sender, self._exactly(message, CANCEL_RUNG.size))
             case SubmitKind.COLLECT:
                 self._collect(client, sender, message[_END:])
             case SubmitKind.RINGS:
@@ -288,6 +297,13 @@ class ClientSubmissions:
             + bytes((error.code,))
             + error.text.encode(),
         )
+
+    def _cancel_rung(self, client: _Client, instance_number: int, body: bytes) -> None:
+        ticket, base, first, _zero = CANCEL_RUNG.unpack(body)
+        instance = self._engine.instance_of(instance_number)
+        if instance is not None and client.number in instance.ringers:
+            # The worker knows what it runs for this client under this ticket.
+            instance.bell.ring(pack_rows_cancel(ticket, client.number, base, (first,)))
 
     # --- parcels ---
 

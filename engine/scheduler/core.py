@@ -89,6 +89,7 @@ class SchedulerCore:
         for instance in self._instances.values():
             instance.bell.close()
         self.producers.close()
+        self.clients.close()
 
     # --- from the supervisor ---
 
@@ -411,6 +412,8 @@ class SchedulerCore:
         if kind == Kind.DONE:
             if instance.state is InstanceState.BUSY and instance.batch_id == batch_id:
                 self._batch_done(instance, message, count, now_ns)
+        elif kind == Kind.OPENED:
+            self._take_open(instance, message, count, now_ns)
         elif kind == Kind.CLOSED:
             self._closed(instance, message, now_ns)
         elif kind == Kind.SYNCED and batch_id == self._epoch and instance.state is InstanceState.SYNCING:
@@ -437,12 +440,17 @@ class SchedulerCore:
 
     def _synced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
         """A worker has run what the last scheduler sent, and says what it has still to answer."""
+        self._take_open(instance, message, count, now_ns)
+        self._set_idle(instance)
+        self._resync_if_ready()
+
+    @staticmethod
+    def _take_open(instance: Instance, message: bytes, count: int, now_ns: int) -> None:
+        """A worker has run requests that we did not give it, and has still to answer them."""
         with contextlib.suppress(struct.error):
             for index in range(count):
                 producer, _flags, token = OPEN.unpack_from(message, HEADER.size + index * OPEN.size)
                 instance.open[producer, token] = WaitingParcel(producer, token, 1, now_ns, b"")
-        self._set_idle(instance)
-        self._resync_if_ready()
 
     def _note_open(
         self, route: Route, instance: Instance, left: list[tuple[int, ...]], now_ns: int

@@ -63,6 +63,7 @@ class Grants:
         if not producer.trusted:
             # Its worker keeps the grant: nobody ever has to wait for a client to give one back.
             ticket = ticket_of(self._epoch, instance)
+            instance.ringers.add(producer.id)
             instance.bell.ring(HEADER.pack(Kind.RING_OPEN, 0, 0, producer.id, ticket))
         self._producers.ring(
             producer.id,
@@ -95,6 +96,7 @@ class Grants:
     def end_all_of(self, producer: int, instances: list[Instance]) -> None:
         """The producer is gone. What it had rung is in the workers' own queues, before anything that we send now."""
         for instance in instances:
+            instance.ringers.discard(producer)
             if instance.grantee == producer:
                 self.end(instance)
 
@@ -102,12 +104,12 @@ class Grants:
         """An instance's process is gone: what was rung under a grant and is not answered is lost.
 
         All frontends are told, not the holder alone: a grant of an earlier scheduler may still have something under
-        way. Of clients only the holder: other models' instances are no concern of theirs.
+        way. Of clients only those that have held one: what they rang under it may run still, although it is over.
         """
         flags = FLAG_GONE | FLAG_HUNG if is_hung else FLAG_GONE
         message = HEADER.pack(Kind.REVOKE, flags, 0, instance.id, 0) + GRANT.pack(
             instance.route, instance.id, instance.generation & 0xFFFFFFFF, 0
         )
         for producer in self._producers:
-            if producer.trusted or producer.id == instance.grantee:
+            if producer.trusted or producer.id in instance.ringers:
                 self._producers.ring(producer.id, message)

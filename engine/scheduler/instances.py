@@ -41,6 +41,7 @@ class Instance:
         "open",
         "rate_priority",
         "resources",
+        "ringers",
         "route",
         "started_ns",
         "state",
@@ -74,6 +75,8 @@ class Instance:
         self.generation = generation
         #: Who was served last, or holds the grant.
         self.grantee = 0
+        #: Clients that were granted it at any time: one may have something under way when its grant is over already.
+        self.ringers: set[int] = set()
         # Rate limiter
         self.resources = resources
         self.rate_priority = rate_priority
@@ -81,6 +84,8 @@ class Instance:
 
     def holds(self, producer: int, token: int) -> bool:
         """True if it runs the parcel, or may: what is rung under a grant is not told to the scheduler."""
+        if producer in self.ringers:
+            return True
         if self.state in (InstanceState.GRANTED, InstanceState.REVOKING) and self.grantee == producer:
             return True
         key = (producer, token)

@@ -18,8 +18,13 @@ from forebay.ipc.wire import HEADER, MESSAGE_BYTES_MAX, Kind
 #: What is handled out of turn; neither starts a batch nor answers one.
 _SIGNALS = (Kind.COLLECT, Kind.CANCEL, Kind.CANCEL_ROWS)
 
+#: Those of them that are said again while a batch runs that was read ahead of them.
+_CANCELLATIONS = (Kind.CANCEL, Kind.CANCEL_ROWS)
+
 #: Batches that may be read ahead; the scheduler sends at most two.
 _KEPT_MAX = 64
+#: Cancellations behind them that are remembered, the last ones.
+_EARLY_MAX = 1024
 
 
 class Inbox:
@@ -30,6 +35,10 @@ class Inbox:
         self._doorbell = doorbell
         self._handle = handle
         self._kept: deque[bytes] = deque()
+        #: Cancellations that came behind a batch which was read ahead, and may be meant for it.
+        self._early: deque[bytes] = deque(maxlen=_EARLY_MAX)
+        #: They came during an earlier execution. Each look says them: the batch need not be known at the first one.
+        self._is_repeating = False
         self._lock = threading.Lock()
         self._is_executing = False
 
@@ -55,6 +64,7 @@ class Inbox:
 
     def begin(self) -> None:
         """Allow reading ahead; the loop calls :meth:`end` before it reads again."""
+        self._is_repeating = bool(self._early)
         self._is_executing = True
 
     def end(self) -> None:
@@ -62,6 +72,8 @@ class Inbox:
         # A thread that reads just now finishes first, so that the loop finds what it kept.
         with self._lock:
             self._is_executing = False
+            if not self._kept:
+                self._early.clear()
 
     def take_signals(self) -> None:
         """Handle the signals that have arrived, without waiting. Does nothing while the loop reads for itself."""
@@ -69,6 +81,8 @@ class Inbox:
             return
         signals: list[bytes] = []
         try:
+            if self._is_repeating:
+                signals += self._early
             while self._is_executing and len(self._kept) < _KEPT_MAX:
                 try:
                     message = self._doorbell.recv(MESSAGE_BYTES_MAX, socket.MSG_DONTWAIT)
@@ -78,6 +92,8 @@ class Inbox:
                     break  # Every sender is gone; the loop will see it too.
                 if len(message) >= HEADER.size and message[0] in _SIGNALS:
                     signals.append(message)
+                    if self._kept and message[0] in _CANCELLATIONS:
+                        self._early.append(message)
                 else:
                     self._kept.append(message)
         finally:

@@ -265,7 +265,15 @@ class Worker:
             self._sequences = SequencesRunner(spec, policy, instance, self._parcels)
         self._wait = wait_style(spec.spin_us)
         self._placement = Placement(is_movable=not spec.spin_us)
-        self._rings = Rings(spec, self._producers, self._doorbell, self._run_ring, self._wait, self._placement)
+        self._rings = Rings(
+            spec,
+            self._producers,
+            self._doorbell,
+            self._run_ring,
+            self._wait,
+            self._placement,
+            self._parcels.open_tokens,
+        )
         self._instance = instance
         instance.count_copies(counters)
         for producer in self._producers:
@@ -365,12 +373,12 @@ class Worker:
     def _run_ring(self, kind: int, message: memoryview) -> None:
         if self._lane is not None and self._run_in_lane(self._lane, message, len(message), tells_scheduler=False):
             return
+        if kind == Kind.PARCELS:
+            self._run_parcels(kind, message, message, is_rung=True)
+            return
         start_ns = self._clock[_SINCE] = time.monotonic_ns()
         try:
-            if kind == Kind.PARCELS:
-                assert self._parcels is not None
-                self._parcels.execute(message, start_ns)
-            elif self._rows is not None:
+            if self._rows is not None:
                 self._rows.execute(message, start_ns)
         finally:
             with self._producers.lock:
@@ -392,12 +400,21 @@ class Worker:
             header = HEADER.pack(Kind.SYNCED, 0, len(still_open), self._spec.instance, epoch)
             self._done.ring(b"".join((header, *still_open)))
 
+    def _tell_opened(self, still_open: Sequence[bytes]) -> None:
+        """Tell the scheduler of requests that a client's grant may not outlive, packed: they have run, unanswered."""
+        assert self._spec is not None
+        if still_open:
+            header = HEADER.pack(Kind.OPENED, 0, len(still_open), self._spec.instance, 0)
+            self._done.ring(b"".join((header, *still_open)))
+
     def _tell_closed(self, packed: bytes) -> None:
         """Tell the scheduler that a request has its answer now; the doorbells' lock is held."""
         assert self._spec is not None
         self._done.ring(HEADER.pack(Kind.CLOSED, 0, 1, self._spec.instance, 0) + packed)
 
-    def _run_parcels(self, kind: int, buffer: bytearray, message: memoryview) -> None:
+    def _run_parcels(
+        self, kind: int, buffer: bytearray | memoryview, message: memoryview, *, is_rung: bool = False
+    ) -> None:
         assert self._parcels is not None
         runner = self._sequences if kind == Kind.SEQUENCES else self._parcels
         if runner is None:
@@ -413,7 +430,9 @@ class Worker:
         with self._producers.lock:
             self._is_executing = False
             self._watch_open()
-            if not buffer[1] & FLAG_GRANTED:
+            if is_rung:
+                self._tell_opened(self._parcels.report_open())
+            elif not buffer[1] & FLAG_GRANTED:
                 # A model's own threads answer too; who answers after this says so (CLOSED).
                 self._tell_done(buffer, times, self._parcels.report_open())
 

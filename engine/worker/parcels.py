@@ -135,6 +135,10 @@ class ParcelsRunner:
         open_ns = (request.times[0] for request in list(self._open.values()) if not request.is_final)
         return next(open_ns, 0)
 
+    def open_tokens(self, producer: int) -> list[int]:
+        """Return the requests of a producer that are not answered for good; the doorbells' lock is held."""
+        return [token for owner, token in list(self._open) if owner == producer]
+
     def forget(self, request: ParcelRequest) -> None:
         """The last waiting response has been sent."""
         self._open.pop(request.key, None)

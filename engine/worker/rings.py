@@ -4,7 +4,7 @@ The client holds the other end of a socket that is its alone, so a grant is kept
 the scheduler opens a ring and closes it again through the worker's own doorbell, in order with its batches. What is not
 open is not read. Life of a ring: attached -> (open -> closed)* -> detached. When it closes, what the client had rung
 is run first, then REVOKE goes into its completion doorbell: whatever it has rung and not been answered by then was
-not run.
+not run, but for the parcels that it names: those are with a model that answers later than it executes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from forebay.engine.worker.placement import Placement
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.wait_styles import Park
-from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, Kind
+from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, TOKEN, Kind
 from forebay.ipc.worker_messages import InstanceSpec
 
 #: Messages that are run when a ring closes; a client is to have one under way.
@@ -55,12 +55,18 @@ class Rings:
         execute: Execute,
         wait: Park,
         placement: Placement,
+        open_tokens: Callable[[int], list[int]],
     ) -> None:
-        """Watch the doorbell, which stays the caller's."""
+        """Watch the doorbell, which stays the caller's.
+
+        Args:
+            open_tokens: returns which parcels of a producer have run and are still to be answered.
+        """
         self._wait = wait
         self._placement = placement
         self._doorbell_fd = doorbell.fileno()
         self._execute = execute
+        self._open_tokens = open_tokens
         self._producers = producers
         self._rows_max = max(spec.max_batch_size, 1)
         self._route = spec.route
@@ -128,7 +134,9 @@ class Rings:
     def _send_revoke(self, ring: _Ring, ticket: int) -> None:
         body = GRANT.pack(self._route, self._instance, ticket & 0xFFFFFFFF, 0)
         with self._producers.lock:
-            ring.producer.bell.ring(HEADER.pack(Kind.REVOKE, 0, 0, self._instance, ticket) + body)
+            tokens = self._open_tokens(ring.producer.id)
+            header = HEADER.pack(Kind.REVOKE, 0, len(tokens), self._instance, ticket)
+            ring.producer.bell.ring(b"".join((header, body, *map(TOKEN.pack, tokens))))
 
     def _expel(self, ring: _Ring) -> None:
         """The client broke the rules: it has to go by way of the scheduler from now on."""

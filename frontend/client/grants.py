@@ -45,13 +45,21 @@ class Grants:
         if not token or (isinstance(running, PendingParcel) and running.token == token):
             grant.outstanding = None
 
-    def drop(self, grant: Grant) -> None:
-        """Do not use it any more."""
-        self._by_instance.pop(grant.instance, None)
+    def running(self, pending: Pending) -> Grant | None:
+        """Return the grant under which a request was rung that is not answered; None: the scheduler has it."""
+        return next((grant for grant in self._by_instance.values() if grant.outstanding is pending), None)
+
+    def retire(self, grant: Grant) -> None:
+        """Ring no more under it; what was rung is still to be answered, or lost."""
         if grant in grant.model.grants:
             grant.model.grants.remove(grant)
 
+    def drop(self, grant: Grant) -> None:
+        """Do not use it any more."""
+        self._by_instance.pop(grant.instance, None)
+        self.retire(grant)
+
     def drop_all(self, model: Opened) -> None:
         """Do not use any grant of the model any more."""
-        for grant in model.grants[:]:
+        for grant in [grant for grant in self._by_instance.values() if grant.model is model]:
             self.drop(grant)

@@ -53,6 +53,9 @@ NOT_RUN = Times(0, 0, 0, 0)
 #: Messages that tell when an execution passed its stages.
 _TIMED = (Kind.PARCEL_REPLY, Kind.RUNS_DONE, Kind.RUNS_FAILED)
 
+#: Where the tokens of a REVOKE begin.
+_REVOKE_END = HEADER.size + GRANT.size
+
 #: Larger reply blocks are not lent to begin with.
 _REPLY_GUESS_MAX = 1 << 20
 
@@ -212,7 +215,7 @@ class InFlight:
         elif kind == Kind.GRANT:
             self._granted(message, batch)
         elif kind == Kind.REVOKE:
-            self._revoked(message, flags, batch)
+            self._revoked(message, flags, count, batch)
         elif kind == Kind.RUNS_LOST:
             for run in unpack_runs(message, count, TIMES_END):
                 for pending in self._owners(run.base, run.first, run.rows):
@@ -220,11 +223,11 @@ class InFlight:
         elif kind == Kind.PARCEL_LOST:
             for index in range(count):
                 (token,) = TOKEN.unpack_from(message, TIMES_END + index * TOKEN.size)
+                self._grants.set_idle(instance, token)
                 if (parcel := self._parcels.get(token)) is not None:
                     self._retry(parcel, flags)
         elif kind == Kind.RESYNC:
-            end = HEADER.size + count * TOKEN.size
-            self._resync(batch, {token for (token,) in TOKEN.iter_unpack(message[HEADER.size : end])})
+            self._resync(batch, _tokens(message, HEADER.size, count))
 
     # --- answers ---
 
@@ -430,7 +433,7 @@ class InFlight:
         if model is not None:
             self._grants.open(model, instance, ticket)
 
-    def _revoked(self, message: memoryview, flags: int, ticket: int) -> None:
+    def _revoked(self, message: memoryview, flags: int, count: int, ticket: int) -> None:
         _route, instance, _generation, _rows_max = GRANT.unpack_from(message, HEADER.size)
         is_gone = bool(flags & FLAG_GONE)
         pending = self._grants.close(instance, ticket, is_gone=is_gone)
@@ -438,8 +441,8 @@ class InFlight:
             return
         if is_gone:
             self._retry(pending, flags)
-        else:
-            # Everything that the worker ran was answered before this message: it has not run.
+        elif not isinstance(pending, PendingParcel) or pending.token not in _tokens(message, _REVOKE_END, count):
+            # What the worker has run is answered before this message, or named in it: this has not run.
             self._send_again(pending)
 
     # --- the end ---
@@ -469,3 +472,8 @@ def _note_passed(pending: PendingParcel, reply: ReplyHead) -> None:
             lease.shrink(place.byte_size)
     if pending.model.counts is not None:
         pending.model.counts.passed(passed_bytes)
+
+
+def _tokens(message: memoryview, begin: int, count: int) -> set[int]:
+    """Return the tokens of a message that begin there."""
+    return {token for (token,) in TOKEN.iter_unpack(message[begin : begin + count * TOKEN.size])}

@@ -15,7 +15,7 @@ from forebay.client.errors import EngineGone
 from forebay.client.grants import Grants
 from forebay.client.opened import Grant
 from forebay.client.pending import Pending, PendingParcel, Rows, RowsLease
-from forebay.ipc.client_wire import CANCEL_RUN, NUMBER, SUBMIT_PARCEL, SUBMIT_RUN, SubmitKind
+from forebay.ipc.client_wire import CANCEL_RUN, CANCEL_RUNG, NUMBER, SUBMIT_PARCEL, SUBMIT_RUN, SubmitKind
 from forebay.ipc.wire import FLAG_GRANTED, GROW, HEADER, PARCEL, RUN, TOKEN, Kind
 
 #: How long the scheduler may leave the submission socket full, s.
@@ -168,8 +168,18 @@ class Submissions:
         if isinstance(pending, PendingParcel):
             self._send(HEADER.pack(SubmitKind.CANCEL, 0, 1, 0, self.epoch) + TOKEN.pack(pending.token))
         elif pending.lease is not None:
+            self._cancel_rows(pending, pending.lease)
+
+    def _cancel_rows(self, pending: Pending, lease: Rows) -> None:
+        grant = self._grants.running(pending)
+        if grant is None:
             header = HEADER.pack(SubmitKind.CANCEL_RUNS, 0, 1, 0, self.epoch)
-            self._send(header + CANCEL_RUN.pack(pending.route, pending.lease.first, pending.lease.slab.base))
+            self._send(header + CANCEL_RUN.pack(pending.route, lease.first, lease.slab.base))
+        else:
+            # It names rows, and goes a longer way than a ring: it must not meet the next request in them.
+            self._grants.retire(grant)
+            header = HEADER.pack(SubmitKind.CANCEL_RUNG, 0, 1, grant.instance, self.epoch)
+            self._send(header + CANCEL_RUNG.pack(grant.ticket, lease.slab.base, lease.first, 0))
 
     def collect(self, instance: int, token: int, offset: int, byte_size: int, rooms: bytes = b"") -> None:
         """Lend a block for a response that did not fit; 0 bytes: there is no room.

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from forebay.engine.scheduler.core import SchedulerCore
+from forebay.ipc.client_wire import NUMBER, SubmitKind
 from forebay.ipc.counters import COUNTERS_BYTES, SCHEDULER_WORDS, CountersFile, SchedulerCounter
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.messages import Message, ParcelSubmit, ReplyHead, RunSubmit, Submit
@@ -87,10 +88,11 @@ class SchedulerHarness:
         self._handle(CountersFileMessage(byte_size=COUNTERS_BYTES), os.dup(self._counters.fd))
         self._workers: dict[int, socket.socket] = {}
         self._producers: dict[int, socket.socket] = {}
+        self._submissions: list[socket.socket] = []
 
     def close(self) -> None:
         self.core.close()
-        for sock in (*self._workers.values(), *self._producers.values()):
+        for sock in (*self._workers.values(), *self._producers.values(), *self._submissions):
             sock.close()
         self._epoll.close()
 
@@ -135,10 +137,23 @@ class SchedulerHarness:
         self.handle(InstanceDown(instance=instance))
 
     def add_producer(self, producer: int = 7) -> None:
+        self.handle(ProducerUp(producer=producer, name=f"http {producer}"), self._completions_of(producer))
+
+    def add_client(self, producer: int, *rings: int) -> None:
+        """Add a shared-memory client that can ring these instances."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._submissions.append(ours)
+        up = ProducerUp(producer=producer, name="client", arena_bytes=1 << 20, trusted=False)
+        self.handle(up, self._completions_of(producer), theirs.detach())
+        ours.send(HEADER.pack(SubmitKind.RINGS, 0, len(rings), 0, self.epoch) + b"".join(map(NUMBER.pack, rings)))
+        for submissions, _events in self._epoll.poll(0):
+            self.core.clients.read(submissions)
+
+    def _completions_of(self, producer: int) -> int:
         sender, receiver = create_doorbell()
         receiver.setblocking(False)
         self._producers[producer] = receiver
-        self.handle(ProducerUp(producer=producer, name=f"http {producer}"), sender.detach())
+        return sender.detach()
 
     def counter(self, counter: SchedulerCounter) -> int:
         return int(self._counters.block(self._offset, SCHEDULER_WORDS)[counter])

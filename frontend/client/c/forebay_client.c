@@ -34,7 +34,7 @@ enum { /* doorbells and submissions */
     RUNS = 1, PARCELS = 2, RUNS_DONE = 16, RUNS_FAILED = 17, RUNS_LOST = 18, PARCEL_REPLY = 19, PARCEL_LOST = 20,
     GRANT = 21, REVOKE = 22, RESYNC = 23,
     SUBMIT_RUNS = 48, SUBMIT_PARCEL = 49, SUBMIT_CANCEL = 50, SUBMIT_COLLECT = 51, SUBMIT_RINGS = 52,
-    SUBMIT_CANCEL_RUNS = 53,
+    SUBMIT_CANCEL_RUNS = 53, SUBMIT_CANCEL_RUNG = 54,
     FLAG_GRANTED = 1, FLAG_FINAL = 4, FLAG_GONE = 8, FLAG_HUNG = 32, FLAG_MOVED = 32, FLAG_REMARKS = 64,
     FLAG_SEQUENCE_START = 1, FLAG_SEQUENCE_END = 2,
     HEADER_BYTES = 16, TIMES_BYTES = 32, RUN_BYTES = 40, SUBMIT_RUN_BYTES = 56, SUBMIT_PARCEL_BYTES = 80,
@@ -63,6 +63,7 @@ typedef struct {
     int fd;
     uint64_t ticket;              /* of the grant; 0: none */
     forebay_request *outstanding; /* what the worker runs under it */
+    int is_retired;               /* nothing more is rung under it */
 } ring;
 
 typedef struct slab {
@@ -1343,7 +1344,7 @@ static ring *ring_of(forebay_model *model, uint32_t instance) {
 /* Take an idle worker that is granted to us; NULL: there is none. */
 static ring *idle_ring(forebay_model *model) {
     for (int i = 0; i < model->ring_count; i++)
-        if (model->rings[i].ticket && !model->rings[i].outstanding)
+        if (model->rings[i].ticket && !model->rings[i].outstanding && !model->rings[i].is_retired)
             return &model->rings[i];
     return NULL;
 }
@@ -1361,10 +1362,23 @@ static int ring_worker(ring *r, forebay_request *request, int kind, size_t size)
     return 1;
 }
 
-/* Send what lies in the buffer for messages to the scheduler. */
-static int tell_scheduler(forebay_client *client, int kind, size_t size) {
+/* Return the worker that was rung for a request; NULL: the scheduler has it. */
+static ring *rung_for(forebay_request *request) {
+    for (int i = 0; i < request->model->ring_count; i++)
+        if (request->model->rings[i].ticket && request->model->rings[i].outstanding == request)
+            return &request->model->rings[i];
+    return NULL;
+}
+
+/* Send what lies in the buffer for messages to the scheduler; about an instance, or 0. */
+static int tell_scheduler_of(uint32_t instance, forebay_client *client, int kind, size_t size) {
     put_header(client->outgoing, kind, 0, 1, client->epoch);
+    put32(client->outgoing + 4, instance);
     return send(client->submissions, client->outgoing, size, MSG_NOSIGNAL) < 0 ? gone(client, strerror(errno)) : 0;
+}
+
+static int tell_scheduler(forebay_client *client, int kind, size_t size) {
+    return tell_scheduler_of(0, client, kind, size);
 }
 
 static int hand_over_rows(forebay_request *request) {
@@ -1442,12 +1456,22 @@ static int hand_over(forebay_request *request) {
 int forebay_cancel(forebay_request *request) {
     forebay_client *client = request->model->client;
     unsigned char *body = client->outgoing + HEADER_BYTES;
+    ring *r;
     if (request->state != IN_FLIGHT || client->is_gone)
         return 0;
     request->is_cancelled = 1;
     if (request->parcel) {
         put64(body, request->parcel->token);
         return tell_scheduler(client, SUBMIT_CANCEL, HEADER_BYTES + 8);
+    }
+    if ((r = rung_for(request))) {
+        /* It names rows, and goes a longer way than a ring: it must not meet the next request in them. */
+        r->is_retired = 1;
+        put64(body, r->ticket);
+        put64(body + 8, request->slab->base);
+        put32(body + 16, request->first);
+        put32(body + 20, 0);
+        return tell_scheduler_of(r->instance, client, SUBMIT_CANCEL_RUNG, HEADER_BYTES + 24);
     }
     put32(body, request->route);
     put32(body + 4, request->first);
@@ -1520,7 +1544,7 @@ static int dispatch(forebay_client *client, int flags);
 
 static int is_granted(const forebay_model *model) {
     for (int i = 0; i < model->ring_count; i++)
-        if (model->rings[i].ticket)
+        if (model->rings[i].ticket && !model->rings[i].is_retired)
             return 1;
     return 0;
 }
@@ -1900,7 +1924,16 @@ static void take_reply(forebay_client *client, int flags, uint32_t instance, con
 
 /* --- grants, and schedulers that were restarted --- */
 
-static void take_grant(forebay_client *client, int kind, int flags, uint64_t ticket, const unsigned char *body) {
+static int is_among(uint64_t token, const unsigned char *tokens, int count) {
+    for (int i = 0; i < count; i++)
+        if (get64(tokens + 8 * i) == token)
+            return 1;
+    return 0;
+}
+
+/* Act on a GRANT or REVOKE; `count` tokens stand behind the latter. */
+static void take_grant(forebay_client *client, int kind, int flags, uint64_t ticket, const unsigned char *body,
+                       int count) {
     uint32_t route = get32(body), instance = get32(body + 4);
     for (forebay_model *model = client->models; model; model = model->next) {
         ring *r = ring_of(model, instance);
@@ -1910,6 +1943,7 @@ static void take_grant(forebay_client *client, int kind, int flags, uint64_t tic
         if (kind == GRANT) {
             r->ticket = ticket;
             r->outstanding = NULL;
+            r->is_retired = 0;
             return;
         }
         if (!(flags & FLAG_GONE) && r->ticket != ticket)
@@ -1918,21 +1952,14 @@ static void take_grant(forebay_client *client, int kind, int flags, uint64_t tic
         r->ticket = 0;
         r->outstanding = NULL;
         if (running && running->state == IN_FLIGHT) {
-            /* Everything that the worker ran was answered before this message. */
+            /* Everything that the worker ran was answered before this message, or is named in it. */
             if (flags & FLAG_GONE)
                 retry(running, flags);
-            else
+            else if (!running->parcel || !is_among(running->parcel->token, body + 16, count))
                 again(running);
         }
         return;
     }
-}
-
-static int is_among(uint64_t token, const unsigned char *tokens, int count) {
-    for (int i = 0; i < count; i++)
-        if (get64(tokens + 8 * i) == token)
-            return 1;
-    return 0;
 }
 
 /* A new scheduler is up, and every worker has finished what the old one had sent: hand in again what is left, but for
@@ -1993,14 +2020,16 @@ static int dispatch(forebay_client *client, int flags) {
     case PARCEL_LOST:
         for (int i = 0; i < count && body + 8 * (i + 1) <= end; i++) {
             forebay_request *lost = parcel_of(client, get64(body + 8 * i));
-            if (lost)
+            if (lost) {
+                set_idle(client, instance, lost);
                 retry(lost, message[1]);
+            }
         }
         break;
     case GRANT:
     case REVOKE:
-        if (size >= HEADER_BYTES + 16)
-            take_grant(client, kind, message[1], get64(message + 8), message + HEADER_BYTES);
+        if (size >= HEADER_BYTES + 16 + 8 * (kind == REVOKE ? count : 0))
+            take_grant(client, kind, message[1], get64(message + 8), message + HEADER_BYTES, count);
         break;
     case RESYNC:
         if (size >= HEADER_BYTES + 8 * count)

@@ -17,6 +17,7 @@ from forebay.engine.scheduler.instances import Instance
 from forebay.engine.scheduler.route import Route
 from forebay.ipc.client_wire import (
     CANCEL_RUN,
+    CANCEL_RUNG,
     FLAG_SEQUENCE_END,
     FLAG_SEQUENCE_START,
     NUMBER,
@@ -27,7 +28,7 @@ from forebay.ipc.client_wire import (
 )
 from forebay.ipc.messages import Cancel, FrontendToScheduler, ParcelSubmit, ReplyHead, RowsCancel, RunSubmit, Submit
 from forebay.ipc.scheduler_messages import BatchingPolicy, ProducerUp, RouteUp
-from forebay.ipc.wire import FLAG_MOVED, GROW, HEADER, RUN, TIMES, TOKEN, Kind
+from forebay.ipc.wire import FLAG_MOVED, GROW, HEADER, RUN, TIMES, TOKEN, Kind, pack_rows_cancel
 
 EPOCH = 4
 
@@ -39,6 +40,7 @@ class FakeEngine:
         self.accepted: list[FrontendToScheduler] = []
         self.rung: list[bytes] = []
         self.to_worker: list[bytes] = []
+        self.ringers = {3}
         self.is_draining = False
         self.waiting = 0
 
@@ -54,7 +56,9 @@ class FakeEngine:
 
     def instance_of(self, number: int) -> Instance | None:
         return (
-            cast(Instance, SimpleNamespace(bell=SimpleNamespace(ring=self.to_worker.append))) if number == 9 else None
+            cast(Instance, SimpleNamespace(bell=SimpleNamespace(ring=self.to_worker.append), ringers=self.ringers))
+            if number == 9
+            else None
         )
 
     def count_waiting(self, producer_id: int) -> int:
@@ -148,6 +152,17 @@ def test_cancellations_are_handed_on(scene: Scene) -> None:
     scene.send(SubmitKind.CANCEL_RUNS, CANCEL_RUN.pack(5, 7, 64))
     rows = (RowsCancel(route=5, base=64, firsts=(7,)),)
     assert scene.engine.accepted == [Cancel(producer=3, tokens=(1, 2)), Cancel(producer=3, rows=rows)]
+
+
+def test_worker_hears_that_what_it_was_rung_for_is_cancelled(scene: Scene) -> None:
+    rung = CANCEL_RUNG.pack(77, 64, 7, 0)
+    scene.send(SubmitKind.CANCEL_RUNG, rung, sender=9)
+    assert scene.engine.to_worker == [pack_rows_cancel(77, 3, 64, (7,))]
+    scene.send(SubmitKind.CANCEL_RUNG, rung, sender=10)
+    scene.engine.ringers.clear()  # It was never granted to this client.
+    scene.send(SubmitKind.CANCEL_RUNG, rung, sender=9)
+    assert len(scene.engine.to_worker) == 1
+    assert scene.is_listened_to
 
 
 def test_collects_go_to_the_worker_in_the_clients_name(scene: Scene) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from forebay.engine.worker.inbox import Inbox
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.wire import HEADER, TOKEN, Kind
+from forebay.ipc.wire import HEADER, TOKEN, Kind, pack_rows_cancel
 
 Ends = tuple[socket.socket, Inbox, list[bytes]]
 
@@ -41,6 +41,24 @@ def test_signals_are_handled_at_once_and_batches_kept_in_order(ends: Ends) -> No
     while inbox.has_kept:
         kept.append(bytes(buffer[: inbox.take_kept(buffer)]))
     assert kept == [PARCELS + b"1", b"\3", PARCELS + b"2"]
+
+
+@pytest.mark.parametrize("cancel", [CANCEL, pack_rows_cancel(9, 7, 64, (3,))], ids=["parcel", "rows"])
+def test_cancellations_of_a_batch_that_was_read_ahead_are_said_again_when_it_runs(ends: Ends, cancel: bytes) -> None:
+    sender, inbox, handled = ends
+    sender.send(PARCELS)
+    sender.send(cancel)
+    with inbox.executing():
+        inbox.take_signals()
+    inbox.take_kept(bytearray(100))
+    handled.clear()
+    with inbox.executing():
+        inbox.take_signals()
+    assert handled == [cancel]
+    handled.clear()
+    with inbox.executing():
+        inbox.take_signals()
+    assert not handled
 
 
 def test_nothing_is_read_while_the_loop_reads_for_itself(ends: Ends) -> None:

@@ -16,7 +16,7 @@ from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.wait_styles import Park
 from forebay.ipc.arena import create_memory_file
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, Kind
+from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, TOKEN, Kind
 from forebay.ipc.worker_messages import InstanceSpec
 
 SPEC = InstanceSpec(
@@ -31,6 +31,8 @@ class Scene:
 
     def __init__(self) -> None:
         self.ran: list[tuple[int, bytes]] = []
+        #: Producer and token.
+        self.still_open: list[tuple[int, int]] = []
         self.buffer = bytearray(4096)
         self.doorbell_in, self.doorbell = create_doorbell()
         producers = Producers()
@@ -41,7 +43,7 @@ class Scene:
         self.placement = mock.create_autospec(Placement, instance=True)
         self.rings = Rings(
             SPEC, producers, self.doorbell, lambda kind, data: self.ran.append((kind, bytes(data))), Park(),
-            self.placement,
+            self.placement, lambda producer: [token for owner, token in self.still_open if owner == producer],
         )  # fmt: skip
         self.ring, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.rings.attach(producer, receiver.detach())
@@ -118,6 +120,15 @@ def test_what_is_rung_too_late_never_runs(scene: Scene) -> None:
     scene.send_run(TICKET + 1)
     scene.turn()
     assert len(scene.ran) == 1
+
+
+def test_the_end_of_a_grant_names_what_has_run_and_is_still_to_be_answered(scene: Scene) -> None:
+    scene.rings.open(3, TICKET)
+    scene.still_open = [(3, 11), (4, 12), (3, 13)]
+    scene.rings.close(3, TICKET, scene.buffer)
+    message = scene.completions.recv(4096)
+    assert HEADER.unpack_from(message)[2] == 2
+    assert list(TOKEN.iter_unpack(message[HEADER.size + GRANT.size :])) == [(11,), (13,)]
 
 
 def test_the_end_of_another_grant_does_nothing(scene: Scene) -> None:
