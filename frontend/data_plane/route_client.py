@@ -75,6 +75,8 @@ class RouteClient:
         self._slab_set = SlabSet(row_bytes, entry.max_batch_size, self._make_slab, self._free_slab)
         #: The same list; read for every request.
         self.slabs = self._slab_set.slabs
+        #: Those that were replaced and still have requests in them.
+        self._leaving: list[SlabSet] = []
         self.input_indices = {tensor.name: index for index, tensor in enumerate(entry.inputs)}
         self.output_indices = {tensor.name: index for index, tensor in enumerate(entry.outputs)}
         self.output_specs = entry.outputs
@@ -119,8 +121,14 @@ class RouteClient:
     def release(self, slab: OwnedSlab, first: int, rows: int) -> None:
         """Give rows back: those of requests that have ended, or that were never published."""
         slab.release(first, rows)
-        if self.is_retired or len(self.slabs) > 1:
-            self._slab_set.free_idle()
+        if self.is_retired or self._leaving or len(self.slabs) > 1:
+            self._free_idle()
+
+    def _free_idle(self) -> None:
+        self._slab_set.free_idle()
+        for leaving in self._leaving:
+            leaving.free_idle()
+        self._leaving = [leaving for leaving in self._leaving if leaving.slabs]
 
     def _make_slab(self, capacity: int) -> OwnedSlab:
         layout = SlabLayout(self.entry.inputs, self.entry.outputs, capacity)
@@ -135,6 +143,8 @@ class RouteClient:
     def use_slabs(self, slab_set: SlabSet) -> None:
         """Have rows from these slabs from now on; the others go as they empty."""
         self._slab_set.retire()
+        if self.slabs:
+            self._leaving.append(self._slab_set)
         self._slab_set = slab_set
         self.slabs = slab_set.slabs
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import msgspec
 from engine_scene import Rows, Surroundings, play, turn
 
 from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.data_plane.slab_set import SlabSet
 from forebay.ipc.counters import ProducerCounter
 from forebay.ipc.messages import RunSubmit
 from forebay.ipc.wire import Kind
@@ -71,5 +74,24 @@ def test_requests_that_are_kept_back_under_a_grant_are_counted() -> None:
         await s.tell_runs(Kind.RUNS_DONE, (0, 1))
         s.route.write_gauges()
         assert s.count(ProducerCounter.REQUESTS_HELD) == 0
+
+    play(scenario)
+
+
+def test_slabs_that_are_replaced_go_as_they_empty() -> None:
+    """Each update of a model of a chain replaces those of the ensemble."""
+
+    async def scenario(s: Surroundings) -> None:
+        empty_bytes = s.engine.used_bytes
+        slab, first = s.route.loan(1)
+        taken_bytes = s.engine.used_bytes
+        assert taken_bytes > empty_bytes
+        s.route.use_slabs(SlabSet(100, 8, never, never))
+        assert s.engine.used_bytes == taken_bytes
+        s.route.release(slab, first, 1)
+        assert s.engine.used_bytes == empty_bytes
+
+    def never(_what: object) -> NoReturn:
+        raise AssertionError("the new ones are not used")
 
     play(scenario)
