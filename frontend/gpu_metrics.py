@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,24 +24,27 @@ class GpuSample(NamedTuple):
 
 
 class Gpus:
-    """The GPUs of this machine, read when scraped but not more often than every interval."""
+    """The GPUs that workers see, read when scraped but not more often than every interval."""
 
-    def __init__(self, nvml: Any, interval_ms: int, *, clock: Clock | None = None) -> None:
+    def __init__(self, nvml: Any, interval_ms: int, *, visible: str | None = None, clock: Clock | None = None) -> None:
         """Find the devices.
 
         Args:
             nvml: the module ``pynvml``, initialised.
+            visible: ``CUDA_VISIBLE_DEVICES``, which NVML itself does not obey; None: all.
         """
         self._nvml = nvml
         self._interval_ns = interval_ms * _NS_PER_MS
         self._clock = clock or MonotonicClock()
-        self._devices: list[tuple[str, Any]] = []
+        found: dict[str, tuple[str, Any]] = {}
         for index in range(nvml.nvmlDeviceGetCount()):
             # One may be lost, or not be ours to ask; the others are shown all the same.
             with contextlib.suppress(nvml.NVMLError):
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 uuid = nvml.nvmlDeviceGetUUID(handle)
-                self._devices.append((uuid.decode() if isinstance(uuid, bytes) else str(uuid), handle))
+                found[str(index)] = (uuid.decode() if isinstance(uuid, bytes) else str(uuid), handle)
+        uuids = {index: uuid for index, (uuid, _handle) in found.items()}
+        self._devices = [found[index] for index in visible_indices(uuids, visible)]
         #: Energy counts from the start of the server.
         self._energy_at_start_mj = {uuid: self._ask(self._energy_mj, handle) for uuid, handle in self._devices}
         self._samples: list[GpuSample] = []
@@ -112,6 +116,25 @@ class Gpus:
         return None
 
 
+def visible_indices(uuids: Mapping[str, str], visible: str | None) -> list[str]:
+    """Return the devices that CUDA shows.
+
+    Args:
+        uuids: by index, in the order of PCI, as the supervisor has CUDA number them.
+        visible: indices, or beginnings of UUIDs, of which the first that is no device ends the list; None: all.
+    """
+    # NVML does not list slices (MIG): then what is known of the whole is shown.
+    if visible is None or "MIG-" in visible:
+        return list(uuids)
+    chosen: list[str] = []
+    for wanted in map(str.strip, visible.split(",")):
+        matching = [index for index, uuid in uuids.items() if wanted and (wanted == index or uuid.startswith(wanted))]
+        if not matching:
+            break
+        chosen += matching
+    return list(dict.fromkeys(chosen))
+
+
 def find_gpus(interval_ms: int) -> Gpus | None:
     """Return the GPUs of this machine; None: there is none, or no library that knows of them."""
     try:
@@ -120,6 +143,6 @@ def find_gpus(interval_ms: int) -> Gpus | None:
         return None
     try:
         pynvml.nvmlInit()
-        return Gpus(pynvml, interval_ms)
+        return Gpus(pynvml, interval_ms, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
     except pynvml.NVMLError:
         return None

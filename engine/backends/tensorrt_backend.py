@@ -11,7 +11,7 @@ from forebay.engine.backends.tensorrt_tensors import check_config, describe_engi
 from forebay.engine.devices.base import Device
 from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.staging import stream_priority
-from forebay.ipc.errors import Unsupported
+from forebay.ipc.errors import InvalidArgument, Unsupported
 from forebay.ipc.worker_messages import InstanceSpec
 
 
@@ -29,6 +29,8 @@ class TensorRtBackend(Backend):
 
     def load(self, spec: InstanceSpec) -> TensorInstance:
         device = _open_gpu(spec)
+        if spec.kind != "GPU":
+            raise InvalidArgument(f"unable to load model '{spec.model}', TensorRT backend supports only GPU device")
         # An engine is for all threads, a context for one.
         key = ("tensorrt", spec.version_path, spec.device_id)
         owner = shared(key, lambda: load_engine(spec, device))

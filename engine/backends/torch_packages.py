@@ -34,7 +34,8 @@ def prepare_package(spec: InstanceSpec) -> LoadedModule:
             )
     outputs = {tensor.name: _package_position(spec, tensor, output_names, "output") for tensor in spec.outputs}
     signature = Signature(tuple(name for name in order if name is not None), outputs)
-    device = choose_device(spec) or torch.device("cpu")
+    # KIND_MODEL: where it was compiled for (spec B-048).
+    device = choose_device(spec) or torch.device(loader.get_metadata().get("AOTI_DEVICE_KEY", "cpu"))
 
     def call(tensors: list[Any]) -> list[Any]:
         # "Boxed": it empties the list that it is given.

@@ -94,12 +94,14 @@ def test_configurations_that_contradict_a_plan_are_refused(tmp_path: Path) -> No
     add_plan(tmp_path, "marked", both_profiles(MARKED_X))
     add_plan(tmp_path, "unmarked", both_profiles(SIZE))
     add_plan(tmp_path, "large", both_profiles("max_batch_size: 6"))
+    add_plan(tmp_path, "elsewhere", 'platform: "tensorrt_plan" instance_group { kind: KIND_CPU }')
     add_plan(tmp_path, "profile", 'platform: "tensorrt_plan" instance_group { kind: KIND_GPU profile: "2" }')
     with serving(tmp_path) as server:
         found = reasons(server)
     assert "'x' is incorrectly specified as a shape tensor." in found["marked"]
     assert "'size' is incorrectly specified as an execution tensor." in found["unmarked"]
     assert "configuration specified max-batch 6 but TensorRT engine only supports max-batch 5" in found["large"]
+    assert "unable to load model 'elsewhere', TensorRT backend supports only GPU device" in found["elsewhere"]
     assert "specified invalid profile 2 . Number of profiles supported by TensorRT engine: 2" in found["profile"]
 
 

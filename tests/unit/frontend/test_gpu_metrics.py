@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from forebay.frontend.gpu_metrics import Gpus
+import pytest
+
+from forebay.frontend.gpu_metrics import Gpus, visible_indices
 from forebay.frontend.metrics import MetricsPage, MetricsSettings
 from forebay.ipc.clock import FakeClock
 from forebay.ipc.counters import CountersFile
@@ -84,3 +86,26 @@ def test_devices_are_read_once_per_interval() -> None:
     assert gpus.samples() == first
     clock.advance(ns=1_000_000_000)
     assert {sample.value for sample in gpus.samples() if sample.name == "nv_gpu_memory_used_bytes"} == {700}
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [
+        (None, ["0", "1", "10"]),
+        ("1", ["1"]),
+        ("10,0", ["10", "0"]),
+        ("GPU-b", ["1"]),
+        ("0,7,1", ["0"]),
+        ("", []),
+        ("-1", []),
+        ("MIG-GPU-b/1/0", ["0", "1", "10"]),
+    ],
+)
+def test_only_gpus_that_cuda_shows_are_on_the_page(visible: str | None, indices: list[str]) -> None:
+    uuids = {"0": "GPU-a1", "1": "GPU-b1", "10": "GPU-c1"}
+    assert visible_indices(uuids, visible) == indices
+
+
+def test_a_hidden_gpu_has_no_series() -> None:
+    gpus = Gpus(FakeNvml(), interval_ms=1000, visible="1", clock=FakeClock())
+    assert {sample.uuid for sample in gpus.samples()} == {"GPU-1"}
