@@ -32,6 +32,8 @@ _GATHERED_BYTES_MAX = 64 * 1024
 _GREETING_SECS = 20.0
 #: Seconds between pings of a client without calls, at least, unless such pings are permitted (grpc-core).
 _IDLE_PING_SECS = 7200.0
+#: Seconds from when a ping should have been answered to the end: whatever has come is read within.
+_LAST_LOOK_SECS = 0.01
 #: Connections end up to a tenth earlier or later than configured, so that not all come back at once (grpc-core).
 _AGE_JITTER = 0.1
 #: Seconds from the first GOAWAY of a drained connection to the second: time for calls on their way.
@@ -61,8 +63,9 @@ class GrpcConnection(asyncio.BufferedProtocol):
         self._frames_at_ping = 0
         # Pings of ours
         self._pings_without_data = 0
-        self._is_pinged = False
         self._frames_at_keepalive = 0
+        #: Runs while a ping is not answered.
+        self._silence: asyncio.TimerHandle | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._keepalive: asyncio.TimerHandle | None = None
 
@@ -96,6 +99,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
             timer.cancel()
         if self._keepalive is not None:
             self._keepalive.cancel()
+        self._end_silence()
         self._is_ending = True
         self._gathered.clear()
         self._http2.lost()
@@ -108,7 +112,8 @@ class GrpcConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         # Whatever it is, the client is there.
-        self._is_pinged = False
+        if self._silence is not None:
+            self._end_silence()
         self._frontend.engine.cores.client_fd = self._fd
         if self._is_direct:
             self._http2.received_direct(nbytes)
@@ -205,8 +210,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
             http2.close(Http2Code.ENHANCE_YOUR_CALM, "too_many_pings")
 
     def on_pong(self) -> None:
-        """The client is there."""
-        self._is_pinged = False
+        """The client is there, as the bytes have said already."""
 
     def on_idle(self) -> None:
         """No call is left."""
@@ -242,14 +246,23 @@ class GrpcConnection(asyncio.BufferedProtocol):
         if limit and self._pings_without_data >= limit:
             return
         self._pings_without_data += 1
-        self._is_pinged = True
         http2.ping()
-        self._timers = [timer for timer in self._timers if not timer.cancelled() and timer.when() > loop.time()]
-        self._timers.append(loop.call_later(settings.keepalive_timeout / 1000, self._check_pong))
+        if self._silence is None:
+            self._silence = loop.call_later(settings.keepalive_timeout / 1000, self._check_silence)
 
-    def _check_pong(self) -> None:
-        if self._is_pinged and not self._is_ending:
+    def _check_silence(self) -> None:
+        # The answer may have come while we were busy: what is there is read first.
+        self._silence = self._frontend.loop.call_later(_LAST_LOOK_SECS, self._abort_if_silent)
+
+    def _abort_if_silent(self) -> None:
+        self._silence = None
+        if not self._is_ending:
             self.abort()
+
+    def _end_silence(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
 
     def _grow_old(self) -> None:
         """Have the client move to a new connection (spec G-083)."""
