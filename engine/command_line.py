@@ -8,6 +8,7 @@ name, and flags and other words in any order. What the flags are stands in `flag
 """
 
 import difflib
+import os
 import re
 import shutil
 import sys
@@ -114,13 +115,25 @@ def parse_command_line(argv: Sequence[str], environ: Mapping[str, str]) -> Comma
     Raises:
         CommandLineExit: there is a text to print instead: help, or an error (exit code 1, spec F-175).
     """
-    name, words = _split_command(argv)
+    name, words = _split_command([_utf8(word, "an argument") for word in argv])
     if name == "version":
         return Command(name=name, settings=Settings(), sources={})
     if name == "demo":
         _Parser(name, environ).check_words(words)
         return Command(name=name, settings=Settings(), arguments=tuple(words), sources={})
     return _Parser(name, environ).parse(words)
+
+
+def _utf8(text: str, what: str) -> str:
+    """Return a text of the system as what its bytes are in UTF-8, whatever the locale took them for.
+
+    Raises:
+        CommandLineExit: they are no UTF-8, which no message could carry.
+    """
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError:
+        raise CommandLineExit(f"Error: {what} is not valid UTF-8: {text!a}\n") from None
 
 
 def _split_command(argv: Sequence[str]) -> tuple[CommandName, list[str]]:
@@ -252,7 +265,7 @@ class _Parser:
             if flag.name == "help":
                 continue
             for variable in (*flag.environment, flag.variable):
-                text = self.environ.get(variable, "")
+                text = _utf8(self.environ.get(variable, ""), f"the environment variable {variable}")
                 if not text or SERVICE_LINK.fullmatch(text):
                     continue
                 texts = text.split(ENVIRONMENT_SEPARATOR) if is_repeatable(flag) else [text]

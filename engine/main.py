@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,14 +27,31 @@ _COMMAND_MODULES = {
 #: Exit code after Ctrl-C, as shells give it: 128 and the signal's number.
 _INTERRUPTED = 130
 
+#: Descriptors without which no model at all could be served.
+_DESCRIPTORS_MIN = 64
+
+#: The shell's limits behind errors of the system.
+_LIMITS = {errno.EMFILE: " (ulimit -n)", errno.EAGAIN: " (ulimit -u)", errno.ENOMEM: " (ulimit -v, or memory)"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    _open_missing_streams()
     try:
         return _run(arguments)
     except KeyboardInterrupt:
         # Before the server watches for signals, or in a command that does not: no traceback for Ctrl-C.
         return _INTERRUPTED
+
+
+def _open_missing_streams() -> None:
+    """Give closed standard descriptors to /dev/null; else the first socket would be taken for standard error."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    # Python has no stream where it found no descriptor.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -89,7 +108,17 @@ def serve(settings: Settings) -> int:
         return 1
 
     from forebay.engine.supervisor.runtime_directory import RuntimeDirectory
+    from forebay.ipc.process import allow_descriptors
 
+    # One per connection, and some for each instance.
+    count = allow_descriptors()
+    if count < _DESCRIPTORS_MIN:
+        print(
+            f"error: creating server: Internal - {count} files may be open at a time (ulimit -n), "
+            f"at least {_DESCRIPTORS_MIN} are needed",
+            file=sys.stderr,
+        )
+        return 1
     try:
         # Before anything else: a port in use is one clear line, and there is nothing to clean up yet.
         listeners = bind_endpoints(settings)
@@ -104,8 +133,21 @@ def serve(settings: Settings) -> int:
             print(f"error: creating server: {error.code.label} - {error.text}", file=sys.stderr)
             return 1
         return _supervise(settings, runtime, listeners)
+    except (OSError, MemoryError) as error:
+        # The machine has too little of something: descriptors, memory, processes, room on a disk.
+        log.verbose(1, traceback.format_exc())
+        print(f"error: creating server: Internal - {_lacking(error)}", file=sys.stderr)
+        return 1
     finally:
         runtime.remove()
+
+
+def _lacking(error: OSError | MemoryError) -> str:
+    """Say what there was too little of, and which limit that is."""
+    if not isinstance(error, OSError) or not error.errno:
+        return str(error) or "out of memory"
+    where = f": '{error.filename}'" if error.filename else ""
+    return f"{os.strerror(error.errno)}{where}{_LIMITS.get(error.errno, '')}"
 
 
 def _add_functions(settings: Settings, runtime: RuntimeDirectory) -> Settings:

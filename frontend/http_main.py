@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 from collections.abc import Sequence
 
@@ -112,16 +111,9 @@ async def serve_http(process: FrontendProcess, heads: HeadParser, routes: Sequen
     )
     frontend.take_catalog(process.control.catalog)
     process.control.add_listener(frontend.take_catalog)
-    _allow_descriptors()
     served = HttpServed(frontend, context, process.sockets)
     await served.open()
     return served
-
-
-def _allow_descriptors() -> None:
-    """Take as many descriptors as the system lets us have: each connection is one."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 
 import setproctitle
@@ -29,3 +30,10 @@ def ignore_terminal_signals() -> None:
     """Leave SIGINT, SIGTERM and SIGHUP to the supervisor, which drains and then stops its children itself."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def allow_descriptors() -> int:
+    """Take as many descriptors as the system lets us have; return how many."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

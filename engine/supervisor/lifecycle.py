@@ -323,6 +323,9 @@ class ModelLifecycle:
         except ServingError as error:
             self._progress(name, version, "failed", 0, 0, error.text)
             raise
+        except OSError as error:
+            # Too few descriptors, no room on a disk: no fault of ours.
+            raise Internal(error.strerror or str(error)) from error
         except Exception as error:
             log.error(f"loading {name}:{version} failed:\n{traceback.format_exc()}")
             raise Internal(f"{type(error).__name__}: {error}") from error

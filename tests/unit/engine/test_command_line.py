@@ -75,6 +75,17 @@ def test_flags_without_a_command_mean_serve():
     assert (command.name, command.settings.repository.paths) == ("serve", ("/models",))
 
 
+def test_bytes_that_are_no_text_are_refused():
+    assert refuse("--id=\udcff") == "Error: an argument is not valid UTF-8: '--id=\\udcff'\n"
+    text = refuse(environ={"FOREBAY_ID": "\udcff"})
+    assert text == "Error: the environment variable FOREBAY_ID is not valid UTF-8: '\\udcff'\n"
+
+
+def test_text_is_utf_8_whatever_the_locale_says():
+    """In a locale of plain ASCII each byte of it comes as a surrogate."""
+    check("--id=w\udcc3\udcb6rld", "server.id", "wörld")
+
+
 def test_no_words_print_the_overview():
     for words in ([], ["--help"], ["help"], ["-h"]):
         with pytest.raises(CommandLineExit, match="Usage: forebay COMMAND") as caught:
