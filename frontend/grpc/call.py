@@ -34,6 +34,9 @@ UPLOAD_BYTES_MIN = 64 * 1024
 #: A message cannot be larger: Triton's limit, INT32_MAX (spec G-055).
 MESSAGE_BYTES_MAX = 2**31 - 1
 
+#: Bytes of a request that is no gRPC that are waited for, before it is answered.
+_UNREAD_BYTES_MAX = 64 * 1024
+
 #: What gRPC libraries say themselves.
 _DEADLINE_TEXT = "Deadline Exceeded"
 
@@ -347,7 +350,24 @@ class Call(Stream):
 class FailedCall(Call):
     """A call that was refused before its request was read."""
 
-    __slots__ = ()
+    __slots__ = ("_plain_reply",)
+
+    def opened(self) -> None:
+        #: Waits for the end of the request.
+        self._plain_reply: bytes | None = None
+
+    def answer_plainly(self, http_status: int) -> None:
+        """Answer in plain HTTP when the request has come: curl takes it for an error if its rest is refused."""
+        self._plain_reply = encode_plain([(b":status", b"%d" % http_status), (b"content-length", b"0")])
+        if self.is_remote_closed:
+            self._send_plain_reply()
 
     def on_data(self, chunk: memoryview, *, is_end: bool) -> None:
-        pass
+        self._body_bytes += len(chunk)
+        if is_end or self._body_bytes > _UNREAD_BYTES_MAX:
+            self._send_plain_reply()
+
+    def _send_plain_reply(self) -> None:
+        reply, self._plain_reply = self._plain_reply, None
+        if reply is not None:
+            self.connection.send_tail(self, reply)

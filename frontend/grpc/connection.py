@@ -16,7 +16,7 @@ from forebay.frontend.grpc.call import Call, FailedCall
 from forebay.frontend.grpc.http2.connection import Connection
 from forebay.frontend.grpc.http2.frames import Http2Code
 from forebay.frontend.grpc.http2.hpack_decoder import HpackDecoder
-from forebay.frontend.grpc.http2.hpack_encoder import ReplyEncoder, encode_plain
+from forebay.frontend.grpc.http2.hpack_encoder import ReplyEncoder
 from forebay.frontend.grpc.http2.stream import Stream
 from forebay.frontend.grpc.status import ACCEPT_ENCODING, CONTENT_TYPE, STATUS_OK, STOPPING_TEXT, RpcError, Status
 
@@ -175,10 +175,8 @@ class GrpcConnection(asyncio.BufferedProtocol):
         if head.is_malformed:
             self._http2.abort(call, Http2Code.PROTOCOL_ERROR)
         elif head.http_status != 200:
-            # No gRPC client at all: answer in plain HTTP.
-            self._http2.send_tail(
-                call, encode_plain([(b":status", b"%d" % head.http_status), (b"content-length", b"0")])
-            )
+            # No gRPC client at all.
+            call.answer_plainly(head.http_status)
         elif head.error is not None:
             call.fail(head.error)
         elif self._frontend.is_draining:
