@@ -52,10 +52,14 @@ class RuntimeDirectory:
                 f"runtime directory '{self.path}' is longer than {PATH_BYTES_MAX} bytes, too long for the sockets "
                 "in it; name a shorter one with --runtime-directory"
             )
-        os.mkdir(self.path, 0o700)
-        self._lock_fd = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-        self.janitor = Janitor(self.path)
+        try:
+            os.mkdir(self.path, 0o700)
+            self._lock_fd = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            self.janitor = Janitor(self.path)
+        except OSError as error:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise Internal(f"cannot create the runtime directory '{self.path}': {error.strerror}") from None
 
     def remove(self) -> None:
         """Remove the directory and end the janitor."""

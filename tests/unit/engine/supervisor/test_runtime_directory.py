@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import stat
@@ -43,6 +45,17 @@ def test_a_stopped_janitor_holds_nobody_up(base: Path) -> None:
     runtime.remove()
     assert not os.path.exists(runtime.path)
     assert not is_running(janitor)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    before = list(base.iterdir())
+    with pytest.raises(Internal, match=r"^cannot create the runtime directory '.*': No space left on device$"):
+        RuntimeDirectory(str(base))
+    assert list(base.iterdir()) == before
 
 
 def test_live_directory_survives_another_server(base: Path) -> None:
