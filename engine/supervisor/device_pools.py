@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from forebay.engine.settings import GpuSettings
-from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.catalog import EnsembleStep, ModelEntry
 from forebay.ipc.device_blocks import ALIGNMENT_BYTES
 from forebay.ipc.errors import ServingError
 from forebay.ipc.frontend_messages import PoolDown, PoolUp
@@ -187,21 +187,43 @@ def wanted_devices(models: Iterable[ModelEntry], before: frozenset[int] = frozen
             knows where its model takes tensors.
     """
     entries = list(models)
-    versions: dict[tuple[str, str], list[ModelEntry]] = {}
-    for entry in entries:
-        versions.setdefault((entry.namespace, entry.name), []).append(entry)
+    versions = _Versions(entries)
     wanted: set[int] = set()
     is_any_on_gpu = False
     for ensemble in entries:
         written: set[tuple[str, int]] = set()
         read: set[tuple[str, int]] = set()
         for step in ensemble.steps:
-            for entry in versions.get((step.namespace, step.model), ()):
-                if step.version > 0 and step.version != entry.version:
-                    continue
+            for entry in versions.of(step):
                 is_any_on_gpu = is_any_on_gpu or bool(entry.gpu_uuid)
-                if entry.device_id >= 0:
-                    written.update((tensor, entry.device_id) for tensor in step.outputs.values())
-                    read.update((tensor, entry.device_id) for tensor in step.inputs.values())
+                for device_id in versions.devices(entry):
+                    written.update((tensor, device_id) for tensor in step.outputs.values())
+                    read.update((tensor, device_id) for tensor in step.inputs.values())
         wanted.update(device_id for _tensor, device_id in written & read)
     return frozenset(wanted | before) if is_any_on_gpu else frozenset(wanted)
+
+
+class _Versions:
+    """Which models steps mean, and where these take tensors."""
+
+    def __init__(self, entries: Iterable[ModelEntry]) -> None:
+        self._by_name: dict[tuple[str, str], list[ModelEntry]] = {}
+        for entry in entries:
+            self._by_name.setdefault((entry.namespace, entry.name), []).append(entry)
+
+    def of(self, step: EnsembleStep) -> list[ModelEntry]:
+        found = self._by_name.get((step.namespace, step.model), [])
+        return [entry for entry in found if step.version < 1 or step.version == entry.version]
+
+    def devices(self, entry: ModelEntry) -> set[int]:
+        """Return the GPUs of a model, or of all models that an ensemble is made of."""
+        found: set[int] = set()
+        seen: set[int] = set()
+        pending = [entry]
+        while pending:
+            entry = pending.pop()
+            if id(entry) not in seen:
+                seen.add(id(entry))
+                found.add(entry.device_id)
+                pending.extend(inner for step in entry.steps for inner in self.of(step))
+        return found - {-1}

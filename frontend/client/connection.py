@@ -27,6 +27,7 @@ from forebay.client.options import Options
 from forebay.client.pending import BlockLease, Pending, RowsLease
 from forebay.client.submissions import Submissions
 from forebay.ipc.arena import Arena
+from forebay.ipc.ensemble.device_tensors import NO_DEVICES, ClientDevices
 from forebay.ipc.errors import ArenaFull
 from forebay.ipc.messages import TensorPlace
 
@@ -211,11 +212,35 @@ class Connection:
             self._in_flight.submit_group(pendings, whole)
 
     def ensemble_request(
-        self, model: Opened, inputs: Sequence[tuple[TensorPlace, BlockLease]], rows: int, options: Options
+        self,
+        model: Opened,
+        inputs: Sequence[tuple[TensorPlace, BlockLease]],
+        rows: int,
+        options: Options,
+        output_devices: ClientDevices = NO_DEVICES,
     ) -> PendingEnsemble:
-        """Return a request to an ensemble, to be submitted."""
-        host = ClientSteps(model, self._in_flight, self._models, self.memory, self.device_pools, options)
-        return PendingEnsemble(host, model, inputs, rows)
+        """Return a request to an ensemble, to be submitted.
+
+        Args:
+            output_devices: outputs that may be in the memory of GPUs.
+        """
+        return PendingEnsemble(self._steps(model, options, output_devices), model, inputs, rows)
+
+    def device_inputs(self, model: Opened, options: Options) -> dict[str, int]:
+        """Return the inputs of an ensemble that steps take in the memory of one GPU each, and that GPU."""
+        with self._lock:
+            return self._steps(model, options, NO_DEVICES).device_inputs()
+
+    def _steps(self, model: Opened, options: Options, output_devices: ClientDevices) -> ClientSteps:
+        return ClientSteps(
+            model,
+            self._in_flight,
+            self._models,
+            self.memory,
+            self.device_pools,
+            options,
+            output_devices=output_devices,
+        )
 
     @staticmethod
     def _check_edition(pending: Pending) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from forebay.client.connection import Connection
 from forebay.client.device_pools import DeviceLease
 from forebay.client.opened import Opened
 from forebay.client.options import Options
 from forebay.client.parcels import describe
-from forebay.client.pending import BlockLease, PendingParcel
+from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
 from forebay.client.placement import BlockPlacement
-from forebay.ipc.ensemble.device_tensors import device_targets
+from forebay.ipc.ensemble.device_tensors import ClientDevices, device_targets
 from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.tensor import TensorSpec
 
@@ -23,6 +23,8 @@ class DevicePlacement(BlockPlacement):
         super().__init__(connection, model)
         self._memories: list[DeviceMemory] = []
         self._targets: dict[str, DeviceLease | None] = {}
+        #: Outputs of an ensemble that may be in the memory of GPUs.
+        self._output_devices: ClientDevices = {}
         #: Takes device memory for an output, once its size is known.
         self._take_room: Callable[[int], DeviceLease | None] | None = None
 
@@ -42,9 +44,18 @@ class DevicePlacement(BlockPlacement):
         """Have an output written to a block of device memory, if it fits there; None: one is taken when it is there."""
         self._targets[name] = lease
 
+    def take_outputs_on(self, devices: Collection[int]) -> None:
+        """Let all outputs of an ensemble be in the memory of these GPUs, where the steps that make them live there."""
+        self._output_devices = {spec.name: devices for spec in self.model.signature.outputs}
+
     def take_rooms_by(self, take_room: Callable[[int], DeviceLease | None]) -> None:
         """Say who has device memory for outputs that do not fit, by their bytes. The connection's lock is held then."""
         self._take_room = take_room
+
+    def _ensemble_request(
+        self, inputs: Sequence[tuple[TensorPlace, BlockLease]], rows: int, options: Options
+    ) -> PendingResponses:
+        return self._connection.ensemble_request(self.model, inputs, rows, options, self._output_devices)
 
     def _describe(
         self, pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options

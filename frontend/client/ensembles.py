@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from forebay.client.device_pools import DeviceLease, DevicePools
+from forebay.client.errors import ModelChanged, changed_text
 from forebay.client.in_flight import InFlight
 from forebay.client.memory import Memory
 from forebay.client.models import Models
@@ -22,7 +23,14 @@ from forebay.client.options import Options
 from forebay.client.parcels import describe, reply_bytes
 from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
 from forebay.ipc.catalog import EnsembleStep
-from forebay.ipc.ensemble.device_tensors import device_targets
+from forebay.ipc.ensemble.device_tensors import (
+    NO_DEVICES,
+    ClientDevices,
+    device_inputs,
+    device_of_input,
+    device_targets,
+)
+from forebay.ipc.ensemble.graph import NeededStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
 from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor
@@ -48,6 +56,12 @@ class KeptBlock:
         """Nothing to do."""
 
 
+def _tensor_in(lease: BlockLease, place: TensorPlace) -> Tensor:
+    """Return the tensor of a place, which lies in the block of a lease."""
+    memory = lease.memory if isinstance(lease, DeviceLease) else None
+    return Tensor(place.datatype, place.shape, place.byte_size, place.offset, KeptBlock(lease), memory=memory)
+
+
 class PendingEnsemble(PendingResponses):
     """A request to an ensemble. Its run is changed under the connection's lock only."""
 
@@ -60,18 +74,26 @@ class PendingEnsemble(PendingResponses):
         inputs: Sequence[tuple[TensorPlace, BlockLease]],
         rows: int,
     ) -> None:
-        """Prepare; nothing runs before :meth:`start`."""
+        """Prepare; nothing runs before :meth:`start`.
+
+        Args:
+            inputs: in the arena, or in device memory where :meth:`ClientSteps.device_inputs` says so.
+        """
         super().__init__(model, rows)
         self._host = host
-        self._tensors = {
-            place.name: Tensor(place.datatype, place.shape, place.byte_size, place.offset, KeptBlock(lease))
-            for place, lease in inputs
-        }
+        self._tensors = {place.name: _tensor_in(lease, place) for place, lease in inputs}
         #: None when it is over: run and request refer to each other, and blocks are to come back at once.
         self._run: EnsembleRun[Opened] | None = None
 
     def start(self) -> None:
-        """Run the steps that can run."""
+        """Run the steps that can run.
+
+        Raises:
+            ModelChanged: a step that takes an input in device memory has moved since; nothing has run.
+        """
+        on_device = {name: tensor.memory.device_id for name, tensor in self._tensors.items() if tensor.memory}
+        if on_device and not on_device.items() <= self._host.device_inputs().items():
+            raise ModelChanged(changed_text(self.model.name))
         self._run = self._host.run(self._tensors, self.rows, self._take)
         self._run.start()
 
@@ -83,20 +105,29 @@ class PendingEnsemble(PendingResponses):
             self._run = None
             self.finish(Cancelled("request was cancelled"))
 
+    def device_lease(self, place: TensorPlace, held: Sequence[BlockLease]) -> DeviceLease | None:
+        lease = held[place.memory - 1]
+        return lease if isinstance(lease, DeviceLease) else None
+
     def _take(self, reply: StepReply) -> None:
         if reply.error is None and reply.has_response:
-            places = tuple(
-                TensorPlace(name, tensor.datatype, tensor.shape, tensor.offset, tensor.byte_size)
-                for name, tensor in reply.outputs.items()
-                if tensor.block is not None
-            )
+            places: list[TensorPlace] = []
+            held: list[BlockLease] = []
+            for name, tensor in reply.outputs.items():
+                if isinstance(tensor.block, KeptBlock):
+                    held.append(tensor.block.lease)
+                    memory = 0 if tensor.memory is None else len(held)
+                    place = TensorPlace(
+                        name, tensor.datatype, tensor.shape, tensor.offset, tensor.byte_size, memory=memory
+                    )
+                    places.append(place)
             inline = tuple(
                 InlineTensor(name, tensor.datatype, tensor.shape, tensor.data)
                 for name, tensor in reply.outputs.items()
                 if tensor.block is None
             )
-            held = tuple(tensor.block.lease for tensor in reply.outputs.values() if isinstance(tensor.block, KeptBlock))
-            self.respond(ReplyHead(outputs=places, inline=inline, parameters=dict(reply.parameters)), held)
+            head = ReplyHead(outputs=tuple(places), inline=inline, parameters=dict(reply.parameters))
+            self.respond(head, tuple(held))
         if reply.final:
             self._run = None
             self.has_run = reply.ran
@@ -118,12 +149,14 @@ class ClientSteps:
         device_pools: DevicePools,
         options: Options,
         depth: int = 0,
+        output_devices: ClientDevices = NO_DEVICES,
     ) -> None:
         """
         Args:
             model: the ensemble.
             options: of the request to the ensemble.
             depth: how many ensembles this one runs inside of.
+            output_devices: outputs that may be in the memory of GPUs.
         """
         self._model = model
         self._in_flight = in_flight
@@ -132,13 +165,21 @@ class ClientSteps:
         self._device_pools = device_pools
         self._options = options
         self._depth = depth
+        self._output_devices = output_devices
+
+    def device_inputs(self) -> dict[str, int]:
+        """Return the inputs of the ensemble that steps take in the memory of one GPU each, and that GPU."""
+        assert self._model.ensemble is not None
+        plan = self._model.ensemble.graph.plan(self._options.outputs)
+        names = [spec.name for spec in self._model.signature.inputs]
+        return device_inputs(plan, names, functools.partial(self._device_of_step, depth=self._depth))
 
     def run(self, inputs: Mapping[str, Tensor], rows: int, on_reply: OnStepReply) -> EnsembleRun[Opened]:
         """Return the run of the request, not yet started."""
         model, options = self._model, self._options
         assert model.ensemble is not None
         sequence = (options.sequence_id, options.sequence_start, options.sequence_end)
-        request = EnsembleRequest(options.request_id, options.outputs, sequence)
+        request = EnsembleRequest(options.request_id, options.outputs, sequence, self._output_devices)
         if options.trace is not None:
             on_reply = traced_reply(options.trace, traced_run(options.trace, inputs, self._memory, on_reply))
         return EnsembleRun(model.ensemble, model.entry, self, inputs, rows, request, on_reply)
@@ -156,6 +197,21 @@ class ClientSteps:
     def let_go(self, model: Opened) -> None:
         """Nothing to do: a step whose model was loaded anew follows it."""
 
+    def device_of(self, model: Opened, name: str) -> int:
+        return self._device_of(model, name, self._depth)
+
+    def _device_of(self, model: Opened, name: str, depth: int) -> int:
+        if model.ensemble is None:
+            return device_of_input(model.entry, name)
+        if depth > DEPTH_MAX:
+            return -1
+        device_of = functools.partial(self._device_of_step, depth=depth + 1)
+        return device_inputs(model.ensemble.graph.plan(()), (name,), device_of).get(name, -1)
+
+    def _device_of_step(self, reader: NeededStep, name: str, *, depth: int) -> int:
+        model = self.find(reader.step)
+        return -1 if model is None else self._device_of(model, name, depth)
+
     def place(self, tensor: Tensor) -> Tensor:
         lease = self._memory.loan_block(tensor.byte_size)
         self._memory.write(lease, tensor.data)
@@ -172,14 +228,21 @@ class ClientSteps:
             sequence_start=is_start,
             sequence_end=is_end,
         )
-        if model.ensemble is not None:
-            host = ClientSteps(
-                model, self._in_flight, self._models, self._memory, self._device_pools, options, self._depth + 1
-            )
-            return host.run(request.inputs, request.rows, on_reply)
         if options.trace is not None and options.trace.shows_tensors:
             # What a trace shows must be on the host.
-            request = request._replace(device_outputs={})
+            request = request._replace(device_outputs={}, output_devices={})
+        if model.ensemble is not None:
+            host = ClientSteps(
+                model,
+                self._in_flight,
+                self._models,
+                self._memory,
+                self._device_pools,
+                options,
+                self._depth + 1,
+                request.output_devices,
+            )
+            return host.run(request.inputs, request.rows, on_reply)
         return _ModelCall(self._in_flight, self._memory, self._device_pools, model, request, options, on_reply)
 
     def ended(self, rows: int, began_ns: int, reply: StepReply) -> None:
@@ -274,11 +337,7 @@ class _ModelCall:
             lease = self._lease_of(place, held)
             if lease is None:
                 return StepReply(error=Internal("the model's answer could not be read"))
-            memory = lease.memory if isinstance(lease, DeviceLease) else None
-            block = KeptBlock(lease)
-            outputs[place.name] = Tensor(
-                place.datatype, place.shape, place.byte_size, place.offset, block, memory=memory
-            )
+            outputs[place.name] = _tensor_in(lease, place)
         for inline in reply.inline:
             outputs[inline.name] = Tensor(inline.datatype, inline.shape, len(inline.data), data=inline.data)
         times = self._times() if is_final else StepTimes()
@@ -286,9 +345,9 @@ class _ModelCall:
 
     def _lease_of(self, place: TensorPlace, held: tuple[BlockLease, ...]) -> BlockLease | None:
         """Return what an output lies in; None: the answer makes no sense."""
-        if not place.memory:
-            return next((lease for lease in held if lease.contains(place.offset, place.byte_size)), None)
-        return self._pending.target(place)
+        if place.memory:
+            return self._pending.device_lease(place, held)
+        return next((lease for lease in held if lease.contains(place.offset, place.byte_size)), None)
 
     def _times(self) -> StepTimes:
         return StepTimes.since(self._pending.enqueue_ns, self._in_flight.reply_times())

@@ -465,7 +465,7 @@ def _note_passed(pending: PendingParcel, reply: ReplyHead) -> None:
     """Count outputs that stay on a device, remember how large they are, and give back what they do not use."""
     passed_bytes = 0
     for place in reply.outputs:
-        lease = pending.target(place) if place.memory else None
+        lease = pending.device_lease(place, ()) if place.memory else None
         if lease is not None:
             passed_bytes += place.byte_size
             pending.model.output_sizes.learn(place.name, pending.rows, place.byte_size)

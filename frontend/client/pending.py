@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -224,6 +224,14 @@ class PendingResponses(Pending):
     def has_news(self) -> bool:
         return self.is_done or self.is_abandoned or bool(self.responses)
 
+    def device_lease(self, place: TensorPlace, held: Sequence[BlockLease]) -> DeviceLease | None:
+        """Return the device memory that an output of a response lies in; None: it is none of ours.
+
+        Args:
+            held: what the response lies in.
+        """
+        return None
+
     def respond(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> None:
         """Keep a response until somebody takes it; nobody is woken yet."""
         self.responses.append((reply, held))
@@ -262,8 +270,7 @@ class PendingParcel(PendingResponses):
                 rooms[name] = self.targets[name] = lease
         return rooms
 
-    def target(self, place: TensorPlace) -> DeviceLease | None:
-        """Return the device memory that an output of the answer lies in; None: it is none of ours."""
+    def device_lease(self, place: TensorPlace, held: Sequence[BlockLease]) -> DeviceLease | None:
         lease = self.targets.get(place.name)
         fits = lease is not None and place.offset == lease.offset and place.byte_size <= lease.byte_size
         return lease if fits else None

@@ -221,7 +221,7 @@ class BlockPlacement:
         leases = tuple(lease for _place, lease in self._inputs.values())
         pending: PendingResponses
         if signature.is_ensemble:
-            pending = connection.ensemble_request(model, [self._inputs[place.name] for place in places], count, options)
+            pending = self._ensemble_request([self._inputs[place.name] for place in places], count, options)
         else:
             reply = connection.loan_block(reply_bytes(model, count))
             pending = PendingParcel(model, count, connection.next_token())
@@ -230,6 +230,12 @@ class BlockPlacement:
         self._reply, self._held = None, ()
         connection.submit(pending)
         return pending
+
+    def _ensemble_request(
+        self, inputs: Sequence[tuple[TensorPlace, BlockLease]], rows: int, options: Options
+    ) -> PendingResponses:
+        """Return a request to an ensemble, with these inputs."""
+        return self._connection.ensemble_request(self.model, inputs, rows, options)
 
     def _describe(
         self, pending: PendingParcel, places: Sequence[TensorPlace], reply: BlockLease, options: Options

@@ -14,6 +14,8 @@ from forebay.frontend.ensemble.step_call import ModelCall
 from forebay.frontend.ensemble.tensors import placed
 from forebay.frontend.inference import RequestMeta
 from forebay.ipc.catalog import EnsembleStep
+from forebay.ipc.ensemble.device_tensors import NO_DEVICES, ClientDevices, device_inputs, device_of_input
+from forebay.ipc.ensemble.graph import NeededStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, Ensemble, EnsembleRequest, EnsembleRun
 from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest
 from forebay.ipc.ensemble.tensors import Tensor
@@ -52,15 +54,18 @@ def ensemble_run(
     meta: RequestMeta,
     on_reply: OnStepReply,
     depth: int = 0,
+    output_devices: ClientDevices = NO_DEVICES,
 ) -> EnsembleRun[RouteClient]:
     """Return a request to an ensemble, not yet started; it holds the inputs.
 
     Args:
         rows: batch items, at least 1.
         depth: how many ensembles this one runs inside of.
+        output_devices: outputs that may be in the memory of GPUs.
     """
     model = ensemble_of(route)
-    request = EnsembleRequest(meta.id, meta.outputs, (meta.sequence_id, meta.sequence_start, meta.sequence_end))
+    sequence = (meta.sequence_id, meta.sequence_start, meta.sequence_end)
+    request = EnsembleRequest(meta.id, meta.outputs, sequence, output_devices)
     if meta.trace is not None:
         on_reply = traced_run(meta.trace, inputs, route.engine, on_reply)
     return EnsembleRun(model, route.entry, FrontendSteps(model, meta, depth), inputs, rows, request, on_reply)
@@ -86,6 +91,23 @@ class FrontendSteps:
     def let_go(self, model: RouteClient) -> None:
         model.count_ensemble_use(-1)
 
+    def device_of(self, model: RouteClient, name: str) -> int:
+        return self._device_of(model, name, self._depth)
+
+    def _device_of(self, model: RouteClient, name: str, depth: int) -> int:
+        entry = model.entry
+        if not entry.is_ensemble:
+            return device_of_input(entry, name)
+
+        def inner(reader: NeededStep, inner_name: str) -> int:
+            step = reader.step
+            route = self._engine.find_route(step.namespace, step.model, step.version)
+            return -1 if route is None else self._device_of(route, inner_name, depth + 1)
+
+        plan = ensemble_of(model).graph.plan(())
+        is_read_on_host = entry.response_cache or depth > DEPTH_MAX
+        return -1 if is_read_on_host else device_inputs(plan, (name,), inner).get(name, -1)
+
     def place(self, tensor: Tensor) -> Tensor:
         return placed(tensor, self._ensemble.route)
 
@@ -98,7 +120,7 @@ class FrontendSteps:
                 on_reply = traced_reply(trace, on_reply)
                 if trace.shows_tensors:
                     # What a trace shows must be on the host.
-                    request = request._replace(device_outputs={})
+                    request = request._replace(device_outputs={}, output_devices={})
         sequence_id, is_start, is_end = request.sequence
         meta = msgspec.structs.replace(
             self._meta,
@@ -111,7 +133,8 @@ class FrontendSteps:
 
         def run(reply_to: OnStepReply) -> StepCall:
             if entry.is_ensemble:
-                return ensemble_run(model, request.inputs, request.rows, meta, reply_to, self._depth + 1)
+                depth, devices = self._depth + 1, request.output_devices
+                return ensemble_run(model, request.inputs, request.rows, meta, reply_to, depth, devices)
             return ModelCall(model, request, meta, reply_to)
 
         cache = self._engine.response_cache

@@ -16,7 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, NamedTuple
 
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.ensemble.device_tensors import device_outputs, device_places
+from forebay.ipc.ensemble.device_tensors import (
+    NO_DEVICES,
+    ClientDevices,
+    device_outputs,
+    device_places,
+    devices_of_output,
+)
 from forebay.ipc.ensemble.graph import EnsembleGraph, GraphPlan, NeededStep
 from forebay.ipc.ensemble.steps import (
     Model,
@@ -60,6 +66,8 @@ class EnsembleRequest(NamedTuple):
     """Those wanted; empty: all."""
     sequence: tuple[int | str, bool, bool]
     """Correlation id, start, end."""
+    output_devices: ClientDevices = NO_DEVICES
+    """Outputs that the client takes in the memory of GPUs."""
 
 
 class _Iteration:
@@ -138,8 +146,9 @@ class EnsembleRun(Generic[Model]):
         self._calls: dict[int, StepCall] = {}
         self._next_call = 0
         self._is_mixed: bool | None = None
-        #: Some step was told that an output may stay on its GPU.
-        self._may_use_devices = False
+        self._output_devices = request.output_devices
+        #: Some tensor is on a GPU, or may stay there.
+        self._may_use_devices = any(tensor.memory is not None for tensor in inputs.values())
         self._models: dict[int, Model] = {}
         #: Responses of decoupled steps that wait for others to be worked on: parent, ensemble tensors, parameters.
         self._waiting: deque[tuple[_Iteration, dict[str, Tensor | None], Mapping[str, ParameterValue]]] = deque()
@@ -264,18 +273,30 @@ class EnsembleRun(Generic[Model]):
             outputs=() if len(needed.outputs) == len(entry.outputs) else needed.outputs,
             sequence=iteration.sequence,
         )
-        if entry.device_id >= 0 or self._may_use_devices:
+        if entry.device_id >= 0 or entry.is_ensemble or self._may_use_devices:
             request = self._with_devices(request, needed, entry)
         return self._host.call(model, request, on_reply)
 
     def _with_devices(self, request: StepRequest, needed: NeededStep, entry: ModelEntry) -> StepRequest:
         """Add to a step's request what concerns device memory."""
-        kept: dict[str, int] = {}
-        if entry.device_id >= 0:
-            kept = device_outputs(needed, entry, request.rows, self._plan, lambda number: self._models[number].entry)
-            self._may_use_devices = self._may_use_devices or bool(kept)
+        if entry.is_ensemble and not entry.response_cache:
+            outputs = needed.step.outputs
+            devices = {name: found for name in needed.outputs if (found := self._devices_of(outputs[name]))}
+            request = request._replace(output_devices=devices)
+        elif entry.device_id >= 0:
+            request = request._replace(device_outputs=device_outputs(needed, entry, request.rows, self._devices_of))
+        if request.output_devices or request.device_outputs:
+            self._may_use_devices = True
+        if not self._may_use_devices:
+            return request
         places, memories = device_places(request.inputs)
-        return request._replace(places=places, memories=memories, device_outputs=kept)
+        return request._replace(places=places, memories=memories)
+
+    def _devices_of(self, tensor: str) -> frozenset[int]:
+        return devices_of_output(self._plan, tensor, self._device_of, self._output_devices)
+
+    def _device_of(self, reader: NeededStep, name: str) -> int:
+        return self._host.device_of(self._models[reader.number], name)
 
     # --- replies ---
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from forebay.ipc.catalog import EnsembleStep, ModelEntry
@@ -83,6 +83,8 @@ class StepRequest(NamedTuple):
     """Correlation id, start, end."""
     memories: tuple[DeviceMemory, ...] = ()
     """On devices, that places lie in."""
+    output_devices: Mapping[str, Collection[int]] = {}
+    """Of a step that is an ensemble: GPUs in whose memory everybody who gets an output takes it."""
     device_outputs: Mapping[str, int] = {}
     """Outputs that may stay on the model's GPU, because nobody but steps there reads them, with their bytes; 0: these
     vary."""
@@ -111,6 +113,10 @@ class StepHost(Protocol[Model]):
 
     def let_go(self, model: Model) -> None:
         """The request is over."""
+        ...
+
+    def device_of(self, model: Model, name: str) -> int:
+        """Return the GPU in whose memory a model takes an input; -1: there is none."""
         ...
 
     def place(self, tensor: Tensor) -> Tensor:

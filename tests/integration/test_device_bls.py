@@ -108,6 +108,32 @@ class TritonPythonModel:
     def ensemble(self, value):
         return shown(call("chain", gpu_tensor(value), ON_GPU))
 
+    def ensemble_to_anywhere(self, value):
+        return shown(call("chain", gpu_tensor(value)))
+
+    def ensemble_to_host(self, value):
+        return shown(call("chain", gpu_tensor(value), ON_HOST))
+
+    def ensemble_from_host(self, value):
+        return shown(call("chain", pb_utils.Tensor("X", np.full((1, 4), value, np.float32)), ON_GPU))
+
+    def nested_ensemble(self, value):
+        return shown(call("nested", gpu_tensor(value), ON_GPU))
+
+    def varying_ensemble(self, value):
+        tensor = pb_utils.Tensor.from_dlpack("X", GpuTensor(np.full((1, int(value)), value, np.float32)))
+        return shown(call("chain_varying", tensor, ON_GPU))
+
+    def half_ensemble(self, value):
+        return shown(call("half", gpu_tensor(value), ON_GPU))
+
+    def ensembles_in_a_row(self, value):
+        tensor = gpu_tensor(value)
+        for _ in range(3):
+            answer = call("chain", tensor, ON_GPU)
+            tensor = pb_utils.Tensor.from_dlpack("X", GpuTensor.from_dlpack(answer))
+        return shown(answer)
+
     def receiver(self, value):
         return shown(call("receiver", gpu_tensor(value)))
 
@@ -182,6 +208,9 @@ class Caller:
         add_doubler(root, "gpu_varying", "KIND_GPU", dim=-1)
         add_doubler(root, "cpu", "KIND_CPU")
         add_chain(root, "chain")
+        add_chain(root, "nested", model="chain")
+        add_chain(root, "chain_varying", model="gpu_varying", dim=-1)
+        add_chain(root, "half", last="cpu")
         add_python(
             root,
             "caller",
@@ -273,7 +302,49 @@ def test_models_elsewhere_get_tensors_of_a_gpu_through_the_host(caller: Caller) 
     assert caller.crossed("caller") == (into, out + ROW_BYTES)
     assert caller.do("cpu_to_gpu", 2) == on_gpu(4)
     assert caller.crossed("caller") == (into + ROW_BYTES, out + 2 * ROW_BYTES)
-    assert caller.do("ensemble", 2) == on_gpu(8)
+
+
+@pytest.mark.parametrize(
+    ("what", "answer"),
+    [
+        ("ensemble", on_gpu(8)),
+        ("ensemble_to_anywhere", on_gpu(8)),
+        ("nested_ensemble", on_gpu(32)),
+        ("ensembles_in_a_row", on_gpu(128)),
+    ],
+)
+def test_ensembles_on_the_callers_gpu_are_called_without_the_host(
+    caller: Caller, what: str, answer: list[object]
+) -> None:
+    """Issue 8, 4: neither inputs nor outputs, nor what their steps tell each other, come to the host."""
+    crossed = [caller.crossed(model) for model in ("gpu", "caller")]
+    for _ in range(5):
+        assert caller.do(what, 2) == answer
+    assert [caller.crossed(model) for model in ("gpu", "caller")] == crossed
+
+
+def test_of_ensembles_only_what_is_wanted_on_the_host_goes_there(caller: Caller) -> None:
+    """P-097."""
+    (into, out), own = caller.crossed("gpu"), caller.crossed("caller")
+    assert caller.do("ensemble_to_host", 2) == on_host(8)
+    assert (caller.crossed("gpu"), caller.crossed("caller")) == ((into, out + ROW_BYTES), own)
+    assert caller.do("ensemble_from_host", 2) == on_gpu(8)
+    assert (caller.crossed("gpu"), caller.crossed("caller")) == ((into + ROW_BYTES, out + ROW_BYTES), own)
+
+
+def test_ensembles_with_steps_elsewhere_get_what_these_read_through_the_host(caller: Caller) -> None:
+    """The first step is on the GPU and the second on the CPU; its output is brought to the GPU as is preferred."""
+    (into, out), own = caller.crossed("gpu"), caller.crossed("caller")
+    assert caller.do("half_ensemble", 2) == on_gpu(8)
+    assert caller.crossed("gpu") == (into, out + ROW_BYTES)
+    assert caller.crossed("caller") == (own[0] + ROW_BYTES, own[1])
+
+
+def test_ensembles_of_varying_size_are_called_without_the_host(caller: Caller) -> None:
+    crossed = [caller.crossed(model) for model in ("gpu_varying", "caller")]
+    for width in (3, 300, 30):
+        assert caller.do("varying_ensemble", width) == [False, [[4.0 * width] * width]]
+    assert [caller.crossed(model) for model in ("gpu_varying", "caller")] == crossed
 
 
 def test_outputs_of_varying_size_stay_on_the_gpu(caller: Caller) -> None:
@@ -355,10 +426,28 @@ def test_calls_go_on_when_a_model_or_the_keeper_of_the_memory_was_replaced(calle
         if role == "worker courier":
             for number in range(3):
                 assert caller.do("chain", number) == on_gpu(8 * number)
+                assert caller.do("ensemble", number) == on_gpu(4 * number)
         caller.server.wait_logged("is back", count=round_number)
         assert caller.do("chain", round_number) == on_gpu(8 * round_number)
+        assert caller.do("ensemble", round_number) == on_gpu(4 * round_number)
     caller.wait_passing()
     assert caller.do("receiver", 3) == on_gpu(6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_of_ensembles_follow_their_models_off_the_gpu_and_back(tmp_path: Path, kind: str) -> None:
+    caller = Caller(tmp_path, kind, "--model-control-mode=explicit", "--load-model=*")
+    config = tmp_path / "gpu" / "config.pbtxt"
+    there = config.read_text()
+    with caller.server:
+        caller.wait_passing()
+        for text, stays in ((there.replace("KIND_GPU", "KIND_CPU"), False), (there, True)):
+            config.write_text(text)
+            assert caller.server.post("/v2/repository/models/gpu/load", b"{}")[0] == 200
+            before = caller.crossed("caller")
+            for _ in range(3):
+                assert caller.do("ensemble", 3) == on_gpu(12)
+            assert (caller.crossed("caller") == before) == stays
 
 
 def test_what_finds_no_room_is_on_the_gpu_all_the_same(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ ensemble_scheduling {{
     model_name: "{model}" model_version: -1 input_map {{ key: "X" value: "X" }} output_map {{ key: "Y" value: "T" }}
   }}
   step {{
-    model_name: "{model}" model_version: -1 input_map {{ key: "X" value: "T" }} output_map {{ key: "Y" value: "Y" }}
+    model_name: "{last}" model_version: -1 input_map {{ key: "X" value: "T" }} output_map {{ key: "Y" value: "Y" }}
   }}
 }}
 """
@@ -87,7 +87,7 @@ def write_onnx_doubler(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
 
 
-def add_chain(root: Path, name: str, *, model: str = "gpu", dim: int = 4) -> None:
-    """Add an ensemble that runs a model twice."""
+def add_chain(root: Path, name: str, *, model: str = "gpu", last: str = "", dim: int = 4) -> None:
+    """Add an ensemble that runs a model, and then another; twice the same if there is no other."""
     (root / name / "1").mkdir(parents=True)
-    (root / name / "config.pbtxt").write_text(ENSEMBLE.format(model=model, dim=dim))
+    (root / name / "config.pbtxt").write_text(ENSEMBLE.format(model=model, last=last or model, dim=dim))

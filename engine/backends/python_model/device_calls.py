@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from forebay.client.connection import Connection
 from forebay.client.device_placement import DevicePlacement
 from forebay.client.device_pools import DeviceLease, DevicePools
+from forebay.client.errors import ModelChanged
 from forebay.client.opened import Opened
 from forebay.client.options import Options
-from forebay.client.pending import BlockLease, PendingParcel
+from forebay.client.pending import BlockLease
 from forebay.client.places import full_shape
 from forebay.engine.backends.python_model.engine_access import ANYWHERE, NestedCall, NestedRequest, NestedResponse
 from forebay.engine.backends.python_model.gpus import Gpu, gpus
@@ -39,28 +40,86 @@ def gpu_of_outputs(model: Opened, request: NestedRequest) -> Gpu | None:
     return None if index < 0 else gpus.find(index)
 
 
-def gpu_of_call(model: Opened, request: NestedRequest) -> Gpu | None:
-    """Return the GPU on which model and caller hand tensors to each other; None: they do that on the host."""
-    index = model.entry.device_id
-    if index < 0 or (request.trace is not None and request.trace.shows_tensors):
-        # What a trace shows must be on the host.
-        return None
-    return gpus.find(index) if request.output_device == index or _has_input_on(request, index) else None
-
-
 def _has_input_on(request: NestedRequest, index: int) -> bool:
     return any(tensor.gpu is not None and tensor.gpu.index == index for tensor in request.inputs)
 
 
-def expected_outputs(model: Opened, rows: int, wanted: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Yield the outputs that can be on a GPU, and their bytes: known, or guessed from earlier ones; 0: nobody knows."""
+def device_call(
+    link: Link, model: Opened, rows: int, request: NestedRequest, options: Options, output_gpu: Gpu | None
+) -> NestedCall | None:
+    """Hand a request over some of whose tensors need not leave their GPU; None: all of them are best on the host.
+
+    Args:
+        output_gpu: in whose memory the caller gets the outputs.
+
+    Raises:
+        ServingError: there is no room, or no server any more.
+    """
+    if request.trace is not None and request.trace.shows_tensors:
+        # What a trace shows must be on the host.
+        return None
+    if model.ensemble is not None:
+        return _call_of_ensemble(link, model, request, options)
+    index = model.entry.device_id
+    gpu = gpus.find(index) if index >= 0 and (request.output_device == index or _has_input_on(request, index)) else None
+    if gpu is None:
+        return None
+    placement = DevicePlacement(link.connection, model)
+    placement.take_rooms_by(functools.partial(_take_room, link.connection.device_pools, gpu))
+    if output_gpu is gpu:
+        _want_outputs(placement, link.connection, rows, request.outputs, gpu)
+    return DeviceCall(link, placement, request, options, dict.fromkeys((t.name() for t in request.inputs), gpu))
+
+
+def _want_outputs(
+    placement: DevicePlacement, connection: Connection, rows: int, wanted: tuple[str, ...], gpu: Gpu
+) -> None:
+    """Take room on the GPU for outputs of known size, or as large as they were lately; others get it when they exist.
+
+    Args:
+        wanted: outputs that the caller asks for; empty: all.
+    """
+    model = placement.model
     for spec in model.signature.outputs:
-        if wanted and spec.name not in wanted:
+        if spec.datatype == "BYTES" or (wanted and spec.name not in wanted):
             continue
         if spec.is_fixed:
-            yield spec.name, byte_size(spec.datatype, full_shape(spec, rows, model.signature.max_batch_size))
-        elif spec.datatype != "BYTES":
-            yield spec.name, model.output_sizes.expected(spec.name, rows)
+            size = byte_size(spec.datatype, full_shape(spec, rows, model.signature.max_batch_size))
+        else:
+            size = model.output_sizes.expected(spec.name, rows)
+        room = _loan(connection, gpu, size) if size else None
+        if room is not None or not spec.is_fixed:
+            placement.want_leased(spec.name, None if room is None else room.lease)
+
+
+def _call_of_ensemble(link: Link, model: Opened, request: NestedRequest, options: Options) -> NestedCall | None:
+    """Hand a request to an ensemble over whose steps take, or leave, tensors on the caller's GPUs."""
+    connection = link.connection
+    readers = connection.device_inputs(model, options)
+    inputs: dict[str, Gpu] = {}
+    for tensor in request.inputs:
+        gpu = tensor.gpu
+        if gpu is not None and readers.get(tensor.name()) == gpu.index:
+            inputs[tensor.name()] = gpu
+    # The steps' own room is taken from the same memory, which this process must be able to open.
+    devices = [gpu.index for gpu in _output_gpus(request) if _loan(connection, gpu, 1) is not None]
+    if not (inputs or devices):
+        return None
+    placement = DevicePlacement(connection, model)
+    placement.take_outputs_on(devices)
+    try:
+        return DeviceCall(link, placement, request, options, inputs)
+    except ModelChanged:
+        # A step has moved in this moment: the host is always right.
+        return None
+
+
+def _output_gpus(request: NestedRequest) -> set[Gpu]:
+    """Return the GPUs in whose memory the caller takes the outputs of an ensemble; all others come to the host."""
+    if request.output_device == ANYWHERE:
+        return {tensor.gpu for tensor in request.inputs if tensor.gpu is not None}
+    gpu = gpus.find(request.output_device) if request.output_device >= 0 else None
+    return set() if gpu is None else {gpu}
 
 
 class _Room(NamedTuple):
@@ -91,9 +150,9 @@ def _take_room(pools: DevicePools, gpu: Gpu, size: int) -> DeviceLease | None:
 
 
 class DeviceCall(BlockCall):
-    """One to a model on a GPU: what is on that GPU is handed over there, and outputs come back there."""
+    """One some of whose tensors are handed over on a GPU."""
 
-    __slots__ = ("_device_placement", "_gpu")
+    __slots__ = ("_device_placement", "_input_gpus")
 
     def __init__(
         self,
@@ -101,60 +160,58 @@ class DeviceCall(BlockCall):
         placement: DevicePlacement,
         request: NestedRequest,
         options: Options,
-        gpu: Gpu,
-        outputs: Iterable[tuple[str, int]],
+        input_gpus: Mapping[str, Gpu],
     ) -> None:
         """Place the inputs, which fit the model, and hand them over.
 
         Args:
-            outputs: those that are to come back on the GPU if they have room there, and so much of it; 0: the model
-                knows.
+            input_gpus: where inputs may stay that are there, by name.
 
         Raises:
             ServingError: there is no room, or no server any more.
         """
         self._device_placement = placement
-        self._gpu = gpu
-        placement.take_rooms_by(functools.partial(_take_room, link.connection.device_pools, gpu))
-        fixed = {spec.name for spec in placement.model.signature.outputs if spec.is_fixed}
-        for name, size in outputs:
-            room = _loan(link.connection, gpu, size) if size else None
-            if room is not None or name not in fixed:
-                placement.want_leased(name, None if room is None else room.lease)
+        self._input_gpus = input_gpus
         super().__init__(link, placement, request, options)
 
     def _put(self, tensor: Tensor) -> None:
-        device, placement = tensor.device, self._device_placement
-        if device is None or tensor.gpu is not self._gpu:
+        device, gpu, placement = tensor.device, tensor.gpu, self._device_placement
+        if device is None or gpu is None or self._input_gpus.get(tensor.name()) is not gpu:
             super()._put(tensor)
             return
-        lease = self._gpu.leases.get(device.address)
+        lease = gpu.leases.get(device.address)
         if lease is None or lease.byte_size < device.nbytes:
-            room = _loan(self._link.connection, self._gpu, device.nbytes)
+            room = _loan(self._link.connection, gpu, device.nbytes)
             if room is None:
                 super()._put(tensor)
                 return
-            self._gpu.move(room.address, device)
+            gpu.move(room.address, device)
             lease = room.lease
         spec = placement.model.entry.input_named(tensor.name())
         assert spec is not None
         placement.put_leased(spec, device.shape, device.nbytes, lease)
 
+    def _response(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> NestedResponse:
+        try:
+            return super()._response(reply, held)
+        except ServingError as error:
+            return NestedResponse((), {}, error, True, False)
+
     def _tensors(self, reply: ReplyHead, held: tuple[BlockLease, ...]) -> Iterator[Tensor]:
         on_host = {tensor.name(): tensor for tensor in super()._tensors(reply, held)}
         for place in reply.outputs:
-            yield self._on_gpu(place) if place.memory else on_host.pop(place.name)
+            yield self._on_gpu(place, held) if place.memory else on_host.pop(place.name)
         yield from on_host.values()
 
-    def _on_gpu(self, place: TensorPlace) -> Tensor:
-        pending = self._responses
-        lease = pending.target(place) if isinstance(pending, PendingParcel) else None
-        if lease is None:
+    def _on_gpu(self, place: TensorPlace, held: tuple[BlockLease, ...]) -> Tensor:
+        lease = self._responses.device_lease(place, held)
+        gpu = None if lease is None else gpus.find(lease.memory.device_id)
+        if lease is None or gpu is None:
             raise Internal("the model's answer could not be read")
-        address = self._gpu.address(lease.memory, lease.offset, place.byte_size)
+        address = gpu.address(lease.memory, lease.offset, place.byte_size)
         array = DeviceArray(address, place.shape, DATATYPES[place.datatype].numpy_dtype, lease)
-        self._gpu.leases[array.address] = lease
-        return Tensor.on_gpu(place.name, place.datatype, array, self._gpu)
+        gpu.leases[array.address] = lease
+        return Tensor.on_gpu(place.name, place.datatype, array, gpu)
 
 
 class OutputsOnGpu:

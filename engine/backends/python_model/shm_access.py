@@ -14,17 +14,10 @@ from collections.abc import Mapping
 import zmq
 
 from forebay.client import shm
-from forebay.client.device_placement import DevicePlacement
 from forebay.client.opened import Opened
 from forebay.client.options import Options
 from forebay.client.placement import BlockPlacement
-from forebay.engine.backends.python_model.device_calls import (
-    DeviceCall,
-    OutputsOnGpu,
-    expected_outputs,
-    gpu_of_call,
-    gpu_of_outputs,
-)
+from forebay.engine.backends.python_model.device_calls import OutputsOnGpu, device_call, gpu_of_outputs
 from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest
 from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.shm_calls import BlockCall, Link, RowsCall
@@ -87,23 +80,13 @@ class ShmEngineAccess:
     def _call(
         link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None, output_gpu: Gpu | None
     ) -> NestedCall:
-        gpu = gpu_of_call(model, request) if request.uses_gpu else None
-        if gpu is None and _lives_in_rows(model, request):
+        if request.uses_gpu:
+            call = device_call(link, model, rows, request, _options(request, trace), output_gpu)
+            if call is not None:
+                return call
+        if _lives_in_rows(model, request):
             return RowsCall(link, model, rows, request, trace)
-        options = Options(
-            request_id=request.id,
-            outputs=request.outputs,
-            parameters=dict(request.parameters),
-            sequence_id=request.correlation_id,
-            sequence_start=bool(request.flags & _START),
-            sequence_end=bool(request.flags & _END),
-            timeout_us=request.timeout_us,
-            trace=trace,
-        )
-        if gpu is not None:
-            outputs = expected_outputs(model, rows, request.outputs) if output_gpu is gpu else ()
-            return DeviceCall(link, DevicePlacement(link.connection, model), request, options, gpu, outputs)
-        return BlockCall(link, BlockPlacement(link.connection, model), request, options)
+        return BlockCall(link, BlockPlacement(link.connection, model), request, _options(request, trace))
 
     def _checked_rows(self, model: Opened, request: NestedRequest) -> int:
         """Return the rows of a request that fits its model; each form of requests is checked once.
@@ -166,6 +149,19 @@ class ShmEngineAccess:
         finally:
             control.close()
             context.term()
+
+
+def _options(request: NestedRequest, trace: Trace | None) -> Options:
+    return Options(
+        request_id=request.id,
+        outputs=request.outputs,
+        parameters=dict(request.parameters),
+        sequence_id=request.correlation_id,
+        sequence_start=bool(request.flags & _START),
+        sequence_end=bool(request.flags & _END),
+        timeout_us=request.timeout_us,
+        trace=trace,
+    )
 
 
 def _wanted_version(request: NestedRequest) -> int:

@@ -201,6 +201,19 @@ def test_gpus_on_which_steps_read_what_others_made(models: tuple[ModelEntry, ...
     assert wanted_devices(models) == devices
 
 
+def test_ensembles_as_steps_are_where_their_models_are() -> None:
+    """What they tell each other, or the models beside them, may stay there."""
+    inner = model("inner", -1, steps=(EnsembleStep("a", -1, {"X": "x"}, {"Y": "y"}),), is_ensemble=True)
+    models = (model("a", 0), model("b", 1), inner)
+    assert wanted_devices((*models, ensemble("inner", "inner"))) == {0}
+    assert wanted_devices((*models, ensemble("inner", "a"))) == {0}
+    assert wanted_devices((*models, ensemble("inner", "b"))) == set()
+
+
+def test_ensembles_in_a_circle_want_nothing() -> None:
+    assert wanted_devices((ensemble("ens", "ens"),)) == set()
+
+
 def test_a_gpu_stays_wanted_while_a_worker_is_replaced() -> None:
     replaced = (model("a", -1, gpu_uuid="GPU-0"), ensemble("a", "a"))
     assert wanted_devices(replaced, frozenset({0})) == {0}

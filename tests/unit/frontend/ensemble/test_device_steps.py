@@ -175,6 +175,35 @@ def test_room_for_a_waiting_output_is_kept_until_its_worker_lets_go(engine: Fake
     assert emptied == [MEMORY.number]
 
 
+def test_tensors_pass_on_the_gpu_into_an_ensemble_that_is_a_step_and_out_of_it(engine: FakeEngine) -> None:
+    first, second, third = (add(engine, name) for name in ("first", "second", "third"))
+    inner = EnsembleStep("second", -1, {"X": "p"}, {"Y": "q"})
+    engine.add("inner", (spec("p"),), (spec("q"),), steps=(inner,), is_ensemble=True)
+    steps = (
+        FIRST,
+        EnsembleStep("inner", -1, {"p": "y"}, {"q": "w"}),
+        EnsembleStep("third", -1, {"X": "w"}, {"Y": "z"}),
+    )
+    ask(add_ensemble(engine, *steps))
+    for model in (first, second):
+        reply_on_device(engine, model)
+    assert [model.heads[0].inputs[0].memory for model in (first, second, third)] == [0, 1, 1]
+    reply_inline(engine)
+
+
+@pytest.mark.parametrize("of_inner", [{"response_cache": True}, {"outputs": ("q", "p")}], ids=["cached", "handed on"])
+def test_what_an_ensemble_that_is_a_step_needs_on_the_host_goes_there(
+    engine: FakeEngine, of_inner: dict[str, Any]
+) -> None:
+    first = add(engine, "first")
+    add(engine, "second")
+    inner = EnsembleStep("second", -1, {"X": "p"}, {"Y": "q"})
+    outputs = tuple(spec(name) for name in of_inner.pop("outputs", ("q",)))
+    engine.add("inner", (spec("p"),), outputs, steps=(inner,), is_ensemble=True, **of_inner)
+    ask(add_ensemble(engine, FIRST, EnsembleStep("inner", -1, {"p": "y"}, {"q": "z"})))
+    assert first.heads[0].targets == ()
+
+
 def test_what_a_client_gets_goes_to_the_host_unless_it_did_not_ask(engine: FakeEngine) -> None:
     """S-105."""
     first = add(engine, "first")
