@@ -163,46 +163,42 @@ TRITON_FAMILIES = (
     ),
 )
 
-#: Families of ours about models on GPUs.
-_DEVICE_FAMILIES = (
-    ModelFamily(
+
+class DeviceFamily(msgspec.Struct, frozen=True):
+    """A family with one series per instance on a GPU, or several told apart by one more label."""
+
+    name: str
+    help: str
+    readers: tuple[tuple[str, InstanceCounter], ...]
+    """(value of the further label, what it counts); one with an empty value if there is no further label."""
+    label: str = ""
+    unit: int = 1
+    """What is shown is the count divided by this."""
+
+
+#: Families of ours about what instances do on GPUs.
+DEVICE_FAMILIES = (
+    DeviceFamily(
         "forebay_device_copied_bytes_total",
         "Tensor bytes copied between host and GPU memory",
-        "counter",
-        (
-            ("to_device", _instance(InstanceCounter.DEVICE_BYTES_IN)),
-            ("from_device", _instance(InstanceCounter.DEVICE_BYTES_OUT)),
-        ),
+        (("to_device", InstanceCounter.DEVICE_BYTES_IN), ("from_device", InstanceCounter.DEVICE_BYTES_OUT)),
         label="direction",
-        needs_device=True,
     ),
-    ModelFamily(
+    DeviceFamily(
         "forebay_device_copies_total",
-        "Copies from host to GPU memory; divided by forebay_batch_segments_total: per segment",
-        "counter",
-        (("", _instance(InstanceCounter.DEVICE_COPIES_IN)),),
-        needs_device=True,
+        "Copies from host to GPU memory; of a model, divided by forebay_batch_segments_total: per segment",
+        (("", InstanceCounter.DEVICE_COPIES_IN),),
     ),
-    ModelFamily(
-        "forebay_device_passed_bytes_total",
-        "Output bytes that steps of ensembles, and callers of the model, got in the GPU's memory",
-        "counter",
-        (("", _producer(ProducerCounter.DEVICE_PASSED_BYTES)),),
-        needs_device=True,
-    ),
-    ModelFamily(
+    DeviceFamily(
         "forebay_device_busy_us_total",
-        "Microseconds that GPUs spent on batches, copies included, summed over instances",
-        "counter",
-        (("", _instance(InstanceCounter.DEVICE_NS, _NS_PER_US)),),
-        needs_device=True,
+        "Microseconds that the GPU spent on batches, copies included",
+        (("", InstanceCounter.DEVICE_NS),),
+        unit=_NS_PER_US,
     ),
-    ModelFamily(
+    DeviceFamily(
         "forebay_cuda_graph_launches_total",
         "Batches that ran as a CUDA graph",
-        "counter",
-        (("", _instance(InstanceCounter.GRAPH_LAUNCHES)),),
-        needs_device=True,
+        (("", InstanceCounter.GRAPH_LAUNCHES),),
     ),
 )
 
@@ -262,7 +258,13 @@ OUR_FAMILIES = (
         "Arena bytes outside of slabs that hold tensors of requests",
         _producer(ProducerCounter.BLOCK_BYTES_IN_USE),
     ),
-    *_DEVICE_FAMILIES,
+    ModelFamily(
+        "forebay_device_passed_bytes_total",
+        "Output bytes that steps of ensembles, and callers of the model, got in the GPU's memory",
+        "counter",
+        (("", _producer(ProducerCounter.DEVICE_PASSED_BYTES)),),
+        needs_device=True,
+    ),
 )
 
 

@@ -33,6 +33,7 @@ from forebay.frontend.machine_metrics import Machine
 from forebay.frontend.metric_families import (
     BATCH_SIZE,
     CACHE_SUMMARIES,
+    DEVICE_FAMILIES,
     DURATIONS,
     FIRST_RESPONSE,
     OUR_FAMILIES,
@@ -46,7 +47,7 @@ from forebay.frontend.metric_families import (
 )
 from forebay.frontend.statistics import ModelTotals, Words, sum_blocks
 from forebay.ipc.catalog import ModelEntry
-from forebay.ipc.counters import LATENCY_WORDS, Stage
+from forebay.ipc.counters import LATENCY_WORDS, InstanceCounter, Stage
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
 
@@ -217,9 +218,25 @@ class MetricsPage:
         if self._settings.histogram_latencies:
             self._render_first_responses(lines)
         _render_models(lines, self._ours, totals)
+        self._render_gpu_instances(lines)
         self._render_durations(lines, totals)
         lines.append("")
         return "\n".join(lines).encode("utf-8", "replace")
+
+    def _render_gpu_instances(self, lines: list[str]) -> None:
+        if not any(entry.gpu_instances for entry in self._entries):
+            return
+        for family in DEVICE_FAMILIES:
+            lines += (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} counter")
+            for entry in self._entries:
+                for instance in entry.gpu_instances:
+                    labels = {**model_labels(entry), "instance": instance.name}
+                    if instance.gpu_uuid:
+                        labels["gpu_uuid"] = instance.gpu_uuid
+                    counts = sum_blocks(self._words, (instance.counter_offset,), InstanceCounter.BATCH_SIZES)
+                    for value, counter in family.readers:
+                        own = {**labels, family.label: value} if family.label else labels
+                        lines.append(f"{family.name}{render_labels(own)} {counts[counter] // family.unit}")
 
     def _render_gpus(self, lines: list[str]) -> None:
         name = ""

@@ -27,6 +27,16 @@ class EnsembleStep(msgspec.Struct, frozen=True):
     """Of the model, as found when the ensemble was loaded."""
 
 
+class GpuInstance(msgspec.Struct, frozen=True):
+    """An instance on a GPU, for metrics."""
+
+    name: str
+    gpu_uuid: str
+    """As the driver knows the GPU; empty: nobody knows."""
+    counter_offset: int
+    """Byte offset of the instance's counters in the counters file."""
+
+
 class ModelEntry(msgspec.Struct, frozen=True):
     """One version of one model, READY or not."""
 
@@ -99,6 +109,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """Within what time requests are to be answered, by :class:`BatchingPolicy`; 0: there is no such objective."""
     has_no_version: bool = False
     """Stands for a model that was to be loaded, but of which no version satisfies its policy (spec R-008)."""
+    gpu_instances: tuple[GpuInstance, ...] = ()
+    """Its instances on GPUs."""
 
     @property
     def is_ready(self) -> bool:

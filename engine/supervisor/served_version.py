@@ -25,7 +25,7 @@ from forebay.engine.supervisor.preparation import (
     sequence_idle_us,
 )
 from forebay.engine.supervisor.worker_processes import WorkerProcesses
-from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.catalog import GpuInstance, ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, SCHEDULER_WORDS, ProducerCounter, detail_words, instance_words
 from forebay.ipc.errors import Code
 from forebay.ipc.scheduler_messages import RouteUp
@@ -272,6 +272,20 @@ class ServedVersion:
         uuids = {gpu.device_id: gpu.uuid for gpu in self.plant.gpus}
         return uuids.get(device_id, "") if kind == "GPU" else ""
 
+    @property
+    def _gpu_instances(self) -> tuple[GpuInstance, ...]:
+        uuids = {gpu.device_id: gpu.uuid for gpu in self.plant.gpus}
+        # A model that places itself (KIND_MODEL) says where once it is loaded.
+        devices = [
+            (instance, instance.spec.device_id if instance.spec.kind == "GPU" else instance.device_id)
+            for instance in self.instances
+        ]
+        return tuple(
+            GpuInstance(instance.spec.instance_name, uuids.get(device_id, ""), instance.counter_offset)
+            for instance, device_id in devices
+            if device_id >= 0
+        )
+
     def _allocate_details(self, slots: tuple[str, ...], words: int) -> None:
         counters = self.plant.counters
         for name in slots:
@@ -341,6 +355,7 @@ class ServedVersion:
             instance_count=len(self.instances),
             device_id=self._device_id,
             gpu_uuid=self._gpu_uuid,
+            gpu_instances=self._gpu_instances,
             sequence_idle_us=sequence_idle_us(spec),
             objective_us=prepared.batching.objective_us,
         )

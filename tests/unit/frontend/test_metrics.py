@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from forebay.frontend.catalog_view import CatalogView
 from forebay.frontend.metrics import MetricsPage, MetricsSettings, format_value, render_labels
-from forebay.ipc.catalog import Catalog, ModelEntry
+from forebay.ipc.catalog import Catalog, GpuInstance, ModelEntry
 from forebay.ipc.counters import (
     PRODUCER_WORDS,
     SCHEDULER_WORDS,
@@ -218,15 +218,31 @@ def test_labels_are_sorted_and_escaped() -> None:
     assert render_labels({"b": 'x"\\\n', "_a": ""}) == '{_a="",b="x\\"\\\\\\n"}'
 
 
-def test_models_on_a_gpu_say_which_and_what_it_did() -> None:
+def test_models_on_a_gpu_say_which_and_what_their_instances_did_there() -> None:
     """M-053's label; other models have neither the label nor the families."""
-    text = page(entry("gpu", gpu_uuid="GPU-1", device_id=0), entry("cpu"))
+    counters = CountersFile()
+    offsets = [counters.allocate(instance_words(1)) for _ in range(2)]
+    for number, offset in enumerate(offsets, start=1):
+        counters.block(offset, instance_words(1))[InstanceCounter.DEVICE_NS] = number * 5000
+    instances = tuple(GpuInstance(f"gpu_0_{number}", f"GPU-{number}", offset) for number, offset in enumerate(offsets))
+    both = entry("gpu", gpu_instances=instances, instance_counter_offsets=tuple(offsets))
+    text = page(entry("one", gpu_uuid="GPU-1", device_id=0), entry("cpu"), both, words=counters.words)
     assert lines_of(text, "nv_inference_count") == [
         'nv_inference_count{model="cpu",version="1"} 0',
-        'nv_inference_count{gpu_uuid="GPU-1",model="gpu",version="1"} 0',
+        'nv_inference_count{model="gpu",version="1"} 0',
+        'nv_inference_count{gpu_uuid="GPU-1",model="one",version="1"} 0',
     ]
     assert lines_of(text, "forebay_device_copied_bytes_total") == [
-        'forebay_device_copied_bytes_total{direction="to_device",gpu_uuid="GPU-1",model="gpu",version="1"} 0',
-        'forebay_device_copied_bytes_total{direction="from_device",gpu_uuid="GPU-1",model="gpu",version="1"} 0',
+        f'forebay_device_copied_bytes_total{{direction="{way}",gpu_uuid="GPU-{number}",instance="gpu_0_{number}",'
+        'model="gpu",version="1"} 0'
+        for number in range(2)
+        for way in ("to_device", "from_device")
+    ]
+    assert lines_of(text, "forebay_device_busy_us_total") == [
+        'forebay_device_busy_us_total{gpu_uuid="GPU-0",instance="gpu_0_0",model="gpu",version="1"} 5',
+        'forebay_device_busy_us_total{gpu_uuid="GPU-1",instance="gpu_0_1",model="gpu",version="1"} 10',
+    ]
+    assert lines_of(text, "forebay_device_passed_bytes_total") == [
+        'forebay_device_passed_bytes_total{gpu_uuid="GPU-1",model="one",version="1"} 0'
     ]
     assert "forebay_cuda_graph_launches_total" not in page(entry("cpu"))
