@@ -14,9 +14,11 @@ import onnx
 import pytest
 from fake_tensorrt import DataType, Engine, Tensor, TensorIOMode, TensorLocation, reshaping_engine
 from onnx import TensorProto, helper
+from tensorrt_models import write_reshaping_onnx
 from worker_harness import WorkerHarness, spec_from_config
 
 from forebay.engine.backends import tensorrt_contexts
+from forebay.engine.backends.tensorrt_backend import TensorRtBackend
 from forebay.engine.backends.tensorrt_engines import find_model_file
 from forebay.engine.backends.tensorrt_instance import TensorRtInstance
 from forebay.engine.backends.tensorrt_profiles import profile_numbers
@@ -488,8 +490,11 @@ def test_without_a_gpu_the_model_says_so(tmp_path: Path) -> None:
         pytest.skip("there is a GPU")
 
 
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+@needs_rtx
 @pytest.mark.parametrize("graphs", [False, True])
 def test_onnx_file_is_built_and_runs_on_the_gpu(tmp_path: Path, graphs: bool) -> None:
     graph = helper.make_graph(
@@ -514,3 +519,32 @@ def test_onnx_file_is_built_and_runs_on_the_gpu(tmp_path: Path, graphs: bool) ->
             [response] = worker.infer({"x": rows(count)})
             assert response.error is None
             assert (response.outputs["y"] == rows(count) * 2).all()
+
+
+@pytest.mark.gpu
+@needs_rtx
+def test_shape_tensors_decide_on_the_gpu(tmp_path: Path) -> None:
+    """D-018, R-065: an ONNX file whose input is a shape, described, built and run."""
+    (tmp_path / "1").mkdir()
+    write_reshaping_onnx(tmp_path / "1" / "model.onnx")
+    shapes = {"trt_min_shapes": "size:1x1x1", "trt_opt_shapes": "size:8x2x3", "trt_max_shapes": "size:8x6x6"}
+    bare = msgspec.structs.replace(
+        make_spec([], []),
+        version_path=str(tmp_path / "1"),
+        kind="GPU",
+        parameters=shapes,
+        backend_config={"library": "tensorrt_rtx", "plan-cache-directory": str(tmp_path / "cache")},
+    )
+    backend = TensorRtBackend()
+    described = backend.describe(bare)
+    assert [one.is_shape_tensor for one in described.inputs] == [False, True]
+    assert described.max_batch_size == 8
+    sizes = TensorSpec("size", "INT64", (2,), is_shape_tensor=True)
+    tensors = make_spec([tensor("x", 6)], [tensor("y", -1, -1)])
+    spec = msgspec.structs.replace(bare, inputs=(*tensors.inputs, sizes), outputs=tensors.outputs)
+    instance = backend.load(spec)
+    for count, *size in ([2, 2, 3], [8, 6, 1], [1, 3, 2]):
+        shape = np.array([count, *size], np.int64)
+        results = instance.run({"x": rows(count, 6), "size": shape}, ("y",))
+        assert (results["y"] == rows(count, 6).reshape(shape)).all()
+    instance.close()

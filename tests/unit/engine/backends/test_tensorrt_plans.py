@@ -11,6 +11,7 @@ import msgspec
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tensorrt_models import write_reshaping_onnx
 from worker_harness import spec_from_config
 
 from forebay.engine.backends.tensorrt_plans import (
@@ -145,21 +146,6 @@ def test_profile_has_the_values_of_shape_tensors() -> None:
         choose_profile(make_spec(6), [size])
     with pytest.raises(InvalidArgument, match="'size': it has 3 values"):
         choose_profile(make_spec(6, trt_max_shapes="size:8x6"), [size])
-
-
-def write_reshaping_onnx(path: Path) -> Path:
-    """Write a model that gives ``x`` the shape of ``size``."""
-    graph = helper.make_graph(
-        [helper.make_node("Reshape", ["x", "size"], ["y"])],
-        "g",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6]),
-            helper.make_tensor_value_info("size", TensorProto.INT64, [3]),
-        ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", "c"])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-    return path
 
 
 @needs_rtx
