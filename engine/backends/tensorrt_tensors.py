@@ -125,10 +125,16 @@ def _check_mark(spec: InstanceSpec, engine: Any, kind: str, tensor: TensorSpec) 
 
 def _check_format(spec: InstanceSpec, trt: Any, engine: Any, kind: str, tensor: TensorSpec) -> None:
     """Refuse vectorised layouts: they take more bytes than their shapes say, in memory that would not have them."""
-    if engine.get_tensor_format(tensor.name) != trt.TensorFormat.LINEAR:
+    description: str = engine.get_tensor_format_desc(tensor.name)
+    if hasattr(trt, "TensorFormat"):
+        is_linear = engine.get_tensor_format(tensor.name) == trt.TensorFormat.LINEAR
+    else:
+        # The lean runtime has no names for formats.
+        is_linear = "linear" in description.lower()
+    if not is_linear:
         raise InvalidArgument(
-            f"{kind} '{tensor.name}' for model '{spec.model}' has the non-linear format "
-            f"'{engine.get_tensor_format_desc(tensor.name)}', which is not supported; build the plan with linear ones"
+            f"{kind} '{tensor.name}' for model '{spec.model}' has the non-linear format '{description}', which is not "
+            "supported; build the plan with linear ones"
         )
 
 

@@ -127,7 +127,11 @@ class Engine:
         return self.tensors[name].layout
 
     def get_tensor_format_desc(self, name: str) -> str:
-        return self.tensors[name].layout.name
+        words = {
+            TensorFormat.LINEAR: "Row major linear format",
+            TensorFormat.CHW32: "Thirty-two wide channel vectorized",
+        }
+        return words[self.tensors[name].layout]
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[Shape, Shape, Shape]:
         assert not self.tensors[name].is_shape

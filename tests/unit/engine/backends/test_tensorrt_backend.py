@@ -29,6 +29,7 @@ from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.worker_messages import InstanceSpec
 
 INPUT, OUTPUT = TensorIOMode.INPUT, TensorIOMode.OUTPUT
+VECTORISED = trt.TensorFormat.CHW32
 
 
 class Owner:
@@ -309,11 +310,15 @@ def test_configuration_must_mark_shape_tensors_and_no_others() -> None:
     )
 
 
-def test_vectorised_layouts_are_refused() -> None:
-    """D-019."""
+@pytest.mark.parametrize("has_names", [True, False], ids=["full", "lean"])
+def test_vectorised_layouts_are_refused(has_names: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D-019; the lean runtime describes formats, and has no names for them."""
+    if not has_names:
+        monkeypatch.delattr(trt, "TensorFormat")
     engine = doubling((1, 8))
-    engine.tensors["y"].layout = trt.TensorFormat.CHW32
-    with pytest.raises(InvalidArgument, match="output 'y' for model 'm' has the non-linear format 'CHW32'"):
+    check_config(SPEC, trt, engine)
+    engine.tensors["y"].layout = VECTORISED
+    with pytest.raises(InvalidArgument, match="output 'y' for model 'm' has the non-linear format 'Thirty-two wide"):
         check_config(SPEC, trt, engine)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper
 from tensorrt_models import write_reshaping_onnx
 from worker_harness import spec_from_config
 
+from forebay.engine.backends import tensorrt_plans
 from forebay.engine.backends.tensorrt_plans import (
     OnnxInput,
     ProfileShapes,
@@ -189,3 +191,19 @@ def test_profile_of_a_ragged_input_must_be_said() -> None:
     spec = msgspec.structs.replace(make_spec(3), inputs=(ragged,))
     with pytest.raises(InvalidArgument, match="its shape \\[-1\\] varies; say how far"):
         choose_profile(spec, [OnnxInput("x", (-1,))])
+
+
+@needs_rtx
+def test_what_tensorrt_is_asked_for_by_name_is_there() -> None:
+    """Nothing of it runs without a GPU; a name that is not there would be noticed on one only."""
+    library, folder = rtx(), Path(tensorrt_plans.__file__).parent
+    source = "".join(path.read_text() for path in sorted(folder.glob("tensorrt_*.py")))
+    asked = {
+        library: r"\btrt\.([A-Za-z_]\w*)",
+        library.ICudaEngine: r"\bengine\.([a-z]\w*)",
+        library.IExecutionContext: r"\bcontext\.([a-z]\w*)\(",
+    }
+    for holder, pattern in asked.items():
+        names = set(re.findall(pattern, source)) - {"init_libnvinfer_plugins", "__name__", "__version__"}
+        assert len(names) > 5
+        assert [name for name in sorted(names) if not hasattr(holder, name)] == []
