@@ -127,11 +127,8 @@ class Engine:
         return self.tensors[name].layout
 
     def get_tensor_format_desc(self, name: str) -> str:
-        words = {
-            TensorFormat.LINEAR: "Row major linear format",
-            TensorFormat.CHW32: "Thirty-two wide channel vectorized",
-        }
-        return words[self.tensors[name].layout]
+        words = {"LINEAR": "Row major linear format", "CHW32": "Thirty-two wide channel vectorized row major format"}
+        return words[self.tensors[name].layout.name]
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[Shape, Shape, Shape]:
         assert not self.tensors[name].is_shape

@@ -200,7 +200,7 @@ def test_what_tensorrt_is_asked_for_by_name_is_there() -> None:
     source = "".join(path.read_text() for path in sorted(folder.glob("tensorrt_*.py")))
     asked = {
         library: r"\btrt\.([A-Za-z_]\w*)",
-        library.ICudaEngine: r"\bengine\.([a-z]\w*)",
+        library.ICudaEngine: r"(?<!forebay\.)\bengine\.([a-z]\w*)",
         library.IExecutionContext: r"\bcontext\.([a-z]\w*)\(",
     }
     for holder, pattern in asked.items():
