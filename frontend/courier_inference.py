@@ -18,7 +18,7 @@ from forebay.frontend.device_places import DevicePlace, HeadMemories, Targets
 from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.inference import InputTensor, OnResponse, OutputView, RequestMeta, Response
 from forebay.frontend.start_inference import PlacedInference
-from forebay.ipc.ensemble.device_tensors import DeviceRoom
+from forebay.ipc.ensemble.device_rooms import DeviceRoom
 from forebay.ipc.errors import ArenaFull, Internal, ServingError, from_wire
 from forebay.ipc.messages import ParcelHead, ParcelSubmit, ReplyHead, TensorPlace
 
@@ -86,10 +86,11 @@ class CourierInference:
     def __init__(
         self, engine: EngineClient, inner: PlacedInference, inputs: Sequence[InputTensor], targets: Targets
     ) -> None:
-        """Take a request that was placed as if its tensors lay in host memory.
+        """Take a request that was placed as if its tensors lay in host memory, those that are carried.
 
         Args:
-            inputs: as they really lie, in the order of ``inner.places``.
+            inputs: as they really lie if they are carried, in the order of ``inner.places``.
+            targets: of outputs that are carried if ``inner`` leaves them on the host.
         """
         self._engine = engine
         self._inner = inner
@@ -160,7 +161,7 @@ class CourierInference:
     # --- outputs ---
 
     def _take(self, response: Response) -> None:
-        if not self._responses and not any(view.name in self._targets for view in response.outputs):
+        if not self._responses and all(view.is_placed or view.name not in self._targets for view in response.outputs):
             self._deliver(response)
             return
         # Its views are valid during this call only.
@@ -174,7 +175,7 @@ class CourierInference:
 
     def _kept(self, view: OutputView) -> OutputView:
         target = self._targets.get(view.name)
-        if target is None:
+        if target is None or view.is_placed:
             return msgspec.structs.replace(view, data=bytes(view.data))
         size = len(view.data)
         if size > target.byte_size:

@@ -15,7 +15,7 @@ from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.device_places import NO_TARGETS, DevicePlace, HeadMemories, Targets
 from forebay.frontend.engine_client import EngineClient
 from forebay.ipc.arena import align
-from forebay.ipc.ensemble.device_tensors import DeviceRoom
+from forebay.ipc.ensemble.device_rooms import DeviceRoom
 from forebay.ipc.errors import QUEUE_FULL_TEXT, ArenaFull, NotReady, ServingError, from_wire
 from forebay.ipc.messages import DeviceMemory, ParameterValue, ParcelSubmit, ReplyHead, TensorPlace
 from forebay.ipc.request_options import RequestOptions
@@ -58,7 +58,9 @@ class OutputView(msgspec.Struct, frozen=True):
     datatype: str
     shape: tuple[int, ...]
     data: memoryview | bytes
-    """In shared memory; valid during the callback only. Empty if it is in device memory, where the client wants it."""
+    """In shared memory; valid during the callback only."""
+    is_placed: bool = False
+    """It is in device memory, where the client wants it; ``data`` is empty."""
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -338,6 +340,7 @@ class Inference:
                 place.datatype,
                 place.shape,
                 b"" if place.memory else view[place.offset : place.offset + place.byte_size],
+                is_placed=place.memory > 0,
             )
             for place in reply.outputs
         ) + tuple(OutputView(tensor.name, tensor.datatype, tensor.shape, tensor.data) for tensor in reply.inline)

@@ -16,6 +16,7 @@ from forebay.frontend.engine_client import EngineClient
 from forebay.frontend.ensemble.chain import ChainRoute
 from forebay.frontend.ensemble.inference import EnsembleInference, OneStepInference
 from forebay.frontend.ensemble.one_step import OneStepRoute, one_step_of
+from forebay.frontend.ensemble.run import device_of
 from forebay.frontend.inference import Inference, InputTensor, OnResponse, RequestMeta
 from forebay.ipc.errors import NotReady
 from forebay.ipc.messages import ParameterValue
@@ -112,15 +113,33 @@ def start_inference(
     if devices == {route.entry.device_id}:
         return Inference(engine, route_number, inputs, batch_size, targets=targets)
     if devices:
-        from forebay.frontend.courier_inference import CourierInference
-
-        in_host_memory = [msgspec.structs.replace(tensor, device=None) for tensor in inputs]
-        inner = start_inference(engine, route_number, in_host_memory, batch_size)
-        return CourierInference(engine, inner, inputs, targets)
+        return _carried(engine, route, inputs, batch_size, targets)
     inference = _uncached(engine, route, inputs, batch_size, is_bare=is_bare)
     if route.entry.response_cache and engine.response_cache is not None:
         return CachedInference(engine.response_cache, inference, inputs)
     return inference
+
+
+def _carried(
+    engine: EngineClient, route: RouteClient, inputs: Sequence[InputTensor], batch_size: int, targets: Targets
+) -> PlacedInference:
+    """Return a request some of whose tensors couriers carry, because not all who read and make them are on one GPU."""
+    from forebay.frontend.courier_inference import CourierInference
+
+    if route.entry.is_ensemble and not route.entry.response_cache:
+        stays = {tensor.name for tensor in inputs if _is_read_there(route, tensor)}
+        carried = [msgspec.structs.replace(t, device=None) if t.name in stays else t for t in inputs]
+        placed = [t if t.name in stays else msgspec.structs.replace(t, device=None) for t in inputs]
+        inner: PlacedInference = EnsembleInference(route, placed, batch_size, targets=targets)
+        return CourierInference(engine, inner, carried, targets)
+    in_host_memory = [msgspec.structs.replace(tensor, device=None) for tensor in inputs]
+    inner = start_inference(engine, route.route, in_host_memory, batch_size)
+    return CourierInference(engine, inner, inputs, targets)
+
+
+def _is_read_there(route: RouteClient, tensor: InputTensor) -> bool:
+    """Whether an input of an ensemble lies where all steps that read it take it."""
+    return tensor.device is not None and tensor.device.memory.device_id == device_of(route, tensor.name)
 
 
 def _uncached(

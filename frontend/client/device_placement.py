@@ -11,7 +11,8 @@ from forebay.client.options import Options
 from forebay.client.parcels import describe
 from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
 from forebay.client.placement import BlockPlacement
-from forebay.ipc.ensemble.device_tensors import ClientDevices, device_targets
+from forebay.ipc.ensemble.device_rooms import device_targets
+from forebay.ipc.ensemble.device_tensors import ClientDevices
 from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.tensor import TensorSpec
 

@@ -23,13 +23,8 @@ from forebay.client.options import Options
 from forebay.client.parcels import describe, reply_bytes
 from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
 from forebay.ipc.catalog import EnsembleStep
-from forebay.ipc.ensemble.device_tensors import (
-    NO_DEVICES,
-    ClientDevices,
-    device_inputs,
-    device_of_input,
-    device_targets,
-)
+from forebay.ipc.ensemble.device_rooms import device_targets
+from forebay.ipc.ensemble.device_tensors import NO_DEVICES, ClientDevices, device_inputs, device_of_input
 from forebay.ipc.ensemble.graph import NeededStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
 from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest, StepTimes

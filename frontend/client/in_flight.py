@@ -21,7 +21,7 @@ from forebay.client.pending import Pending, PendingParcel, RowsLease
 from forebay.client.submissions import Submissions
 from forebay.client.traced import trace_end, trace_response, trace_rows, trace_start
 from forebay.ipc.arena import Arena
-from forebay.ipc.ensemble.device_tensors import bytes_without_room, lent_rooms
+from forebay.ipc.ensemble.device_rooms import bytes_without_room, lent_rooms
 from forebay.ipc.errors import ArenaFull, Cancelled, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ReplyHead, RowRemark
 from forebay.ipc.trace import TraceSpan

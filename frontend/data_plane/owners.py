@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from forebay.ipc.ensemble.device_tensors import DeviceRoom
+from forebay.ipc.ensemble.device_rooms import DeviceRoom
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import ParameterValue, ReplyHead
 from forebay.ipc.slabs import Slab

@@ -12,7 +12,7 @@ from forebay.frontend.data_plane.owners import ParcelOwner
 from forebay.frontend.data_plane.recovery import ATTEMPTS_MAX, gave_up
 from forebay.ipc.counters import ProducerCounter as Count
 from forebay.ipc.counting import count_answered, count_failure
-from forebay.ipc.ensemble.device_tensors import bytes_without_room, lent_rooms
+from forebay.ipc.ensemble.device_rooms import bytes_without_room, lent_rooms
 from forebay.ipc.errors import BackendFailed, Cancelled, Code, Internal, ServingError, WorkerDied, from_wire
 from forebay.ipc.messages import ParcelSubmit, ReplyHead
 from forebay.ipc.wire import FLAG_FINAL, GROW, HEADER, REPLY, TIMES_END, TOKEN, Kind

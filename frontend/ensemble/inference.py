@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.device_places import NO_TARGETS, Targets
 from forebay.frontend.ensemble.chain import ChainRoute, chain_of
 from forebay.frontend.ensemble.one_step import OneStep, OneStepRoute
 from forebay.frontend.ensemble.rows_route import sequence_changes
@@ -17,7 +18,7 @@ from forebay.frontend.inference import Inference, InputTensor, OnResponse, Outpu
 from forebay.ipc.arena import align
 from forebay.ipc.ensemble.run import EnsembleRun, sequence_parameters
 from forebay.ipc.ensemble.steps import StepReply, StepTimes
-from forebay.ipc.ensemble.tensors import Tensor
+from forebay.ipc.ensemble.tensors import ClientsOwn, Tensor
 from forebay.ipc.errors import Cancelled
 from forebay.ipc.messages import TensorPlace
 from forebay.ipc.spans import QUEUE_START, REQUEST_END, Trace
@@ -27,14 +28,21 @@ class EnsembleInference:
     """One request to an ensemble. Life as :class:`Inference`: placed -> submitted -> responses; ``cancel`` any time."""
 
     def __init__(
-        self, route: RouteClient, inputs: Sequence[InputTensor], batch_size: int, *, is_bare: bool = False
+        self,
+        route: RouteClient,
+        inputs: Sequence[InputTensor],
+        batch_size: int,
+        *,
+        is_bare: bool = False,
+        targets: Targets = NO_TARGETS,
     ) -> None:
         """Take room for the inputs.
 
         Args:
-            inputs: already validated against the ensemble.
+            inputs: already validated against the ensemble; in device memory those that :func:`device_of` says so of.
             batch_size: as validated; 0 for an ensemble that does not batch.
             is_bare: it carries nothing but tensors.
+            targets: outputs that go to device memory, if all who read them take them there.
 
         Raises:
             ArenaFull: there is no room.
@@ -43,7 +51,8 @@ class EnsembleInference:
         self.route = route
         self.rows = max(batch_size, 1)
         self._is_bare = is_bare
-        self._block = Block(route, sum(align(tensor.byte_size) for tensor in inputs))
+        self._targets = targets
+        self._block = Block(route, sum(align(tensor.byte_size) for tensor in inputs if tensor.device is None))
         self._tensors: dict[str, Tensor] = {}
         self._run: EnsembleRun[RouteClient] | None = None
         self.is_done = False
@@ -51,6 +60,13 @@ class EnsembleInference:
         self.places: list[memoryview] = []
         offset = self._block.offset
         for tensor in inputs:
+            place = tensor.device
+            if place is not None:
+                self._tensors[tensor.name] = Tensor(
+                    tensor.datatype, tensor.shape, tensor.byte_size, place.offset, ClientsOwn(), memory=place.memory
+                )
+                self.places.append(memoryview(b""))
+                continue
             self._tensors[tensor.name] = Tensor(tensor.datatype, tensor.shape, tensor.byte_size, offset, self._block)
             self.places.append(engine.view[offset : offset + tensor.byte_size])
             offset += align(tensor.byte_size)
@@ -72,7 +88,13 @@ class EnsembleInference:
             on_response(
                 Response(
                     outputs=tuple(
-                        OutputView(name, tensor.datatype, tensor.shape, tensor.view(engine))
+                        OutputView(
+                            name,
+                            tensor.datatype,
+                            tensor.shape,
+                            tensor.view(engine),
+                            is_placed=tensor.memory is not None,
+                        )
                         for name, tensor in reply.outputs.items()
                     ),
                     parameters=reply.parameters,
@@ -82,7 +104,12 @@ class EnsembleInference:
                 )
             )
 
-        run = self._run = ensemble_run(self.route, self._tensors, self.rows, meta, on_reply)
+        # Of several responses one would overwrite the other.
+        rooms = NO_TARGETS if self.route.entry.decoupled else self._targets
+        devices = {name: (room.memory.device_id,) for name, room in rooms.items()}
+        run = self._run = ensemble_run(
+            self.route, self._tensors, self.rows, meta, on_reply, output_devices=devices, output_rooms=rooms
+        )
         # The run holds the inputs now.
         self._block.release()
         run.start()

@@ -14,6 +14,7 @@ from forebay.frontend.ensemble.step_call import ModelCall
 from forebay.frontend.ensemble.tensors import placed
 from forebay.frontend.inference import RequestMeta
 from forebay.ipc.catalog import EnsembleStep
+from forebay.ipc.ensemble.device_rooms import NO_OUTPUT_ROOMS, DeviceRoom
 from forebay.ipc.ensemble.device_tensors import NO_DEVICES, ClientDevices, device_inputs, device_of_input
 from forebay.ipc.ensemble.graph import NeededStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, Ensemble, EnsembleRequest, EnsembleRun
@@ -55,6 +56,7 @@ def ensemble_run(
     on_reply: OnStepReply,
     depth: int = 0,
     output_devices: ClientDevices = NO_DEVICES,
+    output_rooms: Mapping[str, DeviceRoom] = NO_OUTPUT_ROOMS,
 ) -> EnsembleRun[RouteClient]:
     """Return a request to an ensemble, not yet started; it holds the inputs.
 
@@ -62,13 +64,34 @@ def ensemble_run(
         rows: batch items, at least 1.
         depth: how many ensembles this one runs inside of.
         output_devices: outputs that may be in the memory of GPUs.
+        output_rooms: where there, if it is the client's.
     """
     model = ensemble_of(route)
     sequence = (meta.sequence_id, meta.sequence_start, meta.sequence_end)
-    request = EnsembleRequest(meta.id, meta.outputs, sequence, output_devices)
+    request = EnsembleRequest(meta.id, meta.outputs, sequence, output_devices, output_rooms)
     if meta.trace is not None:
         on_reply = traced_run(meta.trace, inputs, route.engine, on_reply)
     return EnsembleRun(model, route.entry, FrontendSteps(model, meta, depth), inputs, rows, request, on_reply)
+
+
+def device_of(model: RouteClient, name: str, depth: int = 0) -> int:
+    """Return the GPU in whose memory a model takes an input, or all steps of an ensemble do; -1: there is none.
+
+    Args:
+        depth: how many ensembles it runs inside of.
+    """
+    entry = model.entry
+    if not entry.is_ensemble:
+        return device_of_input(entry, name)
+
+    def of_step(reader: NeededStep, inner_name: str) -> int:
+        step = reader.step
+        route = model.engine.find_route(step.namespace, step.model, step.version)
+        return -1 if route is None else device_of(route, inner_name, depth + 1)
+
+    plan = ensemble_of(model).graph.plan(())
+    is_read_on_host = entry.response_cache or depth > DEPTH_MAX
+    return -1 if is_read_on_host else device_inputs(plan, (name,), of_step).get(name, -1)
 
 
 class FrontendSteps:
@@ -92,21 +115,7 @@ class FrontendSteps:
         model.count_ensemble_use(-1)
 
     def device_of(self, model: RouteClient, name: str) -> int:
-        return self._device_of(model, name, self._depth)
-
-    def _device_of(self, model: RouteClient, name: str, depth: int) -> int:
-        entry = model.entry
-        if not entry.is_ensemble:
-            return device_of_input(entry, name)
-
-        def inner(reader: NeededStep, inner_name: str) -> int:
-            step = reader.step
-            route = self._engine.find_route(step.namespace, step.model, step.version)
-            return -1 if route is None else self._device_of(route, inner_name, depth + 1)
-
-        plan = ensemble_of(model).graph.plan(())
-        is_read_on_host = entry.response_cache or depth > DEPTH_MAX
-        return -1 if is_read_on_host else device_inputs(plan, (name,), inner).get(name, -1)
+        return device_of(model, name, self._depth)
 
     def place(self, tensor: Tensor) -> Tensor:
         return placed(tensor, self._ensemble.route)
@@ -120,7 +129,7 @@ class FrontendSteps:
                 on_reply = traced_reply(trace, on_reply)
                 if trace.shows_tensors:
                     # What a trace shows must be on the host.
-                    request = request._replace(device_outputs={}, output_devices={})
+                    request = request._replace(device_outputs={}, output_devices={}, output_rooms={})
         sequence_id, is_start, is_end = request.sequence
         meta = msgspec.structs.replace(
             self._meta,
@@ -133,8 +142,8 @@ class FrontendSteps:
 
         def run(reply_to: OnStepReply) -> StepCall:
             if entry.is_ensemble:
-                depth, devices = self._depth + 1, request.output_devices
-                return ensemble_run(model, request.inputs, request.rows, meta, reply_to, depth, devices)
+                depth, devices, rooms = self._depth + 1, request.output_devices, request.output_rooms
+                return ensemble_run(model, request.inputs, request.rows, meta, reply_to, depth, devices, rooms)
             return ModelCall(model, request, meta, reply_to)
 
         cache = self._engine.response_cache

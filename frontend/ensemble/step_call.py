@@ -9,9 +9,9 @@ from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.ensemble.tensors import Block
 from forebay.frontend.inference import RequestMeta, expected_reply_bytes, learn_reply_bytes, make_parcel
 from forebay.ipc.counters import ProducerCounter
-from forebay.ipc.ensemble.device_tensors import DeviceRoom, device_targets
+from forebay.ipc.ensemble.device_rooms import DeviceRoom, device_targets
 from forebay.ipc.ensemble.steps import OnStepReply, StepReply, StepRequest, StepTimes
-from forebay.ipc.ensemble.tensors import Tensor, hold_all, release_all
+from forebay.ipc.ensemble.tensors import ClientsOwn, Tensor, hold_all, release_all
 from forebay.ipc.ensemble.traced import trace_tensors
 from forebay.ipc.errors import Internal, from_wire
 from forebay.ipc.messages import ReplyHead, TensorPlace
@@ -91,14 +91,17 @@ class ModelCall:
         )
         route.submit_parcel(parcel, self)
 
-    def _take_device_blocks(self) -> dict[str, DeviceBlock | None]:
-        """Take room for outputs on the model's GPU, as long as there is any.
+    def _take_device_blocks(self) -> dict[str, DeviceRoom | None]:
+        """Take room for outputs on the model's GPU, as long as there is any, besides what the client has there.
 
         Returns:
             The blocks; None for those outputs that ask for one when their size is known. Others come to the host.
         """
-        rooms: dict[str, DeviceBlock | None] = {}
+        rooms: dict[str, DeviceRoom | None] = {}
         for name, byte_size in self._request.device_outputs.items():
+            if name in self._request.output_rooms:
+                rooms[name] = self._request.output_rooms[name]
+                continue
             expected = byte_size or self._route.output_sizes.expected(name, self._request.rows)
             block = self._take_device_block(name, expected) if expected else None
             if block is not None or not byte_size:
@@ -114,8 +117,9 @@ class ModelCall:
     def lend_rooms(self, needs: Mapping[str, int]) -> Mapping[str, DeviceRoom]:
         rooms: dict[str, DeviceRoom] = {}
         for name, byte_size in needs.items():
-            if name not in self._request.device_outputs or byte_size <= 0:
-                continue  # Nobody asked for it there.
+            request = self._request
+            if byte_size <= 0 or name not in request.device_outputs or name in request.output_rooms:
+                continue  # Nobody asked for it there, or the client has less room.
             if (former := self._device_blocks.pop(name, None)) is not None:
                 former.release()
             block = self._take_device_block(name, byte_size)
@@ -163,6 +167,11 @@ class ModelCall:
 
     def _on_device(self, place: TensorPlace) -> Tensor | None:
         """Return an output that has stayed on the GPU; None: it was not to."""
+        room = self._request.output_rooms.get(place.name)
+        if room is not None:
+            fits = place.offset == room.offset and place.byte_size <= room.byte_size
+            tensor = Tensor(place.datatype, place.shape, place.byte_size, room.offset, ClientsOwn(), memory=room.memory)
+            return tensor if fits else None
         block = self._device_blocks.get(place.name)
         if block is None or place.byte_size > block.byte_size:
             return None

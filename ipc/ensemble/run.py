@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, NamedTuple
 
 from forebay.ipc.catalog import ModelEntry
+from forebay.ipc.ensemble.device_rooms import NO_OUTPUT_ROOMS, DeviceRoom
 from forebay.ipc.ensemble.device_tensors import (
     NO_DEVICES,
     ClientDevices,
@@ -68,6 +69,8 @@ class EnsembleRequest(NamedTuple):
     """Correlation id, start, end."""
     output_devices: ClientDevices = NO_DEVICES
     """Outputs that the client takes in the memory of GPUs."""
+    output_rooms: Mapping[str, DeviceRoom] = NO_OUTPUT_ROOMS
+    """Where there, if it is memory of its own."""
 
 
 class _Iteration:
@@ -147,6 +150,7 @@ class EnsembleRun(Generic[Model]):
         self._next_call = 0
         self._is_mixed: bool | None = None
         self._output_devices = request.output_devices
+        self._output_rooms = request.output_rooms
         #: Some tensor is on a GPU, or may stay there.
         self._may_use_devices = any(tensor.memory is not None for tensor in inputs.values())
         self._models: dict[int, Model] = {}
@@ -285,6 +289,10 @@ class EnsembleRun(Generic[Model]):
             request = request._replace(output_devices=devices)
         elif entry.device_id >= 0:
             request = request._replace(device_outputs=device_outputs(needed, entry, request.rows, self._devices_of))
+        if self._output_rooms:
+            outputs = needed.step.outputs
+            rooms = {name: self._output_rooms[outputs[name]] for name in outputs if outputs[name] in self._output_rooms}
+            request = request._replace(output_rooms=rooms)
         if request.output_devices or request.device_outputs:
             self._may_use_devices = True
         if not self._may_use_devices:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from forebay.ipc.catalog import EnsembleStep, ModelEntry
+from forebay.ipc.ensemble.device_rooms import DeviceRoom
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import DeviceMemory, ParameterValue, TensorPlace
@@ -85,6 +86,8 @@ class StepRequest(NamedTuple):
     """On devices, that places lie in."""
     output_devices: Mapping[str, Collection[int]] = {}
     """Of a step that is an ensemble: GPUs in whose memory everybody who gets an output takes it."""
+    output_rooms: Mapping[str, DeviceRoom] = {}
+    """Places in device memory of the client's own that outputs go to, of those below or of the ensemble."""
     device_outputs: Mapping[str, int] = {}
     """Outputs that may stay on the model's GPU, because nobody but steps there reads them, with their bytes; 0: these
     vary."""

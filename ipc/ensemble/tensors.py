@@ -48,9 +48,20 @@ class Tensor(NamedTuple):
     """The device memory that the block is in; None: it is in the arena."""
 
     def view(self, owner: Mapped) -> memoryview | bytes:
-        """Return the bytes of a tensor on the host; valid while the block is held."""
-        assert self.memory is None
+        """Return the bytes of a tensor on the host, none of one on a device; valid while the block is held."""
+        if self.memory is not None:
+            return b""
         return self.data if self.block is None else owner.view[self.offset : self.offset + self.byte_size]
+
+
+class ClientsOwn:
+    """Bytes that a client keeps until its request has ended: users need not be counted."""
+
+    def hold(self) -> None:
+        """Nothing to do."""
+
+    def release(self) -> None:
+        """Nothing to do."""
 
 
 def hold_all(tensors: Iterable[Tensor | None]) -> None:

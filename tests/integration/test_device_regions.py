@@ -34,7 +34,9 @@ KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROTOCOLS = ["http", "grpc"]
 BYTES = 4096
 #: Models that live on the GPU, on the CPU, on both, and an ensemble.
-MODELS = ["gpu", "gpu_varying", "cpu", "both", "chain"]
+MODELS = ["gpu", "gpu_varying", "cpu", "both", "chain", "nested", "half"]
+#: By what an ensemble multiplies; other models double.
+FACTORS = {"chain": 4, "nested": 16, "half": 4}
 
 
 class Setup:
@@ -84,6 +86,8 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     add_doubler(root, "cpu", "KIND_CPU")
     add_doubler(root, "both", "KIND_CPU", more="instance_group { kind: KIND_GPU count: 1 gpus: [ 0 ] }")
     add_chain(root, "chain")
+    add_chain(root, "nested", model="chain")
+    add_chain(root, "half", last="cpu")
     environment = {PLAYED_GPUS_VARIABLE: "1"} if kind == "host" else {}
     with ForebayServer(
         root, "--allow-client-shm=true", protocols=("http", "grpc", "metrics"), environment=environment
@@ -116,7 +120,7 @@ def registered(setup: Setup, client: Any, *names: str) -> Iterator[list[Memory]]
 def test_inputs_and_outputs_in_device_memory(setup: Setup, protocol: str, model: str) -> None:
     api, client = library(protocol), setup.client(protocol)
     values = np.arange(8, dtype=np.float32).reshape(2, 4)
-    factor = 4 if model == "chain" else 2
+    factor = FACTORS.get(model, 2)
     with registered(setup, client, "in", "out") as (source, target):
         setup.put(source, 64, values)
         tensor = api.InferInput("X", [2, 4], "FP32")
@@ -198,7 +202,7 @@ def test_what_cannot_be_registered(setup: Setup, protocol: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("model", ["gpu", "cpu"])
+@pytest.mark.parametrize("model", ["gpu", "cpu", "chain"])
 def test_places_outside_and_too_little_room(setup: Setup, protocol: str, model: str) -> None:
     """H-198, H-200."""
     api, client = library(protocol), setup.client(protocol)
@@ -285,6 +289,41 @@ def test_copies_are_counted_by_where_they_go(setup: Setup) -> None:
         assert copied() == (before[0], before[1] + 16)
     status, page = setup.server.get("/v2/models/cpu/ready")
     assert (status, page) == (200, b"")
+
+
+@pytest.mark.parametrize("model", ["chain", "nested"])
+def test_ensembles_read_and_write_regions_where_they_are(setup: Setup, model: str) -> None:
+    """Issue 8, 4: their steps live on that GPU; nothing comes to the host, nor does a courier carry anything."""
+    client = setup.client("http")
+    values, factor = np.ones((1, 4), np.float32), FACTORS[model]
+    tensor = httpclient.InferInput("X", [1, 4], "FP32")
+    tensor.set_shared_memory("in", 16)
+    wanted = httpclient.InferRequestedOutput("Y")
+    wanted.set_shared_memory("in", 16, offset=64)
+
+    def counted(family: str, **labels: str) -> int:
+        return setup.server.counter(family, model="gpu", **labels)
+
+    def crossed() -> list[int]:
+        return [counted("forebay_device_copied_bytes_total", direction=f"{to}_device") for to in ("to", "from")]
+
+    with registered(setup, client, "in") as [memory]:
+        setup.put(memory, 0, values)
+
+        def passes() -> bool:
+            before = counted("forebay_device_passed_bytes_total")
+            client.infer(model, [tensor], outputs=[wanted])
+            return counted("forebay_device_passed_bytes_total") > before
+
+        setup.server.wait_for(passes, "steps to pass tensors on the GPU")
+        before = crossed()
+        for number in range(1, 5):
+            setup.put(memory, 0, number * values)
+            client.infer(model, [tensor], outputs=[wanted])
+            np.testing.assert_array_equal(setup.get(memory, 64, (1, 4)), number * factor * values)
+        assert crossed() == before
+        client.infer(model, [tensor])
+        assert crossed() == [before[0], before[1] + 16]
 
 
 def test_nothing_is_left_when_all_are_unregistered(setup: Setup) -> None:

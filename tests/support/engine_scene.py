@@ -17,7 +17,7 @@ from forebay.ipc.arena import Arena, create_memory_file
 from forebay.ipc.catalog import Catalog, ModelEntry
 from forebay.ipc.counters import PRODUCER_WORDS, CountersFile, ProducerCounter
 from forebay.ipc.doorbell import create_doorbell
-from forebay.ipc.ensemble.device_tensors import DeviceRoom
+from forebay.ipc.ensemble.device_rooms import DeviceRoom
 from forebay.ipc.errors import ServingError
 from forebay.ipc.messages import Message, ParameterValue, ParcelSubmit, ReplyHead
 from forebay.ipc.tensor import TensorSpec

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fake_engine import FakeEngine, FakeRoute, spec
 
+from forebay.frontend.device_places import DevicePlace
 from forebay.frontend.ensemble.inference import EnsembleInference
 from forebay.frontend.inference import InputTensor, RequestMeta, Response
 from forebay.ipc.catalog import EnsembleStep
@@ -213,6 +214,57 @@ def test_what_a_client_gets_goes_to_the_host_unless_it_did_not_ask(engine: FakeE
     assert first.heads[0].targets == ()
     ask(route, outputs=("z",))
     assert len(first.heads[1].targets) == 1
+
+
+REGION = DeviceMemory(owner=0, number=9, device_id=0, byte_size=4096, handle=b"r")
+
+
+def ask_in_region(engine: FakeEngine, **options: Any) -> list[Response]:
+    """Ask for an ensemble whose input and output lie in a client's region."""
+    route = add_ensemble(engine, **options)
+    courier = route.entry
+    source, target = (DevicePlace(REGION, offset, 16, courier) for offset in (512, 1024))
+    tensor = InputTensor("x", "FP32", (4,), 16, device=source)
+    inference = EnsembleInference(route.client, [tensor], 0, targets={"z": target})
+    responses: list[Response] = []
+    inference.submit(RequestMeta(), responses.append)
+    return responses
+
+
+def test_a_clients_region_is_read_by_the_first_step_and_written_by_the_last(engine: FakeEngine) -> None:
+    """H-196: by handle and offset, as a model that is no step does."""
+    first, second = add(engine, "first"), add(engine, "second")
+    responses = ask_in_region(engine)
+    assert first.heads[0].memories == (REGION, MEMORY)
+    assert first.heads[0].inputs == (TensorPlace("X", "FP32", (4,), 512, 16, memory=1),)
+    reply_on_device(engine, first)
+    [target] = second.heads[0].targets
+    assert (second.heads[0].memories[target.memory - 1], target.offset, target.byte_size) == (REGION, 1024, 16)
+    reply_on_device(engine, second)
+    [view] = responses[0].outputs
+    assert (view.name, view.is_placed, bytes(view.data)) == ("z", True, b"")
+    assert second.counters[ProducerCounter.DEVICE_PASSED_BYTES] == 0
+
+
+def test_an_output_that_does_not_fit_its_region_comes_to_the_host(engine: FakeEngine) -> None:
+    """H-198: where who carries it says so."""
+    first = add(engine, "first")
+    add(engine, "second", dims=(-1,))
+    responses = ask_in_region(engine)
+    reply_on_device(engine, first)
+    assert lend(engine, {"Y": 64}) == {}
+    reply_inline(engine)
+    assert not responses[0].outputs[0].is_placed
+
+
+def test_an_answer_elsewhere_in_the_region_is_refused(engine: FakeEngine) -> None:
+    first = add(engine, "first")
+    add(engine, "second")
+    responses = ask_in_region(engine)
+    reply_on_device(engine, first)
+    place = TensorPlace("Y", "FP32", (4,), 2048, 16, memory=1)
+    engine.reply(0, ReplyHead(outputs=(place,)), final=True)
+    assert responses[0].error is not None
 
 
 def test_without_room_or_pool_the_host_is_taken(engine: FakeEngine) -> None:

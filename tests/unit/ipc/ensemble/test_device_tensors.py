@@ -7,15 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from forebay.ipc.catalog import EnsembleStep, ModelEntry
-from forebay.ipc.ensemble.device_tensors import (
-    bytes_without_room,
-    device_inputs,
-    device_of_input,
-    device_outputs,
-    device_targets,
-    devices_of_output,
-    lent_rooms,
-)
+from forebay.ipc.ensemble.device_rooms import bytes_without_room, device_targets, lent_rooms
+from forebay.ipc.ensemble.device_tensors import device_inputs, device_of_input, device_outputs, devices_of_output
 from forebay.ipc.ensemble.graph import EnsembleGraph, NeededStep
 from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.tensor import TensorSpec
