@@ -424,9 +424,15 @@ class _Parser:
         if len({entry.name for entry in settings.cache.config}) > 1:
             raise self._bad_option("cache-config", "Only one cache can be configured.")
         try:
-            _ = settings.cache.size_bytes
+            cache_bytes = settings.cache.size_bytes
         except ValueError as error:
             raise self._bad_option("cache-config", str(error)) from None
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if cache_bytes > memory_bytes:
+            raise CommandLineExit(
+                f"Error: a response cache of {cache_bytes} bytes does not fit into the {memory_bytes} bytes of memory "
+                "that this machine has.\n"
+            )
         for name, groups, feature in (
             ("http-restricted-api", settings.http.restricted_apis, "api"),
             ("grpc-restricted-protocol", settings.grpc.restricted_protocols, "protocol"),

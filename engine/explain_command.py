@@ -53,20 +53,17 @@ def run(command: Command) -> int:
         print("error: name a model, as in: forebay explain alpha_model", file=sys.stderr)
         return 1
     try:
-        bodies = [fetch(address, settings.port, model) for model in command.arguments]
+        answers = [fetch(address, settings.port, model) for model in command.arguments]
     except _NoAnswer as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for body in bodies:
-        if command.output_format == "json":
-            print(body.decode())
-        else:
-            print("\n".join(render(msgspec.json.decode(body, type=Explanation))))
+    for body, explanation in answers:
+        print(body.decode() if command.output_format == "json" else "\n".join(render(explanation)))
     return 0
 
 
-def fetch(address: str, port: int, model: str) -> bytes:
-    """Ask a server for a model, or for one version of it as ``MODEL:VERSION``.
+def fetch(address: str, port: int, model: str) -> tuple[bytes, Explanation]:
+    """Ask a server for a model, or for one version of it as ``MODEL:VERSION``; return the JSON and what it says.
 
     Raises:
         _NoAnswer: with a line that says what to do.
@@ -83,8 +80,11 @@ def fetch(address: str, port: int, model: str) -> bytes:
     finally:
         connection.close()
     if reply.status != 200:
-        raise _NoAnswer(f"{model}: {_error_text(body)}")
-    return body
+        raise _NoAnswer(f"{model}: {_error_text(body) or f'the server answers {reply.status} {reply.reason}'}")
+    try:
+        return body, msgspec.json.decode(body, type=Explanation)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise _NoAnswer(f"what answers at {address}:{port} is no forebay; give its --http-port") from None
 
 
 def _error_text(body: bytes) -> str:

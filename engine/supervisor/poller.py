@@ -39,7 +39,9 @@ class RepositoryPoller:
         self._failure = ""
 
     async def run(self) -> None:
-        """Poll until cancelled; what was loaded at start-up counts as seen."""
+        """Poll until cancelled; what was loaded at start-up counts as seen. An interval of 0: never, as in Triton."""
+        if not self._interval_s:
+            return
         for name, model in self._lifecycle.models.items():
             if model.found is not None:
                 self._tried[name] = _look(model.found)

@@ -34,6 +34,8 @@ _GREETING_SECS = 20.0
 _IDLE_PING_SECS = 7200.0
 #: Seconds from when a ping should have been answered to the end: whatever has come is read within.
 _LAST_LOOK_SECS = 0.01
+#: Seconds between two looks at a silent client, at least; grpc-core has 1 ms, which would be its own flood.
+_KEEPALIVE_SECS_MIN = 0.01
 #: Connections end up to a tenth earlier or later than configured, so that not all come back at once (grpc-core).
 _AGE_JITTER = 0.1
 #: Seconds from the first GOAWAY of a drained connection to the second: time for calls on their way.
@@ -67,6 +69,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
         #: Runs while a ping is not answered.
         self._silence: asyncio.TimerHandle | None = None
         self._timers: list[asyncio.TimerHandle] = []
+        self._keepalive_secs = _KEEPALIVE_SECS_MIN
         self._keepalive: asyncio.TimerHandle | None = None
 
     # --- transport callbacks ---
@@ -90,7 +93,8 @@ class GrpcConnection(asyncio.BufferedProtocol):
         if age_ms is not None:
             age_s = age_ms / 1000 * random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)
             self._timers.append(frontend.loop.call_later(age_s, self._grow_old))
-        self._keepalive = frontend.loop.call_later(self._settings.keepalive_time / 1000, self._keep_alive)
+        self._keepalive_secs = max(self._settings.keepalive_time / 1000, _KEEPALIVE_SECS_MIN)
+        self._keepalive = frontend.loop.call_later(self._keepalive_secs, self._keep_alive)
         if frontend.is_draining:
             self.drain()
 
@@ -234,7 +238,7 @@ class GrpcConnection(asyncio.BufferedProtocol):
     def _keep_alive(self) -> None:
         """Ping a silent client, if there is reason to."""
         loop, settings, http2 = self._frontend.loop, self._settings, self._http2
-        self._keepalive = loop.call_later(settings.keepalive_time / 1000, self._keep_alive)
+        self._keepalive = loop.call_later(self._keepalive_secs, self._keep_alive)
         if self._is_ending or not (http2.streams or settings.keepalive_permit_without_calls):
             return
         if http2.frames_written != self._frames_at_keepalive:

@@ -86,6 +86,13 @@ def test_text_is_utf_8_whatever_the_locale_says():
     check("--id=w\udcc3\udcb6rld", "server.id", "wörld")
 
 
+@pytest.mark.parametrize(
+    "word", ["--response-cache-byte-size=99999999999999", "--cache-config=local,size=99999999999999"]
+)
+def test_a_cache_larger_than_the_machine_is_refused(word):
+    assert refuse(word).startswith("Error: a response cache of 99999999999999 bytes does not fit into the ")
+
+
 def test_no_words_print_the_overview():
     for words in ([], ["--help"], ["help"], ["-h"]):
         with pytest.raises(CommandLineExit, match="Usage: forebay COMMAND") as caught:

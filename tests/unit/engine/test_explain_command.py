@@ -23,12 +23,22 @@ def batch(number: int, **fields: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+#: What servers that are none of ours answer.
+_STRANGERS = {
+    "/forebay/explain/elsewhere": (404, b"\xff not ours"),
+    "/forebay/explain/silent": (404, b""),
+    "/forebay/explain/page": (200, b"<html>"),
+    "/forebay/explain/object": (200, b"{}"),
+}
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        if self.path == "/forebay/explain/elsewhere":
-            self.send_response(404)
+        if self.path in _STRANGERS:
+            status, body = _STRANGERS[self.path]
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(b"\xff not ours")
+            self.wfile.write(body)
             return
         known = self.path in ("/forebay/explain/m%20x", "/forebay/explain/m%20x/versions/3")
         body = json.dumps({"model": "m x", "version": "3", "batches": [batch(1)]} if known else {"error": "unknown"})
@@ -79,11 +89,25 @@ def test_says_what_is_wrong(port: int, capsys: pytest.CaptureFixture[str]) -> No
     assert "no server answers at 127.0.0.1:1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("model", "text"), [("none", "none: unknown"), ("elsewhere", "elsewhere: \ufffd not ours")])
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("none", "none: unknown"),
+        ("elsewhere", "elsewhere: \ufffd not ours"),
+        ("silent", "silent: the server answers 404 Not Found"),
+    ],
+)
 def test_says_what_the_server_says(port: int, capsys: pytest.CaptureFixture[str], model: str, text: str) -> None:
     """The text of an error reply, not its JSON; whatever else answers on that port is quoted."""
     assert run(command(port, model)) == 1
     assert capsys.readouterr().err == f"error: {text}\n"
+
+
+@pytest.mark.parametrize("model", ["page", "object"])
+def test_says_that_somebody_else_answers(port: int, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    assert run(command(port, model)) == 1
+    text = f"error: what answers at 127.0.0.1:{port} is no forebay; give its --http-port\n"
+    assert capsys.readouterr().err == text
 
 
 def test_shows_the_last_batches_and_counts_all() -> None:

@@ -138,3 +138,10 @@ def test_a_fault_with_one_model_ends_the_following_of_no_other(
     assert poll(lifecycle, poller, {"a": "breaks us", "b": "1"}) == ["load a breaks us", "load b 1"]
     assert "failed to follow the changes of model 'a'" in capfd.readouterr().err
     assert poll(lifecycle, poller, {"a": "1", "b": "1"}) == ["load a 1"]
+
+
+def test_an_interval_of_nothing_means_never(lifecycle: FakeLifecycle) -> None:
+    """Triton polls only where ``--repository-poll-secs`` is more than 0 (spec F-025)."""
+    lifecycle.looks = [{"a": "1"}]
+    asyncio.run(RepositoryPoller(cast(ModelLifecycle, lifecycle), 0.0).run())
+    assert lifecycle.events == []

@@ -46,12 +46,12 @@ class Clock:
 
 
 class Scene:
-    """A client that has said hello; it is asked every 10 s whether it is there, and has 20 s to say so."""
+    """A client that has said hello; it is asked every so often whether it is there, and has 20 s to say so."""
 
-    def __init__(self) -> None:
+    def __init__(self, keepalive_time_ms: int = 10_000) -> None:
         self.clock = Clock()
         settings = GrpcView(
-            keepalive_time=10_000, keepalive_timeout=20_000, keepalive_permit_without_calls=True,
+            keepalive_time=keepalive_time_ms, keepalive_timeout=20_000, keepalive_permit_without_calls=True,
             http2_max_pings_without_data=0,
         )  # fmt: skip
         frontend = SimpleNamespace(
@@ -104,3 +104,11 @@ def test_answer_that_lay_there_when_the_time_was_up_is_read_first(scene: Scene) 
     scene.pong()
     scene.clock.run_until(35.0)
     assert not scene.is_left
+
+
+@pytest.mark.parametrize("keepalive_time_ms", [0, -1])
+def test_an_interval_of_nothing_is_no_busy_loop(keepalive_time_ms: int) -> None:
+    """``--grpc-keepalive-time`` takes any number, as in Triton."""
+    scene = Scene(keepalive_time_ms)
+    scene.clock.run_until(1.0)
+    assert 1 <= scene.transport.write.call_count <= 200
