@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as httpclient
-from device_models import add_doubler
+from device_models import add_chain, add_doubler
 from forebay_server import ForebayServer
 
 from forebay.engine.devices.opening import PLAYED_GPUS_VARIABLE
@@ -50,6 +51,21 @@ def infer_side_by_side(server: ForebayServer, model: str, count: int) -> None:
             sent.append((number, client.async_infer(model, [tensor])))
         for number, request in sent:
             np.testing.assert_array_equal(request.get_result().as_numpy("Y"), np.full((1, 4), 2 * number))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_workers_have_the_driver_mapped(tmp_path: Path, kind: str) -> None:
+    """Issue 8, 1: neither frontends nor scheduler, also while steps of an ensemble pass tensors on the GPU."""
+    add_doubler(tmp_path, "gpu", "KIND_GPU")
+    add_chain(tmp_path, "chain")
+    with serving(tmp_path, kind) as server:
+        server.wait_for(lambda: server.pid_of("worker courier") != 0, "the courier")
+        infer_side_by_side(server, "gpu", 4)
+        others = {role: pid for role, pid in server.pids().items() if not role.startswith(("worker ", "zygote"))}
+        assert {role.split()[0] for role in others} >= {"http", "scheduler"}
+        for role, pid in others.items():
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            assert not re.search(r"libcuda\.|libcudart|/cupy", maps), role
 
 
 @pytest.mark.parametrize("kind", KINDS)
