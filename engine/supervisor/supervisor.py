@@ -17,7 +17,6 @@ import os
 import signal
 import time
 from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -29,6 +28,7 @@ from forebay.engine.supervisor.client_memories import ClientMemories
 from forebay.engine.supervisor.core_pool import CorePool, usable_cores
 from forebay.engine.supervisor.core_wakeups import check_wakeup_latency
 from forebay.engine.supervisor.device_pools import DevicePools
+from forebay.engine.supervisor.file_threads import FileThreads
 from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.likely_families import likely_families
 from forebay.engine.supervisor.listeners import Listener
@@ -123,8 +123,7 @@ class Supervisor:
             return 1
         self._watch_signals()
         self._runtime.janitor.watch()
-        # Files are read in threads; each costs memory that does not come back.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_FILE_THREADS, "files"))
+        asyncio.get_running_loop().set_default_executor(FileThreads(_FILE_THREADS))
         os.environ[ENVIRONMENT_VARIABLE] = msgspec.json.encode(log.options).decode()
         # Models that call other models, or that use the shared-memory client, find their own server.
         os.environ[RUNTIME_DIRECTORY_VARIABLE] = self._runtime.path
@@ -534,7 +533,8 @@ class Supervisor:
         children = [role.child for role in self._roles if role.child is not None]
         await asyncio.gather(*(child.exited.wait() for child in children), *list(self._tasks), return_exceptions=True)
         await self._zygotes.wait_ended()
-        await asyncio.to_thread(self._mps.leave)
+        # Nobody needs the loop any more, and the threads may hang in a file system.
+        self._mps.leave()
         await self._control.close()
         if traces := getattr(self, "_traces", None):
             traces.close()
