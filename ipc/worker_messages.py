@@ -82,8 +82,8 @@ class Described(Message, frozen=True, tag=34):
     """Worker -> supervisor."""
 
     inputs: tuple[dict[str, Any], ...]
-    """``{"name", "data_type": "TYPE_*", "shape": [...], "is_shape_tensor"}`` with -1 for sizes that vary, batch
-    dimension included."""
+    """``{"name", "data_type": "TYPE_*", "shape": [...]}`` with -1 for sizes that vary, batch dimension included;
+    ``"is_shape_tensor": True`` besides, of one that is."""
     outputs: tuple[dict[str, Any], ...]
     config: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
     """What else the backend sets (Python ``auto_complete_config``)."""

@@ -33,7 +33,7 @@ Array = npt.NDArray[np.generic]
 Arrays = dict[str, Array]
 
 
-class DescribedTensor(msgspec.Struct, frozen=True):
+class DescribedTensor(msgspec.Struct, frozen=True, omit_defaults=True):
     """One tensor as the model file declares it."""
 
     name: str
@@ -78,7 +78,7 @@ class LoadedModel:
             counters: uint64, the instance's block.
         """
         if self.device is not None:
-            self.device.traffic.counters = counters
+            self.device.traffic.show_in(counters)
 
     #: Asks the model itself whether it is ready, from any thread; None: it is, once it is loaded.
     ready_check: Callable[[], bool] | None = None

@@ -16,7 +16,7 @@ from forebay.engine.backends.base import Backend, DescribedModel, TensorInstance
 from forebay.engine.backends.shared_models import shared
 from forebay.engine.backends.torch_describe import describe_script
 from forebay.engine.backends.torch_device import TorchDeviceInstance
-from forebay.engine.backends.torch_instance import TorchInstance
+from forebay.engine.backends.torch_instance import TorchInstance, prime
 from forebay.engine.backends.torch_library import LoadedModule
 from forebay.engine.backends.torch_modules import prepare_module
 from forebay.engine.backends.torch_packages import prepare_package
@@ -47,12 +47,14 @@ class TorchBackend(Backend):
     def load(self, spec: InstanceSpec) -> TensorInstance:
         device = open_device("cuda", spec.device_id) if _lives_on_gpu(spec) else None
         loaded = _prepare(spec)
-        if device is not None:
-            return TorchDeviceInstance(spec, loaded, device, device.make_stream(stream_priority(spec)))
-        instance = TorchInstance(spec, loaded)
+        instance: TensorInstance = (
+            TorchInstance(spec, loaded)
+            if device is None
+            else TorchDeviceInstance(spec, loaded, device, device.make_stream(stream_priority(spec)))
+        )
         if not loaded.keeps_state:
-            instance.prime(spec)
-        if loaded.device.type == "cuda":
+            prime(spec, instance)
+        if device is None and loaded.device.type == "cuda":
             # Without CuPy it runs, too, and nobody looks.
             with contextlib.suppress(Unsupported):
                 return WatchedInstance(instance, open_device("cuda", loaded.device.index or 0))

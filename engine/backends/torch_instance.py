@@ -129,21 +129,22 @@ class TorchInstance(TensorInstance):
             if self._cleans_cache and self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def prime(self, spec: InstanceSpec) -> None:
-        """Run a row of zeros a few times: a first call compiles, which takes a thousand times as long as the others."""
-        if any(tensor.datatype == "BYTES" or -1 in tensor.backend_dims for tensor in spec.inputs):
-            return
-        rows = (1,) if self._batches else ()
-        inputs: Arrays = {
-            tensor.name: np.zeros((*rows, *tensor.backend_dims), DATATYPES[tensor.datatype].numpy_dtype)
-            for tensor in spec.inputs
-        }
-        try:
-            for _ in range(_PRIMING_CALLS):
-                self.run(inputs, tuple(self._signature.outputs))
-        except ServingError as error:
-            # Zeros may be no input that the model accepts; its own requests will tell.
-            log.verbose(1, f"model '{spec.model}' was not primed: {error}")
-
     def close(self) -> None:
         self._call.close()
+
+
+def prime(spec: InstanceSpec, instance: TensorInstance) -> None:
+    """Run a row of zeros a few times: a first call compiles, which takes a thousand times as long as the others."""
+    if any(tensor.datatype == "BYTES" or -1 in tensor.backend_dims for tensor in spec.inputs):
+        return
+    rows = (1,) if spec.max_batch_size > 0 else ()
+    inputs: Arrays = {
+        tensor.name: np.zeros((*rows, *tensor.backend_dims), DATATYPES[tensor.datatype].numpy_dtype)
+        for tensor in spec.inputs
+    }
+    try:
+        for _ in range(_PRIMING_CALLS):
+            instance.run(inputs, tuple(tensor.name for tensor in spec.outputs))
+    except ServingError as error:
+        # Zeros may be no input that the model accepts; its own requests will tell.
+        log.verbose(1, f"model '{spec.model}' was not primed: {error}")

@@ -57,15 +57,26 @@ class Traffic:
     graph_launches: int = 0
     device_ns: int = 0
     """How long the device was busy with timed work."""
-    counters: memoryview | None = None
-    """uint64: an instance's block, in which :meth:`publish` shows the rest. It outlives the process."""
+    _counters: memoryview | None = None
     _shown: tuple[int, ...] = (0,) * len(_SHOWN_WORDS)
+
+    def show_in(self, counters: memoryview | None) -> None:
+        """From now on have :meth:`publish` show what is new; what loading a model took is not.
+
+        Args:
+            counters: uint64, an instance's block, which outlives the process; None: show nothing.
+        """
+        self._counters = counters
+        self._shown = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        return self.copies_in, self.bytes_in, self.bytes_out, self.device_ns, self.graph_launches
 
     def publish(self) -> None:
         """Add what is new to the counters, for metrics."""
-        counters = self.counters
+        counters = self._counters
         if counters is not None:
-            now = (self.copies_in, self.bytes_in, self.bytes_out, self.device_ns, self.graph_launches)
+            now = self._now()
             for word, value, shown in zip(_SHOWN_WORDS, now, self._shown, strict=True):
                 counters[word] += value - shown
             self._shown = now

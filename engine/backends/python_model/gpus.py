@@ -137,7 +137,7 @@ class Gpus:
         except (Unsupported, DeviceError) as error:
             log.warning(f"tensors of models on GPU {index} go through host memory: {error.text}")
             return None
-        gpu.device.traffic.counters = self._counters
+        gpu.device.traffic.show_in(self._counters)
         return gpu
 
     def count(self, counters: memoryview) -> None:
@@ -149,7 +149,7 @@ class Gpus:
         self._counters = counters
         for gpu in self._known.values():
             if gpu is not None:
-                gpu.device.traffic.counters = counters
+                gpu.device.traffic.show_in(counters)
 
     def close_memory(self, memory: DeviceMemory) -> None:
         """Another process is about to take a memory away."""

@@ -173,3 +173,19 @@ def check_package(instance: DeviceInstance) -> None:
         np.testing.assert_array_equal(results["OUTPUT__0"], rows(count) * 2 + rows(count, 5))
         np.testing.assert_array_equal(results["OUTPUT__1"], rows(count).sum(1))
     instance.close()
+
+
+def test_a_model_is_tried_before_its_first_request(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled at a first call is compiled by the load; requests that are counted come afterwards."""
+    from forebay.engine.backends.torch_device import TorchDeviceInstance
+
+    runs: list[tuple[int, ...]] = []
+
+    class Watched(TorchDeviceInstance):
+        def compute(self, batch: Any, outputs: Any) -> Any:
+            runs.append(batch[0]["a__0"].shape)
+            return super().compute(batch, outputs)
+
+    monkeypatch.setattr("forebay.engine.backends.torch_backend.TorchDeviceInstance", Watched)
+    load(make_spec(tmp_path, Half(), {"a__0": "TYPE_FP32"}, {"y__0": [3]})).close()
+    assert runs == [(1, 3)] * 3

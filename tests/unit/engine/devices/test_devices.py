@@ -258,7 +258,7 @@ def test_a_query_tells_done_from_not_ready_and_from_broken() -> None:
 def test_timed_work_is_counted(device: Device, stream: Stream) -> None:
     numbers = np.ones(1 << 20, np.float32)
     counters = memoryview(bytearray(InstanceCounter.BATCH_SIZES * 8)).cast("Q")
-    device.traffic.counters = counters
+    device.traffic.show_in(counters)
     with device.allocate(numbers.nbytes) as memory:
         for _ in range(2):
             stream.begin_timing()
@@ -269,3 +269,17 @@ def test_timed_work_is_counted(device: Device, stream: Stream) -> None:
     assert counters[InstanceCounter.DEVICE_NS] > 0
     assert counters[InstanceCounter.DEVICE_COPIES_IN] == 2
     assert counters[InstanceCounter.DEVICE_BYTES_IN] == 2 * numbers.nbytes
+
+
+def test_what_crossed_before_somebody_counts_is_not_counted(device: Device, stream: Stream) -> None:
+    """Of a model's load, for example, which tries it."""
+    numbers = np.ones(16, np.float32)
+    counters = memoryview(bytearray(InstanceCounter.BATCH_SIZES * 8)).cast("Q")
+    with device.allocate(numbers.nbytes) as memory:
+        stream.copy_in(memory.address, numbers.ctypes.data, numbers.nbytes)
+        device.traffic.publish()
+        device.traffic.show_in(counters)
+        stream.copy_in(memory.address, numbers.ctypes.data, numbers.nbytes)
+        stream.synchronize()
+    device.traffic.publish()
+    assert counters[InstanceCounter.DEVICE_COPIES_IN] == 1
