@@ -301,8 +301,16 @@ def test_client_that_never_reads_its_answer_is_cut_off(server: ForebayServer) ->
             assert len(wire.answer().body) > 3_600_000
 
 
-def test_replies_that_nobody_takes_are_bounded(server: ForebayServer) -> None:
+@pytest.fixture
+def patient_server(tmp_path: Path) -> Iterator[ForebayServer]:
+    """One that gives its clients all the time that they want."""
+    with ForebayServer(write_models(tmp_path / "models"), f"--arena-byte-size={ARENA_BYTES}") as running:
+        yield running
+
+
+def test_replies_that_nobody_takes_are_bounded(patient_server: ForebayServer) -> None:
     """The clients that owe us most reading are cut off, so that the others can be served."""
+    server = patient_server
 
     def anonymous_kb() -> int:
         status = Path(f"/proc/{server.pid_of('http')}/status").read_text()
