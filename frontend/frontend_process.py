@@ -227,8 +227,17 @@ class FrontendProcess:
         served.abort()
 
 
-def run_frontend(role: str, open_servers: Callable[[FrontendProcess], Awaitable[Served]]) -> int:
-    """Run a frontend process: ``python -m <module> --lifeline-fd N``."""
+def run_frontend(
+    role: str,
+    open_servers: Callable[[FrontendProcess], Awaitable[Served]],
+    *,
+    check: Callable[[FrontendStart], None] = lambda _start: None,
+) -> int:
+    """Run a frontend process: ``python -m <module> --lifeline-fd N``.
+
+    Args:
+        check: raises a ServingError if it could never serve with these settings; the server does not start then.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--lifeline-fd", type=int, required=True)
     options = parser.parse_args()
@@ -246,6 +255,7 @@ def run_frontend(role: str, open_servers: Callable[[FrontendProcess], Awaitable[
         if not isinstance(message, FrontendStart):
             return 0 if isinstance(message, Stop) else 1
         set_name(message.name or role)
+        check(message)
         return uvloop.run(serve(message, fds))
     except PeerClosed:
         return 1

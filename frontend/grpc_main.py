@@ -10,6 +10,7 @@ from forebay.frontend.grpc.server import GrpcFrontend
 from forebay.frontend.grpc.settings import GrpcView
 from forebay.frontend.grpc.tls import server_context
 from forebay.frontend.handlers.context import ControlSettings
+from forebay.ipc.frontend_messages import FrontendStart
 
 #: Connections that the kernel completes while the loop is busy.
 _BACKLOG = 4096
@@ -70,9 +71,13 @@ async def open_servers(process: FrontendProcess) -> Served:
     return GrpcServed(frontend, servers)
 
 
+def _check_tls(start: FrontendStart) -> None:
+    server_context(GrpcView.from_groups(start.settings))
+
+
 def main() -> int:
     """Entry of the process."""
-    return run_frontend("grpc", open_servers)
+    return run_frontend("grpc", open_servers, check=_check_tls)
 
 
 if __name__ == "__main__":

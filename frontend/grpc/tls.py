@@ -24,7 +24,8 @@ def server_context(settings: GrpcView) -> ssl.SSLContext | None:
     if not settings.server_cert or not settings.server_key:
         raise InvalidArgument("--grpc-use-ssl needs --grpc-server-cert and --grpc-server-key")
     try:
-        context.load_cert_chain(settings.server_cert, settings.server_key)
+        # With a password, or OpenSSL would ask the terminal for that of an encrypted key.
+        context.load_cert_chain(settings.server_cert, settings.server_key, password="")
     except (OSError, ssl.SSLError) as error:
         raise InvalidArgument(f"cannot use the gRPC server certificate: {error}") from None
     if settings.use_ssl_mutual:

@@ -156,6 +156,25 @@ def test_tls(alpha: Path, tmp_path: Path, mutual: bool, expected: Any) -> None:
                 stranger.is_server_live(client_timeout=5)
 
 
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--grpc-use-ssl=true"], "--grpc-use-ssl needs --grpc-server-cert and --grpc-server-key"),
+        (
+            ["--grpc-use-ssl=true", "--grpc-server-cert=/nowhere", "--grpc-server-key=/nowhere"],
+            "cannot use the gRPC server certificate: [Errno 2] No such file or directory",
+        ),
+    ],
+)
+def test_a_certificate_that_cannot_be_used_ends_the_start(alpha: Path, flags: list[str], text: str) -> None:
+    """And not each try to serve, one after the other, while HTTP is served."""
+    server = ForebayServer(alpha, *flags, protocols=("grpc", "http"))
+    server.launch()
+    assert server.process.wait(PATIENCE_S) == 1
+    assert f"error: creating server: Internal - grpc frontend failed to start: {text}" in server.stderr
+    assert "Started" not in server.stderr
+
+
 def test_tensors_in_shared_memory(tmp_path: Path) -> None:
     """Spec G-013, G-014, G-038, G-043, G-046: inputs and outputs in a region, nothing in the messages."""
     models = write_models(tmp_path / "models")
