@@ -441,7 +441,15 @@ class _Parser:
                 check_restricted_apis(groups, feature)
             except ValueError as error:
                 raise self._bad_option(name, str(error)) from None
+        self._check_pattern("http-header-forward-pattern", settings.http.header_forward_pattern)
+        self._check_pattern("grpc-header-forward-pattern", settings.grpc.header_forward_pattern)
         check_port_collision(settings)
+
+    def _check_pattern(self, name: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise self._bad_option(name, f"invalid regular expression {pattern!r}: {error}") from None
 
     def _refuse_unimplemented(self, given: Sequence[Given]) -> None:
         """End the start-up on a flag that would be ignored otherwise."""

@@ -93,6 +93,12 @@ def test_a_cache_larger_than_the_machine_is_refused(word):
     assert refuse(word).startswith("Error: a response cache of 99999999999999 bytes does not fit into the ")
 
 
+@pytest.mark.parametrize("flag", ["http-header-forward-pattern", "grpc-header-forward-pattern"])
+@pytest.mark.parametrize("pattern", ["[", "(?<x>", "a{99999999999}"])
+def test_a_pattern_that_is_none_is_refused(flag, pattern):
+    assert f"invalid regular expression '{pattern}': " in refuse(f"--{flag}={pattern}")
+
+
 def test_no_words_print_the_overview():
     for words in ([], ["--help"], ["help"], ["-h"]):
         with pytest.raises(CommandLineExit, match="Usage: forebay COMMAND") as caught:
