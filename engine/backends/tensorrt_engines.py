@@ -8,6 +8,7 @@ and after a look for a GPU: without a driver they crash rather than raise (FACTS
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import os
@@ -20,6 +21,7 @@ from forebay.engine.backends.tensorrt_plans import cached_plan, make_logger
 from forebay.engine.backends.tensorrt_runtime_cache import RuntimeCache
 from forebay.engine.devices.base import Device
 from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
+from forebay.ipc.log import log
 from forebay.ipc.worker_messages import InstanceSpec
 
 _Made = TypeVar("_Made")
@@ -140,8 +142,9 @@ def load_engine(spec: InstanceSpec, device: Device) -> LoadedEngine:
     path = find_model_file(spec, device.compute_capability)
 
     def load(trt: Any) -> LoadedEngine:
-        plan = _built_plan(trt, spec, path, device) if is_onnx(path) else _read(path)
-        return LoadedEngine(trt, spec, plan, device.name)
+        if is_onnx(path):
+            return _load_onnx(trt, spec, path, device)
+        return LoadedEngine(trt, spec, _read(path), device.name)
 
     return with_a_library(spec, path, load)
 
@@ -169,8 +172,19 @@ def with_a_library(spec: InstanceSpec, path: str, use: Callable[[Any], _Made]) -
     raise InvalidArgument(f"unable to load model '{spec.model}' from '{os.path.basename(path)}': {'; '.join(reasons)}")
 
 
-def _built_plan(trt: Any, spec: InstanceSpec, path: str, device: Device) -> bytes:
-    return cached_plan(trt, spec, path, device=device.name, compute_capability=device.compute_capability)
+def _load_onnx(trt: Any, spec: InstanceSpec, path: str, device: Device) -> LoadedEngine:
+    plan_for_device = functools.partial(
+        cached_plan, trt, spec, path, device=device.name, compute_capability=device.compute_capability
+    )
+    plan = plan_for_device()
+    try:
+        return LoadedEngine(trt, spec, plan.data, device.name)
+    except InvalidArgument as error:
+        if plan.is_new:
+            raise
+        # Damaged, or of a driver that was here before.
+        log.warning(f"model '{spec.model}': its plan in the cache is of no use and is built anew: {error}")
+    return LoadedEngine(trt, spec, plan_for_device(unusable=plan.data).data, device.name)
 
 
 def _read(path: str) -> bytes:

@@ -283,11 +283,21 @@ def _make_monitor(trt: Any, model: str) -> Any:
     return Monitor()
 
 
-def cached_plan(trt: Any, spec: InstanceSpec, onnx_file: str, *, device: str, compute_capability: str) -> bytes:
+class CachedPlan(NamedTuple):
+    """A plan, and whether it was built just now."""
+
+    data: bytes
+    is_new: bool
+
+
+def cached_plan(
+    trt: Any, spec: InstanceSpec, onnx_file: str, *, device: str, compute_capability: str, unusable: bytes = b""
+) -> CachedPlan:
     """Return the plan of an ONNX file, from the cache or built now; other instances wait meanwhile.
 
     Args:
         device: the GPU's name: plans belong to it.
+        unusable: a plan that the library does not take; if it is the one in the cache, another takes its place.
 
     Raises:
         InvalidArgument: as :func:`build_plan`.
@@ -302,7 +312,7 @@ def cached_plan(trt: Any, spec: InstanceSpec, onnx_file: str, *, device: str, co
         log.info(f"model '{spec.model}': built a plan in {(time.monotonic_ns() - start_ns) / 1e9:.1f} s")
         return plan
 
-    return _read_or_make(directory, key, build)
+    return _read_or_make(directory, key, build, unusable)
 
 
 def plan_key(trt: Any, spec: InstanceSpec, onnx_file: str, *, device: str, compute_capability: str) -> str:
@@ -322,23 +332,25 @@ def plan_key(trt: Any, spec: InstanceSpec, onnx_file: str, *, device: str, compu
     return digest.hexdigest()[:32]
 
 
-def _read_or_make(directory: str, key: str, make: Callable[[], bytes]) -> bytes:
+def _read_or_make(directory: str, key: str, make: Callable[[], bytes], unusable: bytes = b"") -> CachedPlan:
     path = os.path.join(directory, f"{key}.plan")
     try:
         make_private_directory(directory)
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         log.warning(f"TensorRT plans are not kept: {error}")
-        return make()
+        return CachedPlan(make(), is_new=True)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            return file.read()
+            kept = file.read()
+            if kept != unusable:
+                return CachedPlan(kept, is_new=False)
         plan = make()
         try:
             replace_file(path, plan)
         except OSError as error:
             log.warning(f"a TensorRT plan is not kept: {error}")
-        return plan
+        return CachedPlan(plan, is_new=True)
     finally:
         os.close(lock)

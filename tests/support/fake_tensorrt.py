@@ -240,5 +240,8 @@ class Runtime:
     def __init__(self, logger: object) -> None:
         self.logger = logger
 
-    def deserialize_cuda_engine(self, plan: bytes) -> Engine:
-        return reshaping_engine(TensorLocation.HOST, *json.loads(plan))
+    def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+        try:
+            return reshaping_engine(TensorLocation.HOST, *json.loads(plan))
+        except ValueError:
+            return None

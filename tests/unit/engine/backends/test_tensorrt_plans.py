@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fake_tensorrt
 import msgspec
 import onnx
 import pytest
@@ -15,7 +16,8 @@ from onnx import TensorProto, helper
 from tensorrt_models import write_reshaping_onnx
 from worker_harness import spec_from_config
 
-from forebay.engine.backends import tensorrt_plans
+from forebay.engine.backends import tensorrt_engines, tensorrt_plans
+from forebay.engine.backends.tensorrt_engines import load_engine
 from forebay.engine.backends.tensorrt_plans import (
     OnnxInput,
     ProfileShapes,
@@ -27,6 +29,7 @@ from forebay.engine.backends.tensorrt_plans import (
     parse_shapes,
     plan_key,
 )
+from forebay.engine.devices.host_device import HostDevice
 from forebay.ipc.errors import InvalidArgument
 from forebay.ipc.tensor import TensorSpec
 from forebay.ipc.worker_messages import InstanceSpec
@@ -88,7 +91,8 @@ def test_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 def test_plan_is_built_once(onnx_file: Path, tmp_path: Path) -> None:
     spec = make_spec(3, cache=str(tmp_path / "cache"))
     plans = [cached_plan(rtx(), spec, str(onnx_file), device="a GPU", compute_capability="8.9") for _ in range(2)]
-    assert plans[0] == plans[1]
+    assert plans[0].data == plans[1].data
+    assert [plan.is_new for plan in plans] == [True, False]
     assert len(list((tmp_path / "cache").glob("*.plan"))) == 1
 
 
@@ -115,7 +119,28 @@ def test_key_depends_on_all_that_the_plan_does(onnx_file: Path) -> None:
 
 def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    assert _read_or_make(str(tmp_path / "file" / "cache"), "key", lambda: b"plan") == b"plan"
+    assert _read_or_make(str(tmp_path / "file" / "cache"), "key", lambda: b"plan").data == b"plan"
+
+
+def test_plan_that_is_of_no_use_is_built_anew_once(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged file, say; what was built just now and is refused is not built again."""
+    built = iter([b"[]", b"no plan", b"[]"])
+    monkeypatch.setattr(tensorrt_plans, "build_plan", lambda *_arguments, **_options: next(built))
+    monkeypatch.setattr(tensorrt_engines, "installed_libraries", lambda _spec: [fake_tensorrt])
+    monkeypatch.setattr(fake_tensorrt, "OnnxParser", None, raising=False)
+    spec = msgspec.structs.replace(make_spec(3, cache=str(tmp_path / "cache")), version_path=str(onnx_file.parent))
+    load_engine(spec, HostDevice())
+    [kept] = (tmp_path / "cache").glob("*.plan")
+    kept.write_bytes(b"damaged")
+    with pytest.raises(
+        InvalidArgument, match=r"unable to load model 'm' from 'model\.onnx': fake_tensorrt 0: TensorRT did"
+    ):
+        load_engine(spec, HostDevice())
+    assert kept.read_bytes() == b"no plan"
+    load_engine(spec, HostDevice())
+    assert kept.read_bytes() == b"[]"
 
 
 def test_shapes_are_read_as_trtexec_does() -> None:
