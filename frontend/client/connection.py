@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from forebay.client.completions import Completions
 from forebay.client.device_pools import DeviceLease, DevicePools
@@ -27,6 +27,7 @@ from forebay.client.options import Options
 from forebay.client.pending import BlockLease, Pending, RowsLease
 from forebay.client.submissions import Submissions
 from forebay.ipc.arena import Arena
+from forebay.ipc.ensemble.device_rooms import NO_OUTPUT_ROOMS, DeviceRoom
 from forebay.ipc.ensemble.device_tensors import NO_DEVICES, ClientDevices
 from forebay.ipc.errors import ArenaFull
 from forebay.ipc.messages import TensorPlace
@@ -218,20 +219,28 @@ class Connection:
         rows: int,
         options: Options,
         output_devices: ClientDevices = NO_DEVICES,
+        output_rooms: Mapping[str, DeviceRoom] = NO_OUTPUT_ROOMS,
     ) -> PendingEnsemble:
         """Return a request to an ensemble, to be submitted.
 
         Args:
             output_devices: outputs that may be in the memory of GPUs.
+            output_rooms: where there, if it is this process's: leases.
         """
-        return PendingEnsemble(self._steps(model, options, output_devices), model, inputs, rows)
+        return PendingEnsemble(self._steps(model, options, output_devices, output_rooms), model, inputs, rows)
 
     def device_inputs(self, model: Opened, options: Options) -> dict[str, int]:
         """Return the inputs of an ensemble that steps take in the memory of one GPU each, and that GPU."""
         with self._lock:
-            return self._steps(model, options, NO_DEVICES).device_inputs()
+            return self._steps(model, options).device_inputs()
 
-    def _steps(self, model: Opened, options: Options, output_devices: ClientDevices) -> ClientSteps:
+    def _steps(
+        self,
+        model: Opened,
+        options: Options,
+        output_devices: ClientDevices = NO_DEVICES,
+        output_rooms: Mapping[str, DeviceRoom] = NO_OUTPUT_ROOMS,
+    ) -> ClientSteps:
         return ClientSteps(
             model,
             self._in_flight,
@@ -240,6 +249,7 @@ class Connection:
             self.device_pools,
             options,
             output_devices=output_devices,
+            output_rooms=output_rooms,
         )
 
     @staticmethod

@@ -14,8 +14,9 @@
         model.put("image", tensor)                     # or copy from any library's GPU tensor (DLPack)
         y = model.infer()["scores"]                    # a CuPy array in the arena; or torch.from_dlpack(y), not copied
 
-Models must live on the arena's GPU; for others the server says so. Outputs of fixed shapes stay on the GPU; for others
-``infer`` is told their largest size. CuPy is needed (``pip install cupy-cuda13x``), and only here.
+Models must live on the arena's GPU, and so must the steps of ensembles that read inputs or make outputs. Outputs of
+fixed shapes stay on the GPU; for others ``infer`` is told their largest size. CuPy is needed (``pip install
+cupy-cuda13x``), and only here.
 
 The memory is this process's. Workers have it open, so it is freed by :meth:`DeviceArena.close` when they have closed
 it, or at the end of the process.
@@ -34,17 +35,18 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from forebay.client.device_pools import memory_numbers
+from forebay.client.device_pools import DeviceLease, memory_numbers
+from forebay.client.ensembles import PendingEnsemble
 from forebay.client.errors import DeadlineExceeded, EngineGone
 from forebay.client.opened import Opened
 from forebay.client.options import NO_OPTIONS, Options, deadline_after
 from forebay.client.parcels import describe
-from forebay.client.pending import PendingParcel
+from forebay.client.pending import PendingParcel, PendingResponses
 from forebay.client.placement import unknown_tensor
 from forebay.client.places import full_shape, row_counts
 from forebay.client.shm import Engine
 from forebay.ipc.arena import BlockAllocator
-from forebay.ipc.errors import InvalidArgument, ServingError, Unavailable
+from forebay.ipc.errors import Internal, InvalidArgument, ServingError, Unavailable, Unsupported
 from forebay.ipc.messages import DeviceMemory, TensorPlace
 from forebay.ipc.tensor import DATATYPES, TensorSpec, byte_size
 
@@ -179,6 +181,14 @@ class DeviceArena:
         """Give bytes back."""
         self._blocks.free(offset, max(size, 1))
 
+    def lease(self, offset: int, byte_size: int) -> DeviceLease:
+        """Return what stands for allocated bytes as long as a step of an ensemble may use them."""
+        return DeviceLease(deque(), self.exported, offset, byte_size)
+
+    def free_with(self, lease: DeviceLease, offset: int, size: int) -> None:
+        """Give bytes of a request that was given up back when no step refers to their lease any more."""
+        weakref.finalize(lease, self._returns.append, (offset, size)).atexit = False
+
     def free_after(self, pending: PendingParcel, places: Sequence[tuple[int, int]]) -> None:
         """Give (offset, size) of a request back when the engine has let go of it."""
 
@@ -254,6 +264,8 @@ class DeviceModel:
         #: Where tensors are, with the room that they have, by ("input" or "output", name).
         self._room: dict[tuple[str, str], tuple[int, int]] = {}
         self._inputs: dict[str, TensorPlace] = {}
+        #: What stands for the places of a request to an ensemble while it runs, as in ``_room``.
+        self._leases: dict[tuple[str, str], DeviceLease] = {}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -328,22 +340,50 @@ class DeviceModel:
             if not pending.has_news:
                 connection.completions.wait(pending, deadline_after(timeout_s))
         except BaseException:
-            # The engine still has the places: others for the next request.
-            self._arena.free_after(pending, list(self._room.values()))
-            self._room.clear()
-            self._inputs.clear()
+            self._give_up(pending)
             connection.cancel(pending)
             raise
+        self._leases.clear()
         if pending.error is not None:
             raise pending.error
-        reply, _held = pending.responses.popleft()
+        reply, held = pending.responses.popleft()
+        for place in reply.outputs:
+            self._check_place(place, pending.device_lease(place, held) if place.memory else None)
         return {
             place.name: self._arena.memory.view(place.offset, place.shape, DATATYPES[place.datatype].numpy_dtype)
             for place in reply.outputs
             if place.memory
         }
 
-    def _make_request(self, output_bytes: Mapping[str, int], options: Options) -> PendingParcel:
+    def _give_up(self, pending: PendingResponses) -> None:
+        """The engine still has the places: others for the next request."""
+        if not isinstance(pending, PendingParcel):
+            for key, (offset, size) in self._room.items():
+                lease = self._leases.get(key) or self._arena.lease(offset, size)
+                self._arena.free_with(lease, offset, size)
+            self._leases.clear()
+        else:
+            self._arena.free_after(pending, list(self._room.values()))
+        self._room.clear()
+        self._inputs.clear()
+
+    def _check_place(self, place: TensorPlace, lease: DeviceLease | None) -> None:
+        """Raise what is wrong with where an ensemble has left an output, if anything is."""
+        if self._opened.ensemble is None:
+            return
+        if lease is None:
+            raise Unsupported(
+                f"output '{place.name}' of ensemble '{self._opened.name}' is not made on GPU "
+                f"{self._arena.memory.device_id}, or also read elsewhere"
+            )
+        if lease.memory != self._arena.exported:
+            _offset, room = self._room["output", place.name]
+            raise Internal(
+                f"shared memory size specified with the request for output '{place.name}' ({room} bytes) "
+                f"should be at least {place.byte_size} bytes to hold the results"
+            )
+
+    def _make_request(self, output_bytes: Mapping[str, int], options: Options) -> PendingResponses:
         self._arena.check_open()
         connection, opened = self._arena.engine.connection, self._opened
         signature = opened.signature
@@ -354,11 +394,37 @@ class DeviceModel:
         rows = max(row_counts(signature, places), default=1)
         wanted = [spec for spec in signature.outputs if not options.outputs or spec.name in options.outputs]
         targets = tuple(self._target(spec, rows, output_bytes) for spec in wanted)
+        if opened.ensemble is not None:
+            return self._ensemble_request(places, targets, rows, options)
         pending = PendingParcel(opened, rows, connection.next_token())
         reply = connection.loan_block(64)
         memories = (self._arena.exported,)
         describe(pending, places, reply, options, connection.view, memories=memories, targets=targets)
         return pending
+
+    def _ensemble_request(
+        self, places: Sequence[TensorPlace], targets: Sequence[TensorPlace], rows: int, options: Options
+    ) -> PendingEnsemble:
+        connection, opened, device_id = self._arena.engine.connection, self._opened, self._arena.memory.device_id
+        if opened.signature.is_decoupled:
+            raise Unsupported(f"ensemble '{opened.name}' is decoupled: its responses would overwrite one another")
+        readers = connection.device_inputs(opened, options)
+        for place in places:
+            if readers.get(place.name) != device_id:
+                raise InvalidArgument(
+                    f"not every step of ensemble '{opened.name}' that reads '{place.name}' lives on GPU {device_id}"
+                )
+        leases = self._leases
+        for kind, named in (("input", places), ("output", targets)):
+            leases.update(((kind, place.name), self._arena.lease(place.offset, place.byte_size)) for place in named)
+        return connection.ensemble_request(
+            opened,
+            [(place, leases["input", place.name]) for place in places],
+            rows,
+            options,
+            {target.name: (device_id,) for target in targets},
+            {target.name: leases["output", target.name] for target in targets},
+        )
 
     def _target(self, spec: TensorSpec, rows: int, output_bytes: Mapping[str, int]) -> TensorPlace:
         if spec.name in output_bytes:

@@ -23,7 +23,7 @@ from forebay.client.options import Options
 from forebay.client.parcels import describe, reply_bytes
 from forebay.client.pending import BlockLease, PendingParcel, PendingResponses
 from forebay.ipc.catalog import EnsembleStep
-from forebay.ipc.ensemble.device_rooms import device_targets
+from forebay.ipc.ensemble.device_rooms import NO_OUTPUT_ROOMS, DeviceRoom, device_targets
 from forebay.ipc.ensemble.device_tensors import NO_DEVICES, ClientDevices, device_inputs, device_of_input
 from forebay.ipc.ensemble.graph import NeededStep
 from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
@@ -145,6 +145,7 @@ class ClientSteps:
         options: Options,
         depth: int = 0,
         output_devices: ClientDevices = NO_DEVICES,
+        output_rooms: Mapping[str, DeviceRoom] = NO_OUTPUT_ROOMS,
     ) -> None:
         """
         Args:
@@ -152,6 +153,7 @@ class ClientSteps:
             options: of the request to the ensemble.
             depth: how many ensembles this one runs inside of.
             output_devices: outputs that may be in the memory of GPUs.
+            output_rooms: where there, if it is this process's: leases.
         """
         self._model = model
         self._in_flight = in_flight
@@ -161,6 +163,7 @@ class ClientSteps:
         self._options = options
         self._depth = depth
         self._output_devices = output_devices
+        self._output_rooms = output_rooms
 
     def device_inputs(self) -> dict[str, int]:
         """Return the inputs of the ensemble that steps take in the memory of one GPU each, and that GPU."""
@@ -174,7 +177,9 @@ class ClientSteps:
         model, options = self._model, self._options
         assert model.ensemble is not None
         sequence = (options.sequence_id, options.sequence_start, options.sequence_end)
-        request = EnsembleRequest(options.request_id, options.outputs, sequence, self._output_devices)
+        request = EnsembleRequest(
+            options.request_id, options.outputs, sequence, self._output_devices, self._output_rooms
+        )
         if options.trace is not None:
             on_reply = traced_reply(options.trace, traced_run(options.trace, inputs, self._memory, on_reply))
         return EnsembleRun(model.ensemble, model.entry, self, inputs, rows, request, on_reply)
@@ -225,7 +230,7 @@ class ClientSteps:
         )
         if options.trace is not None and options.trace.shows_tensors:
             # What a trace shows must be on the host.
-            request = request._replace(device_outputs={}, output_devices={})
+            request = request._replace(device_outputs={}, output_devices={}, output_rooms={})
         if model.ensemble is not None:
             host = ClientSteps(
                 model,
@@ -236,6 +241,7 @@ class ClientSteps:
                 options,
                 self._depth + 1,
                 request.output_devices,
+                request.output_rooms,
             )
             return host.run(request.inputs, request.rows, on_reply)
         return _ModelCall(self._in_flight, self._memory, self._device_pools, model, request, options, on_reply)
@@ -296,7 +302,11 @@ class _ModelCall:
         pending.take_room = functools.partial(self._device_pools.take, pending.model.entry.device_id)
         for name, byte_size in self._request.device_outputs.items():
             expected = byte_size or pending.model.output_sizes.expected(name, pending.rows)
-            lease = pending.take_room(expected) if expected else None
+            own = self._request.output_rooms.get(name)
+            if isinstance(own, DeviceLease):
+                lease: DeviceLease | None = own
+            else:
+                lease = pending.take_room(expected) if expected else None
             if lease is not None:
                 pending.targets[name] = lease
             if lease is not None or not byte_size:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_models import add_doubler
+from device_models import add_chain, add_doubler
 from forebay_server import ForebayServer
 from played_memories import count_memories
 from raw_shm_client import RawClient
@@ -84,6 +84,12 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     add_doubler(root, "gpu_patient", "KIND_GPU", more="dynamic_batching { max_queue_delay_microseconds: 700000 }")
     add_doubler(root, "gpu_varying", "KIND_GPU", dim=-1)
     add_doubler(root, "cpu", "KIND_CPU")
+    add_chain(root, "chain")
+    add_chain(root, "nested", model="chain")
+    add_chain(root, "chain_varying", model="gpu_varying", dim=-1)
+    add_chain(root, "chain_patient", model="gpu_patient")
+    add_chain(root, "half", last="cpu")
+    add_chain(root, "other_half", model="cpu", last="gpu")
     with (
         ForebayServer(root, environment=environment_of(request.param)) as server,
         shm.connect(server.runtime_base) as engine,
@@ -137,6 +143,62 @@ def test_outputs_that_vary_are_given_room(arena: DeviceArena) -> None:
     assert answer.shape == (1, 3)
     with pytest.raises(ServingError, match=r"output 'Y' \(8 bytes\) should be at least 12 bytes"):
         model.infer(output_bytes={"Y": 8})
+
+
+@pytest.mark.parametrize(("name", "factor"), [("chain", 4), ("nested", 16)])
+def test_ensembles_read_and_write_the_arena(setup: Setup, arena: DeviceArena, name: str, factor: int) -> None:
+    """Issue 8, 4: by handle; once the server keeps memory for what their steps tell each other, nothing crosses."""
+
+    def counted(family: str, **labels: str) -> int:
+        return setup.server.counter(family, model="gpu", **labels)
+
+    def crossed() -> list[int]:
+        return [counted("forebay_device_copied_bytes_total", direction=f"{to}_device") for to in ("to", "from")]
+
+    model = arena.model(name)
+    numbers = iter(range(1, 1000))
+
+    def infer() -> None:
+        number = next(numbers)
+        model.input("X", (2, 4))[...] = number
+        np.testing.assert_array_equal(to_host(model.infer()["Y"]), np.full((2, 4), factor * number))
+
+    def passes() -> bool:
+        before = crossed()
+        infer()
+        return crossed() == before
+
+    setup.server.wait_for(passes, "steps to pass tensors on the GPU")
+    assert all(passes() for _ in range(5))
+
+
+def test_ensembles_whose_outputs_vary_are_given_room(arena: DeviceArena) -> None:
+    model = arena.model("chain_varying")
+
+    def infer(width: int, room_bytes: int) -> Any:
+        model.input("X", (1, width))[...] = 2
+        return to_host(model.infer(output_bytes={"Y": room_bytes})["Y"])
+
+    for width in (3, 300):
+        np.testing.assert_array_equal(infer(width, 2048), np.full((1, width), 8))
+    with pytest.raises(ServingError, match=r"output 'Y' \(2048 bytes\) should be at least 4000 bytes"):
+        infer(1000, 2048)
+
+
+def test_ensembles_with_steps_elsewhere_are_refused(arena: DeviceArena) -> None:
+    for name, text in (
+        ("half", "'Y' of ensemble 'half' is not made on GPU 0"),
+        ("other_half", "that reads 'X' lives on"),
+    ):
+        with pytest.raises(ServingError, match=text):
+            double(arena, name)
+
+
+def test_room_of_ensembles_that_were_given_up_comes_back(arena: DeviceArena) -> None:
+    for _ in range(3):
+        with pytest.raises(DeadlineExceeded):
+            double(arena, "chain_patient", timeout_s=0.1)
+    np.testing.assert_array_equal(to_host(double(arena, "chain")), np.full((1, 4), 12))
 
 
 def test_what_cannot_be_is_said(arena: DeviceArena) -> None:
@@ -216,11 +278,13 @@ def test_what_the_server_keeps_for_a_client_goes_with_it(setup: Setup) -> None:
     """F-151; whatever else it says about memory at the door is refused."""
     client = RawClient(setup.server.runtime_base)
     door = client.door
+    setup.server.wait_for(lambda: setup.server.pid_of("worker courier") != 0, "the courier")
+    courier = setup.server.pid_of("worker courier")
+    setup.server.wait_for(lambda: not setup.is_host or setup.memories(courier) > 0, "the frontend's pool")
+    before = setup.memories(courier)
     door.ask_memory(7, 0)
     setup.server.wait_for(lambda: bool(door.look() or door.memories), "memory for the client")
-    courier = setup.server.pid_of("worker courier")
-    kept = setup.memories(courier)
-    assert kept == (1 if setup.is_host else 0)
+    assert setup.memories(courier) == before + (1 if setup.is_host else 0)
     ask = DoorKind.MAKE_MEMORY
     for kind, body, text in (
         (ask, MEMORY_NAME.pack(7, 0, 0), "the client has memory on GPU 0 already"),
@@ -235,8 +299,8 @@ def test_what_the_server_keeps_for_a_client_goes_with_it(setup: Setup) -> None:
     for number in (1, 1, 1 << 63, 7):
         door.close_memory(number, 0)
     door.close_memory(1, 77)
-    assert setup.memories(courier) == 0
+    assert setup.memories(courier) == before
     door.ask_memory(8, 0)
     setup.server.wait_for(lambda: bool(door.look() or len(door.memories) > 1), "memory for the client")
     client.close()
-    setup.server.wait_for(lambda: setup.memories(courier) == 0, "the memory to be freed")
+    setup.server.wait_for(lambda: setup.memories(courier) == before, "the memory to be freed")

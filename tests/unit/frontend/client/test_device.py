@@ -86,7 +86,7 @@ def test_room_of_requests_that_were_given_up_comes_back_with_their_answers() -> 
     signature = SimpleNamespace(
         inputs=(TensorSpec("X", "UINT8", (1024,)),), outputs=(TensorSpec("Y", "UINT8", (1024,)),), max_batch_size=0
     )
-    opened: Any = SimpleNamespace(signature=signature, name="m", edition=1, has_fixed_inputs=True)
+    opened: Any = SimpleNamespace(signature=signature, name="m", edition=1, has_fixed_inputs=True, ensemble=None)
     arena = DeviceArena(engine, HostMemory())
     model = DeviceModel(arena, opened)
     for _ in range(8):
