@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from forebay.engine.backends.base import Backend, DescribedModel, TensorInstance
+from forebay.engine.backends.priming import prime
 from forebay.engine.backends.shared_models import shared
 from forebay.engine.backends.tensorrt_engines import find_model_file, is_onnx, load_engine, with_a_library
 from forebay.engine.backends.tensorrt_instance import TensorRtInstance
@@ -35,7 +36,11 @@ class TensorRtBackend(Backend):
         key = ("tensorrt", spec.version_path, spec.device_id)
         owner = shared(key, lambda: load_engine(spec, device))
         check_config(spec, owner.trt, owner.engine)
-        return TensorRtInstance(spec, owner, device, device.make_stream(stream_priority(spec)))
+        instance = TensorRtInstance(spec, owner, device, device.make_stream(stream_priority(spec)))
+        if owner.kernels is not None:
+            # TensorRT-RTX compiles for this GPU when it first runs.
+            prime(spec, instance, calls=1)
+        return instance
 
 
 def _open_gpu(spec: InstanceSpec) -> Device:

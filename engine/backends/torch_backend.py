@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 
 from forebay.engine.backends.base import Backend, DescribedModel, TensorInstance
+from forebay.engine.backends.priming import prime
 from forebay.engine.backends.shared_models import shared
 from forebay.engine.backends.torch_describe import describe_script
 from forebay.engine.backends.torch_device import TorchDeviceInstance
-from forebay.engine.backends.torch_instance import TorchInstance, prime
+from forebay.engine.backends.torch_instance import TorchInstance
 from forebay.engine.backends.torch_library import LoadedModule
 from forebay.engine.backends.torch_modules import prepare_module
 from forebay.engine.backends.torch_packages import prepare_package
@@ -26,6 +27,9 @@ from forebay.engine.devices.opening import open_device
 from forebay.engine.devices.staging import stream_priority
 from forebay.ipc.errors import Unsupported
 from forebay.ipc.worker_messages import InstanceSpec
+
+#: TorchScript looks at two calls before it compiles in the third.
+_PRIMING_CALLS = 3
 
 
 def _runtime(spec: InstanceSpec) -> str:
@@ -53,7 +57,7 @@ class TorchBackend(Backend):
             else TorchDeviceInstance(spec, loaded, device, device.make_stream(stream_priority(spec)))
         )
         if not loaded.keeps_state:
-            prime(spec, instance)
+            prime(spec, instance, _PRIMING_CALLS)
         if device is None and loaded.device.type == "cuda":
             # Without CuPy it runs, too, and nobody looks.
             with contextlib.suppress(Unsupported):

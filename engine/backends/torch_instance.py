@@ -10,13 +10,8 @@ import numpy as np
 from forebay.engine.backends.base import Array, Arrays, TensorInstance, parse_bool
 from forebay.engine.backends.torch_library import LoadedModule, torch
 from forebay.engine.backends.torch_tensors import execution_error, to_array, to_strings, to_tensor, unexpected_output
-from forebay.ipc.errors import BackendFailed, InvalidArgument, ServingError
-from forebay.ipc.log import log
-from forebay.ipc.tensor import DATATYPES
+from forebay.ipc.errors import BackendFailed, InvalidArgument
 from forebay.ipc.worker_messages import InstanceSpec
-
-#: TorchScript looks at two calls before it compiles in the third.
-_PRIMING_CALLS = 3
 
 
 class TorchCall:
@@ -131,20 +126,3 @@ class TorchInstance(TensorInstance):
 
     def close(self) -> None:
         self._call.close()
-
-
-def prime(spec: InstanceSpec, instance: TensorInstance) -> None:
-    """Run a row of zeros a few times: a first call compiles, which takes a thousand times as long as the others."""
-    if any(tensor.datatype == "BYTES" or -1 in tensor.backend_dims for tensor in spec.inputs):
-        return
-    rows = (1,) if spec.max_batch_size > 0 else ()
-    inputs: Arrays = {
-        tensor.name: np.zeros((*rows, *tensor.backend_dims), DATATYPES[tensor.datatype].numpy_dtype)
-        for tensor in spec.inputs
-    }
-    try:
-        for _ in range(_PRIMING_CALLS):
-            instance.run(inputs, tuple(tensor.name for tensor in spec.outputs))
-    except ServingError as error:
-        # Zeros may be no input that the model accepts; its own requests will tell.
-        log.verbose(1, f"model '{spec.model}' was not primed: {error}")

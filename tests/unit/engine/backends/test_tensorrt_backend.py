@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 from pathlib import Path
@@ -20,7 +21,7 @@ from worker_harness import WorkerHarness, spec_from_config
 from forebay.engine.backends import tensorrt_contexts
 from forebay.engine.backends.tensorrt_backend import TensorRtBackend
 from forebay.engine.backends.tensorrt_engines import find_model_file
-from forebay.engine.backends.tensorrt_instance import TensorRtInstance
+from forebay.engine.backends.tensorrt_instance import TensorRtInstance, make_output_allocator
 from forebay.engine.backends.tensorrt_profiles import profile_numbers
 from forebay.engine.backends.tensorrt_tensors import check_config, describe_engine
 from forebay.engine.devices.host_device import HostDevice
@@ -496,6 +497,18 @@ def test_without_a_gpu_the_model_says_so(tmp_path: Path) -> None:
 
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+
+
+@needs_rtx
+def test_output_allocator_is_one_to_the_library() -> None:
+    library, device = importlib.import_module("tensorrt_rtx"), HostDevice()
+    allocator = make_output_allocator(library, device, device.make_stream())
+    first = allocator.reallocate_output_async("y", 0, 100, 256, 0)
+    assert first
+    assert allocator.reallocate_output_async("y", first, 50, 256, 0) == first
+    allocator.notify_shape("y", library.Dims((2, 3)))
+    assert allocator.shape == (2, 3)
+    allocator.memory.close()
 
 
 @pytest.mark.gpu
