@@ -252,13 +252,13 @@ class Inference:
         """Hand the filled request over; ``on_response`` is called from the event loop until a final response."""
         self._on_response = on_response
         self._meta = meta
-        self._is_submitted = True
         trace = meta.trace
         if trace is not None:
             if trace.shows_tensors:
                 trace_inputs(trace, self._inputs, self.places)
             trace.note(QUEUE_START)
         if self._slab is not None:
+            self._is_submitted = True
             self.route.publish(
                 self._slab, self._first, self.rows, self, meta.priority, meta.timeout_us, meta.deadline_ns
             )
@@ -276,6 +276,8 @@ class Inference:
         reply = (self._reply_offset, self._reply_bytes)
         targets = memories.targets(self._targets)
         parcel = make_parcel(self.route, self._token, places, self.rows, reply, meta, memories.memories, targets)
+        # From here on the engine has the block; until then whoever cancels gives it back.
+        self._is_submitted = True
         self.route.submit_parcel(parcel, self)
 
     # --- answers ---

@@ -6,6 +6,9 @@ import time
 
 from forebay.ipc.request_options import RequestOptions
 
+#: A timeout so long, some 30 years, is none; ``math.inf`` among others.
+_FOREVER_S = 1e9
+
 
 class Options(RequestOptions, frozen=True, kw_only=True):
     """What a request carries besides its tensors."""
@@ -34,5 +37,5 @@ NO_OPTIONS = Options()
 
 
 def deadline_after(timeout_s: float | None) -> int:
-    """Return the monotonic time in ns at which ``timeout_s`` has passed; 0 for None."""
-    return 0 if timeout_s is None else time.monotonic_ns() + int(timeout_s * 1e9)
+    """Return the monotonic time in ns at which ``timeout_s`` has passed; 0, which is never, for None."""
+    return 0 if timeout_s is None or timeout_s >= _FOREVER_S else time.monotonic_ns() + int(timeout_s * 1e9)

@@ -29,6 +29,8 @@ _UNIT_NS = {
     "u": 1_000,
     "n": 1,
 }
+#: A deadline so far away, 146 years, is none; clients say "never" like that, and messages carry 64 bits.
+_FOREVER_NS = 2**62
 
 #: Characters of a header name (RFC 9113, 8.2.1): no upper case, no control characters, a colon only in front.
 _NAME = re.compile(rb":?[!#$%&'*+.^_`|~0-9a-z-]+")
@@ -120,6 +122,8 @@ class HeadReader:
                 error = RpcError(Status.INTERNAL, "invalid grpc-timeout value")
             else:
                 timeout_ns = max(int(match.group(1)) * _UNIT_NS[match.group(2)], 1)
+                if timeout_ns >= _FOREVER_NS:
+                    timeout_ns = 0
         length = values.get(b"content-length", b"")
         encoding = values.get(b"grpc-encoding", b"identity").decode("latin-1")
         if encoding not in ENCODINGS:

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from engine_scene import INSTANCE, PRODUCER, ROUTE, Parcel, Surroundings, play, turn
 
-from forebay.frontend.inference import Inference, InputTensor
+from forebay.frontend.data_plane.route_client import RouteClient
+from forebay.frontend.inference import Inference, InputTensor, RequestMeta
 from forebay.ipc.catalog import Catalog
 from forebay.ipc.counters import ProducerCounter
 from forebay.ipc.errors import Code
@@ -60,6 +61,21 @@ def test_scheduler_that_does_not_read_is_a_prompt_refusal() -> None:
         assert parcel.answers == ["the scheduler does not keep up; try again later."]
         assert slab.live == 0
         assert s.count(ProducerCounter.REJECTED) == 2
+
+    play(scenario)
+
+
+def test_a_request_that_fits_into_no_message_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever hands it over has the error, and cancels."""
+    monkeypatch.setattr(RouteClient, "takes_rows", lambda _self, *, is_bare: False)
+
+    async def scenario(s: Surroundings) -> None:
+        before = s.engine.used_bytes
+        inference = Inference(s.engine, ROUTE, [InputTensor("X", "FP32", (1, 4), 16)], 1)
+        with pytest.raises(OverflowError):
+            inference.submit(RequestMeta(deadline_ns=2**70), lambda _response: None)
+        inference.cancel()
+        assert s.engine.used_bytes == before
 
     play(scenario)
 

@@ -33,6 +33,11 @@ def test_timeouts(text: bytes, nanoseconds: int) -> None:
     assert read((b"grpc-timeout", text)).timeout_ns == nanoseconds
 
 
+def test_a_timeout_that_never_comes_is_none() -> None:
+    """What clients say when they have none; as a number of nanoseconds it would not fit into a message."""
+    assert read((b"grpc-timeout", b"99999999H")).timeout_ns == 0
+
+
 @pytest.mark.parametrize("text", [b"", b"1", b"S", b"123456789S", b"-1S", b"1s"])
 def test_broken_timeouts(text: bytes) -> None:
     error = read((b"grpc-timeout", text)).error
