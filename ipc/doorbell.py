@@ -8,6 +8,7 @@ trusted.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -31,7 +32,10 @@ def create_doorbell() -> tuple[socket.socket, socket.socket]:
 
 
 class Bell:
-    """A sending end that never blocks its owner: what the kernel does not take waits here, in order."""
+    """A sending end that never blocks its owner: what the kernel does not take waits here, in order.
+
+    Somebody has to flush it then: who reads may have read everything else before, and sleep.
+    """
 
     __slots__ = ("_backlog", "_sock")
 
@@ -57,9 +61,13 @@ class Bell:
             self._sock.send(message)
         except BlockingIOError:
             self._backlog.append(message)
+            self._lag()
         except OSError:
             return False
         return True
+
+    def _lag(self) -> None:
+        """The first message waits here."""
 
     def flush(self) -> bool:
         """Send what waits, as far as the kernel takes it; False if the receiver is gone for good."""
@@ -78,6 +86,46 @@ class Bell:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.close()
+
+
+class WatchedBell(Bell):
+    """One that is among those that lag as long as it does."""
+
+    __slots__ = ("_lagging",)
+
+    def __init__(self, sock: socket.socket, lagging: set[Bell]) -> None:
+        """Take ownership of ``sock``."""
+        super().__init__(sock)
+        self._lagging = lagging
+
+    def _lag(self) -> None:
+        self._lagging.add(self)
+
+
+def flush_lagging(lagging: set[Bell]) -> None:
+    """Try again what these did not get rid of; those that did, or whose receivers are gone, leave the set."""
+    for bell in tuple(lagging):
+        bell.flush()
+        if not bell.backlog_count:
+            lagging.remove(bell)
+
+
+#: How long an event loop waits before it tries a full doorbell again, s.
+RETRY_S = 0.01
+
+
+class LoopBell(Bell):
+    """One that is rung in an event loop, which tries again by itself."""
+
+    __slots__ = ()
+
+    def _lag(self) -> None:
+        asyncio.get_running_loop().call_later(RETRY_S, self._try_again)
+
+    def _try_again(self) -> None:
+        self.flush()
+        if self._backlog:
+            self._lag()
 
 
 #: How long a shared-memory client may leave its completion doorbell full, s.

@@ -303,7 +303,7 @@ class ClientSubmissions:
         instance = self._engine.instance_of(instance_number)
         if instance is not None and client.number in instance.ringers:
             # The worker knows what it runs for this client under this ticket.
-            instance.bell.ring(pack_rows_cancel(ticket, client.number, base, (first,)))
+            instance.hint(pack_rows_cancel(ticket, client.number, base, (first,)))
 
     # --- parcels ---
 
@@ -350,7 +350,7 @@ class ClientSubmissions:
         if instance is not None:
             # The worker knows which requests of this client wait for room, and no others; it checks what is lent on a
             # device when it opens that.
-            instance.bell.ring(HEADER.pack(Kind.COLLECT, 0, 1, client.number, 0) + lent)
+            instance.hint(HEADER.pack(Kind.COLLECT, 0, 1, client.number, 0) + lent)
 
     # --- limits ---
 

@@ -25,7 +25,7 @@ from forebay.engine.scheduler.request_queue import part_cancelled
 from forebay.engine.scheduler.route import Route
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
-from forebay.ipc.doorbell import Bell, ClientBell
+from forebay.ipc.doorbell import Bell, ClientBell, WatchedBell, flush_lagging
 from forebay.ipc.errors import Cancelled, Code, InvalidArgument, NotReady, ServingError, WorkerDied, from_wire
 from forebay.ipc.log import log
 from forebay.ipc.messages import Cancel, FrontendToScheduler, GrantReturned, LogChanged, Message, Stop, Submit
@@ -77,12 +77,24 @@ class SchedulerCore:
         self._next_batch = 1
         #: Routes that have to decide.
         self._dirty: set[int] = set()
+        #: Doorbells of workers that do not take what is sent.
+        self._lagging: set[Bell] = set()
         #: By route: when it has to decide although nothing happens.
         self._alarms: dict[int, int] = {}
         # Restart
         self._epoch = 0
         self._is_restoring = False
         self._is_synced = True
+
+    @property
+    def has_lagging(self) -> bool:
+        """Whether somebody does not take what is sent: :meth:`flush_lagging` now and then."""
+        return self.producers.has_lagging or bool(self._lagging)
+
+    def flush_lagging(self) -> None:
+        """Try again to send what full doorbells did not take."""
+        self.producers.flush_lagging()
+        flush_lagging(self._lagging)
 
     def close(self) -> None:
         """Close every doorbell."""
@@ -187,7 +199,7 @@ class SchedulerCore:
 
     def _instance_up(self, up: InstanceUp, fd: int) -> None:
         route = self._routes.get(up.route)
-        bell = Bell(socket.socket(fileno=fd))
+        bell = WatchedBell(socket.socket(fileno=fd), self._lagging)
         if route is None:
             bell.close()
             return
@@ -356,7 +368,7 @@ class SchedulerCore:
             meant = [token for token in left if instance.holds(message.producer, token)]
             if meant:
                 packed = b"".join(TOKEN.pack(token) for token in meant)
-                instance.bell.ring(HEADER.pack(Kind.CANCEL, 0, len(meant), message.producer, 0) + packed)
+                instance.hint(HEADER.pack(Kind.CANCEL, 0, len(meant), message.producer, 0) + packed)
 
     def _cut_staged(self, limiter: RateLimiter, message: Cancel) -> None:
         """Take cancelled requests out of batches that wait for resources; those of sequences run with their batch."""

@@ -14,6 +14,9 @@ from forebay.engine.scheduler.waiting import Waiting, WaitingParcel
 from forebay.ipc.doorbell import Bell
 from forebay.ipc.scheduler_messages import Resource
 
+#: Messages that wait for a worker at most, before those that any client may cause are dropped.
+_BACKLOG_MAX = 1024
+
 
 class InstanceState(enum.Enum):
     SYNCING = "syncing"
@@ -81,6 +84,11 @@ class Instance:
         self.resources = resources
         self.rate_priority = rate_priority
         self.executions = 0
+
+    def hint(self, message: bytes) -> None:
+        """Tell the worker something that concerns one request alone; lost if too much waits for the worker already."""
+        if self.bell.backlog_count < _BACKLOG_MAX:
+            self.bell.ring(message)
 
     def holds(self, producer: int, token: int) -> bool:
         """True if it runs the parcel, or may: what is rung under a grant is not told to the scheduler."""

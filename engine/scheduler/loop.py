@@ -62,9 +62,9 @@ class Scheduler:
         for fd in (lifeline_fd, done_fd, submit_fd, timer_fd):
             self._epoll.register(fd, select.EPOLLIN)
         self._lifeline.send(Started())
-        core, poll, producers = self.core, self._epoll.poll, self.core.producers
+        core, poll = self.core, self._epoll.poll
         while not core.is_stopping:
-            for fd, _events in poll(_LAGGING_RETRY_S if producers.has_lagging else -1):
+            for fd, _events in poll(_LAGGING_RETRY_S if core.has_lagging else -1):
                 if fd == done_fd:
                     self._read_done()
                 elif fd == lifeline_fd:
@@ -78,8 +78,8 @@ class Scheduler:
                     core.clients.read(fd)
             while core.has_to_decide:
                 self._timer.set(core.decide(time.monotonic_ns()))
-            if producers.has_lagging:
-                producers.flush_lagging()
+            if core.has_lagging:
+                core.flush_lagging()
 
     def _start(self, start: SchedulerStart, done_fd: int) -> None:
         self._done = socket.socket(fileno=done_fd)

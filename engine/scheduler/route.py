@@ -166,7 +166,7 @@ class Route:
         for instance in self.instances.values():
             running = running_rows(instance.items, producer, cancelled)
             if running and instance.state is InstanceState.BUSY:
-                instance.bell.ring(pack_rows_cancel(instance.batch_id, producer, cancelled.base, running))
+                instance.hint(pack_rows_cancel(instance.batch_id, producer, cancelled.base, running))
 
     # --- batches ---
 

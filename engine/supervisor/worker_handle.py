@@ -15,7 +15,7 @@ import msgspec
 
 from forebay.engine.supervisor import priority
 from forebay.engine.supervisor.child import describe_exit
-from forebay.ipc.doorbell import Bell, create_doorbell
+from forebay.ipc.doorbell import LoopBell, create_doorbell
 from forebay.ipc.errors import Internal, WorkerDied, from_wire
 from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import log
@@ -98,7 +98,7 @@ class WorkerHandle:
         self._next_request = itertools.count(1)
         self._asked: dict[int, asyncio.Future[ReadyAnswer | None]] = {}
         sender, self._child_doorbell = create_doorbell()
-        self.bell = Bell(sender)
+        self.bell = LoopBell(sender)
         ours, self._child_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         self._lifeline: Lifeline[WorkerToSupervisor] = Lifeline(ours, WorkerToSupervisor)

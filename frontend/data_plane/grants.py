@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from forebay.ipc.channel import SubmitSender
 from forebay.ipc.counters import ProducerCounter as Count
-from forebay.ipc.doorbell import Bell
+from forebay.ipc.doorbell import Bell, LoopBell
 from forebay.ipc.messages import GrantReturned, ParcelSubmit, RowsCancel
 from forebay.ipc.wire import (
     FLAG_GONE,
@@ -149,7 +149,7 @@ class Grants:
 
     def add_doorbell(self, instance: int, sock: socket.socket) -> None:
         """A worker that may be granted, and that is told where larger reply blocks are."""
-        self._bells[instance] = Bell(sock)
+        self._bells[instance] = LoopBell(sock)
 
     def remove_doorbell(self, instance: int) -> None:
         bell = self._bells.pop(instance, None)

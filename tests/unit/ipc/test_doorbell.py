@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 from collections.abc import Iterator
 
 import pytest
 
-from forebay.ipc.doorbell import Bell, create_doorbell
+from forebay.ipc.doorbell import Bell, LoopBell, WatchedBell, create_doorbell, flush_lagging
 
 Pair = tuple[Bell, socket.socket]
 
@@ -87,3 +89,37 @@ def test_many_senders_share_one_receiver() -> None:
     assert [receiver.recv(10) for _ in range(3)] == [b"\0", b"\1", b"\2"]
     assert receiver.recv(10) == b""
     receiver.close()
+
+
+def test_bell_is_among_those_that_lag_until_it_is_rid_of_everything() -> None:
+    sender, receiver = create_doorbell()
+    lagging: set[Bell] = set()
+    bell = WatchedBell(sender, lagging)
+    receiver.setblocking(False)
+    with receiver, contextlib.closing(bell):
+        taken = fill(bell)
+        flush_lagging(lagging)
+        assert lagging == {bell}
+        drain(receiver)
+        flush_lagging(lagging)
+        assert not lagging
+        assert drain(receiver) == [taken]
+
+
+def test_event_loop_tries_a_full_doorbell_again() -> None:
+    sender, receiver = create_doorbell()
+    bell = LoopBell(sender)
+
+    receiver.setblocking(False)
+
+    async def read_what_is_rung() -> None:
+        last = fill(bell)
+        found = drain(receiver)
+        # The reader has seen everything, and would sleep now.
+        while last not in found:
+            await asyncio.sleep(0.001)
+            found = drain(receiver)
+
+    with receiver, contextlib.closing(bell):
+        asyncio.run(read_what_is_rung())
+    assert bell.backlog_count == 0

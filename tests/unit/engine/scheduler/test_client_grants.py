@@ -76,3 +76,22 @@ def test_worker_is_not_drained_before_all_is_answered(engine: SchedulerHarness) 
     assert Drained(instance=1) not in engine.told
     engine.close_request(11, producer=CLIENT)
     assert Drained(instance=1) in engine.told
+
+
+def test_worker_with_a_full_doorbell_gets_its_batch_as_soon_as_it_reads(engine: SchedulerHarness) -> None:
+    """What any client may have it told does not wait without bounds, and nothing is rung behind the batch."""
+    while not engine.core.has_lagging:
+        engine.accept(Cancel(producer=CLIENT, tokens=(11,)))
+    end_of_grant = len(engine.messages())
+    engine.core.flush_lagging()
+    engine.messages()
+    for _ in range(end_of_grant + 3000):
+        engine.accept(Cancel(producer=CLIENT, tokens=(11,)))
+    engine.submit_parcels(50, producer=OTHER)
+    told: list[bytes] = []
+    while engine.core.has_lagging:
+        told += engine.messages()
+        engine.core.flush_lagging()
+    told += engine.messages()
+    assert [message[0] for message in told[-2:]] == [Kind.RING_CLOSE, Kind.PARCELS]
+    assert len(told) < end_of_grant + 1500

@@ -56,9 +56,7 @@ class FakeEngine:
 
     def instance_of(self, number: int) -> Instance | None:
         return (
-            cast(Instance, SimpleNamespace(bell=SimpleNamespace(ring=self.to_worker.append), ringers=self.ringers))
-            if number == 9
-            else None
+            cast(Instance, SimpleNamespace(hint=self.to_worker.append, ringers=self.ringers)) if number == 9 else None
         )
 
     def count_waiting(self, producer_id: int) -> int:
