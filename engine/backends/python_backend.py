@@ -226,7 +226,7 @@ class PythonInstance(RowsInstance):
             return self._hand_back([request for request in requests if self._comes_again(request)])
         if not isinstance(result, list):
             raise self._failure(f"Expected a list in the execute return, found type '{type(result)}'.")
-        responses: list[Any] = result
+        responses: list[Any] = [*result]
         if len(responses) != len(requests):
             raise self._failure(
                 "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "

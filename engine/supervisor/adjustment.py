@@ -54,6 +54,7 @@ class Adjustment:
             and before.inputs == prepared.inputs
             and before.outputs == prepared.outputs
             and before.spec.max_batch_size == prepared.spec.max_batch_size
+            and not _leaves_gpu(served, prepared)
         )
 
     async def start(self) -> None:
@@ -79,3 +80,13 @@ class Adjustment:
     async def abandon(self) -> None:
         """End what was started."""
         await asyncio.gather(*(self._served.dismiss(instance, 0.0) for instance in self._added))
+
+
+def _leaves_gpu(served: ServedVersion, prepared: PreparedVersion) -> bool:
+    """Whether any instance would not be on the one GPU that all are on.
+
+    Requests may be under way whose tensors lie there: they must not come to an instance elsewhere.
+    """
+    before = {(instance.spec.kind, instance.spec.device_id) for instance in served.instances}
+    specs = instance_specs(served.plant, prepared, served.route)
+    return [kind for kind, _device in before] == ["GPU"] and {(spec.kind, spec.device_id) for spec in specs} != before

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,18 +257,48 @@ def test_a_client_survives_the_courier_that_keeps_its_memory(chain: Chain) -> No
 
 
 def test_a_client_follows_models_off_the_gpu_and_back(chain: Chain) -> None:
-    """Updated in place: the route stays, and only the place of its instances changes."""
     config = chain.models / "gpu" / "config.pbtxt"
     on_gpu = config.read_text()
     with Client(chain) as client:
         client.wait_passing()
-        for text, passes in ((on_gpu.replace("KIND_GPU", "KIND_CPU"), False), (on_gpu, True)):
-            config.write_text(text)
-            assert chain.server.post("/v2/repository/models/gpu/load", b"{}")[0] == 200
-            passed, _crossed = client.settled_counters()
-            for _ in range(5):
-                client.infer()
-            assert (client.settled_counters()[0] > passed) == passes
+        config.write_text(on_gpu.replace("KIND_GPU", "KIND_CPU"))
+        assert chain.server.post("/v2/repository/models/gpu/load", b"{}")[0] == 200
+        for _ in range(5):
+            client.infer()
+        chain.server.wait_for(lambda: chain.requests == 10, "the counts, which begin anew")
+        assert chain.passed == 0
+        config.write_text(on_gpu)
+        assert chain.server.post("/v2/repository/models/gpu/load", b"{}")[0] == 200
+        client.wait_passing()
+
+
+def test_no_request_is_lost_while_models_move_off_the_gpu_and_back(chain: Chain) -> None:
+    """What requests have there is read there, to their end: a version that leaves its GPU is not updated in place."""
+    config = chain.models / "gpu" / "config.pbtxt"
+    on_gpu = config.read_text()
+    is_over = threading.Event()
+
+    def infer_until_over() -> int:
+        values = np.full((1, 4), 3, np.float32)
+        tensor = httpclient.InferInput("X", [1, 4], "FP32")
+        tensor.set_data_from_numpy(values)
+        count = 0
+        with httpclient.InferenceServerClient(chain.server.http_url) as client:
+            while not is_over.is_set():
+                np.testing.assert_array_equal(client.infer("chain", [tensor]).as_numpy("Y"), 4 * values)
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as others:
+        counts = [others.submit(infer_until_over) for _ in range(4)]
+        try:
+            for text in (on_gpu.replace("KIND_GPU", "KIND_CPU"), on_gpu) * 2:
+                config.write_text(text)
+                assert chain.server.post("/v2/repository/models/gpu/load", b"{}")[0] == 200
+        finally:
+            is_over.set()
+        assert all(count.result() > 0 for count in counts)
+    chain.wait_passing()
 
 
 @pytest.mark.parametrize("kind", KINDS)
