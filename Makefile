@@ -44,6 +44,9 @@ test: $(VENV)/.installed-test  ## Install what the tests need and run them
 fuzz: $(VENV)/.installed-test  ## Send malformed requests to a running server for some minutes
 	FOREBAY_FUZZ_EXAMPLES=5000 $(BIN)/python -P -m pytest -q -n0 tests/faults/test_http_fuzz.py
 
+storm: $(VENV)/.installed-test  ## Cancel, leave and kill at random, beside clients of all kinds, for some minutes
+	FOREBAY_STORM_SECS=180 $(BIN)/python -P -m pytest -q -n0 -s tests/faults/test_storm.py
+
 test-gpu: $(VENV)/.installed-test  ## On a machine with an NVIDIA GPU, after `make gpu`: every test that needs one
 	@# The tests are written for one GPU; another than the first may be named in the environment.
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -P -m pytest -n 0 -m gpu -ra --continue-on-collection-errors $(TESTS)
@@ -116,4 +119,4 @@ build/typing/forebay/client: $(wildcard frontend/*)
 	@# The client is a package of its own: under frontend as well it would be checked as two.
 	cd build/typing/forebay/frontend && ln -s $(addprefix ../../../../,$(filter-out frontend/client,$(wildcard frontend/*))) .
 
-.PHONY: help serve demo install gpu test test-gpu fuzz format format-check lint reference typecheck check clean
+.PHONY: help serve demo install gpu test test-gpu fuzz storm format format-check lint reference typecheck check clean
