@@ -251,8 +251,8 @@ class Device(abc.ABC):
         """
 
     @abc.abstractmethod
-    def make_event(self, *, is_shared: bool = False) -> Event:
-        """Return an event; ``is_shared``: it can be exported."""
+    def make_event(self) -> Event:
+        """Return an event."""
 
     @abc.abstractmethod
     def export_memory(self, memory: Memory) -> bytes:

@@ -317,10 +317,8 @@ class CudaDevice(Device):
                 handle = runtime.streamCreateWithPriority(runtime.streamNonBlocking, -5 if priority < 0 else 0)
             return CudaStream(int(handle), self.traffic)
 
-    def make_event(self, *, is_shared: bool = False) -> Event:
+    def make_event(self) -> Event:
         flags = runtime.eventDisableTiming | runtime.eventBlockingSync
-        if is_shared:
-            flags |= runtime.eventInterprocess
         with translated("making an event"):
             return CudaEvent(int(runtime.eventCreateWithFlags(flags)))
 

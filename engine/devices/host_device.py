@@ -217,7 +217,7 @@ class HostDevice(Device):
     def make_stream(self, priority: int = 0) -> HostStream:
         return HostStream(self.traffic)
 
-    def make_event(self, *, is_shared: bool = False) -> Event:
+    def make_event(self) -> Event:
         return HostEvent()
 
     def export_memory(self, memory: Memory) -> bytes:
