@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import zmq
 
 from forebay.client import shm
+from forebay.client.connection import Connection
 from forebay.client.opened import Opened
 from forebay.client.options import Options
 from forebay.client.placement import BlockPlacement
@@ -50,6 +51,18 @@ class ShmEngineAccess:
         self._requests = itertools.count(1)
         #: Rows of forms of requests that are known to fit their model.
         self._checked: dict[tuple[int, tuple[_Facts, ...], tuple[str, ...]], int] = {}
+
+    @property
+    def connection(self) -> Connection | None:
+        """What calls go over now; None: there was none yet."""
+        return None if self._link is None else self._link.connection
+
+    def close(self) -> None:
+        """Leave the server. A later call comes back."""
+        with self._lock:
+            if self._link is not None:
+                self._link.close()
+                self._link = None
 
     # --- inference ---
 
@@ -111,7 +124,10 @@ class ShmEngineAccess:
         if link is not None and not link.connection.is_broken:
             return link
         with self._lock:
-            if self._link is None or self._link.connection.is_broken:
+            if self._link is not None and self._link.connection.is_broken:
+                self._link.close()
+                self._link = None
+            if self._link is None:
                 self._link = Link(shm.connect(self._runtime_directory))
             return self._link
 

@@ -35,6 +35,12 @@ class Link:
         self._is_needed = threading.Condition()
         self._reader: threading.Thread | None = None
 
+    def close(self) -> None:
+        """Leave the server, which may have cut us off, and end the thread. What models have of answers stays theirs."""
+        self.engine.close()
+        with self._is_needed:
+            self._is_needed.notify()
+
     def watch(self, pending: Pending, on_news: Callable[[], None]) -> None:
         """Have ``on_news`` called when there is something to take, whether or not any thread waits."""
 
