@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from forebay.ipc.channel import SubmitSender
 from forebay.ipc.counters import ProducerCounter as Count
-from forebay.ipc.doorbell import Bell, LoopBell
+from forebay.ipc.doorbell import RETRY_S, Bell, LoopBell
 from forebay.ipc.messages import GrantReturned, ParcelSubmit, RowsCancel
 from forebay.ipc.wire import (
     FLAG_GONE,
@@ -187,7 +188,7 @@ class Grants:
         route = self._route_of(route_id)
         bell = self._bells.get(instance)
         if route is None or bell is None:
-            self._submit.send_nowait(GrantReturned(producer=self._producer, instance=instance, generation=generation))
+            self._tell(GrantReturned(producer=self._producer, instance=instance, generation=generation))
             return
         grant = Grant(route, instance, generation, rows_max, bell)
         self._by_instance[instance] = grant
@@ -253,11 +254,16 @@ class Grants:
 
     def _return(self, grant: Grant) -> None:
         self._drop(grant)
-        self._submit.send_nowait(
+        self._tell(
             GrantReturned(
                 producer=self._producer, instance=grant.instance, generation=grant.generation, batches=grant.batches
             )
         )
+
+    def _tell(self, message: GrantReturned) -> None:
+        """Say that a grant is over; a scheduler that does not keep up is told later, for it waits for that."""
+        if not self._submit.send_nowait(message):
+            asyncio.get_running_loop().call_later(RETRY_S, self._tell, message)
 
     def _drop(self, grant: Grant) -> None:
         self._by_instance.pop(grant.instance, None)

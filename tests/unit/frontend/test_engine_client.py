@@ -304,6 +304,20 @@ def test_granted_worker_is_rung_at_once_with_a_number_of_its_own_kind() -> None:
     play(scenario)
 
 
+def test_scheduler_that_does_not_keep_up_hears_all_the_same_that_a_grant_is_over() -> None:
+    async def scenario(s: Surroundings) -> None:
+        await s.grant()
+        s.sent.is_full = True
+        await s.revoke()
+        assert s.take_sent() == []
+        s.sent.is_full = False
+        while not s.sent.messages:
+            await asyncio.sleep(0.001)
+        assert [type(message) for message in s.take_sent()] == [GrantReturned]
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("generation", [1, 77])
 def test_dead_granted_worker_loses_what_was_rung(generation: int) -> None:
     """Whatever generation the scheduler names: it may be a new one, which knows of no grants."""
