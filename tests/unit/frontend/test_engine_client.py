@@ -312,7 +312,7 @@ def test_scheduler_that_does_not_keep_up_hears_all_the_same_that_a_grant_is_over
         assert s.take_sent() == []
         s.sent.is_full = False
         while not s.sent.messages:
-            await asyncio.sleep(0.001)
+            await turn()
         assert [type(message) for message in s.take_sent()] == [GrantReturned]
 
     play(scenario)
