@@ -200,6 +200,15 @@ class Beneath:
             NotFound: no such directory.
             Refused: more than ``MAX_ENTRIES`` names, or a link on the way leads out of the root.
         """
+        return self.listed(path)[0]
+
+    def listed(self, path: Sequence[str] = ()) -> tuple[list[Entry], dict[str, str]]:
+        """Return :meth:`entries`, and the names that it leaves out because they are refused, with the reason.
+
+        Raises:
+            NotFound: no such directory.
+            Refused: more than ``MAX_ENTRIES`` names, or a link on the way leads out of the root.
+        """
         with self._opened(path) as (fd, _):
             if not stat.S_ISDIR(os.fstat(fd).st_mode):
                 raise NotFound(f"'{'/'.join(path)}' is not a directory")
@@ -207,26 +216,16 @@ class Beneath:
         if len(names) > MAX_ENTRIES:
             raise Refused(f"'{'/'.join(path)}' has more than {MAX_ENTRIES} entries")
         found: list[Entry] = []
+        refused: dict[str, str] = {}
         for name in sorted(names):
             try:
                 item = self.entry((*path, name))
-            except Refused:
+            except Refused as error:
+                refused[name] = error.text
                 continue
             if item is not None:
                 found.append(item)
-        return found
-
-    def refused_entries(self, path: Sequence[str] = ()) -> dict[str, str]:
-        """Return the names in a directory that :meth:`entries` left out because they are refused, with the reason."""
-        with self._opened(path) as (fd, _):
-            names = sorted(os.listdir(fd))
-        refused: dict[str, str] = {}
-        for name in names:
-            try:
-                self.entry((*path, name))
-            except Refused as error:
-                refused[name] = error.text
-        return refused
+        return found, refused
 
     def real_path(self, path: Sequence[str]) -> str:
         """Return the absolute path without links, for a library that opens files by name.

@@ -161,13 +161,16 @@ class ModelRepository:
         for repository in self.paths:
             is_partial = is_selective and repository in self._mirrors
             with _open_root(repository) as root:
+                entries, refused = root.listed()
                 found += [
                     self._examine(root, repository, item.name, is_partial=is_partial)
-                    for item in root.entries()
+                    for item in entries
                     if _may_be_model(item)
                 ]
                 found += [
-                    unusable_model(name, repository, Problem(reason)) for name, reason in root.refused_entries().items()
+                    unusable_model(name, repository, Problem(reason))
+                    for name, reason in refused.items()
+                    if not _is_hidden(name)
                 ]
         if not self.namespacing:
             found = mark_duplicates(found)
@@ -336,10 +339,12 @@ class ModelRepository:
         is_partial: bool = False,
     ) -> FoundModel:
         """Normalise and judge a configuration together with the directory that it is for."""
-        entries = root.entries(path)
+        entries, refused = root.listed(path)
         versions = find_versions(item.name for item in entries if item.is_directory)
         # Agents look at files, and at the configuration as it was written.
         problems = [] if is_partial else self._agents.problems(config, root, path)
+        # A version that may not be read is not gone: an older one must not take its place unnoticed.
+        problems += [Problem(refused[str(number)]) for number in find_versions(refused).numbers]
         usable: ModelConfig | None = config
         try:
             detect_backend(config, name, _first_version_files(root, path, versions))
@@ -400,7 +405,11 @@ def open_repository(settings: Settings) -> ModelRepository:
 
 def _may_be_model(item: Entry) -> bool:
     """Whether something in a repository is a model; files are not, nor what tools keep there (``.git``, ``..data``)."""
-    return item.is_directory and not item.name.startswith(".")
+    return item.is_directory and not _is_hidden(item.name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _check_root(path: str) -> None:

@@ -211,6 +211,18 @@ def test_links_of_models_are_followed_inside_and_refused_outside(
         assert str(tmp_path) not in models[name].problems[0].text
 
 
+def test_a_version_that_cannot_be_read_is_not_gone(make_repository: MakeRepository, tmp_path: pathlib.Path) -> None:
+    """Else an older one would take its place, and nobody would know."""
+    root = make_repository({"m/config.pbtxt": GOOD, "m/1": None, "well/config.pbtxt": GOOD, "well/1": None})
+    (root / "m" / "2").symlink_to(tmp_path)
+    (root / "well" / "notes").symlink_to(tmp_path)
+    (root / ".snapshot").symlink_to(tmp_path)
+    models = by_name(ModelRepository([str(root)]).scan())
+    assert set(models) == {"m", "well"}
+    assert "'m/2' is a symbolic link out of the model repository" in models["m"].problems[0].text
+    assert models["well"].problems == ()
+
+
 @pytest.mark.parametrize(
     "text",
     [
