@@ -10,6 +10,7 @@
         QueueFull                           the model's queue is at its limit
         ArenaFull                           no room for the request's tensors
         NotReady                            the model version is loading or unloading
+          Moved                             it has left the GPU that a tensor of the request lies on
         Draining                            the server is stopping
       Cancelled             CANCELLED       the client left, or its deadline passed
       Unsupported           UNSUPPORTED     known, and not offered here
@@ -109,6 +110,15 @@ class ArenaFull(Unavailable):
 
 class NotReady(Unavailable):
     """The model version exists and is not READY."""
+
+
+class Moved(NotReady):
+    """The model has left the GPU that a tensor of the request lies on. It may be asked again."""
+
+
+def moved_text(model: str, device_id: int) -> str:
+    """Return the text of :class:`Moved`."""
+    return f"model '{model}' has left GPU {device_id}, which a tensor of the request lies on; try again"
 
 
 class Draining(Unavailable):

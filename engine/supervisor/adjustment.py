@@ -54,7 +54,7 @@ class Adjustment:
             and before.inputs == prepared.inputs
             and before.outputs == prepared.outputs
             and before.spec.max_batch_size == prepared.spec.max_batch_size
-            and not _leaves_gpu(served, prepared)
+            and not _moves(served, prepared)
         )
 
     async def start(self) -> None:
@@ -82,11 +82,12 @@ class Adjustment:
         await asyncio.gather(*(self._served.dismiss(instance, 0.0) for instance in self._added))
 
 
-def _leaves_gpu(served: ServedVersion, prepared: PreparedVersion) -> bool:
-    """Whether any instance would not be on the one GPU that all are on.
+def _moves(served: ServedVersion, prepared: PreparedVersion) -> bool:
+    """Whether all instances are on one GPU, before or afterwards, and not at both times.
 
     Requests may be under way whose tensors lie there: they must not come to an instance elsewhere.
     """
     before = {(instance.spec.kind, instance.spec.device_id) for instance in served.instances}
     specs = instance_specs(served.plant, prepared, served.route)
-    return [kind for kind, _device in before] == ["GPU"] and {(spec.kind, spec.device_id) for spec in specs} != before
+    after = {(spec.kind, spec.device_id) for spec in specs}
+    return before != after and any([kind for kind, _device in places] == ["GPU"] for places in (before, after))

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from forebay.client.device_pools import DeviceLease, DevicePools
-from forebay.client.errors import ModelChanged, changed_text
 from forebay.client.in_flight import InFlight
 from forebay.client.memory import Memory
 from forebay.client.models import Models
@@ -30,7 +29,7 @@ from forebay.ipc.ensemble.run import DEPTH_MAX, EnsembleRequest, EnsembleRun
 from forebay.ipc.ensemble.steps import OnStepReply, StepCall, StepReply, StepRequest, StepTimes
 from forebay.ipc.ensemble.tensors import Tensor
 from forebay.ipc.ensemble.traced import traced_reply, traced_run
-from forebay.ipc.errors import Cancelled, Internal, ServingError, Unavailable, from_wire
+from forebay.ipc.errors import Cancelled, Internal, Moved, ServingError, Unavailable, from_wire, moved_text
 from forebay.ipc.messages import InlineTensor, ReplyHead, TensorPlace
 
 _NO_TARGETS: tuple[TensorPlace, ...] = ()
@@ -60,7 +59,7 @@ def _tensor_in(lease: BlockLease, place: TensorPlace) -> Tensor:
 class PendingEnsemble(PendingResponses):
     """A request to an ensemble. Its run is changed under the connection's lock only."""
 
-    __slots__ = ("_host", "_run", "_tensors")
+    __slots__ = ("_host", "_is_second", "_run", "_tensors")
 
     def __init__(
         self,
@@ -77,6 +76,7 @@ class PendingEnsemble(PendingResponses):
         super().__init__(model, rows)
         self._host = host
         self._tensors = {place.name: _tensor_in(lease, place) for place, lease in inputs}
+        self._is_second = False
         #: None when it is over: run and request refer to each other, and blocks are to come back at once.
         self._run: EnsembleRun[Opened] | None = None
 
@@ -84,11 +84,11 @@ class PendingEnsemble(PendingResponses):
         """Run the steps that can run.
 
         Raises:
-            ModelChanged: a step that takes an input in device memory has moved since; nothing has run.
+            Moved: a step that takes an input in device memory has left the GPU since; nothing has run.
         """
         on_device = {name: tensor.memory.device_id for name, tensor in self._tensors.items() if tensor.memory}
         if on_device and not on_device.items() <= self._host.device_inputs().items():
-            raise ModelChanged(changed_text(self.model.name))
+            raise Moved(moved_text(self.model.name, next(iter(on_device.values()))))
         self._run = self._host.run(self._tensors, self.rows, self._take)
         self._run.start()
 
@@ -104,7 +104,21 @@ class PendingEnsemble(PendingResponses):
         lease = held[place.memory - 1]
         return lease if isinstance(lease, DeviceLease) else None
 
+    def _run_again(self) -> bool:
+        """Begin anew, once, because a step has left the GPU that tensors of the run lie on; False: that was tried."""
+        if self._is_second or self.response_count:
+            return False
+        self._is_second = True
+        try:
+            self.start()
+        except ServingError:
+            return False
+        self._host.skip_count()
+        return True
+
     def _take(self, reply: StepReply) -> None:
+        if isinstance(reply.error, Moved) and self._run_again():
+            return
         if reply.error is None and reply.has_response:
             places: list[TensorPlace] = []
             held: list[BlockLease] = []
@@ -164,6 +178,7 @@ class ClientSteps:
         self._depth = depth
         self._output_devices = output_devices
         self._output_rooms = output_rooms
+        self._runs_uncounted = 0
 
     def device_inputs(self) -> dict[str, int]:
         """Return the inputs of the ensemble that steps take in the memory of one GPU each, and that GPU."""
@@ -244,10 +259,20 @@ class ClientSteps:
                 request.output_rooms,
             )
             return host.run(request.inputs, request.rows, on_reply)
+        for memory in request.memories:
+            if memory.device_id != model.entry.device_id:
+                # It was loaded anew since the step before has written there.
+                raise Moved(moved_text(model.name, memory.device_id))
         return _ModelCall(self._in_flight, self._memory, self._device_pools, model, request, options, on_reply)
 
+    def skip_count(self) -> None:
+        """Count one run less: another has taken its place."""
+        self._runs_uncounted += 1
+
     def ended(self, rows: int, began_ns: int, reply: StepReply) -> None:
-        if self._model.counts is not None:
+        if self._runs_uncounted:
+            self._runs_uncounted -= 1
+        elif self._model.counts is not None:
             self._model.counts.ensemble_ended(rows, began_ns, reply)
 
 

@@ -22,7 +22,7 @@ from forebay.client.submissions import Submissions
 from forebay.client.traced import trace_end, trace_response, trace_rows, trace_start
 from forebay.ipc.arena import Arena
 from forebay.ipc.ensemble.device_rooms import bytes_without_room, lent_rooms
-from forebay.ipc.errors import ArenaFull, Cancelled, Internal, ServingError, WorkerDied, from_wire
+from forebay.ipc.errors import ArenaFull, Cancelled, Internal, Moved, ServingError, WorkerDied, from_wire, moved_text
 from forebay.ipc.messages import ReplyHead, RowRemark
 from forebay.ipc.trace import TraceSpan
 from forebay.ipc.wire import (
@@ -405,6 +405,8 @@ class InFlight:
                 self._models.reopen(model, error)
             if model.edition != pending.edition:
                 raise ModelChanged(changed_text(model.name))
+            if isinstance(pending, PendingParcel) and pending.device_id not in (-1, model.entry.device_id):
+                raise Moved(moved_text(model.name, pending.device_id))
         except ServingError as reason:
             self._finish(pending, reason)
         else:

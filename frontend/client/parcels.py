@@ -37,6 +37,7 @@ def describe(
         may_wait: an output that does not fit its target waits on the device for room.
     """
     pending.blocks = [reply]
+    pending.device_id = memories[0].device_id if memories else -1
     model = pending.model
     if not model.has_fixed_inputs:
         signature = model.signature

@@ -241,7 +241,7 @@ class PendingResponses(Pending):
 class PendingParcel(PendingResponses):
     """A request outside slabs, as the engine knows it."""
 
-    __slots__ = ("blocks", "head", "lent", "sequence", "shape_key", "take_room", "targets", "token")
+    __slots__ = ("blocks", "device_id", "head", "lent", "sequence", "shape_key", "take_room", "targets", "token")
 
     def __init__(self, model: Opened, rows: int, token: int) -> None:
         super().__init__(model, rows)
@@ -251,6 +251,8 @@ class PendingParcel(PendingResponses):
         self.shape_key = 0
         #: Correlation id as text, or empty; as a number; flags of SUBMIT_PARCEL.
         self.sequence: tuple[str, int, int] = ("", 0, 0)
+        #: The GPU that tensors of the request lie on; -1: none do.
+        self.device_id = -1
         #: Device memory that outputs go to, by name: not given back while a worker may write there.
         self.targets: dict[str, DeviceLease] = {}
         #: Takes device memory for an output that waits there, by its bytes.

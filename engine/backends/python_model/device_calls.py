@@ -21,7 +21,7 @@ from forebay.engine.backends.python_model.tensor import Tensor
 from forebay.engine.devices.base import DeviceError
 from forebay.engine.devices.device_array import DeviceArray
 from forebay.engine.worker.pending_response import byte_view
-from forebay.ipc.errors import Internal, ServingError
+from forebay.ipc.errors import Internal, Moved, ServingError
 from forebay.ipc.log import log
 from forebay.ipc.messages import ReplyHead, TensorPlace
 from forebay.ipc.tensor import DATATYPES, byte_size
@@ -109,7 +109,7 @@ def _call_of_ensemble(link: Link, model: Opened, request: NestedRequest, options
     placement.take_outputs_on(devices)
     try:
         return DeviceCall(link, placement, request, options, inputs)
-    except ModelChanged:
+    except (ModelChanged, Moved):
         # A step has moved in this moment: the host is always right.
         return None
 
