@@ -41,6 +41,8 @@ def import_function(spec: InstanceSpec) -> ModelFunction:
     directory = spec.parameters.get("directory", "")
     if directory and directory not in sys.path:
         sys.path.insert(0, directory)
+    if module_name.endswith(".py") and not os.path.isfile(os.path.join(directory, module_name)):
+        raise InvalidArgument(f"model '{spec.model}': there is no file '{module_name}'")
     try:
         target: Any = _import_module(module_name, directory)
     except Exception as error:  # the user's code may raise anything

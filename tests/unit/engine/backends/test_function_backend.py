@@ -141,6 +141,7 @@ def test_class_is_made_once(worker: ReloadingWorker, directory: Path, location: 
     [
         ("served_functions", "the parameter 'function' must be 'module:function', got 'served_functions'"),
         ("nowhere:f", "cannot import 'nowhere': ModuleNotFoundError: No module named 'nowhere'"),
+        ("nowhere.py:f", "there is no file 'nowhere.py'"),
         ("unimportable:f", "cannot import 'unimportable': RuntimeError: not today"),
         ("served_functions:absent", "'served_functions' has no 'absent'"),
         ("served_functions:number", "'3' is not a function"),
