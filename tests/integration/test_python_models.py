@@ -309,6 +309,7 @@ def test_a_coroutine_that_hangs_is_ended(server: ForebayServer) -> None:
     with pytest.raises(InferenceServerException, match="ran longer than model 'hanging' may"):
         ask_http(client, "hanging", np.array([-1], np.int32))
     server.wait_logged("worker hanging:1 #0 is back")
+    server.wait_ready("hanging")
     for _ in range(5):
         # Together longer than one may take: each by itself is not.
         assert ask_http(client, "hanging", np.array([1], np.int32)).as_numpy("OUT").tolist() == [1]

@@ -72,6 +72,7 @@ def test_a_killed_process_comes_back_with_all_its_instances(
     server.wait_logged("worker fault:1 #0 is back")
     server.wait_logged("worker fault:1 #1 is back")
     server.wait_for(lambda: sorted(map(thread_count, worker_pids(server))) == [1, 2], "three instances again")
+    server.wait_ready("fault")
     assert infer(client, 1.0, 2.0, 3.0, 4.0) == [1.0, 2.0, 3.0, 4.0]
 
 

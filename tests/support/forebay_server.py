@@ -179,6 +179,10 @@ class ForebayServer:
         """Wait until ``text`` stands in the log at least ``count`` times."""
         self.wait_for(lambda: self.stderr.count(text) >= count, f"'{text}' in the log")
 
+    def wait_ready(self, model: str) -> None:
+        """Wait until the HTTP frontend takes requests to a model: it hears of a new worker after the log does."""
+        self.wait_for(lambda: self.get(f"/v2/models/{model}/ready")[0] == 200, f"'{model}' to be ready")
+
     def ports(self) -> dict[str, int]:
         """Return service name to port, as logged."""
         return {service: int(port) for service, port in _STARTED.findall(self.stderr)}
