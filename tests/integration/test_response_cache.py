@@ -149,7 +149,8 @@ def test_what_a_model_can_see_is_part_of_the_key(server: ForebayServer) -> None:
 
 def test_errors_are_not_kept(server: ForebayServer) -> None:
     assert ask(server, "cached", [-1]) == ask(server, "cached", [-1]) == {"error": "negative"}
-    assert statistics(server, "cached")["execution_count"] == 2
+    # A worker counts a batch when it is answered.
+    server.wait_for(lambda: statistics(server, "cached")["execution_count"] == 2, "both executions to be counted")
 
 
 def test_a_reload_starts_anew(server: ForebayServer, repository: Path) -> None:
