@@ -404,12 +404,13 @@ def open_repository(settings: Settings) -> ModelRepository:
 
 
 def _may_be_model(item: Entry) -> bool:
-    """Whether something in a repository is a model; files are not, nor what tools keep there (``.git``, ``..data``)."""
+    """Whether something in a repository is a model; files are not, nor what tools and file systems keep there."""
     return item.is_directory and not _is_hidden(item.name)
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
+    # ``.git``, ``..data``; the other is in the root of every ext4 volume, where only root may read it.
+    return name.startswith(".") or name == "lost+found"
 
 
 def _check_root(path: str) -> None:

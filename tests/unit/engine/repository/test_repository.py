@@ -42,6 +42,7 @@ def test_every_directory_is_a_model_and_files_are_not(make_repository: MakeRepos
             'input { name: "I" data_type: TYPE_FP32 dims: 1 } output { name: "O" data_type: TYPE_FP32 dims: 1 }',
             "ens/1": None,
             ".git/HEAD": "x",
+            "lost+found": None,
             "empty": None,
             "README": "x",
         }
