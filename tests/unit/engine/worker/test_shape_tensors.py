@@ -187,6 +187,7 @@ def request_on_device(rows: int, size: Array) -> Any:
         input_array=lambda _place: x,
         input_on_device=lambda _place: DeviceArray(size.ctypes.data, size.shape, size.dtype, size),
         target=lambda _name, _size: None,
+        awaits_room=lambda _name, _size: False,
         lend_array=lambda _datatype, shape: np.zeros(shape, np.float32),
         reply=answers.append,
         answers=answers,
