@@ -24,6 +24,7 @@ from forebay.engine.backends.python_model.metrics import registry
 from forebay.engine.devices.memory_limit import check_memory_limit
 from forebay.engine.worker.custom_metrics import MetricsSender
 from forebay.engine.worker.inbox import Inbox
+from forebay.engine.worker.lanes import open_lane
 from forebay.engine.worker.loop_threads import LoopThreads
 from forebay.engine.worker.parcels import ParcelsRunner
 from forebay.engine.worker.placement import Placement
@@ -252,11 +253,11 @@ class Worker:
         counters = self._counters_file.block(spec.counter_offset, instance_words(spec.max_batch_size))
         self._clock = counters
         if isinstance(instance, TensorInstance):
-            self._rows = RowsRunner(spec, instance, self._producers, counters)
+            self._lane = open_lane(spec.instance, counters, self._done, tells_requests_apart=False)
+            self._rows = RowsRunner(spec, instance, self._producers, counters, self._lane)
         elif isinstance(instance, RowsInstance):
-            self._rows = RequestRowsRunner(spec, instance, self._producers, counters, self._inbox)
-        if self._rows is not None:
-            self._lane = self._rows.open_lane(counters, self._done)
+            self._lane = open_lane(spec.instance, counters, self._done, tells_requests_apart=True)
+            self._rows = RequestRowsRunner(spec, instance, self._producers, counters, self._inbox, self._lane)
         self._parcels = ParcelsRunner(spec, instance, self._producers, counters)
         self._parcels.tell_closed = self._tell_closed
         self._parcels.note_end = self._watch_open

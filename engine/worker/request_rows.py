@@ -18,11 +18,9 @@ import numpy as np
 
 from forebay.engine.backends.base import Array, RowsInstance
 from forebay.engine.worker.inbox import Inbox
-from forebay.engine.worker.lanes import open_lane
 from forebay.engine.worker.places import Producers
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews, by_producer
 from forebay.ipc.counters import COUNTED_BATCH_MAX
-from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import BackendFailed, Internal, ServingError
 from forebay.ipc.messages import ParameterValue, RowRemark
 from forebay.ipc.tensor import DATATYPES
@@ -245,9 +243,18 @@ class RequestRowsRunner:
     """Runs RUNS messages on one instance that gets requests one by one."""
 
     def __init__(
-        self, spec: InstanceSpec, instance: RowsInstance, producers: Producers, counters: memoryview, inbox: Inbox
+        self,
+        spec: InstanceSpec,
+        instance: RowsInstance,
+        producers: Producers,
+        counters: memoryview,
+        inbox: Inbox,
+        lane: RowsLane | None = None,
     ) -> None:
-        self._spec = spec
+        """
+        Args:
+            lane: for slices that have run before; the caller runs it before anything else.
+        """
         self._instance = instance
         self._producers = producers
         self._inbox = inbox
@@ -256,7 +263,7 @@ class RequestRowsRunner:
         self._views = SlabViews(spec, producers)
         #: By producer, then by slab, capacity, first row and rows.
         self._places: dict[int, dict[tuple[int, int, int, int], RowPlace]] = {}
-        self._lane: RowsLane | None = None
+        self._lane = lane
         #: By producer, how many slices the lane keeps.
         self._slice_counts: dict[int, int] = {}
         #: That runs, or that the lane has left unanswered.
@@ -268,16 +275,6 @@ class RequestRowsRunner:
         self._slice_counts.pop(producer, None)
         if self._lane is not None:
             self._lane.forget(producer)
-
-    def open_lane(self, counters: memoryview, done: Bell) -> RowsLane | None:
-        """Return the lane for slices that have run before; None if the package was built without it.
-
-        Args:
-            counters: uint64, this instance's block.
-            done: rings the scheduler.
-        """
-        self._lane = open_lane(self._spec.instance, counters, done, tells_requests_apart=True)
-        return self._lane
 
     def cancel(self, producer: int, message: memoryview) -> None:
         """Take in a CANCEL_ROWS message."""

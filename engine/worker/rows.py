@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forebay.engine.backends.base import Array, Arrays, SegmentsInstance, TensorInstance
-from forebay.engine.worker.lanes import open_lane
 from forebay.engine.worker.places import Producers, row_shape
 from forebay.engine.worker.row_batches import BatchCounters, RowBells, SlabViews
 from forebay.engine.worker.tensor_parcels import JOINED_BYTES_MAX
 from forebay.ipc.counters import COUNTED_BATCH_MAX
-from forebay.ipc.doorbell import Bell
 from forebay.ipc.errors import Internal, ServingError
 from forebay.ipc.tensor import DATATYPES, TensorSpec
 from forebay.ipc.wire import HEADER, NO_TIMES, RUN, TIMES, Kind, Run, unpack_runs
@@ -42,8 +40,17 @@ class RowsRunner:
     """Runs RUNS messages on one tensor instance."""
 
     def __init__(
-        self, spec: InstanceSpec, instance: TensorInstance, producers: Producers, counters: memoryview
+        self,
+        spec: InstanceSpec,
+        instance: TensorInstance,
+        producers: Producers,
+        counters: memoryview,
+        lane: RowsLane | None = None,
     ) -> None:
+        """
+        Args:
+            lane: for what will be bound; the caller runs it before anything else.
+        """
         self._spec = spec
         self._instance = instance
         self._producers = producers
@@ -52,7 +59,7 @@ class RowsRunner:
         self._views = SlabViews(spec, producers)
         row_bytes = sum(tensor.row_bytes for tensor in spec.inputs if tensor.is_fixed)
         self._runs_apart = spec.kind != "GPU" and row_bytes >= JOINED_BYTES_MAX
-        self._lane: RowsLane | None = None
+        self._lane = lane
         #: By producer: one that comes and goes, or has a thousand slabs, costs the others nothing.
         self._bound: dict[int, dict[tuple[int, int, int, int], Callable[[], None]]] = {}
         self._staged: dict[int, Callable[[], None]] = {}
@@ -64,16 +71,6 @@ class RowsRunner:
         self._bound.pop(producer, None)
         if self._lane is not None:
             self._lane.forget(producer)
-
-    def open_lane(self, counters: memoryview, done: Bell) -> RowsLane | None:
-        """Return the lane for what will be bound; None if the package was built without it.
-
-        Args:
-            counters: uint64, this instance's block.
-            done: rings the scheduler.
-        """
-        self._lane = open_lane(self._spec.instance, counters, done, tells_requests_apart=False)
-        return self._lane
 
     def failed(self, message: memoryview, start_ns: int, error: ServingError) -> bytes:
         """Answer a batch that failed in the lane; returns what :meth:`execute` does."""

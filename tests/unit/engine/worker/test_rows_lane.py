@@ -13,6 +13,7 @@ import pytest
 from worker_harness import spec_from_config
 
 from forebay.engine.backends.base import TensorInstance
+from forebay.engine.worker.lanes import open_lane
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rows import RowsRunner
 from forebay.ipc.arena import create_memory_file
@@ -22,7 +23,7 @@ from forebay.ipc.errors import BackendFailed
 from forebay.ipc.wire import FLAG_GRANTED, HEADER, RUN, TIMES, Kind, Run, pack_runs
 from forebay.ipc.worker_messages import InstanceSpec
 
-rows_lane = pytest.importorskip("forebay.engine.worker.rows_lane", reason="built without a C compiler")
+pytest.importorskip("forebay.engine.worker.rows_lane", reason="built without a C compiler")
 
 PRODUCER, INSTANCE, CAPACITY, ROWS_MAX = 7, 5, 64, 16
 ARENA_BYTES = 1 << 16
@@ -55,6 +56,8 @@ class Rig(NamedTuple):
     """A runner between a producer and a scheduler, without processes."""
 
     runner: RowsRunner
+    lane: Any
+    producers: Producers
     instance: Doubling
     counters: memoryview
     done: Bell
@@ -81,12 +84,14 @@ def rig() -> Iterator[Rig]:
     producers.attach(Producer(PRODUCER, fd, ARENA_BYTES, bell.detach()))
     instance = Doubling()
     counters = memoryview(bytearray(8 * instance_words(ROWS_MAX))).cast("Q")
-    runner = RowsRunner(spec(), instance, producers, counters)
+    done_bell = Bell(done)
+    lane = open_lane(INSTANCE, counters, done_bell, tells_requests_apart=False)
+    assert lane is not None
+    runner = RowsRunner(spec(), instance, producers, counters, lane)
     for end in (answers, told):
         end.setblocking(False)
-    done_bell = Bell(done)
     try:
-        yield Rig(runner, instance, counters, done_bell, answers, told)
+        yield Rig(runner, lane, producers, instance, counters, done_bell, answers, told)
     finally:
         runner.forget_producer(PRODUCER)
         producers.detach(PRODUCER)
@@ -126,8 +131,7 @@ EXACT = (
 
 def test_a_slice_seen_before_gets_the_same_answer_and_counts_the_same() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         assert not lane.run(message(), len(message()), True), "nothing is kept yet"
         it.runner.execute(memoryview(message()), 2000)
         [by_python] = received(it.answers)
@@ -145,8 +149,7 @@ def test_a_slice_seen_before_gets_the_same_answer_and_counts_the_same() -> None:
 
 def test_every_counter_of_times_adds_up() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         it.runner.execute(memoryview(message()), 2000)
         received(it.answers)
         before = it.counters.tolist()
@@ -178,8 +181,7 @@ def test_every_counter_of_times_adds_up() -> None:
 
 def test_the_scheduler_is_not_told_of_granted_batches() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         it.runner.execute(memoryview(message()), 2000)
         granted = message(flags=FLAG_GRANTED)
         assert lane.run(granted, len(granted), True)
@@ -203,8 +205,7 @@ def test_the_scheduler_is_not_told_of_granted_batches() -> None:
 )
 def test_anything_else_is_left_alone(other: bytes) -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         it.runner.execute(memoryview(message()), 2000)
         received(it.answers)
         assert not lane.run(other, len(other), True)
@@ -214,16 +215,14 @@ def test_anything_else_is_left_alone(other: bytes) -> None:
 
 def test_a_message_that_says_it_is_longer_than_it_is_is_left_alone() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         it.runner.execute(memoryview(message()), 2000)
         assert not lane.run(bytearray(message()[:20]), len(message()), True)
 
 
 def test_what_the_model_raises_is_raised_and_nobody_was_rung() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         it.runner.execute(memoryview(message()), 2000)
         received(it.answers)
         it.instance.error = BackendFailed("no")
@@ -241,8 +240,7 @@ def test_what_the_model_raises_is_raised_and_nobody_was_rung() -> None:
 
 def test_a_producer_that_is_gone_is_forgotten() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         it.runner.execute(memoryview(message()), 2000)
         it.runner.forget_producer(PRODUCER)
         assert not lane.run(message(), len(message()), True)
@@ -250,8 +248,7 @@ def test_a_producer_that_is_gone_is_forgotten() -> None:
 
 def test_answers_stay_behind_what_waits_for_a_full_doorbell() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         it.runner.execute(memoryview(message()), 2000)
         while not it.done.backlog_count:
             it.done.ring(bytes(4096))
@@ -267,8 +264,9 @@ def test_answers_stay_behind_what_waits_for_a_full_doorbell() -> None:
 def test_rows_of_another_number_of_requests_are_something_else_where_that_matters() -> None:
     calls: list[str] = []
     with rig() as it:
-        bell = it.runner._producers.guarded_bell(PRODUCER)
-        lane = rows_lane.RowsLane(INSTANCE, it.counters, it.done, True)
+        bell = it.producers.guarded_bell(PRODUCER)
+        lane = open_lane(INSTANCE, it.counters, it.done, tells_requests_apart=True)
+        assert lane is not None
         three, four = message(requests=3), message(requests=4)
         lane.keep(three[HEADER.size :], lambda: calls.append(f"three of batch {lane.batch}"), bell)
         assert lane.run(three, len(three), True)
@@ -283,8 +281,7 @@ def test_rows_of_another_number_of_requests_are_something_else_where_that_matter
 
 def test_nothing_leaks() -> None:
     with rig() as it:
-        lane = it.runner.open_lane(it.counters, it.done)
-        assert lane is not None
+        lane = it.lane
         for first in range(8):
             it.runner.execute(memoryview(message(first)), 2000)
         counts: list[int] = []
