@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from forebay_server import ForebayServer, wait_until
 
-from forebay.client.shm import Engine, Model, connect
+from forebay.client.shm import Engine, Future, Model, connect
 from forebay.ipc.errors import Internal
 
 #: Answers 0 at once, and runs for others: until they are cancelled, or a file of that number appears.
@@ -137,6 +137,21 @@ def _let_it_arrive() -> None:
     time.sleep(0.2)
 
 
+def rung_with_another_behind(
+    server: ForebayServer, client: Engine, other: Engine, name: str, number: int
+) -> tuple[Future, Future]:
+    """Return a request that its client has rung a worker for, which runs, and one of another that ends the grant."""
+    model = earn_grant(client, name)
+    model.put("X", np.full(1, number, np.float32))
+    asked = model.submit()
+    printed(server, f"{number} began")
+    behind = other.model(name)
+    behind.put("X", np.zeros(1, np.float32))
+    waiting = behind.submit()
+    _let_it_arrive()
+    return asked, waiting
+
+
 @pytest.mark.parametrize(("name", "number"), [("rows", 10), ("parcels", 11), ("later", 12)])
 def test_model_hears_that_what_it_was_rung_for_is_cancelled(
     server: ForebayServer, client: Engine, name: str, number: int
@@ -156,14 +171,7 @@ def test_model_hears_that_what_it_was_rung_for_is_cancelled(
 def test_model_hears_of_it_after_the_grant_has_ended(
     server: ForebayServer, client: Engine, other: Engine, name: str, number: int
 ) -> None:
-    model = earn_grant(client, name)
-    model.put("X", np.full(1, number, np.float32))
-    asked = model.submit()
-    printed(server, f"{number} began")
-    behind = other.model(name)
-    behind.put("X", np.zeros(1, np.float32))
-    waiting = behind.submit()
-    _let_it_arrive()
+    asked, waiting = rung_with_another_behind(server, client, other, name, number)
     asked.cancel()
     printed(server, f"{number} was cancelled")
     waiting.result(timeout_s=60)
@@ -209,14 +217,7 @@ def test_request_that_is_answered_later_runs_once_although_its_grant_ends(
 def test_request_that_was_rung_for_ends_when_the_worker_dies_after_the_grant(
     server: ForebayServer, client: Engine, other: Engine, name: str, number: int
 ) -> None:
-    model = earn_grant(client, name)
-    model.put("X", np.full(1, number, np.float32))
-    asked = model.submit()
-    printed(server, f"{number} began")
-    behind = other.model(name)
-    behind.put("X", np.zeros(1, np.float32))
-    waiting = behind.submit()
-    _let_it_arrive()
+    asked, waiting = rung_with_another_behind(server, client, other, name, number)
     os.kill(server.pid_of(f"worker {name}:1 {name}_0_0"), signal.SIGKILL)
     # Another instance would try them again; there is none.
     for each in (asked, waiting):

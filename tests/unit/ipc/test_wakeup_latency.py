@@ -13,35 +13,26 @@ from forebay.ipc.errors import Unavailable
 from forebay.ipc.wakeup_latency import WakeupLatency, cores_obey
 
 
-@pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file in place of the kernel's."""
-    path = tmp_path / "cpu_dma_latency"
-    path.touch()
-    monkeypatch.setattr(wakeup_latency, "_DEVICE", str(path))
-    return path
-
-
 def _holders(path: Path) -> int:
     return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
 
 
-def test_wish_lasts_from_hold_to_release(device: Path) -> None:
+def test_wish_lasts_from_hold_to_release(latency_device: Path) -> None:
     latency = WakeupLatency(20)
     assert not latency.is_held
     latency.hold()
     latency.hold()
     assert latency.is_held
-    assert device.read_bytes() == struct.pack("=i", 20)
-    assert _holders(device) == 1
+    assert latency_device.read_bytes() == struct.pack("=i", 20)
+    assert _holders(latency_device) == 1
     latency.release()
     latency.release()
     assert not latency.is_held
-    assert _holders(device) == 0
+    assert _holders(latency_device) == 0
 
 
-def test_who_may_not_ask_is_told_what_to_do(device: Path) -> None:
-    device.unlink()
+def test_who_may_not_ask_is_told_what_to_do(latency_device: Path) -> None:
+    latency_device.unlink()
     with pytest.raises(Unavailable, match=r"needs to write to .*cpu_dma_latency: No such file.*leave the flag out"):
         WakeupLatency(0).hold()
 

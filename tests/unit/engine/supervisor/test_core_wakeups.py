@@ -19,11 +19,8 @@ def test_refused_where_the_device_cannot_be_opened(tmp_path: Path, monkeypatch: 
 
 
 def test_warns_where_it_has_no_effect(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    latency_device: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    device = tmp_path / "device"
-    device.touch()
-    monkeypatch.setattr(wakeup_latency, "_DEVICE", str(device))
-    monkeypatch.setattr(wakeup_latency, "_DRIVER", tmp_path / "absent")
+    monkeypatch.setattr(wakeup_latency, "_DRIVER", latency_device.with_name("absent"))
     check_wakeup_latency(0)
     assert "--cpu-wakeup-latency-us has no effect" in "".join(capfd.readouterr())

@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 
 from forebay.frontend.data_plane.awake_cores import AwakeCores
-from forebay.ipc import wakeup_latency
 from forebay.ipc.wakeup_latency import WakeupLatency
 
 
@@ -49,15 +48,7 @@ class Scene:
 
 
 @pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "cpu_dma_latency"
-    path.touch()
-    monkeypatch.setattr(wakeup_latency, "_DEVICE", str(path))
-    return path
-
-
-@pytest.fixture
-def scene(device: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def scene(latency_device: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     return Scene(monkeypatch)
 
 
@@ -85,10 +76,10 @@ def test_awake_from_the_first_request_to_a_lull(scene: Scene) -> None:
 
 
 def test_who_may_no_longer_ask_serves_on_and_says_so_once(
-    scene: Scene, device: Path, capfd: pytest.CaptureFixture[str]
+    scene: Scene, latency_device: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scene.cores.allow(0)
-    device.unlink()
+    latency_device.unlink()
     scene.cores.used()
     scene.cores.used()
     assert not scene.is_awake
