@@ -10,7 +10,8 @@ To a worker (senders: scheduler, and frontends that hold a grant)::
     PARCELS  header + count * (PARCEL + head bytes)
     COLLECT  header + GROW + [Rooms]           the producer lends a larger reply block, and room on the device
     CANCEL   header + count * TOKEN            the client of these parcels left
-    SYNC     header                            answer with SYNCED when everything before is done
+    SYNC     header                            answer with SYNCED when everything before is done, and with UNSYNCED at
+                                               once if a model that runs may wait for others
     WAKE     header                            something waits on the lifeline
     SEQUENCES header + count * SLOT + count * (PARCEL + head bytes)
     RING_OPEN  header                          sender, a client, may ring its own socket; batch: the ticket
@@ -29,6 +30,7 @@ To a producer, its completion doorbell (senders: workers, scheduler)::
     PARCEL_LOST   header + TIMES (zero) + count * TOKEN
     GRANT, REVOKE header + GRANT                           batch: the ticket, for clients
     RESYNC        header + count * TOKEN                   batch: the new scheduler's epoch; parcels that still run
+                                                           (nothing else of this producer does)
 
 To the scheduler, its done doorbell (senders: workers)::
 
@@ -36,6 +38,8 @@ To the scheduler, its done doorbell (senders: workers)::
                                                            requests that have no final answer yet
     CLOSED   header + OPEN                                 such a request now has its final answer
     SYNCED   header + count * OPEN                         batch: the epoch of the SYNC; OPEN: as of DONE, all of them
+    UNSYNCED header + count * OPEN                         as SYNCED, of a worker that has more to run first; OPEN with
+                                                           FLAG_ROWS: a producer to which that belongs
 
 Layouts of RUN, PARCEL and so on stand beside their ``struct.Struct`` below.
 """
@@ -81,6 +85,7 @@ class Kind(enum.IntEnum):
     SYNCED = 33
     CLOSED = 34
     OPENED = 35
+    UNSYNCED = 36
 
 
 #: Flag of RUNS: sent by a frontend under a grant, so the scheduler is not told.
@@ -96,6 +101,8 @@ FLAG_GONE = 8
 FLAG_HUNG = 32
 #: Flag of OPEN: the model wants the request again (iterative sequences, spec S-060).
 FLAG_RESCHEDULE = 16
+#: Flag of OPEN: no request, but a producer of which something runs or waits that is not named.
+FLAG_ROWS = 64
 
 #: Flag of RUNS_FAILED and PARCEL_REPLY to a client: the model was loaded anew; open it and hand the request in again.
 FLAG_MOVED = 32
@@ -187,6 +194,25 @@ def unpack_runs(message: memoryview, count: int, offset: int) -> list[Run]:
     """Read ``count`` runs from ``offset``; raises ``struct.error`` if the message is too short."""
     size = RUN.size
     return [Run._make(RUN.unpack_from(message, offset + index * size)) for index in range(count)]
+
+
+def producers_of(batch: bytes | bytearray | memoryview) -> set[int]:
+    """Return whose requests are in a message to a worker: none in those that are no batch.
+
+    Raises ``struct.error`` if the message is too short.
+    """
+    kind, _flags, count, _sender, _batch = HEADER.unpack_from(batch)
+    if kind == Kind.RUNS:
+        return {RUN.unpack_from(batch, HEADER.size + index * RUN.size)[0] for index in range(count)}
+    if kind not in (Kind.PARCELS, Kind.SEQUENCES):
+        return set()
+    offset = HEADER.size + (count * SLOT.size if kind == Kind.SEQUENCES else 0)
+    producers: set[int] = set()
+    for _ in range(count):
+        producer, _rows, _token, _enqueue_ns, head_bytes = PARCEL.unpack_from(batch, offset)
+        producers.add(producer)
+        offset += PARCEL.size + head_bytes
+    return producers
 
 
 def is_small_answer(message: bytearray, size: int) -> bool:

@@ -46,7 +46,7 @@ from forebay.ipc.scheduler_messages import (
     SchedulerStart,
     SupervisorToScheduler,
 )
-from forebay.ipc.wire import FLAG_RESCHEDULE, HEAD_BYTES_MAX, HEADER, OPEN, TIMES, TOKEN, Kind
+from forebay.ipc.wire import FLAG_RESCHEDULE, FLAG_ROWS, HEAD_BYTES_MAX, HEADER, OPEN, TIMES, TOKEN, Kind
 
 #: Text of what was cancelled before it ran.
 CANCELLED_TEXT = "request was cancelled"
@@ -85,6 +85,8 @@ class SchedulerCore:
         self._epoch = 0
         self._is_restoring = False
         self._is_synced = True
+        #: Who has not been asked yet for what was lost with the last scheduler.
+        self._unasked: set[int] = set()
 
     @property
     def has_lagging(self) -> bool:
@@ -127,6 +129,8 @@ class SchedulerCore:
             case ProducerUp():
                 kind = Bell if message.trusted else ClientBell
                 self.producers.add(Producer(message, kind(socket.socket(fileno=fds[0]))))
+                if not self._is_synced:
+                    self._unasked.add(message.producer)
                 if not message.trusted:
                     self.clients.add(message, fds[1])
             case CountersFileMessage():
@@ -273,6 +277,7 @@ class SchedulerCore:
             self.producers.refuse(item, error)
 
     def _producer_down(self, producer: int) -> None:
+        self._unasked.discard(producer)
         self.clients.remove(producer)
         self.producers.remove(producer)
         for route in self._routes.values():
@@ -284,14 +289,25 @@ class SchedulerCore:
     # --- restart ---
 
     def _resync_if_ready(self) -> None:
-        """Once every worker has finished what the last scheduler sent, ask everybody for what was lost."""
+        """Ask for what was lost with the last scheduler: everybody of whose requests none may run unknown to us.
+
+        Usually every worker has finished what that one had sent before anybody is asked. But a model that runs may wait
+        for what was lost (BLS), so its worker says what it has, and others are asked meanwhile.
+        """
         if self._is_synced or self._is_restoring:
             return
-        if any(instance.state is InstanceState.SYNCING for instance in self._instances.values()):
-            return
+        running_of: set[int] = set()
         self._is_synced = True
-        for producer in self.producers:
-            self._resync(producer.id)
+        for instance in self._instances.values():
+            if instance.state is InstanceState.SYNCING:
+                if instance.has_of is None:
+                    self._is_synced = False
+                    return
+                self._is_synced = False
+                running_of |= instance.has_of
+        for producer in self._unasked - running_of:
+            self._unasked.discard(producer)
+            self._resync(producer)
 
     def _resync(self, producer: int) -> None:
         """Have a producer hand in again whatever is not answered, and does not run either."""
@@ -312,7 +328,7 @@ class SchedulerCore:
                 return
             if message.epoch != self._epoch:
                 # Meant for an earlier scheduler. Who submits so late may have missed the call to hand in again.
-                if self._is_synced:
+                if message.producer not in self._unasked:
                     self._resync(message.producer)
                 return
             for run in message.runs:
@@ -428,8 +444,11 @@ class SchedulerCore:
             self._take_open(instance, message, count, now_ns)
         elif kind == Kind.CLOSED:
             self._closed(instance, message, now_ns)
-        elif kind == Kind.SYNCED and batch_id == self._epoch and instance.state is InstanceState.SYNCING:
-            self._synced(instance, message, count, now_ns)
+        elif batch_id == self._epoch and instance.state is InstanceState.SYNCING:
+            if kind == Kind.SYNCED:
+                self._synced(instance, message, count, now_ns)
+            elif kind == Kind.UNSYNCED:
+                self._unsynced(instance, message, count, now_ns)
 
     def _batch_done(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
         route = self._routes.get(instance.route)
@@ -452,17 +471,32 @@ class SchedulerCore:
 
     def _synced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
         """A worker has run what the last scheduler sent, and says what it has still to answer."""
+        instance.open.clear()
         self._take_open(instance, message, count, now_ns)
         self._set_idle(instance)
         self._resync_if_ready()
 
+    def _unsynced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
+        """A worker says what it has, of what the last scheduler sent, before it has run all of it."""
+        instance.has_of = self._take_open(instance, message, count, now_ns)
+        self._resync_if_ready()
+
     @staticmethod
-    def _take_open(instance: Instance, message: bytes, count: int, now_ns: int) -> None:
-        """A worker has run requests that we did not give it, and has still to answer them."""
+    def _take_open(instance: Instance, message: bytes, count: int, now_ns: int) -> frozenset[int]:
+        """A worker has requests that we did not give it, and has still to answer them.
+
+        Returns:
+            Of whom it has some that it does not name.
+        """
+        unnamed: set[int] = set()
         with contextlib.suppress(struct.error):
             for index in range(count):
-                producer, _flags, token = OPEN.unpack_from(message, HEADER.size + index * OPEN.size)
-                instance.open[producer, token] = WaitingParcel(producer, token, 1, now_ns, b"")
+                producer, flags, token = OPEN.unpack_from(message, HEADER.size + index * OPEN.size)
+                if flags & FLAG_ROWS:
+                    unnamed.add(producer)
+                else:
+                    instance.open[producer, token] = WaitingParcel(producer, token, 1, now_ns, b"")
+        return frozenset(unnamed)
 
     def _note_open(
         self, route: Route, instance: Instance, left: list[tuple[int, ...]], now_ns: int

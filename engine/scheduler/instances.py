@@ -2,7 +2,7 @@
 
 An instance goes syncing -> idle -> ((staged ->) busy -> idle)*, or idle -> granted -> (revoking ->) idle, until it is
 gone. A syncing instance was running when this scheduler started and has not yet said that it finished what an earlier
-one had sent.
+one had sent; it may have said what that is.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Instance:
         "executions",
         "generation",
         "grantee",
+        "has_of",
         "id",
         "items",
         "name",
@@ -71,6 +72,8 @@ class Instance:
         self.items: Sequence[Waiting] = ()
         #: What it has run but not answered for good: decoupled models, answers that wait for room.
         self.open: dict[tuple[int, int], WaitingParcel] = {}
+        #: Of a syncing instance that has said how it stands: whose requests it may run besides those that are open.
+        self.has_of: frozenset[int] | None = None
         self.batch_id = 0
         self.started_ns = 0
         self.draining = False

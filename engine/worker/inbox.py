@@ -2,7 +2,8 @@
 
 The worker's loop reads the doorbell between batches. A model that asks during its execution whether a request is
 cancelled would otherwise hear of it only afterwards, so :meth:`Inbox.take_signals` reads ahead: signals are handled at
-once, batches are kept for the loop.
+once, batches are kept for the loop. So is a new scheduler's SYNC, which asks for the end of all that came before it;
+but it is told at once how things stand, for a model may be waiting for what was lost with the old scheduler.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 from forebay.ipc.wire import HEADER, MESSAGE_BYTES_MAX, Kind
 
@@ -30,10 +31,22 @@ _EARLY_MAX = 1024
 class Inbox:
     """Shared by the loop and the model's threads."""
 
-    def __init__(self, doorbell: socket.socket, handle: Callable[[memoryview], None]) -> None:
-        """``handle`` is given whole messages of these kinds; the caller keeps ownership of ``doorbell``."""
+    def __init__(
+        self,
+        doorbell: socket.socket,
+        handle: Callable[[memoryview], None],
+        tell_unsynced: Callable[[bytes, Sequence[bytes]], None],
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            doorbell: stays the caller's.
+            handle: is given whole signals.
+            tell_unsynced: is given a SYNC and what was read ahead before it, while the loop stands still.
+        """
         self._doorbell = doorbell
         self._handle = handle
+        self._tell_unsynced = tell_unsynced
         self._kept: deque[bytes] = deque()
         #: Cancellations that came behind a batch which was read ahead, and may be meant for it.
         self._early: deque[bytes] = deque(maxlen=_EARLY_MAX)
@@ -95,6 +108,8 @@ class Inbox:
                     if self._kept and message[0] in _CANCELLATIONS:
                         self._early.append(message)
                 else:
+                    if message[0] == Kind.SYNC:
+                        self._tell_unsynced(message, tuple(self._kept))
                     self._kept.append(message)
         finally:
             self._lock.release()

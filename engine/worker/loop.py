@@ -21,6 +21,7 @@ import msgspec
 
 from forebay.engine.backends.base import Backend, RequestInstance, RowsInstance, TensorInstance, open_backend
 from forebay.engine.backends.python_model.metrics import registry
+from forebay.engine.backends.python_model.outer_requests import watch
 from forebay.engine.devices.memory_limit import check_memory_limit
 from forebay.engine.worker.custom_metrics import MetricsSender
 from forebay.engine.worker.inbox import Inbox
@@ -44,7 +45,7 @@ from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import LogOptions, log
 from forebay.ipc.messages import DeviceMemory, Failed, LogChanged, Stop
 from forebay.ipc.process import set_name
-from forebay.ipc.wire import FLAG_GRANTED, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, Kind
+from forebay.ipc.wire import FLAG_GRANTED, FLAG_ROWS, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, OPEN, Kind, producers_of
 from forebay.ipc.worker_messages import (
     Adopt,
     ArenaDown,
@@ -108,7 +109,9 @@ class Worker:
         self._wait = Park()
         self._placement: Placement | None = None
         #: Reads ahead while a batch of parcels runs, so that a model hears of cancellations.
-        self._inbox = Inbox(doorbell, self._handle_early)
+        self._inbox = Inbox(doorbell, self._handle_early, self._tell_unsynced)
+        #: The message that the loop has read last.
+        self._buffer = bytearray(MESSAGE_BYTES_MAX)
         #: Our counters; only for :attr:`InstanceCounter.RUNNING_SINCE_NS`, which tells the supervisor of a hung batch.
         self._clock = memoryview(bytearray(_CLOCK_WORDS * 8)).cast("Q")
         #: A batch of parcels runs in the loop's own thread.
@@ -276,6 +279,8 @@ class Worker:
             self._parcels.open_tokens,
         )
         self._instance = instance
+        # A model that waits for others hears of signals whichever of its threads has called them.
+        watch.on_look.append(self._inbox.take_signals)
         instance.count_copies(counters)
         for producer in self._producers:
             instance.attach_memory(producer.arena.address, producer.arena.byte_size)
@@ -311,7 +316,7 @@ class Worker:
 
     def serve(self) -> None:
         """Take batches until told to stop."""
-        buffer = bytearray(MESSAGE_BYTES_MAX)
+        buffer = self._buffer
         view = memoryview(buffer)
         receive, doorbell = self._wait.receive, self._doorbell
         runs, parcels = Kind.RUNS, Kind.PARCELS
@@ -400,6 +405,33 @@ class Worker:
             still_open = self._parcels.report_all_open()
             header = HEADER.pack(Kind.SYNCED, 0, len(still_open), self._spec.instance, epoch)
             self._done.ring(b"".join((header, *still_open)))
+
+    def _tell_unsynced(self, sync: bytes, ahead: Sequence[bytes]) -> None:
+        """Tell a new scheduler how things stand while a model runs, which may wait for what was lost with the old one.
+
+        Parcels that run are named. Of those who have anything else here, or still in their ring, nothing is known to be
+        lost before SYNCED.
+
+        Args:
+            sync: the scheduler's message.
+            ahead: what is to be run before it, besides what runs now.
+        """
+        assert self._spec is not None
+        assert self._parcels is not None
+        assert self._rings is not None
+        epoch = HEADER.unpack_from(sync)[-1]
+        unnamed = self._rings.open_producers | self._producers.lagging()
+        batches: list[bytes | bytearray] = [*ahead]
+        if self._buffer[0] == Kind.RUNS:
+            batches.append(self._buffer)
+        for message in batches:
+            with contextlib.suppress(struct.error):
+                unnamed |= producers_of(message)
+        with self._producers.lock:
+            named = self._parcels.report_all_open()
+            parts = [*named, *(OPEN.pack(producer, FLAG_ROWS, 0) for producer in unnamed)]
+            header = HEADER.pack(Kind.UNSYNCED, 0, len(parts), self._spec.instance, epoch)
+            self._done.ring(b"".join((header, *parts)))
 
     def _tell_opened(self, still_open: Sequence[bytes]) -> None:
         """Tell the scheduler of requests that a client's grant may not outlive, packed: they have run, unanswered."""
@@ -505,6 +537,8 @@ class Worker:
             time.sleep(_BACKLOG_RETRY_S)
 
     def close(self) -> None:
+        with contextlib.suppress(ValueError):  # It never loaded.
+            watch.on_look.remove(self._inbox.take_signals)
         if self._parcels is not None and self._parcels.memories is not None:
             self._parcels.memories.close()
         if self._instance is not None:

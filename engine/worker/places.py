@@ -129,6 +129,10 @@ class Producers:
     def has_backlog(self) -> bool:
         return any(producer.bell.backlog_count for producer in self._by_id.values())
 
+    def lagging(self) -> set[int]:
+        """Return to whom something could not be sent yet."""
+        return {producer.id for producer in self if producer.bell.backlog_count}
+
     def flush(self) -> None:
         """Try again to send what a full doorbell did not take."""
         with self.lock:

@@ -78,6 +78,11 @@ class Rings:
         #: True while any ring is open: then wait with :meth:`wait_doorbell` before reading the doorbell.
         self.is_open = False
 
+    @property
+    def open_producers(self) -> set[int]:
+        """Who may ring this worker just now."""
+        return {ring.producer.id for ring in list(self._open.values())}
+
     def attach(self, producer: Producer, fd: int) -> None:
         """Take ownership of the receiving end of a client's ring, in place of an earlier one."""
         self.detach(producer.id)

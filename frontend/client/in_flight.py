@@ -413,11 +413,13 @@ class InFlight:
             self._send_again(pending)
 
     def _resync(self, epoch: int, running: set[int]) -> None:
-        """A new scheduler is up and every worker has finished what the old one had sent: hand in again what is left.
+        """A new scheduler is up and nothing else of what the old one had sent runs: hand in again what is left.
 
         Args:
-            running: parcels that workers have run and not answered for good, which is no loss.
+            running: parcels that workers run, or have run and not answered for good, which is no loss.
         """
+        if epoch == self._submissions.epoch:
+            return  # Nothing of ours went to an earlier one.
         self._submissions.epoch = epoch
         for model in self._models:
             self._grants.drop_all(model)

@@ -28,10 +28,10 @@ def gave_up(model: str, *, is_hung: bool) -> WorkerDied:
 
 
 def resubmit_all(engine: EngineClient, running: set[int]) -> None:
-    """Hand in again what is left: a new scheduler is up and every worker has finished what the old one sent.
+    """Hand in again what is left: a new scheduler is up and nothing else of what the old one sent runs.
 
     Args:
-        running: parcels that workers have run and not answered for good, which is no loss.
+        running: parcels that workers run, or have run and not answered for good, which is no loss.
     """
     # What was rung under a grant runs or has run; what was not yet sent goes out with this turn.
     exempt_rows: set[tuple[int, int]] = set()

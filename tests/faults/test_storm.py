@@ -313,9 +313,9 @@ def test_nothing_is_lost_in_a_storm(server: ForebayServer) -> None:
 
 
 def serves(engine: Engine, name: str) -> bool:
-    model = engine.model(name)
-    model.put("INPUT0", np.ones(2, np.float32))
     try:
+        model = engine.model(name)
+        model.put("INPUT0", np.ones(2, np.float32))
         return model.infer(timeout_s=PATIENCE_S)[0] == 1
     except ServingError:
         return False

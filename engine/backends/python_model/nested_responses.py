@@ -110,8 +110,7 @@ def _submit(request: NestedRequest) -> NestedCall:
         ServingError: it was refused.
     """
     call = engine().infer(request)
-    if request.made_for:
-        watch.add(call, request.made_for)
+    watch.add(call, request.made_for)
     return call
 
 

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from forebay.ipc.errors import ServingError
@@ -64,9 +64,11 @@ class Watch:
         self._is_looking = threading.Event()
         #: There were calls since the last look.
         self._is_used = False
+        #: Called at every look: those who execute hear of what they have been told meanwhile.
+        self.on_look: list[Callable[[], None]] = []
 
     def add(self, call: NestedCall, requests: Sequence[OuterRequest]) -> None:
-        """Look after a call until it is over, or forgotten."""
+        """Look after a call until it is over, or forgotten; ``requests``: what it is made for, if that is known."""
         self._calls[call] = requests
         self._is_used = True
         if not self._is_looking.is_set():
@@ -99,6 +101,8 @@ class Watch:
 
     def look(self) -> None:
         """Abandon what nobody waits for."""
+        for hear in tuple(self.on_look):
+            hear()
         # Copied in one step: calls come and go on other threads.
         for call, requests in self._calls.copy().items():
             if call.is_over:

@@ -1962,9 +1962,11 @@ static void take_grant(forebay_client *client, int kind, int flags, uint64_t tic
     }
 }
 
-/* A new scheduler is up, and every worker has finished what the old one had sent: hand in again what is left, but for
- * the parcels that are named. */
+/* A new scheduler is up, and of what the old one had sent no worker runs anything of ours but the parcels that are named:
+ * hand in again what else is left. */
 static void resync(forebay_client *client, uint64_t epoch, const unsigned char *tokens, int count) {
+    if (client->epoch == (uint32_t)epoch)
+        return; /* Nothing of ours went to an earlier one. */
     client->epoch = (uint32_t)epoch;
     for (forebay_model *model = client->models; model; model = model->next) {
         for (int i = 0; i < model->ring_count; i++) {

@@ -24,7 +24,7 @@ from forebay.ipc.scheduler_messages import (
     RouteDrain,
     RouteGone,
 )
-from forebay.ipc.wire import FLAG_GONE, HEAD_BYTES_MAX, HEADER, MESSAGE_BYTES_MAX, OPEN, Kind
+from forebay.ipc.wire import FLAG_GONE, FLAG_ROWS, HEAD_BYTES_MAX, HEADER, MESSAGE_BYTES_MAX, OPEN, Kind
 
 
 @pytest.fixture
@@ -418,6 +418,57 @@ def test_requests_that_are_still_being_answered_are_not_called_in_again(restarte
     assert (resync.kind, resync.tokens) == (Kind.RESYNC, [5])
     restarted.kill_instance(1)
     assert restarted.answers()[0].tokens == [5]
+
+
+def unsynced(*parts: tuple[int, int, int], instance: int = 1) -> bytes:
+    packed = [OPEN.pack(*part) for part in parts]
+    return HEADER.pack(Kind.UNSYNCED, 0, len(parts), instance, 2) + b"".join(packed)
+
+
+def test_model_that_runs_keeps_only_those_waiting_whose_rows_it_may_run(restarted: SchedulerHarness) -> None:
+    """It may wait for what was lost with the last scheduler; what it runs must not be handed in again."""
+    restarted.add_producer(8)
+    restarted.handle(Restored())
+    restarted.done(unsynced((7, FLAG_ROWS, 0), (8, 0, 5)))
+    assert restarted.answers(7) == []
+    (resync,) = restarted.answers(8)
+    assert (resync.kind, resync.tokens) == (Kind.RESYNC, [5])
+    restarted.submit_parcels(1, producer=8)
+    assert restarted.batches() == []
+    restarted.close_request(5, producer=8)
+    restarted.done(synced())
+    assert [answer.kind for answer in restarted.answers(7)] == [Kind.RESYNC]
+    assert restarted.answers(8) == []
+    assert restarted.batch().tokens == [1]
+
+
+def test_worker_that_says_nothing_keeps_everybody_waiting(restarted: SchedulerHarness) -> None:
+    restarted.add_instance(2)
+    restarted.handle(Restored())
+    restarted.done(unsynced((8, FLAG_ROWS, 0)))
+    assert restarted.answers() == []
+    restarted.done(synced(instance=2))
+    assert [answer.kind for answer in restarted.answers()] == [Kind.RESYNC]
+
+
+def test_worker_that_said_what_it_runs_and_dies(restarted: SchedulerHarness) -> None:
+    restarted.add_producer(8)
+    restarted.handle(Restored())
+    restarted.done(unsynced((7, FLAG_ROWS, 0), (8, 0, 5)))
+    restarted.answers(8)
+    restarted.kill_instance(1)
+    assert Kind.RESYNC in [answer.kind for answer in restarted.answers(7)]
+    lost, _gone = restarted.answers(8)
+    assert (lost.kind, lost.tokens) == (Kind.PARCEL_LOST, [5])
+
+
+def test_what_a_worker_named_and_answered_unnoticed_is_not_open(restarted: SchedulerHarness) -> None:
+    restarted.handle(Restored())
+    restarted.done(unsynced((7, 0, 5)))
+    restarted.done(synced())
+    restarted.answers()
+    restarted.kill_instance(1)
+    assert [answer.kind for answer in restarted.answers()] == [Kind.REVOKE]
 
 
 def test_resync_comes_once(restarted: SchedulerHarness) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -19,13 +19,18 @@ Ends = tuple[socket.socket, Inbox, list[bytes]]
 def ends() -> Iterator[Ends]:
     sender, receiver = create_doorbell()
     handled: list[bytes] = []
-    yield sender, Inbox(receiver, lambda message: handled.append(bytes(message))), handled
+
+    def tell_unsynced(sync: bytes, ahead: Sequence[bytes]) -> None:
+        handled.extend((sync, *ahead))
+
+    yield sender, Inbox(receiver, lambda message: handled.append(bytes(message)), tell_unsynced), handled
     sender.close()
     receiver.close()
 
 
 CANCEL = HEADER.pack(Kind.CANCEL, 0, 1, 7, 0) + TOKEN.pack(3)
 PARCELS = HEADER.pack(Kind.PARCELS, 0, 1, 0, 9)
+SYNC = HEADER.pack(Kind.SYNC, 0, 0, 0, 2)
 
 
 def test_signals_are_handled_at_once_and_batches_kept_in_order(ends: Ends) -> None:
@@ -41,6 +46,18 @@ def test_signals_are_handled_at_once_and_batches_kept_in_order(ends: Ends) -> No
     while inbox.has_kept:
         kept.append(bytes(buffer[: inbox.take_kept(buffer)]))
     assert kept == [PARCELS + b"1", b"\3", PARCELS + b"2"]
+
+
+def test_new_scheduler_is_told_at_once_what_it_waits_for_and_again_in_its_turn(ends: Ends) -> None:
+    sender, inbox, handled = ends
+    for message in (PARCELS, SYNC, PARCELS + b"2"):
+        sender.send(message)
+    with inbox.executing():
+        inbox.take_signals()
+        inbox.take_signals()
+    assert handled == [SYNC, PARCELS]
+    buffer = bytearray(100)
+    assert [bytes(buffer[: inbox.take_kept(buffer)]) for _ in range(3)] == [PARCELS, SYNC, PARCELS + b"2"]
 
 
 @pytest.mark.parametrize("cancel", [CANCEL, pack_rows_cancel(9, 7, 64, (3,))], ids=["parcel", "rows"])
