@@ -424,8 +424,9 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     share_cores: bool = True
     """While requests come one at a time, a frontend and the worker that serves it run on one core, by turns: the one
-    that the client's packets arrive on. A wake-up then costs less. As soon as two are in flight they run anywhere
-    again. Off: the kernel places them, always."""
+    that the client's packets arrive on. A wake-up then costs less; and the frontend stays awake for a client that comes
+    back at once, where that costs hardly more CPU time. As soon as two are in flight they run anywhere again. Off: the
+    kernel places them, always."""
 
     cpu_wakeup_latency_us: int = -1
     """While HTTP or gRPC requests come, the longest that an idle core of this machine may take to wake up, in

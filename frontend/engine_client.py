@@ -29,6 +29,7 @@ from forebay.frontend.data_plane.parcels_in_flight import ParcelsInFlight
 from forebay.frontend.data_plane.recovery import resubmit_all
 from forebay.frontend.data_plane.route_client import RouteClient
 from forebay.frontend.data_plane.row_answers import RowAnswers
+from forebay.frontend.data_plane.wakeful_wait import WakefulWait
 from forebay.frontend.route_details import RouteDetails
 from forebay.frontend.tracing import Sampler
 from forebay.ipc.arena import Arena, BlockAllocator
@@ -131,7 +132,7 @@ class EngineClient:
         self.ensemble_uses: dict[int, int] = {}
         self._no_counters = memoryview(bytearray(PRODUCER_WORDS * 8)).cast("Q")
         #: Has a worker run on our core while requests come one at a time.
-        self.cores = CoreSharing(producer)
+        self.cores = CoreSharing(producer, WakefulWait(loop))
         #: Keeps cores from sleeping while requests come.
         self.awake_cores = AwakeCores(loop)
         self.rows = RowAnswers(self)

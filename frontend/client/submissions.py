@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterable, Sequence
 
@@ -23,6 +24,8 @@ _SUBMIT_PATIENCE_S = 10.0
 
 #: What the field of a submission holds.
 _PATIENCE_US_MAX = 0xFFFFFFFF
+#: Requests of a thread between two looks at whether it is bound to a core.
+_REQUESTS_PER_LOOK = 32
 
 
 class Submissions:
@@ -48,6 +51,10 @@ class Submissions:
         self.is_alone = False
         #: The core of this thread, plus one, if the worker that was rung last was called to it; 0: it was not.
         self.shared_place = 0
+        #: The same of the thread that looked last, and for how many further requests it counts.
+        self._own_place = 0
+        self._looked_thread = 0
+        self._looks_left = 0
 
     def close(self) -> None:
         self._sock.close()
@@ -146,8 +153,17 @@ class Submissions:
         A thread that has one core, and sleeps while it waits, runs by turns with the worker: on one core, waking each
         other is a context switch. It is so pinned by its owner, or in a worker that shares a core with a frontend.
         """
-        cores = os.sched_getaffinity(0) if self._shares_core and self.is_alone else ()
-        self.shared_place = next(iter(cores)) + 1 if len(cores) == 1 else 0
+        if not self._shares_core or not self.is_alone:
+            self.shared_place = 0
+            return 0
+        thread = threading.get_ident()
+        self._looks_left -= 1
+        if self._looks_left < 0 or thread != self._looked_thread:
+            cores = os.sched_getaffinity(0)
+            self._own_place = next(iter(cores)) + 1 if len(cores) == 1 else 0
+            self._looked_thread = thread
+            self._looks_left = _REQUESTS_PER_LOOK
+        self.shared_place = self._own_place
         return self.shared_place
 
     def _ring(self, grant: Grant, pending: Pending, message: bytes) -> bool:

@@ -10,8 +10,8 @@ runs of ``bench/load`` against a server with and one without; no file of ``bench
 so that it stays where we join it: median latency 0.63 and CPU time 0.55; with other work on the machine 0.88 and 0.87;
 on an idle machine, where the kernel moves the client to the core that we leave free, 0.95 and 0.91.
 
-As soon as two requests are in flight together everybody may run anywhere again, and also where requests become slow:
-somebody else may need that core, and no kernel moves what is pinned.
+As soon as two requests are in flight together everybody may run anywhere again, and also where requests become slower
+than is usual for their model: somebody else may need that core, and no kernel moves what is pinned.
 """
 
 from __future__ import annotations
@@ -27,45 +27,79 @@ from forebay.ipc.wire import HEADER, Kind
 
 if TYPE_CHECKING:
     from forebay.frontend.data_plane.grants import Grant
+    from forebay.frontend.data_plane.wakeful_wait import WakefulWait
 
 #: Requests without company before a core is shared.
 _STREAK = 256
-#: A request is slow that takes longer in the engine than twice the usual and this, ns.
+#: A request is slow that takes longer in the engine than twice what is usual for its model and this, ns.
 _GRACE_NS = 200_000
 #: Where the usual is longer, ns, a request has more to lose to a busy core than to gain from a warm one.
 _LONG_NS = 2_000_000
-#: The usual is a mean over about so many requests, as a power of two.
-_MEMORY = 6
+#: The usual is a mean over about so many requests, as a power of two; of the first ones, over fewer.
+_MEMORY, _MEMORY_AT_FIRST = 6, 3
+#: Requests after which what is usual is known.
+_KNOWN = 128
 #: What a slow one takes from the streak: a few within a short time end the sharing.
 _SLOW_COST = 48
-#: Requests before sharing is tried again that has turned out slow; twice as many each time, up to a limit, ...
-_PENANCE, _PENANCE_MAX = 4096, 1 << 20
-#: ... until so many have gone well.
-_PROBATION = 16384
-#: Requests between two looks at whether the client has moved.
-_FOLLOW = 1024
+#: Until sharing is tried again that has turned out slow, ns; twice as long each time, up to a limit, ...
+_PENANCE_NS, _PENANCE_NS_MAX = 500_000_000, 60_000_000_000
+#: ... until it has gone well for so long, ns.
+_PROBATION_NS = 5_000_000_000
+#: Requests between two looks at whether the client has moved; twice as many each time that it has, up to a limit: the
+#: kernel moves one that is not pinned away from us.
+_FOLLOW, _FOLLOW_MAX = 1024, 1 << 17
 
 _sched_getcpu: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
+
+
+class Pace:
+    """How long the requests of one model usually take."""
+
+    __slots__ = ("_count", "usual_ns")
+
+    def __init__(self) -> None:
+        self.usual_ns = _GRACE_NS
+        self._count = 0
+
+    @property
+    def is_known(self) -> bool:
+        return self._count >= _KNOWN
+
+    def note(self, elapsed_ns: int) -> None:
+        """Count a request in; one that was held up has little weight."""
+        usual_ns = self.usual_ns
+        memory = _MEMORY if self._count >= _KNOWN else _MEMORY_AT_FIRST
+        self.usual_ns += (min(elapsed_ns, 4 * usual_ns) - usual_ns) >> memory
+        self._count += 1
 
 
 class CoreSharing:
     """Decides for one frontend process; must be used in the thread that runs its event loop."""
 
-    def __init__(self, producer: int) -> None:
-        """Begin with everybody running anywhere; :meth:`allow` changes that."""
+    def __init__(self, producer: int, wait: WakefulWait) -> None:
+        """Begin with everybody running anywhere; :meth:`allow` changes that.
+
+        Args:
+            wait: told whenever a request is expected while a core is shared.
+        """
         self._producer = producer
+        self._wait = wait
         #: The cores of this process; empty: nothing is ever shared.
         self._home: set[int] = set()
-        #: How long requests usually take while no core is shared, ns.
-        self._usual_ns = _GRACE_NS
-        #: Requests that were no slower and had no company, without interruption.
+        #: Requests that were no slower than usual and had no company, without interruption, up to what it takes.
         self._streak = 0
         self._last: Grant | None = None
         #: The shared core; -1: none is.
         self._core = -1
+        #: Since when it is, monotonic ns.
+        self._shared_ns = 0
         #: Workers that have been told, by instance.
         self._guests: dict[int, Grant] = {}
-        self._penance = _PENANCE
+        self._penance_ns = _PENANCE_NS
+        #: Nothing is shared before, monotonic ns.
+        self._resume_ns = 0
+        #: Requests until the next look at where the client is, and from then to the one after it.
+        self._follow_left = self._follow = _FOLLOW
         #: The connection that the last request came on.
         self.client_fd = -1
 
@@ -79,39 +113,61 @@ class CoreSharing:
         last, self._last = self._last, grant
         if requests != 1 or (last is not None and last is not grant and not last.is_idle):
             self.crowded()
-        elif self._core >= 0 and grant.instance not in self._guests:
-            self._invite(grant)
+        elif self._core >= 0:
+            self._wait.end()
+            if grant.instance not in self._guests:
+                self._invite(grant)
 
-    def ended(self, elapsed_ns: int) -> None:
-        """Requests have been answered, the last of them after so long in the engine."""
-        usual_ns = self._usual_ns
-        if self._core < 0:
-            self._usual_ns += (min(elapsed_ns, 4 * usual_ns) - usual_ns) >> _MEMORY
-        if elapsed_ns > 2 * usual_ns + _GRACE_NS:
-            if self._streak > 0:
-                self._streak = max(min(self._streak, _STREAK) - _SLOW_COST, 0)
-            if self._core >= 0 and self._streak <= 0:
+    def ended(self, elapsed_ns: int, now_ns: int) -> None:
+        """Requests have been answered, the last of them after so long in the engine; ``now_ns``: monotonic."""
+        last = self._last
+        if last is None:
+            return
+        pace = last.route.pace
+        usual_ns = pace.usual_ns
+        is_shared = self._core >= 0
+        if not is_shared or not pace.is_known:
+            pace.note(elapsed_ns)
+        elif elapsed_ns > 2 * usual_ns + _GRACE_NS:
+            self._streak = max(self._streak - _SLOW_COST, 0)
+            if not self._streak:
                 self._part()
-                self._streak = -self._penance
-                self._penance = min(2 * self._penance, _PENANCE_MAX)
+                self._resume_ns = now_ns + self._penance_ns
+                self._penance_ns = min(2 * self._penance_ns, _PENANCE_NS_MAX)
             return
         if usual_ns > _LONG_NS:
             return
-        self._streak += 1
-        if self._streak % _FOLLOW == _STREAK and self._streak > 0 and self._home:
-            self._share()
-            if self._streak > _PROBATION:
-                self._penance = _PENANCE
+        self._streak = min(self._streak + 1, _STREAK)
+        if is_shared:
+            self._wait.begin(now_ns)
+            self._follow_left -= 1
+            if not self._follow_left:
+                self._follow_client(now_ns)
+        elif self._streak == _STREAK and now_ns >= self._resume_ns and self._home:
+            self._share(self._client_core())
+            self._wait.break_off()
+            self._shared_ns = now_ns
+            self._follow_left = self._follow = _FOLLOW
 
     def crowded(self) -> None:
         """There is more than one request in flight."""
-        self._streak = min(self._streak, 0)
+        self._streak = 0
         if self._core >= 0:
             self._part()
 
-    def _share(self) -> None:
+    def _follow_client(self, now_ns: int) -> None:
+        if now_ns - self._shared_ns > _PROBATION_NS:
+            self._penance_ns = _PENANCE_NS
         core = self._client_core()
-        if core == self._core or not self._run_on({core}):
+        if core == self._core:
+            self._follow = _FOLLOW
+        else:
+            self._share(core)
+            self._follow = min(2 * self._follow, _FOLLOW_MAX)
+        self._follow_left = self._follow
+
+    def _share(self, core: int) -> None:
+        if not self._run_on({core}):
             return
         self._core = core
         if self._last is not None:
@@ -133,6 +189,7 @@ class CoreSharing:
 
     def _part(self) -> None:
         self._core = -1
+        self._wait.break_off()
         for grant in self._guests.values():
             self._tell(grant, 0)
         self._guests.clear()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from forebay.frontend.answer_order import AnswerOrder
+from forebay.frontend.data_plane.core_sharing import Pace
 from forebay.frontend.data_plane.grants import Grant
 from forebay.frontend.data_plane.owners import OwnedSlab, ParcelOwner, RowOwner
 from forebay.frontend.data_plane.slab_set import SlabSet
@@ -61,6 +62,7 @@ class RouteClient:
         self.instance_count = entry.instance_count or len(entry.instance_counter_offsets)
         self.turn_parcels: list[ParcelSubmit] = []
         self.grants: list[Grant] = []
+        self.pace = Pace()
         #: Bytes of arena blocks that requests of this model have.
         self.block_bytes = 0
         #: Bytes that replies of unknown size are expected to take; learned from those that did not fit.

@@ -68,7 +68,7 @@ class RowAnswers:
                     route.details.answered(requests, elapsed_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
         self._engine.grants.runs_ended(instance)
-        self._engine.cores.ended(elapsed_ns)
+        self._engine.cores.ended(elapsed_ns, now_ns)
 
     def _answer_rows(self, slab: OwnedSlab, first: int, rows: int) -> None:
         """Call everybody who waits for one of these rows."""

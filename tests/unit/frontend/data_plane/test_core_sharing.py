@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forebay.frontend.data_plane.core_sharing import CoreSharing
+from forebay.frontend.data_plane.core_sharing import CoreSharing, Pace
 from forebay.ipc.wire import HEADER, Kind
 
 PRODUCER = 7
@@ -20,10 +20,12 @@ pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 
 
 
 class Grant:
-    """What of a grant matters here; its own doorbell."""
+    """What of a grant matters here; its own doorbell and route."""
 
     def __init__(self, instance: int) -> None:
         self.instance = instance
+        self.route = self
+        self.pace = Pace()
         self.is_idle = True
         self.bell = self
         self.places: list[int] = []
@@ -34,13 +36,31 @@ class Grant:
         self.places.append(place)
 
 
+class Wait:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+
+    def begin(self, _now_ns: int) -> None:
+        self.begun += 1
+
+    def end(self) -> None:
+        self.ended += 1
+
+    def break_off(self) -> None:
+        self.begun = self.ended = 0
+
+
 class Scene:
     """A frontend that asks workers one request at a time, and its cores."""
 
     def __init__(self) -> None:
         self.home = os.sched_getaffinity(0)
-        self.cores = CoreSharing(PRODUCER)
+        self.wait: Any = Wait()
+        self.cores = CoreSharing(PRODUCER, self.wait)
         self.cores.allow()
+        self.now_ns = 10**12
         self.first, self.second = Grant(1), Grant(2)
 
     def begin(self, grant: Any, requests: int = 1) -> None:
@@ -49,7 +69,8 @@ class Scene:
     def ask(self, grant: Grant, count: int, elapsed_ns: int = QUICK_NS) -> None:
         for _ in range(count):
             self.begin(grant)
-            self.cores.ended(elapsed_ns)
+            self.now_ns += elapsed_ns
+            self.cores.ended(elapsed_ns, self.now_ns)
 
     @property
     def shared(self) -> int | None:
@@ -128,29 +149,97 @@ def test_shared_core_is_the_clients_and_follows_it(play: Play) -> None:
                 scene.cores.client_fd = connection.fileno()
                 scene.ask(scene.first, 300)
                 scene.ask(scene.second, 1)
-                for core in (max(scene.home), min(scene.home)):
+                for core, requests in ((max(scene.home), 1100), (min(scene.home), 2200)):
                     exchange_on(core, connection, client)
-                    scene.ask(scene.first, 1100)
+                    scene.ask(scene.first, requests)
                     assert scene.shared == core
                     assert scene.first.places[-1] == scene.second.places[-1] == core + 1
 
     play(scenario)
 
 
+def test_client_that_moves_on_every_time_is_followed_less_and_less(play: Play) -> None:
+    """The kernel moves it to the core that we leave free; each move of ours costs a slow request."""
+
+    def scenario(scene: Scene) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+            client.connect(listener.getsockname())
+            connection, _address = listener.accept()
+            with connection:
+                scene.cores.client_fd = connection.fileno()
+                moves = 0
+                for _ in range(80):
+                    shared = scene.shared
+                    core = next(core for core in scene.home if core != shared)
+                    exchange_on(core, connection, client)
+                    scene.ask(scene.first, 200)
+                    moves += shared is not None and scene.shared != shared
+                assert moves == 4
+
+    play(scenario)
+
+
 def test_requests_that_become_slow_end_it_for_a_long_time(play: Play) -> None:
-    """Somebody else needs the core, or the model takes its time. Each time it is left alone for longer."""
+    """Somebody else needs the core. Each time it is left alone for longer."""
 
     def scenario(scene: Scene) -> None:
         scene.ask(scene.first, 300)
         scene.ask(scene.first, 1, SLOW_NS)
         assert scene.shared is not None
-        for requests in (4000, 8000):
+        for requests in (4800, 9700):
             scene.ask(scene.first, 8, SLOW_NS)
             assert scene.shared is None
             scene.ask(scene.first, requests)
             assert scene.shared is None
-            scene.ask(scene.first, 1000)
+            scene.ask(scene.first, 300)
             assert scene.shared is not None
+
+    play(scenario)
+
+
+def test_penance_is_short_again_after_it_has_gone_well_for_a_while(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        for _ in range(3):
+            scene.ask(scene.first, 8, SLOW_NS)
+            scene.ask(scene.first, 60_000)
+            assert scene.shared is not None
+        scene.ask(scene.first, 8, SLOW_NS)
+        scene.ask(scene.first, 5_300)
+        assert scene.shared is not None
+
+    play(scenario)
+
+
+def test_models_that_take_different_times_are_asked_by_turns(play: Play) -> None:
+    """A model that takes its usual time is not slow, whatever others take."""
+
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.second, 300, 10 * QUICK_NS)
+        scene.ask(scene.first, 2000)
+        scene.ask(scene.second, 300, 10 * QUICK_NS)
+        assert scene.shared is not None
+
+    play(scenario)
+
+
+def test_model_that_is_met_while_a_core_is_shared_is_not_slow_for_being_new(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        scene.ask(scene.second, 500, 10 * QUICK_NS)
+        assert scene.shared is not None
+
+    play(scenario)
+
+
+def test_next_request_is_awaited_only_while_a_core_is_shared(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 200)
+        assert scene.wait.begun == scene.wait.ended == 0
+        scene.ask(scene.first, 100)
+        assert scene.wait.begun == scene.wait.ended > 0
+        scene.cores.crowded()
+        assert scene.wait.begun == 0
 
     play(scenario)
 
@@ -178,7 +267,7 @@ def test_model_that_calls_others_shares_as_soon_as_its_time_is_known(play: Play)
 
 def test_nothing_is_shared_that_is_not_allowed(play: Play) -> None:
     def scenario(scene: Scene) -> None:
-        scene.cores = CoreSharing(PRODUCER)
+        scene.cores = CoreSharing(PRODUCER, scene.wait)
         scene.ask(scene.first, 1000)
         assert scene.shared is None
         assert scene.first.places == []

@@ -1,0 +1,127 @@
+"""When a frontend stays awake for a lone client's next request; the clocks are played."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from forebay.frontend.data_plane import wakeful_wait
+from forebay.frontend.data_plane.wakeful_wait import WakefulWait
+
+ASLEEP_NS = 100_000
+#: A request comes so long after the answer before it, and its answer so long after it.
+QUICK_NS, LATE_NS = 50_000, 1_000_000
+
+
+class Scene:
+    """A loop that runs what it is given when told, a monotonic clock, and the CPU time of the process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, awake_ns: int) -> None:
+        self.now_ns = 10**12
+        self.cpu_ns = 0
+        self.awake_ns = awake_ns
+        self.is_awake = False
+        self.looks = 0
+        self._soon: list[Callable[[], None]] = []
+        monkeypatch.setattr(wakeful_wait.time, "monotonic_ns", lambda: self.now_ns)
+        monkeypatch.setattr(wakeful_wait.time, "process_time_ns", lambda: self.cpu_ns)
+        monkeypatch.setattr(wakeful_wait.os, "sched_yield", self._note_look)
+        loop: Any = self
+        self.wait = WakefulWait(loop)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._soon.append(callback)
+
+    def _note_look(self) -> None:
+        self.looks += 1
+
+    def turn(self) -> None:
+        """Run what was to be run soon."""
+        soon, self._soon = self._soon, []
+        for callback in soon:
+            callback()
+
+    def ask(self, count: int, gap_ns: int = QUICK_NS) -> None:
+        """Answer, and have the next request come after so long."""
+        for _ in range(count):
+            self.wait.begin(self.now_ns)
+            looks = self.looks
+            self.turn()
+            self.is_awake = self.looks > looks
+            self.cpu_ns += self.awake_ns if self.is_awake else ASLEEP_NS
+            self.now_ns += gap_ns
+            self.turn()
+            self.wait.end()
+            self.turn()
+
+
+def test_stays_awake_if_it_costs_hardly_more_than_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS * 6 // 5)
+    scene.ask(256)
+    assert not scene.is_awake
+    scene.ask(256)
+    assert scene.is_awake
+    scene.ask(10_000)
+    assert scene.is_awake
+
+
+def test_sleeps_if_that_is_cheaper_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS * 4 // 3)
+    scene.ask(300)
+    assert scene.is_awake
+    scene.ask(300)
+    assert not scene.is_awake
+    scene.awake_ns = ASLEEP_NS
+    scene.ask(16_384)
+    assert not scene.is_awake
+    scene.ask(600)
+    assert scene.is_awake
+
+
+def test_does_not_wait_for_clients_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.ask(600)
+    assert scene.is_awake
+    scene.ask(3, LATE_NS)
+    assert scene.is_awake
+    scene.ask(5, LATE_NS)
+    assert not scene.is_awake
+    scene.ask(40)
+    assert scene.is_awake
+
+
+def test_nobody_looks_any_more_once_the_request_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.ask(600)
+    looks = scene.looks
+    scene.turn()
+    assert scene.looks == looks
+
+
+def test_client_that_leaves_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.ask(600)
+    scene.wait.begin(scene.now_ns)
+    scene.turn()
+    looks = scene.looks
+    scene.now_ns += LATE_NS
+    for _ in range(3):
+        scene.turn()
+    assert scene.looks == looks
+
+
+def test_company_ends_the_wait_and_everything_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.ask(600)
+    scene.wait.begin(scene.now_ns)
+    scene.wait.break_off()
+    looks = scene.looks
+    scene.turn()
+    assert scene.looks == looks
+    scene.cpu_ns += 10**9
+    scene.ask(200)
+    assert not scene.is_awake
+    scene.ask(100)
+    assert scene.is_awake
