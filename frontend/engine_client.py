@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,6 @@ from forebay.ipc.wire import (
     GRANT,
     HEADER,
     MESSAGE_BYTES_MAX,
-    SMALL_ANSWER_BYTES,
     TIMES,
     TIMES_END,
     TOKEN,
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 GAUGE_SECS = 0.25
 #: Requests of a model that arrive in one event-loop turn and delay those of others.
 _CROWD = 8
+#: Messages that wait at most while small answers pass them.
+_DEFERRED_MAX = 8
 #: Answers to parcels that one event-loop turn takes at most.
 _REPLIES_PER_TURN = 32
 _PARCEL_ANSWERS = (Kind.PARCEL_REPLY, Kind.PARCEL_REPLIES)
@@ -125,8 +127,10 @@ class EngineClient:
         self.are_gauges_due = False
         self._buffer = bytearray(MESSAGE_BYTES_MAX)
         self._buffer_view = memoryview(self._buffer)
-        #: For an answer that passes those that are being given.
-        self._peeked = bytearray(SMALL_ANSWER_BYTES)
+        #: For answers that pass those that are being given.
+        self._early_buffer = bytearray(MESSAGE_BYTES_MAX)
+        #: Messages that were read while small answers were looked for, in order: they come before what is not read yet.
+        self._deferred: deque[bytes] = deque()
         self._encode_head = msgspec.msgpack.Encoder().encode
         #: Runs of ensembles that need a model version, by the offset of its counters; none: 0.
         self.ensemble_uses: dict[int, int] = {}
@@ -324,27 +328,43 @@ class EngineClient:
         return self._completions.fileno()
 
     def take_answer_now(self) -> None:
-        """Give the answer that has come.
+        """Give answers of one request that have come, ahead of those of batches: these are no quicker for being begun.
 
-        While others are being given, only the answer of a small batch: the large one is no quicker for being begun.
+        What a batch is told waits for its turn, and so does everything behind what is no answer.
         """
-        if not self._is_answering:
-            self._on_completion()
-            return
-        peeked = self._peeked
+        early, deferred = self._early_buffer, self._deferred
+        while len(deferred) < _DEFERRED_MAX and (not deferred or deferred[-1][0] == Kind.RUNS_DONE):
+            try:
+                size = self._completions.recv_into(early)
+            except BlockingIOError:
+                return
+            if size < HEADER.size:
+                return
+            if is_small_answer(early, size) and not self._is_awaited(early):
+                self._answer_early(early, size)
+                return
+            if not deferred:
+                self._loop.call_soon(self._on_completion)
+            deferred.append(bytes(early[:size]))
+
+    def _is_awaited(self, answer: bytearray) -> bool:
+        """Tell whether the instance has answered before, and that waits for its turn."""
+        instance = HEADER.unpack_from(answer)[3]
+        return any(HEADER.unpack_from(message)[3] == instance for message in self._deferred)
+
+    def _answer_early(self, answer: bytearray, size: int) -> None:
+        outer = self._buffer, self.held_times, self._is_answering
+        self._buffer, self.held_times, self._is_answering = answer, None, True
         try:
-            size = self._completions.recv_into(peeked, 0, socket.MSG_PEEK)
-        except BlockingIOError:
-            return
-        if not is_small_answer(peeked, size):
-            return
-        self._completions.recv(1)  # The rest of the message is dropped with its beginning.
-        outer = self._buffer, self.held_times
-        self._buffer, self.held_times = peeked, None
-        try:
-            self._completed(memoryview(peeked)[:size])
+            self._completed(memoryview(answer)[:size])
         finally:
-            self._buffer, self.held_times = outer
+            self._buffer, self.held_times, self._is_answering = outer
+            if not self._is_answering:
+                self._do_afterwards()
+
+    def _do_afterwards(self) -> None:
+        while self._afterwards:
+            self._afterwards.pop()()
 
     def _on_completion(self) -> None:
         self._is_answering = True
@@ -352,17 +372,23 @@ class EngineClient:
             self._take_answers()
         finally:
             self._is_answering = False
-            while self._afterwards:
-                self._afterwards.pop()()
+            self._do_afterwards()
+            if self._deferred:
+                self._loop.call_soon(self._on_completion)
 
     def _take_answers(self) -> None:
         # Every parcel has a message of its own: several are read in one turn, so that what follows from them (the next
         # steps of ensembles) goes out together.
         for _ in range(_REPLIES_PER_TURN):
-            try:
-                size = self._completions.recv_into(self._buffer)
-            except BlockingIOError:
-                return
+            if self._deferred:
+                message = self._deferred.popleft()
+                size = len(message)
+                self._buffer[:size] = message
+            else:
+                try:
+                    size = self._completions.recv_into(self._buffer)
+                except BlockingIOError:
+                    return
             if size < HEADER.size:
                 return
             if self._completed(self._buffer_view[:size]) not in _PARCEL_ANSWERS:

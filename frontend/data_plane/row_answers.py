@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _decode_remarks = msgspec.msgpack.Decoder(list[RowRemark]).decode
+#: Rows of a run that others are not to wait for.
+_CROWD = 8
 _NO_REMARKS: dict[int, list[RowRemark]] = {}
 
 
@@ -73,7 +75,8 @@ class RowAnswers:
     def _answer_rows(self, slab: OwnedSlab, first: int, rows: int) -> None:
         """Call everybody who waits for one of these rows."""
         owners = slab.owners
-        between_answers = self._engine.between_answers if self._engine.crowded_routes else None
+        is_crowd = rows >= _CROWD or self._engine.crowded_routes
+        between_answers = self._engine.between_answers if is_crowd else None
         for row in range(first, first + rows):
             owner = owners[row]
             if owner is not None:
