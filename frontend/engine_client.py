@@ -131,6 +131,8 @@ class EngineClient:
         self._early_buffer = bytearray(MESSAGE_BYTES_MAX)
         #: Messages that were read while small answers were looked for, in order: they come before what is not read yet.
         self._deferred: deque[bytes] = deque()
+        #: The event loop will come to them.
+        self._is_deferred_due = False
         self._encode_head = msgspec.msgpack.Encoder().encode
         #: Runs of ensembles that need a model version, by the offset of its counters; none: 0.
         self.ensemble_uses: dict[int, int] = {}
@@ -328,9 +330,10 @@ class EngineClient:
         return self._completions.fileno()
 
     def take_answer_now(self) -> None:
-        """Give answers of one request that have come, ahead of those of batches: these are no quicker for being begun.
+        """Act on one message that has come, if that is quick: an answer of one request in rows passes those of batches.
 
-        What a batch is told waits for its turn, and so does everything behind what is no answer.
+        Those are no quicker for being begun and wait for their turn; so does what comes behind anything else that
+        waits. While an answer is being given, nothing but the answer of one request in rows is acted on.
         """
         early, deferred = self._early_buffer, self._deferred
         while len(deferred) < _DEFERRED_MAX and (not deferred or deferred[-1][0] == Kind.RUNS_DONE):
@@ -341,22 +344,37 @@ class EngineClient:
             if size < HEADER.size:
                 return
             if is_small_answer(early, size) and not self._is_awaited(early):
-                self._answer_early(early, size)
+                self._act_early(early, size)
                 return
-            if not deferred:
-                self._loop.call_soon(self._on_completion)
+            if not deferred and not self._is_answering and early[0] != Kind.RUNS_DONE:
+                self._act_early(early, size)
+                return
             deferred.append(bytes(early[:size]))
+            self._schedule_deferred()
 
     def _is_awaited(self, answer: bytearray) -> bool:
-        """Tell whether the instance has answered before, and that waits for its turn."""
+        """Tell whether the instance has answered before, and that waits for its turn.
+
+        What it has answered before and is being given may be passed: nobody rings the instance before that is over.
+        """
         instance = HEADER.unpack_from(answer)[3]
         return any(HEADER.unpack_from(message)[3] == instance for message in self._deferred)
 
-    def _answer_early(self, answer: bytearray, size: int) -> None:
+    def _schedule_deferred(self) -> None:
+        if self._deferred and not self._is_deferred_due:
+            self._is_deferred_due = True
+            self._loop.call_soon(self._take_deferred)
+
+    def _take_deferred(self) -> None:
+        self._is_deferred_due = False
+        if self._deferred:
+            self._on_completion()
+
+    def _act_early(self, message: bytearray, size: int) -> None:
         outer = self._buffer, self.held_times, self._is_answering
-        self._buffer, self.held_times, self._is_answering = answer, None, True
+        self._buffer, self.held_times, self._is_answering = message, None, True
         try:
-            self._completed(memoryview(answer)[:size])
+            self._completed(memoryview(message)[:size])
         finally:
             self._buffer, self.held_times, self._is_answering = outer
             if not self._is_answering:
@@ -372,9 +390,8 @@ class EngineClient:
             self._take_answers()
         finally:
             self._is_answering = False
+            self._schedule_deferred()
             self._do_afterwards()
-            if self._deferred:
-                self._loop.call_soon(self._on_completion)
 
     def _take_answers(self) -> None:
         # Every parcel has a message of its own: several are read in one turn, so that what follows from them (the next
@@ -447,6 +464,7 @@ class EngineClient:
     # --- end ---
 
     def close(self) -> None:
+        self._deferred.clear()
         self.grants.close()
         self._loop.remove_reader(self._completions.fileno())
         self._submit.close()

@@ -10,8 +10,8 @@ To a worker (senders: scheduler, and frontends that hold a grant)::
     PARCELS  header + count * (PARCEL + head bytes)
     COLLECT  header + GROW + [Rooms]           the producer lends a larger reply block, and room on the device
     CANCEL   header + count * TOKEN            the client of these parcels left
-    SYNC     header                            answer with SYNCED when everything before is done, and with UNSYNCED at
-                                               once if a model that runs may wait for others
+    SYNC     header                            answer with SYNCED when everything before is done; with UNSYNCED already
+                                               while a Python model runs
     WAKE     header                            something waits on the lifeline
     SEQUENCES header + count * SLOT + count * (PARCEL + head bytes)
     RING_OPEN  header                          sender, a client, may ring its own socket; batch: the ticket
@@ -39,7 +39,7 @@ To the scheduler, its done doorbell (senders: workers)::
     CLOSED   header + OPEN                                 such a request now has its final answer
     SYNCED   header + count * OPEN                         batch: the epoch of the SYNC; OPEN: as of DONE, all of them
     UNSYNCED header + count * OPEN                         as SYNCED, of a worker that has more to run first; OPEN with
-                                                           FLAG_ROWS: a producer to which that belongs
+                                                           FLAG_UNNAMED: a producer that has requests among that
 
 Layouts of RUN, PARCEL and so on stand beside their ``struct.Struct`` below.
 """
@@ -101,8 +101,9 @@ FLAG_GONE = 8
 FLAG_HUNG = 32
 #: Flag of OPEN: the model wants the request again (iterative sequences, spec S-060).
 FLAG_RESCHEDULE = 16
-#: Flag of OPEN: no request, but a producer of which something runs or waits that is not named.
-FLAG_ROWS = 64
+#: Flag of OPEN: no request, but a producer that has requests here which are not named, or may have: rows, batches that
+#: wait, an open ring, answers that it has not taken.
+FLAG_UNNAMED = 64
 
 #: Flag of RUNS_FAILED and PARCEL_REPLY to a client: the model was loaded anew; open it and hand the request in again.
 FLAG_MOVED = 32
@@ -197,13 +198,15 @@ def unpack_runs(message: memoryview, count: int, offset: int) -> list[Run]:
 
 
 def producers_of(batch: bytes | bytearray | memoryview) -> set[int]:
-    """Return whose requests are in a message to a worker: none in those that are no batch.
+    """Return whose requests are in a message to a worker, or follow it in a ring.
 
     Raises ``struct.error`` if the message is too short.
     """
-    kind, _flags, count, _sender, _batch = HEADER.unpack_from(batch)
+    kind, _flags, count, sender, _batch = HEADER.unpack_from(batch)
     if kind == Kind.RUNS:
         return {RUN.unpack_from(batch, HEADER.size + index * RUN.size)[0] for index in range(count)}
+    if kind == Kind.RING_OPEN:
+        return {sender}
     if kind not in (Kind.PARCELS, Kind.SEQUENCES):
         return set()
     offset = HEADER.size + (count * SLOT.size if kind == Kind.SEQUENCES else 0)

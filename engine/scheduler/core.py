@@ -46,7 +46,7 @@ from forebay.ipc.scheduler_messages import (
     SchedulerStart,
     SupervisorToScheduler,
 )
-from forebay.ipc.wire import FLAG_RESCHEDULE, FLAG_ROWS, HEAD_BYTES_MAX, HEADER, OPEN, TIMES, TOKEN, Kind
+from forebay.ipc.wire import FLAG_RESCHEDULE, FLAG_UNNAMED, HEAD_BYTES_MAX, HEADER, OPEN, TIMES, TOKEN, Kind
 
 #: Text of what was cancelled before it ran.
 CANCELLED_TEXT = "request was cancelled"
@@ -296,16 +296,14 @@ class SchedulerCore:
         """
         if self._is_synced or self._is_restoring:
             return
-        running_of: set[int] = set()
-        self._is_synced = True
-        for instance in self._instances.values():
-            if instance.state is InstanceState.SYNCING:
-                if instance.has_of is None:
-                    self._is_synced = False
-                    return
-                self._is_synced = False
-                running_of |= instance.has_of
-        for producer in self._unasked - running_of:
+        syncing = [instance for instance in self._instances.values() if instance.state is InstanceState.SYNCING]
+        self._is_synced = not syncing
+        waiting: set[int] = set()
+        for instance in syncing:
+            if instance.unnamed_producers is None:
+                return
+            waiting |= instance.unnamed_producers
+        for producer in self._unasked - waiting:
             self._unasked.discard(producer)
             self._resync(producer)
 
@@ -478,7 +476,7 @@ class SchedulerCore:
 
     def _unsynced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
         """A worker says what it has, of what the last scheduler sent, before it has run all of it."""
-        instance.has_of = self._take_open(instance, message, count, now_ns)
+        instance.unnamed_producers = self._take_open(instance, message, count, now_ns)
         self._resync_if_ready()
 
     @staticmethod
@@ -486,13 +484,13 @@ class SchedulerCore:
         """A worker has requests that we did not give it, and has still to answer them.
 
         Returns:
-            Of whom it has some that it does not name.
+            Producers that have others with it, which it does not name.
         """
         unnamed: set[int] = set()
         with contextlib.suppress(struct.error):
             for index in range(count):
                 producer, flags, token = OPEN.unpack_from(message, HEADER.size + index * OPEN.size)
-                if flags & FLAG_ROWS:
+                if flags & FLAG_UNNAMED:
                     unnamed.add(producer)
                 else:
                     instance.open[producer, token] = WaitingParcel(producer, token, 1, now_ns, b"")
@@ -529,6 +527,9 @@ class SchedulerCore:
         if item is not None and route is not None:
             if not flags & FLAG_RESCHEDULE or not self._reschedule(route, item, now_ns):
                 route.line.answered((item,), now_ns)
+                if flags & FLAG_RESCHEDULE and not item.head:
+                    # An earlier scheduler's: only its producer has what it takes to bring it to the model again.
+                    self.producers.tell_lost(instance.id, instance.batch_id, (item,))
             self._tell_if_drained(instance)
             self._dirty.add(route.id)
 

@@ -38,7 +38,6 @@ class Instance:
         "executions",
         "generation",
         "grantee",
-        "has_of",
         "id",
         "items",
         "name",
@@ -49,6 +48,7 @@ class Instance:
         "route",
         "started_ns",
         "state",
+        "unnamed_producers",
     )
 
     def __init__(
@@ -72,8 +72,8 @@ class Instance:
         self.items: Sequence[Waiting] = ()
         #: What it has run but not answered for good: decoupled models, answers that wait for room.
         self.open: dict[tuple[int, int], WaitingParcel] = {}
-        #: Of a syncing instance that has said how it stands: whose requests it may run besides those that are open.
-        self.has_of: frozenset[int] | None = None
+        #: Of a syncing instance: producers that may have requests with it besides the open ones; None: it has not said.
+        self.unnamed_producers: frozenset[int] | None = None
         self.batch_id = 0
         self.started_ns = 0
         self.draining = False

@@ -108,9 +108,10 @@ class Inbox:
                     if self._kept and message[0] in _CANCELLATIONS:
                         self._early.append(message)
                 else:
-                    if message[0] == Kind.SYNC:
-                        self._tell_unsynced(message, tuple(self._kept))
+                    ahead = tuple(self._kept)
                     self._kept.append(message)
+                    if message[0] == Kind.SYNC:
+                        self._tell_unsynced(message, ahead)
         finally:
             self._lock.release()
         for message in signals:

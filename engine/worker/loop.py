@@ -45,7 +45,7 @@ from forebay.ipc.lifeline import Lifeline, PeerClosed
 from forebay.ipc.log import LogOptions, log
 from forebay.ipc.messages import DeviceMemory, Failed, LogChanged, Stop
 from forebay.ipc.process import set_name
-from forebay.ipc.wire import FLAG_GRANTED, FLAG_ROWS, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, OPEN, Kind, producers_of
+from forebay.ipc.wire import FLAG_GRANTED, FLAG_UNNAMED, HEADER, MESSAGE_BYTES_MAX, NO_TIMES, OPEN, Kind, producers_of
 from forebay.ipc.worker_messages import (
     Adopt,
     ArenaDown,
@@ -75,6 +75,9 @@ _BACKLOG_RETRY_S = 0.01
 
 #: How long a new scheduler is kept waiting for producers that do not read, s.
 _SYNC_PATIENCE_S = 2.0
+
+#: Open requests whose names fit into one message.
+_NAMED_MAX = 8192
 
 _SINCE = InstanceCounter.RUNNING_SINCE_NS
 _CLOCK_WORDS = InstanceCounter.BATCH_SIZES
@@ -406,11 +409,12 @@ class Worker:
             header = HEADER.pack(Kind.SYNCED, 0, len(still_open), self._spec.instance, epoch)
             self._done.ring(b"".join((header, *still_open)))
 
-    def _tell_unsynced(self, sync: bytes, ahead: Sequence[bytes]) -> None:
+    def _tell_unsynced(self, sync: bytes | bytearray, ahead: Sequence[bytes]) -> None:
         """Tell a new scheduler how things stand while a model runs, which may wait for what was lost with the old one.
 
-        Parcels that run are named. Of those who have anything else here, or still in their ring, nothing is known to be
-        lost before SYNCED.
+        Requests of earlier batches that are still open are named. Of producers that have anything else here, or in
+        their ring, nothing is known to be lost before SYNCED: a request that is being unpacked or answered may be in no
+        list, and one that a sequence model wants again is the scheduler's.
 
         Args:
             sync: the scheduler's message.
@@ -420,16 +424,20 @@ class Worker:
         assert self._parcels is not None
         assert self._rings is not None
         epoch = HEADER.unpack_from(sync)[-1]
-        unnamed = self._rings.open_producers | self._producers.lagging()
-        batches: list[bytes | bytearray] = [*ahead]
-        if self._buffer[0] == Kind.RUNS:
-            batches.append(self._buffer)
+        unnamed = self._rings.open_producers
+        batches: list[bytes | bytearray] = [self._buffer, *ahead]
         for message in batches:
-            with contextlib.suppress(struct.error):
+            with contextlib.suppress(struct.error):  # A torn message; its sender alone is concerned.
                 unnamed |= producers_of(message)
         with self._producers.lock:
-            named = self._parcels.report_all_open()
-            parts = [*named, *(OPEN.pack(producer, FLAG_ROWS, 0) for producer in unnamed)]
+            named: list[bytes] = []
+            if self._sequences is None and self._parcels.open_count <= _NAMED_MAX:
+                named = self._parcels.report_all_open()
+            else:
+                unnamed |= self._parcels.open_producers()
+            # After the requests: what is answered in between is in one of both.
+            unnamed |= self._producers.lagging()
+            parts = [*named, *(OPEN.pack(producer, FLAG_UNNAMED, 0) for producer in unnamed)]
             header = HEADER.pack(Kind.UNSYNCED, 0, len(parts), self._spec.instance, epoch)
             self._done.ring(b"".join((header, *parts)))
 
@@ -520,7 +528,9 @@ class Worker:
         elif kind == Kind.RING_CLOSE and self._rings is not None:
             self._rings.close(sender, batch, buffer)
         elif kind == Kind.SYNC:
-            if self._rings is not None:
+            if self._rings is not None and self._rings.is_open:
+                # What has been rung is run first, and may wait for what was lost with the old scheduler.
+                self._tell_unsynced(buffer, ())
                 self._rings.close_all(buffer)
             self._deliver_backlog()
             self._tell_synced(batch)

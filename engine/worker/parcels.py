@@ -147,8 +147,19 @@ class ParcelsRunner:
 
     def report_all_open(self) -> list[bytes]:
         """As :meth:`report_open`, of all requests: for a scheduler that knows of none."""
-        self._reported.update(self._open)
-        return [OPEN.pack(producer, 0, token) for producer, token in self._open]
+        # Copied in one step: a model's own threads end requests too.
+        keys = list(self._open)
+        self._reported.update(keys)
+        return [OPEN.pack(producer, 0, token) for producer, token in keys]
+
+    @property
+    def open_count(self) -> int:
+        """Requests that are not answered for good."""
+        return len(self._open)
+
+    def open_producers(self) -> set[int]:
+        """Return whose requests are not answered for good."""
+        return {producer for producer, _token in list(self._open)}
 
     def reschedule(self, request: ParcelRequest) -> None:
         """The model wants the request again in a later batch (spec S-060); what was answered stays answered."""

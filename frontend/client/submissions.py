@@ -24,8 +24,9 @@ _SUBMIT_PATIENCE_S = 10.0
 
 #: What the field of a submission holds.
 _PATIENCE_US_MAX = 0xFFFFFFFF
-#: Requests of a thread between two looks at whether it is bound to a core.
+#: Requests of a thread between two looks at whether it is bound to a core, and how long that is at most, ns.
 _REQUESTS_PER_LOOK = 32
+_LOOK_PERIOD_NS = 10_000_000
 
 
 class Submissions:
@@ -51,10 +52,11 @@ class Submissions:
         self.is_alone = False
         #: The core of this thread, plus one, if the worker that was rung last was called to it; 0: it was not.
         self.shared_place = 0
-        #: The same of the thread that looked last, and for how many further requests it counts.
+        #: The same of the thread that looked last, and for how many further requests, and until when, it counts.
         self._own_place = 0
         self._looked_thread = 0
         self._looks_left = 0
+        self._look_again_ns = 0
 
     def close(self) -> None:
         self._sock.close()
@@ -156,13 +158,14 @@ class Submissions:
         if not self._shares_core or not self.is_alone:
             self.shared_place = 0
             return 0
-        thread = threading.get_ident()
+        thread, now_ns = threading.get_native_id(), time.monotonic_ns()
         self._looks_left -= 1
-        if self._looks_left < 0 or thread != self._looked_thread:
+        if self._looks_left < 0 or thread != self._looked_thread or now_ns >= self._look_again_ns:
             cores = os.sched_getaffinity(0)
             self._own_place = next(iter(cores)) + 1 if len(cores) == 1 else 0
             self._looked_thread = thread
             self._looks_left = _REQUESTS_PER_LOOK
+            self._look_again_ns = now_ns + _LOOK_PERIOD_NS
         self.shared_place = self._own_place
         return self.shared_place
 

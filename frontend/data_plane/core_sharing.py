@@ -118,12 +118,13 @@ class CoreSharing:
             if grant.instance not in self._guests:
                 self._invite(grant)
 
-    def ended(self, elapsed_ns: int, now_ns: int) -> None:
-        """Requests have been answered, the last of them after so long in the engine; ``now_ns``: monotonic."""
-        last = self._last
-        if last is None:
-            return
-        pace = last.route.pace
+    def ended(self, pace: Pace, elapsed_ns: int, now_ns: int) -> None:
+        """Requests have been answered, the last of them after so long in the engine.
+
+        Args:
+            pace: of their model.
+            now_ns: monotonic.
+        """
         usual_ns = pace.usual_ns
         is_shared = self._core >= 0
         if not is_shared or not pace.is_known:
@@ -136,10 +137,13 @@ class CoreSharing:
                 self._penance_ns = min(2 * self._penance_ns, _PENANCE_NS_MAX)
             return
         if usual_ns > _LONG_NS:
+            if is_shared and pace.is_known:
+                self.crowded()
             return
         self._streak = min(self._streak + 1, _STREAK)
         if is_shared:
-            self._wait.begin(now_ns)
+            if self._last is not None and self._last.is_idle:
+                self._wait.begin(now_ns)
             self._follow_left -= 1
             if not self._follow_left:
                 self._follow_client(now_ns)

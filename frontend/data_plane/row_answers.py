@@ -17,13 +17,14 @@ from forebay.ipc.messages import RowRemark
 from forebay.ipc.wire import RUN, TIMES_END, Run, unpack_runs
 
 if TYPE_CHECKING:
+    from forebay.frontend.data_plane.core_sharing import Pace
     from forebay.frontend.data_plane.route_client import RouteClient
     from forebay.frontend.engine_client import EngineClient
 
 
 _decode_remarks = msgspec.msgpack.Decoder(list[RowRemark]).decode
-#: Rows of a run that others are not to wait for.
-_CROWD = 8
+#: Rows whose answers take so long that those of others are looked for in between.
+_MANY_ROWS = 8
 _NO_REMARKS: dict[int, list[RowRemark]] = {}
 
 
@@ -49,6 +50,7 @@ class RowAnswers:
         now_ns = time.monotonic_ns()
         slabs = self._engine.slabs
         remarks = _read_remarks(message, count) if has_remarks else _NO_REMARKS
+        pace: Pace | None = None
         elapsed_ns = 0
         for index in range(count):
             _producer, requests, base, _capacity, first, rows, _attempt, enqueue_sum_ns = RUN.unpack_from(
@@ -59,7 +61,7 @@ class RowAnswers:
                 continue
             route, slab = found
             enqueue_ns = enqueue_sum_ns // requests
-            elapsed_ns = now_ns - enqueue_ns
+            pace, elapsed_ns = route.pace, now_ns - enqueue_ns
             if index in remarks:
                 requests -= self._answer_remarked(route, slab, remarks[index], elapsed_ns)
             self._answer_rows(slab, first, rows)
@@ -70,13 +72,14 @@ class RowAnswers:
                     route.details.answered(requests, elapsed_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
         self._engine.grants.runs_ended(instance)
-        self._engine.cores.ended(elapsed_ns, now_ns)
+        if pace is not None:
+            self._engine.cores.ended(pace, elapsed_ns, now_ns)
 
     def _answer_rows(self, slab: OwnedSlab, first: int, rows: int) -> None:
         """Call everybody who waits for one of these rows."""
         owners = slab.owners
-        is_crowd = rows >= _CROWD or self._engine.crowded_routes
-        between_answers = self._engine.between_answers if is_crowd else None
+        is_long = rows >= _MANY_ROWS or self._engine.crowded_routes
+        between_answers = self._engine.between_answers if is_long else None
         for row in range(first, first + rows):
             owner = owners[row]
             if owner is not None:

@@ -29,8 +29,10 @@ _SCORE_ENOUGH = 32
 _MISS_COST = 8
 #: Requests of each half of a trial, and until the next one.
 _TRIAL = 256
+#: How many of the second half must have been waited for awake.
+_TRIAL_AWAKE = 224
 _UNTIL_TRIAL = 16384
-#: What staying awake may cost at most, beside sleeping: the client has a fifth of its latency from it.
+#: What staying awake may cost at most, beside sleeping: the client saves a fifth of its latency.
 _COST_MAX = 1.25
 
 
@@ -39,7 +41,7 @@ class WakefulWait:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        #: When the last answer was given, monotonic ns.
+        #: When the last answer was given, monotonic ns; 0: no request is expected.
         self._since_ns = 0
         #: Look until then; 0: sleep.
         self._until_ns = 0
@@ -53,6 +55,8 @@ class WakefulWait:
         self._asleep_ns = 0
         #: A trial is under way.
         self._is_trial = True
+        #: Requests of this phase that were waited for awake.
+        self._awake_count = 0
         self._left = _TRIAL
         self._cpu_ns = time.process_time_ns()
 
@@ -61,24 +65,27 @@ class WakefulWait:
         self._since_ns = now_ns
         if self._is_wakeful and self._score >= _SCORE_ENOUGH:
             self._until_ns = now_ns + _PATIENCE_NS
+            self._awake_count += 1
             if not self._is_looking:
                 self._is_looking = True
                 self._loop.call_soon(self._look)
 
     def end(self) -> None:
         """A request has come."""
+        if not self._since_ns:
+            return
         if time.monotonic_ns() - self._since_ns < _PATIENCE_NS:
             self._score = min(self._score + 1, _SCORE_MAX)
         else:
             self._score = max(self._score - _MISS_COST, 0)
-        self._until_ns = 0
+        self._since_ns = self._until_ns = 0
         self._left -= 1
         if not self._left:
             self._next_phase()
 
     def break_off(self) -> None:
         """The client is not alone any more, or has no core with us: what was measured says nothing."""
-        self._until_ns = 0
+        self._since_ns = self._until_ns = 0
         self._begin_phase(is_trial=True, is_wakeful=False, requests=_TRIAL)
         self._asleep_ns = 0
 
@@ -97,6 +104,10 @@ class WakefulWait:
         elif not self._asleep_ns:
             self._asleep_ns = max(per_request_ns, 1)
             self._begin_phase(is_trial=True, is_wakeful=True, requests=_TRIAL)
+        elif self._awake_count < _TRIAL_AWAKE:
+            # The client has taken its time: nothing was tried out.
+            self._asleep_ns = 0
+            self._begin_phase(is_trial=True, is_wakeful=False, requests=_TRIAL)
         else:
             is_cheap = per_request_ns <= self._asleep_ns * _COST_MAX
             self._asleep_ns = 0
@@ -105,5 +116,6 @@ class WakefulWait:
     def _begin_phase(self, *, is_trial: bool, is_wakeful: bool, requests: int) -> None:
         self._is_trial = is_trial
         self._is_wakeful = is_wakeful
+        self._awake_count = 0
         self._left = requests
         self._cpu_ns = time.process_time_ns()

@@ -168,9 +168,15 @@ class Surroundings:
     async def reply(
         self, token: int, *, text: str = "", final: bool = True, instance: int = INSTANCE, **more: Any
     ) -> None:
+        await self.tell(self.packed_reply(token, text=text, final=final, instance=instance, **more))
+
+    def packed_reply(
+        self, token: int, *, text: str = "", final: bool = True, instance: int = INSTANCE, **more: Any
+    ) -> bytes:
+        """Build what :meth:`reply` sends."""
         reply = msgspec.msgpack.encode(ReplyHead(code=4 if text else 0, text=text, **more))
         header = HEADER.pack(Kind.PARCEL_REPLY, FLAG_FINAL if final else 0, 1, instance, 0)
-        await self.tell(header + NO_TIMES + TOKEN.pack(token) + reply)
+        return header + NO_TIMES + TOKEN.pack(token) + reply
 
     async def lose_parcel(self, token: int) -> None:
         header = HEADER.pack(Kind.PARCEL_LOST, 0, 1, INSTANCE, 1)

@@ -36,6 +36,7 @@ from forebay.ipc.wire import (
     GROW,
     HEADER,
     MESSAGE_BYTES_MAX,
+    OPEN,
     PARCEL,
     REPLY,
     RUN,
@@ -450,6 +451,15 @@ class WorkerHarness:
                 return batch, TIMES.unpack_from(message, HEADER.size)
             # A request that outlived its batch has its answer.
             assert kind == Kind.CLOSED, f"unexpected message of kind {kind}"
+
+    def told_scheduler(self) -> tuple[Kind, list[tuple[int, int, int]], int]:
+        """Wait for SYNCED or UNSYNCED; returns it, what it names (producer, flags, token), and its epoch."""
+        while True:
+            message = self._done.recv(MESSAGE_BYTES_MAX)
+            kind, _flags, count, _instance, epoch = HEADER.unpack_from(message)
+            if kind in (Kind.SYNCED, Kind.UNSYNCED):
+                parts = [OPEN.unpack_from(message, HEADER.size + index * OPEN.size) for index in range(count)]
+                return Kind(kind), [(producer, flags, token) for producer, flags, token in parts], epoch
 
     def send_raw(self, message: bytes) -> None:
         """Send any bytes to the worker's doorbell."""

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,7 +65,7 @@ class Watch:
         self._is_looking = threading.Event()
         #: There were calls since the last look.
         self._is_used = False
-        #: Called at every look: those who execute hear of what they have been told meanwhile.
+        #: Called at every look. Workers take in what they are told here while a model keeps them from reading it.
         self.on_look: list[Callable[[], None]] = []
 
     def add(self, call: NestedCall, requests: Sequence[OuterRequest]) -> None:
@@ -102,7 +103,10 @@ class Watch:
     def look(self) -> None:
         """Abandon what nobody waits for."""
         for hear in tuple(self.on_look):
-            hear()
+            try:
+                hear()
+            except Exception:  # one worker's trouble; this thread looks after the calls of all in the process
+                traceback.print_exc()
         # Copied in one step: calls come and go on other threads.
         for call, requests in self._calls.copy().items():
             if call.is_over:

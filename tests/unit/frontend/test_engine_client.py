@@ -340,15 +340,39 @@ def test_nothing_passes_what_is_no_answer() -> None:
 
     async def scenario(s: Surroundings) -> None:
         waiting = two_batches_and_one_request(s)
+        s.bell.send(s.packed_runs(Kind.RUNS_DONE, (2, 2), batch=2))
         s.bell.send(s.packed_runs(Kind.RUNS_LOST, (0, 2)))
         s.bell.send(s.packed_runs(Kind.RUNS_DONE, (4, 1), instance=9))
         for _ in range(3):
             s.engine.take_answer_now()
         assert waiting.answered == (False, False, False)
-        await turn()
-        await turn()
-        assert waiting.answered == (False, False, True)
+        for _ in range(3):
+            await turn()
+        assert waiting.answered == (False, True, True)
         assert s.count(ProducerCounter.RESUBMITTED) == 2
+
+    play(scenario)
+
+
+def test_answer_of_a_parcel_is_given_between_requests_and_not_while_others_are() -> None:
+    async def scenario(s: Surroundings) -> None:
+        waiting = two_batches_and_one_request(s)
+        early, late = s.submit(1), s.submit(2)
+        await turn()
+        s.bell.send(s.packed_reply(1))
+        s.engine.take_answer_now()
+        assert early.answers
+        s.engine.between_answers = s.engine.take_answer_now
+        s.engine.crowded_routes.add(s.route)
+        s.bell.send(s.packed_runs(Kind.RUNS_DONE, (0, 2)))
+        s.bell.send(s.packed_reply(2))
+        s.engine.take_answer_now()
+        assert waiting.answered == (False, False, False)
+        assert not late.answers
+        await turn()
+        await turn()
+        assert waiting.answered == (True, False, False)
+        assert late.answers
 
     play(scenario)
 

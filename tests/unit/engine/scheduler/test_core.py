@@ -24,7 +24,16 @@ from forebay.ipc.scheduler_messages import (
     RouteDrain,
     RouteGone,
 )
-from forebay.ipc.wire import FLAG_GONE, FLAG_ROWS, HEAD_BYTES_MAX, HEADER, MESSAGE_BYTES_MAX, OPEN, Kind
+from forebay.ipc.wire import (
+    FLAG_GONE,
+    FLAG_RESCHEDULE,
+    FLAG_UNNAMED,
+    HEAD_BYTES_MAX,
+    HEADER,
+    MESSAGE_BYTES_MAX,
+    OPEN,
+    Kind,
+)
 
 
 @pytest.fixture
@@ -429,7 +438,7 @@ def test_model_that_runs_keeps_only_those_waiting_whose_rows_it_may_run(restarte
     """It may wait for what was lost with the last scheduler; what it runs must not be handed in again."""
     restarted.add_producer(8)
     restarted.handle(Restored())
-    restarted.done(unsynced((7, FLAG_ROWS, 0), (8, 0, 5)))
+    restarted.done(unsynced((7, FLAG_UNNAMED, 0), (8, 0, 5)))
     assert restarted.answers(7) == []
     (resync,) = restarted.answers(8)
     assert (resync.kind, resync.tokens) == (Kind.RESYNC, [5])
@@ -445,7 +454,7 @@ def test_model_that_runs_keeps_only_those_waiting_whose_rows_it_may_run(restarte
 def test_worker_that_says_nothing_keeps_everybody_waiting(restarted: SchedulerHarness) -> None:
     restarted.add_instance(2)
     restarted.handle(Restored())
-    restarted.done(unsynced((8, FLAG_ROWS, 0)))
+    restarted.done(unsynced((8, FLAG_UNNAMED, 0)))
     assert restarted.answers() == []
     restarted.done(synced(instance=2))
     assert [answer.kind for answer in restarted.answers()] == [Kind.RESYNC]
@@ -454,7 +463,7 @@ def test_worker_that_says_nothing_keeps_everybody_waiting(restarted: SchedulerHa
 def test_worker_that_said_what_it_runs_and_dies(restarted: SchedulerHarness) -> None:
     restarted.add_producer(8)
     restarted.handle(Restored())
-    restarted.done(unsynced((7, FLAG_ROWS, 0), (8, 0, 5)))
+    restarted.done(unsynced((7, FLAG_UNNAMED, 0), (8, 0, 5)))
     restarted.answers(8)
     restarted.kill_instance(1)
     assert Kind.RESYNC in [answer.kind for answer in restarted.answers(7)]
@@ -469,6 +478,34 @@ def test_what_a_worker_named_and_answered_unnoticed_is_not_open(restarted: Sched
     restarted.answers()
     restarted.kill_instance(1)
     assert [answer.kind for answer in restarted.answers()] == [Kind.REVOKE]
+
+
+def test_request_of_the_last_scheduler_that_a_model_wants_again_is_handed_in_again(
+    restarted: SchedulerHarness,
+) -> None:
+    restarted.handle(Restored())
+    restarted.done(unsynced((7, 0, 5)))
+    restarted.done(HEADER.pack(Kind.CLOSED, 0, 1, 1, 0) + OPEN.pack(7, FLAG_RESCHEDULE, 5))
+    assert [(answer.kind, answer.tokens) for answer in restarted.answers()][1:] == [(Kind.PARCEL_LOST, [5])]
+
+
+def test_who_left_is_not_asked(restarted: SchedulerHarness) -> None:
+    restarted.add_producer(8)
+    restarted.handle(Restored())
+    restarted.done(unsynced((8, FLAG_UNNAMED, 0)))
+    restarted.handle(ProducerDown(producer=8))
+    restarted.done(synced())
+    assert [answer.kind for answer in restarted.answers(7)] == [Kind.RESYNC]
+
+
+def test_late_submission_of_who_is_asked_later_is_dropped(restarted: SchedulerHarness) -> None:
+    restarted.handle(Restored())
+    restarted.done(unsynced((7, FLAG_UNNAMED, 0)))
+    restarted.submit_runs((0, 1), epoch=1)
+    assert restarted.answers() == []
+    restarted.done(synced())
+    assert [answer.kind for answer in restarted.answers()] == [Kind.RESYNC]
+    assert restarted.batches() == []
 
 
 def test_resync_comes_once(restarted: SchedulerHarness) -> None:

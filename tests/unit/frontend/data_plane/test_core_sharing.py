@@ -70,7 +70,7 @@ class Scene:
         for _ in range(count):
             self.begin(grant)
             self.now_ns += elapsed_ns
-            self.cores.ended(elapsed_ns, self.now_ns)
+            self.cores.ended(grant.pace, elapsed_ns, self.now_ns)
 
     @property
     def shared(self) -> int | None:
@@ -228,6 +228,31 @@ def test_model_that_is_met_while_a_core_is_shared_is_not_slow_for_being_new(play
         scene.ask(scene.first, 300)
         scene.ask(scene.second, 500, 10 * QUICK_NS)
         assert scene.shared is not None
+
+    play(scenario)
+
+
+def test_slow_model_ends_what_a_quick_one_has_begun(play: Play) -> None:
+    """It has more to lose to a busy core than to gain from a warm one."""
+
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.second, 300, 2 * SLOW_NS)
+        scene.ask(scene.first, 300)
+        assert scene.shared is not None
+        scene.ask(scene.second, 1, 2 * SLOW_NS)
+        assert scene.shared is None
+
+    play(scenario)
+
+
+def test_request_is_not_awaited_while_a_worker_runs_the_next_step(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        awaited = scene.wait.begun
+        scene.begin(scene.first)
+        scene.first.is_idle = False
+        scene.cores.ended(scene.first.pace, QUICK_NS, scene.now_ns)
+        assert scene.wait.begun == awaited
 
     play(scenario)
 

@@ -92,6 +92,23 @@ def test_does_not_wait_for_clients_that_take_their_time(monkeypatch: pytest.Monk
     assert scene.is_awake
 
 
+def test_trial_with_a_client_that_took_its_time_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS * 10)
+    scene.ask(512, LATE_NS)
+    scene.ask(2000)
+    assert not scene.is_awake
+
+
+def test_requests_that_nobody_expected_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.ask(600)
+    for _ in range(1000):
+        scene.now_ns += LATE_NS
+        scene.wait.end()
+    scene.ask(1)
+    assert scene.is_awake
+
+
 def test_nobody_looks_any_more_once_the_request_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
     scene.ask(600)
