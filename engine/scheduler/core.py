@@ -7,7 +7,6 @@ together and the cost is per batch.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -22,6 +21,7 @@ from forebay.engine.scheduler.line import Choice
 from forebay.engine.scheduler.producers import Producer, Producers
 from forebay.engine.scheduler.rate_limiter import RateLimiter
 from forebay.engine.scheduler.request_queue import part_cancelled
+from forebay.engine.scheduler.restart import Restart, take_open
 from forebay.engine.scheduler.route import Route
 from forebay.engine.scheduler.waiting import Waiting, WaitingParcel, WaitingRun
 from forebay.ipc.counters import SCHEDULER_WORDS, CountersFile, SchedulerCounter
@@ -46,7 +46,7 @@ from forebay.ipc.scheduler_messages import (
     SchedulerStart,
     SupervisorToScheduler,
 )
-from forebay.ipc.wire import FLAG_RESCHEDULE, FLAG_UNNAMED, HEAD_BYTES_MAX, HEADER, OPEN, TIMES, TOKEN, Kind
+from forebay.ipc.wire import FLAG_RESCHEDULE, HEAD_BYTES_MAX, HEADER, OPEN, TIMES, TOKEN, Kind
 
 #: Text of what was cancelled before it ran.
 CANCELLED_TEXT = "request was cancelled"
@@ -81,12 +81,7 @@ class SchedulerCore:
         self._lagging: set[Bell] = set()
         #: By route: when it has to decide although nothing happens.
         self._alarms: dict[int, int] = {}
-        # Restart
-        self._epoch = 0
-        self._is_restoring = False
-        self._is_synced = True
-        #: Who has not been asked yet for what was lost with the last scheduler.
-        self._unasked: set[int] = set()
+        self._restart = Restart()
 
     @property
     def has_lagging(self) -> bool:
@@ -109,9 +104,7 @@ class SchedulerCore:
 
     def start(self, start: SchedulerStart) -> None:
         """Take the first message."""
-        self._epoch = start.epoch
-        self._is_restoring = start.epoch > 1
-        self._is_synced = start.epoch <= 1
+        self._restart.start(start.epoch)
         # A batch of an earlier scheduler must not be taken for one of ours.
         self._next_batch = (start.epoch & 0x7FFF) << 48 | 1
         self._hold_back = start.hold_back_requests
@@ -129,8 +122,7 @@ class SchedulerCore:
             case ProducerUp():
                 kind = Bell if message.trusted else ClientBell
                 self.producers.add(Producer(message, kind(socket.socket(fileno=fds[0]))))
-                if not self._is_synced:
-                    self._unasked.add(message.producer)
+                self._restart.add_producer(message.producer)
                 if not message.trusted:
                     self.clients.add(message, fds[1])
             case CountersFileMessage():
@@ -150,8 +142,8 @@ class SchedulerCore:
                 route = self._routes.get(message.route)
                 self._tell(Explained(request=message.request, batches=[] if route is None else route.explain()))
             case Restored():
-                self._is_restoring = False
-                self._resync_if_ready()
+                self._restart.restored()
+                self._resync_due()
             case LogChanged():
                 log.follow(message.options)
             case Stop():
@@ -212,7 +204,7 @@ class SchedulerCore:
             up.route,
             up.name,
             bell,
-            syncing=self._is_restoring,
+            syncing=self._restart.is_restoring,
             generation=self._grants.first_generation,
             resources=up.resources,
             rate_priority=up.rate_priority,
@@ -221,8 +213,8 @@ class SchedulerCore:
         route.add_instance(instance)
         if self._limiter is not None:
             self._limiter.add(self._instances.values())
-        if self._is_restoring:
-            bell.ring(HEADER.pack(Kind.SYNC, 0, 0, 0, self._epoch))
+        if self._restart.is_restoring:
+            bell.ring(self._restart.pack_sync())
         self._dirty.add(up.route)
 
     def _instance_drain(self, instance_id: int) -> None:
@@ -262,7 +254,7 @@ class SchedulerCore:
             self._limiter.add(self._instances.values())
         instance.bell.close()
         self._dirty.add(instance.route)
-        self._resync_if_ready()
+        self._resync_due()
 
     def _tell_lost(self, route: Route, instance: Instance, lost: list[Waiting], now_ns: int, *, is_hung: bool) -> None:
         if route.sequences is None:
@@ -277,7 +269,7 @@ class SchedulerCore:
             self.producers.refuse(item, error)
 
     def _producer_down(self, producer: int) -> None:
-        self._unasked.discard(producer)
+        self._restart.remove_producer(producer)
         self.clients.remove(producer)
         self.producers.remove(producer)
         for route in self._routes.values():
@@ -288,34 +280,13 @@ class SchedulerCore:
 
     # --- restart ---
 
-    def _resync_if_ready(self) -> None:
-        """Ask for what was lost with the last scheduler: everybody of whose requests none may run unknown to us.
-
-        Usually every worker has finished what that one had sent before anybody is asked. But a model that runs may wait
-        for what was lost (BLS), so its worker says what it has, and others are asked meanwhile.
-        """
-        if self._is_synced or self._is_restoring:
-            return
-        syncing = [instance for instance in self._instances.values() if instance.state is InstanceState.SYNCING]
-        self._is_synced = not syncing
-        waiting: set[int] = set()
-        for instance in syncing:
-            if instance.unnamed_producers is None:
-                return
-            waiting |= instance.unnamed_producers
-        for producer in self._unasked - waiting:
-            self._unasked.discard(producer)
+    def _resync_due(self) -> None:
+        """Ask for what was lost with the last scheduler whoever can be asked by now."""
+        for producer in self._restart.take_due(self._instances.values()):
             self._resync(producer)
 
     def _resync(self, producer: int) -> None:
-        """Have a producer hand in again whatever is not answered, and does not run either."""
-        tokens = [
-            TOKEN.pack(token)
-            for instance in self._instances.values()
-            for owner, token in instance.open
-            if owner == producer
-        ]
-        self.producers.ring(producer, HEADER.pack(Kind.RESYNC, 0, len(tokens), 0, self._epoch) + b"".join(tokens))
+        self.producers.ring(producer, self._restart.pack_resync(producer, self._instances.values()))
 
     # --- from producers ---
 
@@ -324,9 +295,9 @@ class SchedulerCore:
         if isinstance(message, Submit):
             if message.producer not in self.producers:
                 return
-            if message.epoch != self._epoch:
+            if message.epoch != self._restart.epoch:
                 # Meant for an earlier scheduler. Who submits so late may have missed the call to hand in again.
-                if message.producer not in self._unasked:
+                if self._restart.has_asked(message.producer):
                     self._resync(message.producer)
                 return
             for run in message.runs:
@@ -439,10 +410,10 @@ class SchedulerCore:
             if instance.state is InstanceState.BUSY and instance.batch_id == batch_id:
                 self._batch_done(instance, message, count, now_ns)
         elif kind == Kind.OPENED:
-            self._take_open(instance, message, count, now_ns)
+            take_open(instance, message, count, now_ns)
         elif kind == Kind.CLOSED:
             self._closed(instance, message, now_ns)
-        elif batch_id == self._epoch and instance.state is InstanceState.SYNCING:
+        elif batch_id == self._restart.epoch and instance.state is InstanceState.SYNCING:
             if kind == Kind.SYNCED:
                 self._synced(instance, message, count, now_ns)
             elif kind == Kind.UNSYNCED:
@@ -470,31 +441,14 @@ class SchedulerCore:
     def _synced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
         """A worker has run what the last scheduler sent, and says what it has still to answer."""
         instance.open.clear()
-        self._take_open(instance, message, count, now_ns)
+        take_open(instance, message, count, now_ns)
         self._set_idle(instance)
-        self._resync_if_ready()
+        self._resync_due()
 
     def _unsynced(self, instance: Instance, message: bytes, count: int, now_ns: int) -> None:
         """A worker says what it has, of what the last scheduler sent, before it has run all of it."""
-        instance.unnamed_producers = self._take_open(instance, message, count, now_ns)
-        self._resync_if_ready()
-
-    @staticmethod
-    def _take_open(instance: Instance, message: bytes, count: int, now_ns: int) -> frozenset[int]:
-        """A worker has requests that we did not give it, and has still to answer them.
-
-        Returns:
-            Producers that have others with it, which it does not name.
-        """
-        unnamed: set[int] = set()
-        with contextlib.suppress(struct.error):
-            for index in range(count):
-                producer, flags, token = OPEN.unpack_from(message, HEADER.size + index * OPEN.size)
-                if flags & FLAG_UNNAMED:
-                    unnamed.add(producer)
-                else:
-                    instance.open[producer, token] = WaitingParcel(producer, token, 1, now_ns, b"")
-        return frozenset(unnamed)
+        instance.unnamed_producers = take_open(instance, message, count, now_ns)
+        self._resync_due()
 
     def _note_open(
         self, route: Route, instance: Instance, left: list[tuple[int, ...]], now_ns: int
