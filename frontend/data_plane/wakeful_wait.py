@@ -27,11 +27,12 @@ _SCORE_MAX = 64
 _SCORE_ENOUGH = 32
 #: ... and one that did not counts like so many against it.
 _MISS_COST = 8
-#: Requests of each half of a trial, and until the next one.
+#: Requests of each half of a trial.
 _TRIAL = 256
 #: How many of the second half must have been waited for awake.
 _TRIAL_AWAKE = 224
-_UNTIL_TRIAL = 16384
+#: Requests until the next one: sooner where it spoke for sleep, since CPU times over so few requests vary.
+_UNTIL_TRIAL, _UNTIL_TRIAL_ASLEEP = 16384, 2048
 #: What staying awake may cost at most, beside sleeping: the client saves a fifth of its latency.
 _COST_MAX = 1.25
 
@@ -111,7 +112,8 @@ class WakefulWait:
         else:
             is_cheap = per_request_ns <= self._asleep_ns * _COST_MAX
             self._asleep_ns = 0
-            self._begin_phase(is_trial=False, is_wakeful=is_cheap, requests=_UNTIL_TRIAL)
+            requests = _UNTIL_TRIAL if is_cheap else _UNTIL_TRIAL_ASLEEP
+            self._begin_phase(is_trial=False, is_wakeful=is_cheap, requests=requests)
 
     def _begin_phase(self, *, is_trial: bool, is_wakeful: bool, requests: int) -> None:
         self._is_trial = is_trial

@@ -74,7 +74,7 @@ def test_sleeps_if_that_is_cheaper_and_tries_again(monkeypatch: pytest.MonkeyPat
     scene.ask(300)
     assert not scene.is_awake
     scene.awake_ns = ASLEEP_NS
-    scene.ask(16_384)
+    scene.ask(2000)
     assert not scene.is_awake
     scene.ask(600)
     assert scene.is_awake
