@@ -147,8 +147,8 @@ GROW = struct.Struct("<QQQ")
 NO_TIMES = TIMES.pack(0, 0, 0, 0)
 #: Where what follows the times of a message begins.
 TIMES_END = HEADER.size + TIMES.size
-#: What must be read of a message to know whether it is the answer of one run: one byte more than that has.
-SMALL_ANSWER_BYTES = TIMES_END + RUN.size + 1
+#: Bytes of the answer of one run.
+_ONE_ANSWER_BYTES = TIMES_END + RUN.size
 
 
 class Run(NamedTuple):
@@ -219,12 +219,8 @@ def producers_of(batch: bytes | bytearray | memoryview) -> set[int]:
 
 
 def is_small_answer(message: bytearray, size: int) -> bool:
-    """Tell whether the first :data:`SMALL_ANSWER_BYTES` of a message are all of it, and it answers one request.
-
-    Args:
-        size: how many of them there are.
-    """
-    if size != SMALL_ANSWER_BYTES - 1 or message[0] != Kind.RUNS_DONE:
+    """Tell whether a message of ``size`` bytes is the answer of one request in rows."""
+    if size != _ONE_ANSWER_BYTES or message[0] != Kind.RUNS_DONE:
         return False
     return bool(RUN.unpack_from(message, TIMES_END)[1] == 1)
 

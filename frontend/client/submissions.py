@@ -158,7 +158,7 @@ class Submissions:
         if not self._shares_core or not self.is_alone:
             self.shared_place = 0
             return 0
-        thread, now_ns = threading.get_native_id(), time.monotonic_ns()
+        thread, now_ns = threading.get_ident(), time.monotonic_ns()
         self._looks_left -= 1
         if self._looks_left < 0 or thread != self._looked_thread or now_ns >= self._look_again_ns:
             cores = os.sched_getaffinity(0)

@@ -16,6 +16,7 @@ it): median latency 0.79, the server's CPU time 0.94.
 from __future__ import annotations
 
 import asyncio
+import enum
 import os
 import time
 
@@ -37,6 +38,12 @@ _UNTIL_TRIAL, _UNTIL_TRIAL_ASLEEP = 16384, 2048
 _COST_MAX = 1.25
 
 
+class _Phase(enum.Enum):
+    TRY_ASLEEP = 1
+    TRY_AWAKE = 2
+    DECIDED = 3
+
+
 class WakefulWait:
     """Of one frontend process; must be used in the thread that runs its event loop."""
 
@@ -50,16 +57,9 @@ class WakefulWait:
         self._is_looking = False
         #: How reliably requests have come in time.
         self._score = 0
-        #: The frontend is to stay awake, as far as the trial says.
-        self._is_wakeful = False
-        #: CPU time per request of the first half of the trial under way, ns; 0: it is that half.
+        #: CPU time per request of the half of the last trial that was spent asleep, ns.
         self._asleep_ns = 0
-        #: A trial is under way.
-        self._is_trial = True
-        #: Requests of this phase that were waited for awake.
-        self._awake_count = 0
-        self._left = _TRIAL
-        self._cpu_ns = time.process_time_ns()
+        self._begin_phase(_Phase.TRY_ASLEEP, is_wakeful=False, requests=_TRIAL)
 
     def begin(self, now_ns: int) -> None:
         """An answer has been given at ``now_ns``, monotonic; a request is expected."""
@@ -87,8 +87,7 @@ class WakefulWait:
     def break_off(self) -> None:
         """The client is not alone any more, or has no core with us: what was measured says nothing."""
         self._since_ns = self._until_ns = 0
-        self._begin_phase(is_trial=True, is_wakeful=False, requests=_TRIAL)
-        self._asleep_ns = 0
+        self._begin_phase(_Phase.TRY_ASLEEP, is_wakeful=False, requests=_TRIAL)
 
     def _look(self) -> None:
         # Whatever the event loop finds between two looks, it does.
@@ -100,24 +99,24 @@ class WakefulWait:
 
     def _next_phase(self) -> None:
         per_request_ns = (time.process_time_ns() - self._cpu_ns) // _TRIAL
-        if not self._is_trial:
-            self._begin_phase(is_trial=True, is_wakeful=False, requests=_TRIAL)
-        elif not self._asleep_ns:
-            self._asleep_ns = max(per_request_ns, 1)
-            self._begin_phase(is_trial=True, is_wakeful=True, requests=_TRIAL)
-        elif self._awake_count < _TRIAL_AWAKE:
-            # The client has taken its time: nothing was tried out.
-            self._asleep_ns = 0
-            self._begin_phase(is_trial=True, is_wakeful=False, requests=_TRIAL)
-        else:
+        is_tried = self._awake_count >= _TRIAL_AWAKE
+        if self._phase is _Phase.TRY_ASLEEP:
+            self._asleep_ns = per_request_ns
+            self._begin_phase(_Phase.TRY_AWAKE, is_wakeful=True, requests=_TRIAL)
+        elif self._phase is _Phase.TRY_AWAKE and is_tried:
             is_cheap = per_request_ns <= self._asleep_ns * _COST_MAX
-            self._asleep_ns = 0
             requests = _UNTIL_TRIAL if is_cheap else _UNTIL_TRIAL_ASLEEP
-            self._begin_phase(is_trial=False, is_wakeful=is_cheap, requests=requests)
+            self._begin_phase(_Phase.DECIDED, is_wakeful=is_cheap, requests=requests)
+        else:
+            # It is time for another trial, or the client took its time in this one.
+            self._begin_phase(_Phase.TRY_ASLEEP, is_wakeful=False, requests=_TRIAL)
 
-    def _begin_phase(self, *, is_trial: bool, is_wakeful: bool, requests: int) -> None:
-        self._is_trial = is_trial
+    def _begin_phase(self, phase: _Phase, *, is_wakeful: bool, requests: int) -> None:
+        self._phase = phase
+        #: The frontend is to stay awake, as far as the trial says.
         self._is_wakeful = is_wakeful
+        #: Requests of this phase that were waited for awake.
         self._awake_count = 0
+        #: Requests until the next phase.
         self._left = requests
         self._cpu_ns = time.process_time_ns()

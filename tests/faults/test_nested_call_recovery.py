@@ -82,8 +82,9 @@ def infer(server: ForebayServer, model: str, value: float, answers: dict[float, 
         answers[value] = json.loads(reply.read())["outputs"][0]["data"]
 
 
-def requests_waiting(server: ForebayServer) -> int:
-    return server.counter("nv_inference_pending_request_count", model="gate")
+def wait_queued(server: ForebayServer, count: int) -> None:
+    """Wait until so many requests wait with the scheduler."""
+    wait_until(lambda: server.counter("nv_inference_pending_request_count", model="gate") == count, f"{count} to wait")
 
 
 def test_nested_calls_that_were_lost_with_the_scheduler_are_handed_in_again(
@@ -100,9 +101,9 @@ def test_nested_calls_that_were_lost_with_the_scheduler_are_handed_in_again(
     # One of them runs in the gate; the others wait with the scheduler.
     for waiting, model in enumerate(CALLERS):
         start(model)
-        wait_until(lambda waiting=waiting: requests_waiting(server) == waiting, f"{waiting} to wait")  # type: ignore[misc]
+        wait_queued(server, waiting)
     start("gate")
-    wait_until(lambda: requests_waiting(server) == len(CALLERS), "everybody to wait")
+    wait_queued(server, len(CALLERS))
     killed = server.pid_of("scheduler")
     os.kill(killed, signal.SIGKILL)
     server.wait_for(lambda: server.pid_of("scheduler") not in (0, killed), "a new scheduler")

@@ -12,7 +12,7 @@ from forebay.client.opened import Opened
 from forebay.client.options import Options
 from forebay.client.pending import BlockLease, Pending, PendingResponses, RowsLease, leased_array
 from forebay.client.placement import BlockPlacement
-from forebay.client.places import full_shape
+from forebay.client.places import full_shape, output_places
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, refusal_text
 from forebay.engine.backends.python_model.gpus import gpus
 from forebay.engine.backends.python_model.outer_requests import LOOK_PERIOD_S
@@ -141,13 +141,10 @@ class RowsCall(Call):
         model, wanted = pending.model, self._outputs
         view, max_batch_size = self._link.connection.view, model.signature.max_batch_size
         tensors: list[Tensor] = []
-        lease = self._lease
-        slab, first = lease.slab, lease.first
-        for spec, area in zip(model.signature.outputs, slab.layout.outputs, strict=True):
+        for spec, offset in output_places(model, self._lease):
             if not wanted or spec.name in wanted:
                 shape = full_shape(spec, pending.rows, max_batch_size)
-                offset = slab.base + area.offset + first * area.row_bytes
-                array = leased_array(view, offset, spec.datatype, shape, lease)
+                array = leased_array(view, offset, spec.datatype, shape, self._lease)
                 tensors.append(Tensor.of_datatype(spec.name, spec.datatype, array))
         return [NestedResponse(tuple(tensors), pending.parameters, None, True, True)]
 

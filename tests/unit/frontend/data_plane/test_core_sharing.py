@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -132,6 +133,16 @@ def test_all_run_anywhere_again_as_soon_as_two_requests_are_in_flight(play: Play
     play(scenario)
 
 
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a TCP connection, the frontend's first."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.connect(listener.getsockname())
+        connection, _address = listener.accept()
+        with connection:
+            yield connection, client
+
+
 def exchange_on(core: int, connection: socket.socket, client: socket.socket) -> None:
     """Send something from this core, so that it arrives there."""
     with ThreadPoolExecutor(1) as thread:
@@ -142,18 +153,15 @@ def exchange_on(core: int, connection: socket.socket, client: socket.socket) -> 
 
 def test_shared_core_is_the_clients_and_follows_it(play: Play) -> None:
     def scenario(scene: Scene) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
-            client.connect(listener.getsockname())
-            connection, _address = listener.accept()
-            with connection:
-                scene.cores.client_fd = connection.fileno()
-                scene.ask(scene.first, 300)
-                scene.ask(scene.second, 1)
-                for core, requests in ((max(scene.home), 1100), (min(scene.home), 2200)):
-                    exchange_on(core, connection, client)
-                    scene.ask(scene.first, requests)
-                    assert scene.shared == core
-                    assert scene.first.places[-1] == scene.second.places[-1] == core + 1
+        with connected() as (connection, client):
+            scene.cores.client_fd = connection.fileno()
+            scene.ask(scene.first, 300)
+            scene.ask(scene.second, 1)
+            for core, requests in ((max(scene.home), 1100), (min(scene.home), 2200)):
+                exchange_on(core, connection, client)
+                scene.ask(scene.first, requests)
+                assert scene.shared == core
+                assert scene.first.places[-1] == scene.second.places[-1] == core + 1
 
     play(scenario)
 
@@ -162,19 +170,16 @@ def test_client_that_moves_on_every_time_is_followed_less_and_less(play: Play) -
     """The kernel moves it to the core that we leave free; each move of ours costs a slow request."""
 
     def scenario(scene: Scene) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
-            client.connect(listener.getsockname())
-            connection, _address = listener.accept()
-            with connection:
-                scene.cores.client_fd = connection.fileno()
-                moves = 0
-                for _ in range(80):
-                    shared = scene.shared
-                    core = next(core for core in scene.home if core != shared)
-                    exchange_on(core, connection, client)
-                    scene.ask(scene.first, 200)
-                    moves += shared is not None and scene.shared != shared
-                assert moves == 4
+        with connected() as (connection, client):
+            scene.cores.client_fd = connection.fileno()
+            moves = 0
+            for _ in range(80):
+                shared = scene.shared
+                core = next(core for core in scene.home if core != shared)
+                exchange_on(core, connection, client)
+                scene.ask(scene.first, 200)
+                moves += shared is not None and scene.shared != shared
+            assert moves == 4
 
     play(scenario)
 
