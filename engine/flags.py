@@ -177,6 +177,7 @@ FLAGS: tuple[Flag, ...] = (
         parse=values.parse_restricted_api("api", "http-restricted-api"),
     ),
     Flag("http-frontends", "http.frontends", metavar="COUNT", minimum=1, maximum=256),
+    Flag("http-quiet-frontend", "http.quiet_frontend"),
     Flag("max-connections", "http.max_connections", metavar="COUNT", minimum=1),
     Flag("http-request-timeout-secs", "http.request_timeout_secs", metavar="SECONDS", minimum=1),
     # gRPC

@@ -188,6 +188,10 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     frontends: int = 1
     """How many HTTP frontend processes share the port. More than one pays on machines with many cores."""
 
+    quiet_frontend: bool = True
+    """While one model is asked by many connections, serve those of other models in a frontend process of their own,
+    which is started when it is first needed. Not with a response cache, of which each frontend has its own."""
+
     max_connections: int = 10_000
     """How many client connections one frontend keeps open; further ones wait to be accepted."""
 

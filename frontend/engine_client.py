@@ -111,6 +111,8 @@ class EngineClient:
         self._dirty: list[RouteClient] = []
         #: Those of which many requests arrived together the last time.
         self.crowded_routes: set[RouteClient] = set()
+        #: Those of which that was so since :meth:`forget_crowds`.
+        self._crowded_lately: set[RouteClient] = set()
         #: Called after each answer while any is crowded.
         self.between_answers: Callable[[], None] | None = None
         self._is_flush_due = False
@@ -308,11 +310,17 @@ class EngineClient:
                 self._submit.send_nowait(cancel)
 
     def _note_crowd(self, route: RouteClient) -> None:
-        requests = sum([run.requests for run in route.turn])
+        requests = sum([run.requests for run in route.turn]) + len(route.turn_parcels)
         if requests >= _CROWD:
             self.crowded_routes.add(route)
+            self._crowded_lately.add(route)
         elif requests * 4 <= _CROWD:
             self.crowded_routes.discard(route)
+
+    def forget_crowds(self) -> None:
+        """Call none crowded of which that cannot be said since the last time: its clients may all have left at once."""
+        self.crowded_routes &= self._crowded_lately
+        self._crowded_lately.clear()
 
     def _refuse_unsent(self, runs: list[RunSubmit], parcels: list[ParcelSubmit]) -> None:
         error = Unavailable("the scheduler does not keep up; try again later")

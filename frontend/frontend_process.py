@@ -28,12 +28,15 @@ from forebay.ipc.channel import SubmitSender
 from forebay.ipc.counters import CACHE_WORDS, CountersFile
 from forebay.ipc.errors import Code, ServingError
 from forebay.ipc.frontend_messages import (
+    ConnectionMoved,
     DoorbellDown,
     DoorbellUp,
     FrontendStart,
     PoolDown,
     PoolEmpty,
     PoolUp,
+    QuietOpen,
+    QuietWanted,
     RegionDown,
     RegionsSeen,
     RegionUnused,
@@ -127,6 +130,12 @@ class FrontendProcess:
         self.control.on_trace_rules = self._take_trace_rules
         #: Shared memory that clients have registered.
         self.regions = RegionTable()
+        #: There is a quiet frontend, to which connections may be handed over.
+        self.is_quiet_open = False
+        self._is_quiet_wanted = False
+        self._take_connection: Callable[[socket.socket], None] | None = None
+        #: Connections that came before anybody took them.
+        self._moved: list[socket.socket] = []
         #: Set when clients may be accepted.
         self.may_serve = asyncio.Event()
         #: Set when the process shall end.
@@ -164,8 +173,43 @@ class FrontendProcess:
                     self.engine.device_pools.add(message.memory)
                 case PoolDown():
                     self.engine.device_pools.remove(message.number)
+                case QuietOpen():
+                    self.is_quiet_open = message.is_open
+                case ConnectionMoved():
+                    self._take_moved(socket.socket(fileno=fds[0]))
                 case FrontendStart() | ModelMetrics():
                     pass
+
+    def _take_moved(self, sock: socket.socket) -> None:
+        if self._take_connection is not None:
+            self._take_connection(sock)
+        else:
+            self._moved.append(sock)
+
+    def take_connections(self, take: Callable[[socket.socket], None]) -> None:
+        """Have ``take`` called with each connection that comes from another frontend; it owns it then."""
+        self._take_connection = take
+        moved, self._moved = self._moved, []
+        for sock in moved:
+            take(sock)
+
+    def hand_over(self, fd: int) -> bool:
+        """Hand a connection over to the quiet frontend, or by that to another one; the caller keeps ``fd``.
+
+        Returns:
+            whether it is on its way.
+        """
+        try:
+            self._lifeline.send(ConnectionMoved(), (fd,))
+        except PeerClosed:
+            return False
+        return True
+
+    def want_quiet(self) -> None:
+        """Ask, once, for a quiet frontend."""
+        if not self._is_quiet_wanted:
+            self._is_quiet_wanted = True
+            self._tell(QuietWanted())
 
     def _take_trace_rules(self, rules: TraceRules) -> None:
         self._tracer.take_rules(rules)

@@ -10,6 +10,7 @@ from forebay.frontend.app import ROUTES, Route, build_server
 from forebay.frontend.frontend_process import FrontendProcess, Served, run_frontend
 from forebay.frontend.handlers.context import ControlContext, ControlSettings
 from forebay.frontend.http.head import HeadParser
+from forebay.frontend.http.relocation import Relocation
 from forebay.frontend.http.server import HttpFrontend
 from forebay.frontend.http.settings import HttpView
 from forebay.ipc.log import log
@@ -92,15 +93,19 @@ def _close(servers: Sequence[asyncio.Server]) -> None:
 async def open_servers(process: FrontendProcess) -> Served:
     """Listen on the sockets that came with FrontendStart."""
     settings = HttpView.from_groups(process.start.settings)
-    return await serve_http(process, HeadParser(settings.header_forward_pattern, settings.inference_keys))
+    heads = HeadParser(settings.header_forward_pattern, settings.inference_keys)
+    return await serve_http(process, heads, may_relocate=True)
 
 
-async def serve_http(process: FrontendProcess, heads: HeadParser, routes: Sequence[Route] = ROUTES) -> Served:
+async def serve_http(
+    process: FrontendProcess, heads: HeadParser, routes: Sequence[Route] = ROUTES, *, may_relocate: bool = False
+) -> Served:
     """Serve HTTP on the process's sockets.
 
     Args:
         heads: says what requests mean.
         routes: of everything besides inference.
+        may_relocate: connections may be handed over to other frontends of this kind, and come from them.
     """
     settings = HttpView.from_groups(process.start.settings)
     context = ControlContext(
@@ -113,6 +118,8 @@ async def serve_http(process: FrontendProcess, heads: HeadParser, routes: Sequen
     process.control.add_listener(frontend.take_catalog)
     served = HttpServed(frontend, context, process.sockets)
     await served.open()
+    if may_relocate:
+        Relocation(process, frontend)
     return served
 
 

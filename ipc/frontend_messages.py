@@ -36,6 +36,8 @@ class FrontendStart(Message, frozen=True, tag=20):
     """The frontend's name in log lines and ps, for example ``http 0``; the same after a restart."""
     keeps_pages: bool = False
     """Workers on GPUs may page-lock the arena, so that its pages must stay."""
+    is_quiet: bool = False
+    """It listens nowhere: connections of quiet models are handed over to it (:class:`ConnectionMoved`)."""
 
 
 class DoorbellUp(Message, frozen=True, tag=21):
@@ -109,6 +111,24 @@ class PoolEmpty(Message, frozen=True, tag=52):
     number: int
 
 
+class QuietWanted(Message, frozen=True, tag=54):
+    """Frontend -> supervisor: it has a crowd, and connections that had better be served elsewhere."""
+
+
+class QuietOpen(Message, frozen=True, tag=55):
+    """Supervisor -> frontend: whether there is a quiet frontend now, which takes connections."""
+
+    is_open: bool
+
+
+class ConnectionMoved(Message, frozen=True, tag=56):
+    """A client's connection on which nothing is asked at the moment; its socket comes with the message.
+
+    Frontend -> supervisor: it is to be served by the quiet frontend, or, if that says so, by another one again.
+    Supervisor -> frontend: serve it.
+    """
+
+
 SupervisorToFrontend = (
     FrontendStart
     | DoorbellUp
@@ -120,9 +140,11 @@ SupervisorToFrontend = (
     | PoolUp
     | PoolDown
     | ModelMetrics
+    | QuietOpen
+    | ConnectionMoved
     | Stop
 )
-FrontendToSupervisor = Started | Failed | RegionsSeen | RegionUnused | PoolEmpty
+FrontendToSupervisor = Started | Failed | RegionsSeen | RegionUnused | PoolEmpty | QuietWanted | ConnectionMoved
 
 
 # --- the control socket (ZeroMQ) --------------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from forebay.ipc.arena import create_memory_file
 from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import Unavailable
 from forebay.ipc.frontend_messages import (
+    ConnectionMoved,
     FrontendStart,
     FrontendToSupervisor,
     PoolEmpty,
+    QuietWanted,
     RegionsSeen,
     RegionUnused,
     Serve,
@@ -134,13 +136,14 @@ class Role(abc.ABC, Generic[Received]):
         why = f": {self._failure}" if self._failure else ""
         log.error(f"{self.name} died ({describe_exit(exit_code)}){why}; restarting it")
         self._failure = ""
-        self._restart_later(time.monotonic() - self._up_since_s if was_up else 0.0)
+        self._start_later(time.monotonic() - self._up_since_s if was_up else 0.0)
 
-    def _restart_later(self, lived_s: float) -> None:
+    def _start_later(self, lived_s: float) -> None:
         delay_s = self._backoff.died(time.monotonic(), lived_s)
-        asyncio.get_running_loop().call_later(delay_s, self._restart)
+        asyncio.get_running_loop().call_later(delay_s, self.start_when_possible)
 
-    def _restart(self) -> None:
+    def start_when_possible(self) -> None:
+        """Start the process now or, if there is no room for one, later; not if there is one or it shall stop."""
         if self._is_stopping or self.child is not None:
             return
         try:
@@ -149,7 +152,7 @@ class Role(abc.ABC, Generic[Received]):
             # Processes, memory or descriptors are short for the moment.
             log.error(f"{self.name} cannot be started: {error.strerror}; trying again")
             if self.child is None:
-                self._restart_later(0.0)
+                self._start_later(0.0)
             else:
                 # It could not be introduced: its end is followed by the next try.
                 self.child.kill()
@@ -210,6 +213,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
         cache_bytes: int = 0,
         cache_counter_offset: int = 0,
         keeps_pages: Callable[[int], bool] = lambda _byte_size: False,
+        is_quiet: bool = False,
     ) -> None:
         """Start nothing yet.
 
@@ -224,10 +228,12 @@ class FrontendRole(Role[FrontendToSupervisor]):
             cache_bytes: its share of the response cache, for which its arena has room as well.
             cache_counter_offset: of its block of ``CacheCounter`` words.
             keeps_pages: whether workers may page-lock an arena of so many bytes.
+            is_quiet: it serves the connections that others hand over to it.
         """
         super().__init__(name, module, FrontendToSupervisor)
         self.number = 0
         self.submits = submits
+        self.is_quiet = is_quiet
         self._switchboard = switchboard
         self._numbers = numbers
         self._arena_bytes = arena_bytes + cache_bytes
@@ -240,6 +246,12 @@ class FrontendRole(Role[FrontendToSupervisor]):
         self._regions = regions
         self._pools = pools
         self._is_serving = False
+        #: Called when it wants a quiet frontend.
+        self.on_quiet_wanted: Callable[[], None] = _do_nothing
+        #: Called with each client's socket that another frontend shall serve; the caller closes it afterwards.
+        self.on_connection_moved: Callable[[int], None] = _drop
+        #: Called when a run of it has come up, and when it is gone.
+        self.on_presence: Callable[[], None] = _do_nothing
         #: What a new run is told before anything else.
         self.greetings: Callable[[], Iterable[Message]] = tuple
 
@@ -258,6 +270,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
             self.child.send(message)
         if self._is_serving:
             self.child.send(Serve())
+        self.on_presence()
 
     def _introduce(self, child: Child[FrontendToSupervisor]) -> None:
         self.number = next(self._numbers)
@@ -282,6 +295,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
             cache_counter_offset=self._cache_counter_offset,
             name=self.name,
             keeps_pages=self._keeps_pages,
+            is_quiet=self.is_quiet,
         )
         sockets = tuple(listener.sock.fileno() for listener in self._listeners)
         child.send(start, (arena_fd, receiver.fileno(), self._switchboard.counters_fd, *sockets))
@@ -290,7 +304,9 @@ class FrontendRole(Role[FrontendToSupervisor]):
         if self.submits:
             self._switchboard.attach_frontend(self.number, child)
             self._regions.attach(self.number, child)
-            self._pools.attach(self.number, child)
+            # The quiet frontend's requests are of models, not of ensembles.
+            if not self.is_quiet:
+                self._pools.attach(self.number, child)
         else:
             producer.close()
 
@@ -301,9 +317,24 @@ class FrontendRole(Role[FrontendToSupervisor]):
             self._regions.note_unused(self.number, message.number)
         elif isinstance(message, PoolEmpty):
             self._pools.note_empty(self.number, message.number)
+        elif isinstance(message, QuietWanted):
+            self.on_quiet_wanted()
+        elif isinstance(message, ConnectionMoved):
+            for fd in fds:
+                self.on_connection_moved(fd)
+                os.close(fd)
 
     def _farewell(self, child: Child[FrontendToSupervisor]) -> None:
         self._regions.detach(self.number)
         self._pools.detach(self.number)
         self._switchboard.remove_producer(self.number)
         self._on_gone(self.number)
+        self.on_presence()
+
+
+def _do_nothing() -> None:
+    """Nobody wants to know."""
+
+
+def _drop(_fd: int) -> None:
+    """No other frontend can serve it: the client finds its connection closed, and makes another."""

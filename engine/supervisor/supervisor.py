@@ -38,6 +38,7 @@ from forebay.engine.supervisor.mps import Mps
 from forebay.engine.supervisor.page_locking import may_be_page_locked
 from forebay.engine.supervisor.plant import Plant
 from forebay.engine.supervisor.processes import FrontendRole, Role, SchedulerRole
+from forebay.engine.supervisor.quiet_frontend import QuietFrontend
 from forebay.engine.supervisor.rate_limits import limits_of
 from forebay.engine.supervisor.ready_checks import ReadyChecks
 from forebay.engine.supervisor.regions import RegionRegistry
@@ -107,6 +108,7 @@ class Supervisor:
         self._signals = 0
         self._stop_requested = asyncio.Event()
         self._tasks: list[asyncio.Task[Any]] = []
+        self._quiet: QuietFrontend | None = None
         self._client_catalog: Catalog | None = None
         self._mps = Mps(settings.gpu.mps, runtime.path)
         #: By worker, what its model's own metrics were last.
@@ -149,9 +151,10 @@ class Supervisor:
         self._frontends = self._create_frontends(counters)
         #: Those that no request waits for; started last, so that they delay nobody.
         self._watchers = [frontend for frontend in self._frontends if not frontend.submits]
-        for frontend in self._frontends:
-            if frontend.submits:
-                frontend.start()
+        #: Those that there are from the beginning.
+        self._first_frontends = [role for role in self._frontends if role.submits and not role.is_quiet]
+        for frontend in self._first_frontends:
+            frontend.start()
         self._roles: list[Role[Any]] = [*self._frontends, self._scheduler]
         self._console.announce(f"forebay {own_version()}, models from {', '.join(self.settings.repository.paths)}")
         # Only now, while the children import their libraries, what takes us long to import (protobuf, ZeroMQ).
@@ -279,7 +282,9 @@ class Supervisor:
         self._pools.share_count = max(http_count + len(single), 1)
         cache_offsets = iter(self._cache_counter_offsets)
 
-        def create(name: str, module: str, protocol: str, *, submits: bool = True) -> FrontendRole:
+        def create(
+            name: str, module: str, protocol: str, *, submits: bool = True, is_quiet: bool = False
+        ) -> FrontendRole:
             return FrontendRole(
                 name,
                 module,
@@ -287,7 +292,7 @@ class Supervisor:
                 numbers=self._numbers,
                 arena_bytes=self.settings.memory.arena_byte_size if submits else _NO_ARENA_BYTES,
                 settings=settings,
-                listeners=(self._listeners[protocol],),
+                listeners=() if is_quiet else (self._listeners[protocol],),
                 on_gone=self._forget_frontend,
                 regions=self._regions,
                 pools=self._pools,
@@ -295,12 +300,22 @@ class Supervisor:
                 cache_bytes=share_bytes if submits else 0,
                 cache_counter_offset=next(cache_offsets, 0) if submits else 0,
                 keeps_pages=functools.partial(may_be_page_locked, self.settings),
+                is_quiet=is_quiet,
             )
 
         frontends: list[FrontendRole] = []
         if "http" in self._listeners:
             names = [f"http {index}" for index in range(http_count)]
-            frontends += [create(name, "forebay.frontend.http_main", "http") for name in names]
+            others = [create(name, "forebay.frontend.http_main", "http") for name in names]
+            frontends += others
+            if self.settings.http.quiet_frontend and not share_bytes:
+                self._quiet = QuietFrontend(
+                    create("http quiet", "forebay.frontend.http_main", "http", is_quiet=True),
+                    others,
+                    # Whatever it knows when it comes up for the first time; others wait for what follows.
+                    wait_ready=lambda number: self._control.wait_seen_by(number, self._lifecycle.generation),
+                )
+                frontends.append(self._quiet.role)
         frontends += [create(protocol, module, protocol) for protocol, module in single.items()]
         if "metrics" in self._listeners:
             frontends.append(create("metrics", "forebay.frontend.metrics_main", "metrics", submits=False))
@@ -321,7 +336,7 @@ class Supervisor:
         Raises:
             StartFailed: a process or, with ``--exit-on-error``, a model cannot be started.
         """
-        needed = [role for role in self._roles if role not in self._watchers]
+        needed: list[Role[Any]] = [*self._first_frontends, self._scheduler]
         ready = asyncio.gather(*(role.ready for role in needed))
         ticking = asyncio.create_task(self._display.run())
         try:
@@ -346,8 +361,8 @@ class Supervisor:
         generation = self._lifecycle.touch()
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                routing = [role for role in self._frontends if role.submits]
-                await asyncio.gather(*(self._control.wait_seen_by(role.number, generation) for role in routing))
+                numbers = [role.number for role in self._first_frontends]
+                await asyncio.gather(*(self._control.wait_seen_by(number, generation) for number in numbers))
         except TimeoutError:
             log.warning("a frontend has not taken in the list of models yet")
         self._door.open()
@@ -525,6 +540,8 @@ class Supervisor:
     async def _end(self) -> None:
         """Leave nothing behind, whatever happened before."""
         self._runtime.janitor.unwatch()
+        if self._quiet is not None:
+            self._quiet.close()
         self._kill_all()
         for task in list(self._tasks):
             task.cancel()

@@ -70,6 +70,8 @@ class RouteClient:
         #: Of outputs that stay on its GPU.
         self.output_sizes = OutputSizes()
         row_bytes = sum(tensor.row_bytes for tensor in (*entry.inputs, *entry.outputs)) if entry.is_fixed else 0
+        #: Whom requests go to first, which is another for ensembles.
+        self.first_model = self
         #: True if requests may live in slab rows; see :meth:`takes_rows`.
         self.uses_rows = entry.is_fixed and row_bytes <= SLAB_ROW_BYTES_MAX
         #: Holds answers back until it is their turn; None: nobody minds.

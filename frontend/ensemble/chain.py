@@ -222,12 +222,14 @@ class Chain:
 class ChainRoute(EnsembleRows):
     """Rows of a chain, for requests of equal form to the ensemble: what a plan needs of a route."""
 
-    __slots__ = ("_chain", "input_indices", "output_indices", "output_specs", "sees_requests")
+    __slots__ = ("_chain", "first_model", "input_indices", "output_indices", "output_specs", "sees_requests")
 
     def __init__(self, chain: Chain) -> None:
         super().__init__(chain.ensemble)
         self._chain = chain
         first, last = chain.links[0], chain.links[-1]
+        #: Whom requests go to first.
+        self.first_model = first.route
         #: Whether a model looks at what a request carries besides tensors.
         self.sees_requests = any(route.entry.sees_requests for route in chain.routes)
         #: The ensemble's name to the index of the tensor in the first model.

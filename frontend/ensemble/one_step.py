@@ -68,11 +68,13 @@ def _fits(ours: TensorSpec | None, theirs: TensorSpec | None) -> bool:
 class OneStepRoute(EnsembleRows):
     """Rows in the model's slab for requests of equal form to the ensemble: what a plan needs of a route."""
 
-    __slots__ = ("_one", "input_indices", "output_indices", "output_specs", "sees_requests")
+    __slots__ = ("_one", "first_model", "input_indices", "output_indices", "output_specs", "sees_requests")
 
     def __init__(self, one: OneStep) -> None:
         super().__init__(one.ensemble)
         self._one = one
+        #: Whom requests go to first.
+        self.first_model = one.route
         model = one.route.entry
         #: Whether the model looks at what a request carries besides tensors.
         self.sees_requests = model.sees_requests

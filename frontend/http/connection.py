@@ -31,6 +31,7 @@ from forebay.frontend.http.side_door import SideDoor
 from forebay.ipc.errors import ServingError
 
 if TYPE_CHECKING:
+    from forebay.frontend.data_plane.route_client import RouteClient
     from forebay.frontend.http.direct_upload import DirectUpload
     from forebay.frontend.http.planned_upload import PlannedUpload
     from forebay.frontend.http.server import HttpFrontend
@@ -71,6 +72,7 @@ class Connection(asyncio.BufferedProtocol):
         "_is_closing",
         "_is_consuming",
         "_is_half_closed",
+        "_is_leaving",
         "_is_lingering",
         "_is_paused",
         "_is_writable",
@@ -82,6 +84,7 @@ class Connection(asyncio.BufferedProtocol):
         "deadline_s",
         "owed_bytes",
         "sequences",
+        "stays_until_s",
     )
 
     def __init__(self, frontend: HttpFrontend) -> None:
@@ -112,12 +115,15 @@ class Connection(asyncio.BufferedProtocol):
         # The end
         self._is_closing = False
         self._is_half_closed = False
+        self._is_leaving = False
         self._is_lingering = False
         self._must_linger = False
         #: Until when the client must have done something, monotonic seconds; 0: nothing is expected of it.
         self.deadline_s = 0.0
         #: That go on over this connection; None: there never was one.
         self.sequences: OpenSequences | None = None
+        #: Until when it is not handed over to another frontend again, monotonic seconds.
+        self.stays_until_s = 0.0
 
     # --- transport callbacks ---
 
@@ -418,12 +424,18 @@ class Connection(asyncio.BufferedProtocol):
         route.publish(slab, first, rows, call, plan.priority, plan.timeout_us)
         crowded = engine.crowded_routes
         if crowded:
-            self._frontend.express.sort(self, self._fd, is_quiet=route not in crowded)
+            self._frontend.express.sort(self, self._fd, is_quiet=route.first_model not in crowded)
 
     def _forget_fd(self) -> None:
         """Neither read nor write by ourselves any more."""
         self._frontend.express.leave(self._fd)
         self._fd = -1
+
+    def sort(self, route: RouteClient) -> None:
+        """A request goes to a model: if there is a crowd, note whether it belongs to it."""
+        crowded = self._frontend.engine.crowded_routes
+        if crowded:
+            self._frontend.express.sort(self, self._fd, is_quiet=route not in crowded)
 
     def _infer_general(self, head: Head, body: memoryview) -> None:
         call = self._frontend.new_call(self, head)
@@ -494,6 +506,8 @@ class Connection(asyncio.BufferedProtocol):
             self._resume()
         if self._is_half_closed and self._is_writable and not self._is_waited_for:
             self._close()
+        if self._is_leaving:
+            self._leave_if_idle()
 
     def _write(self, buffers: Sequence[Buffer], call: Call | None = None) -> None:
         if self._fd < 0:
@@ -609,6 +623,25 @@ class Connection(asyncio.BufferedProtocol):
         self._count_owed(0)
         self._transport.abort()
 
+    def leave(self) -> None:
+        """Let another frontend serve the client, as soon as nothing is asked; until then nothing more is read."""
+        if self._is_closing or self._is_half_closed or self.sequences or self._fd < 0:
+            return
+        self._is_leaving = True
+        self._update_reading()
+        self._leave_if_idle()
+
+    def _leave_if_idle(self) -> None:
+        if self._is_waited_for or self.unsent_bytes:
+            return
+        self._is_leaving = False
+        is_between_requests = not (self._partial or self.is_receiving or self._is_closing or self._fd < 0)
+        if is_between_requests and self._frontend.hand_over(self._fd):
+            # The other one has a descriptor of its own, and what the client has sent since is still with the kernel.
+            self.abort()
+        else:
+            self._update_reading()
+
     def time_out(self) -> None:
         """The client has not done in time what was expected of it."""
         if self._is_lingering:
@@ -632,6 +665,7 @@ class Connection(asyncio.BufferedProtocol):
             or len(self._calls) >= PIPELINE_MAX
             or (self._side_door is not None and self._side_door.is_busy)
             or (self._is_blocked and bool(self._calls))
+            or self._is_leaving
         )
         if busy != self._is_paused and self._fd >= 0 and not self._is_half_closed and not self._transport.is_closing():
             self._is_paused = busy

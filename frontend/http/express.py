@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import select
+import time
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _STRIDE = 4
 #: Connections that one look serves.
 _SERVED_MAX = 8
+#: Seconds between two reviews of which connections belong to a crowd and which do not.
+_REVIEW_S = 0.05
 
 
 class Express:
@@ -35,11 +39,23 @@ class Express:
         self._connections: dict[int, Connection] = {}
         self._steps = 0
         self._is_looking = False
+        #: Called every now and then as long as there is a crowd.
+        self.on_review: Callable[[], None] | None = None
+        self._review_s = 0.0
+        #: Connections with requests to a crowded model since the last review; None: nobody wants to know.
+        self.crowd: set[Connection] | None = None
         engine.between_answers = self.step
+
+    @property
+    def quiet_connections(self) -> Collection[Connection]:
+        """Connections whose last request went to a quiet model."""
+        return self._connections.values()
 
     def sort(self, connection: Connection, fd: int, *, is_quiet: bool) -> None:
         """A connection's request went to a quiet model, or to a crowded one: look after it from now on, or not."""
         if is_quiet is (fd in self._connections) or fd < 0:
+            if self.crowd is not None and not is_quiet:
+                self.crowd.add(connection)
             return
         if is_quiet:
             self._connections[fd] = connection
@@ -62,6 +78,16 @@ class Express:
                 self._look()
             finally:
                 self._is_looking = False
+            if time.monotonic() >= self._review_s:
+                self._review()
+
+    def _review(self) -> None:
+        self._engine.forget_crowds()
+        if self.on_review is not None:
+            self.on_review()
+        if self.crowd is not None:
+            self.crowd.clear()
+        self._review_s = time.monotonic() + _REVIEW_S
 
     def _look(self) -> None:
         for fd, _events in self._epoll.poll(0, _SERVED_MAX):

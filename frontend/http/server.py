@@ -70,6 +70,8 @@ class HttpFrontend:
         #: Called with True when there are as many connections as there may be, with False when there are fewer again.
         self.on_full: Callable[[bool], None] | None = None
         self._is_full = False
+        #: Hands a socket, of which nothing is asked, over to another frontend, and says whether it has.
+        self.hand_over: Callable[[int], bool] = _keep
         #: The server stops: each connection's next reply is its last.
         self.is_draining = False
 
@@ -231,3 +233,8 @@ class HttpFrontend:
         self._is_sweeping = False
         if self._expecting or self._stalled:
             self._start_sweeping()
+
+
+def _keep(_fd: int) -> bool:
+    """There is no other frontend."""
+    return False

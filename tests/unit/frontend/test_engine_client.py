@@ -261,6 +261,29 @@ def test_model_is_crowded_while_many_of_its_requests_arrive_together() -> None:
     play(scenario)
 
 
+def test_requests_outside_slab_rows_are_a_crowd_too() -> None:
+    async def scenario(s: Surroundings) -> None:
+        for token in range(8):
+            s.submit(token)
+        await turn()
+        assert s.engine.crowded_routes == {s.route}
+
+    play(scenario)
+
+
+def test_crowd_whose_clients_all_leave_at_once_is_forgotten() -> None:
+    async def scenario(s: Surroundings) -> None:
+        for _ in range(8):
+            s.publish()
+        await turn()
+        s.engine.forget_crowds()
+        assert s.engine.crowded_routes == {s.route}
+        s.engine.forget_crowds()
+        assert not s.engine.crowded_routes
+
+    play(scenario)
+
+
 # --- grants
 
 

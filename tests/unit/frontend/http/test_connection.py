@@ -455,3 +455,107 @@ def test_end_of_what_the_client_sends_is_left_to_the_event_loop() -> None:
         assert bench.sent == b"1"
 
     run(scenario)
+
+
+# --- to another frontend
+
+
+def leaving(bench: Bench, *, is_taken: bool = True) -> list[int]:
+    """Return where the descriptors of connections that are handed over will be found."""
+    handed_over: list[int] = []
+
+    def hand_over(fd: int) -> bool:
+        handed_over.append(fd)
+        return is_taken
+
+    bench.frontend.hand_over = hand_over
+    return handed_over
+
+
+def test_connection_on_which_nothing_is_asked_leaves_at_once() -> None:
+    async def scenario(bench: Bench) -> None:
+        handed_over = leaving(bench)
+        bench.receive(INFER, b"a")
+        bench.answer(0, REPLY)
+        fd = bench.transport.get_extra_info("socket").fileno()
+        bench.connection.leave()
+        assert handed_over == [fd]
+        bench.transport.abort.assert_called_once()
+        # Not shut down, and no last word: the client's connection goes on.
+        bench.transport.write_eof.assert_not_called()
+        assert bench.sent == REPLY
+
+    run(scenario)
+
+
+def test_what_is_asked_is_answered_before_the_connection_leaves() -> None:
+    async def scenario(bench: Bench) -> None:
+        handed_over = leaving(bench)
+        bench.receive(INFER, b"a", INFER, b"b")
+        bench.connection.leave()
+        bench.transport.pause_reading.assert_called_once()
+        bench.answer(1, b"2")
+        assert handed_over == []
+        bench.answer(0, b"1")
+        assert len(handed_over) == 1
+        assert bench.sent == b"12"
+        bench.transport.abort.assert_called_once()
+
+    run(scenario)
+
+
+def test_connection_with_part_of_a_request_stays() -> None:
+    """What has been read cannot be given to anybody else."""
+
+    async def scenario(bench: Bench) -> None:
+        handed_over = leaving(bench)
+        bench.receive(INFER, b"a", INFER[:30])
+        bench.connection.leave()
+        bench.answer(0, b"1")
+        assert handed_over == []
+        bench.transport.resume_reading.assert_called_once()
+        bench.receive(INFER[30:], b"b")
+        bench.answer(1, b"2")
+        assert bench.sent == b"12"
+        bench.transport.abort.assert_not_called()
+
+    run(scenario)
+
+
+def test_connection_that_cannot_be_handed_over_is_served_on() -> None:
+    async def scenario(bench: Bench) -> None:
+        handed_over = leaving(bench, is_taken=False)
+        bench.connection.leave()
+        assert len(handed_over) == 1
+        bench.transport.resume_reading.assert_called_once()
+        bench.receive(INFER, b"a")
+        bench.answer(0, b"1")
+        assert bench.sent == b"1"
+
+    run(scenario)
+
+
+def test_reply_that_is_not_written_yet_keeps_the_connection() -> None:
+    async def scenario(bench: Bench) -> None:
+        handed_over = leaving(bench)
+        bench.transport.get_write_buffer_size.return_value = 1
+        bench.connection.leave()
+        assert handed_over == []
+        bench.transport.get_write_buffer_size.return_value = 0
+        bench.connection.resume_writing()
+        assert len(handed_over) == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("end", ["eof_received", "abort", "drain"])
+def test_connection_that_ends_does_not_leave(end: str) -> None:
+    async def scenario(bench: Bench) -> None:
+        handed_over = leaving(bench)
+        bench.receive(INFER, b"a")
+        getattr(bench.connection, end)()
+        bench.connection.leave()
+        bench.answer(0, b"1")
+        assert handed_over == []
+
+    run(scenario)

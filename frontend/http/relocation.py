@@ -1,0 +1,82 @@
+"""Connections of quiet models get a frontend process of their own while another model is crowded.
+
+Requests of a quiet model pass those of a crowded one (:mod:`.express`), but in one process they wait for each other's
+work all the same. So a frontend that has a crowd asks for a *quiet frontend*, which listens nowhere, and hands it over
+the connections whose requests go to other models: their sockets, by way of the supervisor, at moments at which nothing
+is asked on them. The client notices nothing. Should the quiet frontend have a crowd itself, it hands that back.
+
+Measured on the development machine (``python -m bench.isolation``): 99th percentile of a quiet model beside a saturated
+tiny one 995 -> 342 us, beside one that computes all the time 934 -> 348 us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+
+    from forebay.frontend.frontend_process import FrontendProcess
+    from forebay.frontend.http.connection import Connection
+    from forebay.frontend.http.server import HttpFrontend
+
+#: Reviews in a row that find a connection in the wrong place, before it is handed over: 0.15 s.
+_REVIEWS = 3
+#: Connections that one review hands over: each costs a few system calls here, and the supervisor the same.
+_MOVES_MAX = 8
+#: Seconds that a connection stays at least where it was handed over to.
+_STAY_S = 1.0
+
+
+class Relocation:
+    """Of one HTTP frontend."""
+
+    def __init__(self, process: FrontendProcess, frontend: HttpFrontend) -> None:
+        """Hand over, and take, from now on."""
+        self._process = process
+        self._frontend = frontend
+        self._is_quiet = process.start.is_quiet
+        #: Connections in the wrong place, and how many reviews in a row have found them there.
+        self._misplaced: dict[Connection, int] = {}
+        self._arrivals: set[asyncio.Task[None]] = set()
+        frontend.hand_over = process.hand_over
+        frontend.express.on_review = self._review
+        frontend.express.crowd = set() if self._is_quiet else None
+        process.take_connections(self._take)
+
+    def _review(self) -> None:
+        before = self._misplaced
+        self._misplaced = {connection: before.get(connection, 0) + 1 for connection in self._find_misplaced()}
+        ready = [connection for connection, reviews in self._misplaced.items() if reviews >= _REVIEWS]
+        if not ready or self._frontend.is_draining:
+            return
+        if not (self._is_quiet or self._process.is_quiet_open):
+            self._process.want_quiet()
+            return
+        now_s = time.monotonic()
+        for connection in [each for each in ready if each.stays_until_s <= now_s][:_MOVES_MAX]:
+            connection.leave()
+
+    def _find_misplaced(self) -> Collection[Connection]:
+        express = self._frontend.express
+        return express.quiet_connections if express.crowd is None else express.crowd
+
+    def _take(self, sock: socket.socket) -> None:
+        arrival = asyncio.get_running_loop().create_task(self._open(sock))
+        self._arrivals.add(arrival)
+        arrival.add_done_callback(self._arrivals.discard)
+
+    async def _open(self, sock: socket.socket) -> None:
+        try:
+            _transport, connection = await asyncio.get_running_loop().connect_accepted_socket(
+                self._frontend.connection, sock
+            )
+        except OSError:
+            sock.close()  # The client has left meanwhile.
+            return
+        connection.stays_until_s = time.monotonic() + _STAY_S
+        if self._frontend.is_draining:
+            connection.close_if_idle()
