@@ -189,8 +189,9 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How many HTTP frontend processes share the port. More than one pays on machines with many cores."""
 
     quiet_frontend: bool = True
-    """While one model is asked by many connections, serve those of other models in a frontend process of their own,
-    which is started when it is first needed. Not with a response cache, of which each frontend has its own."""
+    """While many requests to one model arrive together, serve the connections of other models in a frontend process of
+    their own, with an arena of its own, started when it is first needed. Not with a response cache, of which each
+    frontend has its own."""
 
     max_connections: int = 10_000
     """How many client connections one frontend keeps open; further ones wait to be accepted."""
@@ -429,13 +430,15 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     share_cores: bool = True
     """While requests come one at a time, a frontend and the worker that serves it run on one core, by turns: the one
     that the client's packets arrive on. A wake-up then costs less; and the frontend stays awake for a client that comes
-    back at once, where that costs hardly more CPU time. As soon as two are in flight they run anywhere again. Off: the
-    kernel places them, always."""
+    back at once, where that costs hardly more CPU time, or, on machines of up to four cores and if it may, has the
+    kernel keep all cores awake, where requests become so much faster that this costs no more. As soon as two are in
+    flight they run anywhere again. Off: the kernel places them, always."""
 
     cpu_wakeup_latency_us: int = -1
     """While HTTP or gRPC requests come, the longest that an idle core of this machine may take to wake up, in
     microseconds; 0 keeps all cores awake, which can halve the latency of single requests and costs power. Needs write
-    access to /dev/cpu_dma_latency. -1: as the system has it."""
+    access to /dev/cpu_dma_latency. -1: only what `--share-cores` does for a lone client; any other value replaces that,
+    and a large one leaves everything as the system has it."""
 
     host_policies: tuple[ConfigEntry, ...] = ()
     """Where instances of a host policy run, as `<policy>,numa-node=<n>` or `<policy>,cpu-cores=<a>-<b>`."""

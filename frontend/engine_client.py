@@ -140,7 +140,8 @@ class EngineClient:
         self.ensemble_uses: dict[int, int] = {}
         self._no_counters = memoryview(bytearray(PRODUCER_WORDS * 8)).cast("Q")
         #: Has a worker run on our core while requests come one at a time.
-        self.cores = CoreSharing(producer, WakefulWait(loop))
+        self.wait = WakefulWait(loop)
+        self.cores = CoreSharing(producer, self.wait)
         #: Keeps cores from sleeping while requests come.
         self.awake_cores = AwakeCores(loop)
         self.rows = RowAnswers(self)
@@ -311,7 +312,7 @@ class EngineClient:
 
     def _note_crowd(self, route: RouteClient) -> None:
         requests = sum([run.requests for run in route.turn]) + len(route.turn_parcels)
-        if requests >= _CROWD:
+        if requests >= _CROWD and route.route not in self.couriers:
             self.crowded_routes.add(route)
             self._crowded_lately.add(route)
         elif requests * 4 <= _CROWD:

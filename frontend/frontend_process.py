@@ -44,13 +44,18 @@ from forebay.ipc.frontend_messages import (
     Serve,
     SupervisorToFrontend,
 )
-from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.lifeline import DescriptorsLost, Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import Failed, LogChanged, Message, Started, Stop
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
 from forebay.ipc.time_slices import ask_for_short_slices
 from forebay.ipc.trace import TraceRules
+from forebay.ipc.wakeup_latency import WakeupLatency, may_ask
 from forebay.ipc.worker_messages import ModelMetrics
+
+#: Cores of the largest machine that is kept awake for a lone client unless somebody has said how fast they must wake
+#: up: on larger ones too many others would pay for it.
+_AWAKE_CORES_MAX = 4
 
 #: Seconds between looks at whether the last request has been answered while stopping.
 _DRAIN_POLL_SECS = 0.02
@@ -117,6 +122,9 @@ class FrontendProcess:
         # A worker that looks for work without sleeping needs a core of its own.
         if process["share_cores"] and process["wait"] == "park":
             self.engine.cores.allow()
+            core_count = os.cpu_count() or 1
+            if process["cpu_wakeup_latency_us"] < 0 and core_count <= _AWAKE_CORES_MAX and may_ask():
+                self.engine.wait.allow_awake_cores(WakeupLatency(0), core_count)
         if process["cpu_wakeup_latency_us"] >= 0:
             self.engine.awake_cores.allow(process["cpu_wakeup_latency_us"])
         if start.cache_bytes:
@@ -132,7 +140,8 @@ class FrontendProcess:
         self.regions = RegionTable()
         #: There is a quiet frontend, to which connections may be handed over.
         self.is_quiet_open = False
-        self._is_quiet_wanted = False
+        #: It has been asked for.
+        self.is_quiet_wanted = False
         self._take_connection: Callable[[socket.socket], None] | None = None
         #: Connections that came before anybody took them.
         self._moved: list[socket.socket] = []
@@ -146,7 +155,9 @@ class FrontendProcess:
     def _on_lifeline(self) -> None:
         try:
             messages = self._lifeline.receive_nowait()
-        except PeerClosed:
+        except PeerClosed as error:
+            if isinstance(error, DescriptorsLost):
+                log.error(f"{self.start.name}: {error}; raise `ulimit -n`")
             self.exit_code = 1
             self.stopping.set()
             return
@@ -176,7 +187,8 @@ class FrontendProcess:
                 case QuietOpen():
                     self.is_quiet_open = message.is_open
                 case ConnectionMoved():
-                    self._take_moved(socket.socket(fileno=fds[0]))
+                    for fd in fds:
+                        self._take_moved(socket.socket(fileno=fd))
                 case FrontendStart() | ModelMetrics():
                     pass
 
@@ -197,18 +209,17 @@ class FrontendProcess:
         """Hand a connection over to the quiet frontend, or by that to another one; the caller keeps ``fd``.
 
         Returns:
-            whether it is on its way.
+            whether it is on its way; False: not now.
         """
         try:
-            self._lifeline.send(ConnectionMoved(), (fd,))
+            return self._lifeline.send_nowait(ConnectionMoved(), (fd,))
         except PeerClosed:
             return False
-        return True
 
     def want_quiet(self) -> None:
         """Ask, once, for a quiet frontend."""
-        if not self._is_quiet_wanted:
-            self._is_quiet_wanted = True
+        if not self.is_quiet_wanted:
+            self.is_quiet_wanted = True
             self._tell(QuietWanted())
 
     def _take_trace_rules(self, rules: TraceRules) -> None:

@@ -52,6 +52,8 @@ class HttpServed:
     def _on_full(self, is_full: bool) -> None:
         """Leave further connections to the kernel's queue, or take them out of it again (``--max-connections``)."""
         self._is_full = is_full
+        if not self._sockets:
+            return
         if is_full:
             count = self._frontend.connection_count
             log.warning(f"{count} HTTP connections are open, further ones wait; raise --max-connections")
@@ -94,7 +96,8 @@ async def open_servers(process: FrontendProcess) -> Served:
     """Listen on the sockets that came with FrontendStart."""
     settings = HttpView.from_groups(process.start.settings)
     heads = HeadParser(settings.header_forward_pattern, settings.inference_keys)
-    return await serve_http(process, heads, may_relocate=True)
+    is_moving = bool(process.start.settings["http"]["quiet_frontend"]) and not process.start.cache_bytes
+    return await serve_http(process, heads, may_relocate=is_moving)
 
 
 async def serve_http(

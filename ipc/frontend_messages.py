@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -127,6 +127,8 @@ class ConnectionMoved(Message, frozen=True, tag=56):
     Frontend -> supervisor: it is to be served by the quiet frontend, or, if that says so, by another one again.
     Supervisor -> frontend: serve it.
     """
+
+    may_lose_descriptors: ClassVar[bool] = True
 
 
 SupervisorToFrontend = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -28,12 +29,18 @@ _PREFIX = struct.Struct("<IB")
 #: Descriptors in one message at most.
 _FDS_MAX = 8
 _CHUNK_BYTES = 64 * 1024
+#: What says that there is no room at the moment, for bytes or for descriptors on their way.
+_BUSY = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 #: Seconds that a peer may leave a message unread before it counts as gone.
 _SEND_SECS_MAX = 10.0
 
 
 class PeerClosed(Internal):
     """The process at the other end is gone."""
+
+
+class DescriptorsLost(PeerClosed):
+    """This process had no room for descriptors that were sent to it: it cannot know any more what it was told."""
 
 
 class Lifeline(Generic[Received]):
@@ -46,6 +53,8 @@ class Lifeline(Generic[Received]):
         self._encoder = msgspec.msgpack.Encoder()
         self._received = bytearray()
         self._fds: deque[int] = deque()
+        #: Some were sent that did not arrive.
+        self._has_lost_fds = False
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -56,15 +65,41 @@ class Lifeline(Generic[Received]):
         Raises:
             PeerClosed: the other side is gone.
         """
-        payload = self._encoder.encode(message)
-        data = memoryview(_PREFIX.pack(len(payload), len(fds)) + payload)
+        data = self._packed(message, fds)
         try:
             # The descriptors go with the first bytes, and never again.
-            data = data[self._send_some(data, fds) :]
-            while data:
-                data = data[self._send_some(data, ()) :]
+            self._send_rest(data[self._send_some(data, fds) :])
         except OSError as error:
             raise PeerClosed(f"peer is gone: {error}") from None
+
+    def send_nowait(self, message: Message, fds: tuple[int, ...]) -> bool:
+        """Send one message with descriptors unless the peer has so much unread that this would have to wait.
+
+        Returns:
+            whether it is sent; the caller keeps ownership of ``fds`` in any case.
+
+        Raises:
+            PeerClosed: the other side is gone.
+        """
+        data = self._packed(message, fds)
+        try:
+            # socket.send_fds takes flags, and ignores them.
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+            sent = self.sock.sendmsg([data], [rights], socket.MSG_DONTWAIT)
+            self._send_rest(data[sent:])
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            raise PeerClosed(f"peer is gone: {error}") from None
+        return True
+
+    def _packed(self, message: Message, fds: tuple[int, ...]) -> memoryview:
+        payload = self._encoder.encode(message)
+        return memoryview(_PREFIX.pack(len(payload), len(fds)) + payload)
+
+    def _send_rest(self, data: memoryview) -> None:
+        while data:
+            data = data[self._send_some(data, ()) :]
 
     def _send_some(self, data: memoryview, fds: tuple[int, ...]) -> int:
         """Send what the kernel takes, at least one byte."""
@@ -80,7 +115,7 @@ class Lifeline(Generic[Received]):
 
     def _read(self) -> None:
         try:
-            data, ancillary, _flags, _address = self.sock.recvmsg(
+            data, ancillary, flags, _address = self.sock.recvmsg(
                 _CHUNK_BYTES, socket.CMSG_SPACE(_FDS_MAX * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
@@ -92,6 +127,8 @@ class Lifeline(Generic[Received]):
                 fds = array.array("i")
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
                 self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            self._has_lost_fds = True
         if not data:
             raise PeerClosed("peer closed its end")
         self._received += data
@@ -101,10 +138,17 @@ class Lifeline(Generic[Received]):
             return None
         length, fd_count = _PREFIX.unpack_from(self._received)
         end = _PREFIX.size + length
-        if len(self._received) < end or len(self._fds) < fd_count:
+        if len(self._received) < end or (len(self._fds) < fd_count and not self._has_lost_fds):
             return None
         message = self._decoder.decode(bytes(memoryview(self._received)[_PREFIX.size : end]))
         del self._received[:end]
+        if len(self._fds) < fd_count:
+            # One read returns the descriptors of one message at most, so these are this one's.
+            self._has_lost_fds = False
+            self._close_fds()
+            if not isinstance(message, Message) or not message.may_lose_descriptors:
+                raise DescriptorsLost("no room for the descriptors of a message")
+            return message, []
         return message, [self._fds.popleft() for _ in range(fd_count)]
 
     def receive(self) -> tuple[Received, list[int]]:
@@ -139,5 +183,8 @@ class Lifeline(Generic[Received]):
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.close()
+        self._close_fds()
+
+    def _close_fds(self) -> None:
         while self._fds:
             os.close(self._fds.popleft())

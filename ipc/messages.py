@@ -7,7 +7,7 @@ A new field goes last, with a default. What the supervisor and its children tell
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -19,6 +19,9 @@ ParameterValue = str | int | bool | float
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False, kw_only=True):
     """Base: a frozen array on the wire."""
+
+    may_lose_descriptors: ClassVar[bool] = False
+    """Whoever has no room for the descriptors that come with it may do without them."""
 
 
 # --- parcels ---------------------------------------------------------------------------------------------------------

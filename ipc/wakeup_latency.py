@@ -71,6 +71,11 @@ class WakeupLatency:
         return self._fd >= 0
 
 
+def may_ask() -> bool:
+    """Whether this process may make such a wish, and the kernel cares."""
+    return cores_obey() and os.access(_DEVICE, os.W_OK)
+
+
 def cores_obey() -> bool:
     """Whether the kernel lets anybody say how cores idle; some virtual machines leave it to the host."""
     try:

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.lifeline import DescriptorsLost, Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import Message, Stop
 
@@ -103,6 +103,13 @@ class Child(Generic[Received]):
             return False
         return True
 
+    def send_nowait(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
+        """Send over the lifeline if that needs no waiting; the caller keeps ``fds``. False: it is not sent."""
+        try:
+            return self.lifeline.send_nowait(message, fds)
+        except PeerClosed:
+            return False
+
     def kill(self) -> None:
         """End it at once."""
         if self.exit_code is None:
@@ -129,6 +136,12 @@ class Child(Generic[Received]):
         """Take what has arrived; False if there was nothing."""
         try:
             messages = self.lifeline.receive_nowait()
+        except DescriptorsLost:
+            # We have none left: what it sent cannot be had any more, and nothing is certain without it.
+            log.error(f"{self.name} sent descriptors for which this process has no room; raise `ulimit -n`")
+            self._stop_reading()
+            self.kill()
+            return False
         except PeerClosed:
             self._stop_reading()
             return False

@@ -304,7 +304,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
         if self.submits:
             self._switchboard.attach_frontend(self.number, child)
             self._regions.attach(self.number, child)
-            # The quiet frontend's requests are of models, not of ensembles.
+            # Its requests are small; ensembles that some of its connections ask pass tensors through host memory.
             if not self.is_quiet:
                 self._pools.attach(self.number, child)
         else:

@@ -76,10 +76,11 @@ class QuietFrontend:
         self._pass_on(fd, (*self._others[turn:], *self._others[:turn], self.role))
 
     def _pass_on(self, fd: int, roles: Sequence[FrontendRole]) -> None:
-        """Give a connection to the first of them that runs; if none does, the client finds it closed."""
+        """Give a connection to the first of them that runs and takes it at once."""
         for role in roles:
-            if role.is_up and role.child is not None and role.child.send(ConnectionMoved(), (fd,)):
+            if role.is_up and role.child is not None and role.child.send_nowait(ConnectionMoved(), (fd,)):
                 return
+        log.warning("a client's connection was closed: no HTTP frontend could take it")
 
     def close(self) -> None:
         """Tell nobody anything any more."""

@@ -1,16 +1,19 @@
-"""Waits for a lone client's next request without sleeping, where that costs hardly more CPU time than to be woken.
+"""Waits for a lone client's next request without sleeping, where that costs hardly more than to be woken.
 
 A client that asks one thing after the other comes back some tens of microseconds after its answer. A frontend that
-sleeps meanwhile lets its core fall asleep too: the client then pays for an interrupt and for the core's way out of its
-sleep, and on a virtual machine both processes pay for it with CPU time. So the frontend looks for the request instead,
-and lets whoever else wants the core have it between two looks.
+sleeps meanwhile lets its core fall asleep too, and the client its own: each then pays for an interrupt and for the
+core's way out of its sleep, and on a virtual machine both pay for it with CPU time. There are two ways not to:
 
-Whether that is the cheaper way differs between machines. It is tried out: for some hundred requests the frontend
-sleeps, for some hundred it stays awake, and its own CPU time decides.
+- The frontend looks for the request instead of sleeping, and lets whoever else wants the core have it in between.
+- Nobody's core sleeps: the kernel is asked to let idle ones look for work (:mod:`forebay.ipc.wakeup_latency`), for as
+  long as requests come at once. That spares the client's wake-up too. It concerns all cores of the machine, so it is
+  for small ones, and for servers that may ask.
+
+Whether they pay differs between machines. They are tried out, each for some hundred requests, and compared with sleep.
 
 Measured on a virtual machine with two cores, one HTTP connection and a Python model, the core shared with the worker
-(medians of 12 paired rounds of ``bench/load`` against a server with and one without; no file of ``bench/`` repeats
-it): median latency 0.79, the server's CPU time 0.94.
+(medians of paired rounds of ``bench/load`` against a server with and one without; no file of ``bench/`` repeats it):
+looking has 0.79 of the median latency and 0.94 of the server's CPU time.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ import asyncio
 import enum
 import os
 import time
+from typing import NamedTuple
+
+from forebay.ipc.errors import Unavailable
+from forebay.ipc.log import log
+from forebay.ipc.wakeup_latency import WakeupLatency
 
 #: How long the frontend stays awake for a request, ns.
 _PATIENCE_NS = 200_000
@@ -28,20 +36,34 @@ _SCORE_MAX = 64
 _SCORE_ENOUGH = 32
 #: ... and one that did not counts like so many against it.
 _MISS_COST = 8
-#: Requests of each half of a trial.
+#: Requests that one way is tried for.
 _TRIAL = 256
-#: How many of the second half must have been waited for awake.
+#: How many of them must have been waited for in that way.
 _TRIAL_AWAKE = 224
-#: Requests until the next one: sooner where it spoke for sleep, since CPU times over so few requests vary.
+#: Requests until the next trial: sooner where it spoke for sleep, since CPU times over so few requests vary.
 _UNTIL_TRIAL, _UNTIL_TRIAL_ASLEEP = 16384, 2048
-#: What staying awake may cost at most, beside sleeping: the client saves a fifth of its latency.
-_COST_MAX = 1.25
+#: What looking may cost at most, beside sleeping: the client saves a fifth of its latency.
+_LOOK_COST_MAX = 1.25
+#: Cores are kept awake where all of them together are awake no longer for a request than so many would be at work for
+#: one that found them asleep: the client's and ours.
+_CORES_AT_WORK = 2
+#: Seconds without requests until cores may sleep again.
+_LULL_SECS = 0.01
 
 
-class _Phase(enum.Enum):
-    TRY_ASLEEP = 1
-    TRY_AWAKE = 2
-    DECIDED = 3
+class _Way(enum.Enum):
+    """How a request is waited for."""
+
+    SLEEP = 1
+    LOOK = 2
+    KEEP_CORES_AWAKE = 3
+
+
+class _Cost(NamedTuple):
+    """Of one request, ns: CPU time of this process, and how long it takes until the next one."""
+
+    cpu_ns: int
+    elapsed_ns: int
 
 
 class WakefulWait:
@@ -49,6 +71,11 @@ class WakefulWait:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        #: Keeps cores awake; None: it must not.
+        self._latency: WakeupLatency | None = None
+        self._core_count = 0
+        #: Cores have been needed since the last look at whether they may sleep.
+        self._are_cores_needed = False
         #: When the last answer was given, monotonic ns; 0: no request is expected.
         self._since_ns = 0
         #: Look until then; 0: sleep.
@@ -57,19 +84,33 @@ class WakefulWait:
         self._is_looking = False
         #: How reliably requests have come in time.
         self._score = 0
-        #: CPU time per request of the half of the last trial that was spent asleep, ns.
-        self._asleep_ns = 0
-        self._begin_phase(_Phase.TRY_ASLEEP, is_wakeful=False, requests=_TRIAL)
+        self._begin_trial()
+
+    def allow_awake_cores(self, latency: WakeupLatency, core_count: int) -> None:
+        """Try that too from now on.
+
+        Args:
+            latency: not held; ours.
+            core_count: of the machine.
+        """
+        self._latency, self._core_count = latency, core_count
+        self._begin_trial()
 
     def begin(self, now_ns: int) -> None:
         """An answer has been given at ``now_ns``, monotonic; a request is expected."""
         self._since_ns = now_ns
-        if self._is_wakeful and self._score >= _SCORE_ENOUGH:
-            self._until_ns = now_ns + _PATIENCE_NS
-            self._awake_count += 1
-            if not self._is_looking:
-                self._is_looking = True
-                self._loop.call_soon(self._look)
+        if self._way is _Way.SLEEP or self._score < _SCORE_ENOUGH:
+            return
+        self._awake_count += 1
+        if self._way is _Way.KEEP_CORES_AWAKE:
+            self._are_cores_needed = True
+            if self._latency is not None and not self._latency.is_held:
+                self._hold(self._latency)
+            return
+        self._until_ns = now_ns + _PATIENCE_NS
+        if not self._is_looking:
+            self._is_looking = True
+            self._loop.call_soon(self._look)
 
     def end(self) -> None:
         """A request has come."""
@@ -87,7 +128,7 @@ class WakefulWait:
     def break_off(self) -> None:
         """The client is not alone any more, or has no core with us: what was measured says nothing."""
         self._since_ns = self._until_ns = 0
-        self._begin_phase(_Phase.TRY_ASLEEP, is_wakeful=False, requests=_TRIAL)
+        self._begin_trial()
 
     def _look(self) -> None:
         # Whatever the event loop finds between two looks, it does.
@@ -97,26 +138,62 @@ class WakefulWait:
         else:
             self._is_looking = False
 
-    def _next_phase(self) -> None:
-        per_request_ns = (time.process_time_ns() - self._cpu_ns) // _TRIAL
-        is_tried = self._awake_count >= _TRIAL_AWAKE
-        if self._phase is _Phase.TRY_ASLEEP:
-            self._asleep_ns = per_request_ns
-            self._begin_phase(_Phase.TRY_AWAKE, is_wakeful=True, requests=_TRIAL)
-        elif self._phase is _Phase.TRY_AWAKE and is_tried:
-            is_cheap = per_request_ns <= self._asleep_ns * _COST_MAX
-            requests = _UNTIL_TRIAL if is_cheap else _UNTIL_TRIAL_ASLEEP
-            self._begin_phase(_Phase.DECIDED, is_wakeful=is_cheap, requests=requests)
-        else:
-            # It is time for another trial, or the client took its time in this one.
-            self._begin_phase(_Phase.TRY_ASLEEP, is_wakeful=False, requests=_TRIAL)
+    def _hold(self, latency: WakeupLatency) -> None:
+        try:
+            latency.hold()
+        except Unavailable as error:
+            log.verbose(1, error.text)
+            self._latency = None
+            self.break_off()
+            return
+        self._loop.call_later(_LULL_SECS, self._release_unless_needed, latency)
 
-    def _begin_phase(self, phase: _Phase, *, is_wakeful: bool, requests: int) -> None:
-        self._phase = phase
-        #: The frontend is to stay awake, as far as the trial says.
-        self._is_wakeful = is_wakeful
-        #: Requests of this phase that were waited for awake.
+    def _release_unless_needed(self, latency: WakeupLatency) -> None:
+        if self._are_cores_needed:
+            self._are_cores_needed = False
+            self._loop.call_later(_LULL_SECS, self._release_unless_needed, latency)
+        else:
+            latency.release()
+
+    # --- which way
+
+    def _begin_trial(self) -> None:
+        self._tried: dict[_Way, _Cost] = {}
+        self._to_try = [_Way.SLEEP, _Way.LOOK]
+        if self._latency is not None:
+            self._to_try.append(_Way.KEEP_CORES_AWAKE)
+        self._begin_phase(self._to_try.pop(0), _TRIAL)
+
+    def _begin_phase(self, way: _Way, requests: int) -> None:
+        self._way = way
+        #: Requests of this phase that were waited for in its way.
         self._awake_count = 0
         #: Requests until the next phase.
         self._left = requests
-        self._cpu_ns = time.process_time_ns()
+        self._cpu_ns, self._began_ns = time.process_time_ns(), time.monotonic_ns()
+
+    def _next_phase(self) -> None:
+        way = self._way
+        # It is time for another trial, or the client took its time in this one.
+        if way in self._tried or (way is not _Way.SLEEP and self._awake_count < _TRIAL_AWAKE):
+            self._begin_trial()
+            return
+        cpu_ns, elapsed_ns = time.process_time_ns() - self._cpu_ns, time.monotonic_ns() - self._began_ns
+        self._tried[way] = _Cost(cpu_ns // _TRIAL, elapsed_ns // _TRIAL)
+        if self._to_try:
+            self._begin_phase(self._to_try.pop(0), _TRIAL)
+        else:
+            best = self._best()
+            self._begin_phase(best, _UNTIL_TRIAL_ASLEEP if best is _Way.SLEEP else _UNTIL_TRIAL)
+
+    def _best(self) -> _Way:
+        tried = self._tried
+        sleeping = tried[_Way.SLEEP]
+        keeping = tried.get(_Way.KEEP_CORES_AWAKE)
+        if (
+            keeping is not None
+            and keeping.cpu_ns <= sleeping.cpu_ns
+            and keeping.elapsed_ns * self._core_count <= sleeping.elapsed_ns * _CORES_AT_WORK
+        ):
+            return _Way.KEEP_CORES_AWAKE
+        return _Way.LOOK if tried[_Way.LOOK].cpu_ns <= sleeping.cpu_ns * _LOOK_COST_MAX else _Way.SLEEP

@@ -431,11 +431,12 @@ class Connection(asyncio.BufferedProtocol):
         self._frontend.express.leave(self._fd)
         self._fd = -1
 
-    def sort(self, route: RouteClient) -> None:
-        """A request goes to a model: if there is a crowd, note whether it belongs to it."""
+    def sort(self, route: RouteClient | None) -> None:
+        """A request goes to a model (None: to several): if there is a crowd, note whether it belongs to it."""
         crowded = self._frontend.engine.crowded_routes
         if crowded:
-            self._frontend.express.sort(self, self._fd, is_quiet=route not in crowded)
+            is_quiet = route is not None and route not in crowded
+            self._frontend.express.sort(self, self._fd, is_quiet=is_quiet)
 
     def _infer_general(self, head: Head, body: memoryview) -> None:
         call = self._frontend.new_call(self, head)
@@ -479,7 +480,7 @@ class Connection(asyncio.BufferedProtocol):
                 return
         if self._is_closing and not calls:
             self._close()
-        elif self._is_paused or self._partial:
+        elif self._is_paused or self._partial or self._is_leaving:
             self._go_on()
 
     def _part(self, call: Call, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
@@ -623,24 +624,39 @@ class Connection(asyncio.BufferedProtocol):
         self._count_owed(0)
         self._transport.abort()
 
-    def leave(self) -> None:
-        """Let another frontend serve the client, as soon as nothing is asked; until then nothing more is read."""
-        if self._is_closing or self._is_half_closed or self.sequences or self._fd < 0:
-            return
+    def leave(self) -> bool:
+        """Let another frontend serve the client, once, as soon as nothing is asked; whether that is new and possible.
+
+        Reading goes on, so that nothing waits and a client that leaves is noticed; one that always has something asked
+        stays.
+        """
+        if self._is_leaving or not self._may_leave:
+            return False
         self._is_leaving = True
-        self._update_reading()
         self._leave_if_idle()
+        return True
+
+    @property
+    def _may_leave(self) -> bool:
+        """Whether everything that there is to know of this connection is its socket, but for what is being answered."""
+        return not (
+            self._partial
+            or self.is_receiving
+            or self._is_closing
+            or self._is_half_closed
+            or self._fd < 0
+            or self.sequences
+            or self.unsent_bytes
+            or self._frontend.is_draining
+        )
 
     def _leave_if_idle(self) -> None:
-        if self._is_waited_for or self.unsent_bytes:
+        if self._is_waited_for:
             return
         self._is_leaving = False
-        is_between_requests = not (self._partial or self.is_receiving or self._is_closing or self._fd < 0)
-        if is_between_requests and self._frontend.hand_over(self._fd):
+        if self._may_leave and self._frontend.hand_over(self._fd):
             # The other one has a descriptor of its own, and what the client has sent since is still with the kernel.
             self.abort()
-        else:
-            self._update_reading()
 
     def time_out(self) -> None:
         """The client has not done in time what was expected of it."""
@@ -665,7 +681,6 @@ class Connection(asyncio.BufferedProtocol):
             or len(self._calls) >= PIPELINE_MAX
             or (self._side_door is not None and self._side_door.is_busy)
             or (self._is_blocked and bool(self._calls))
-            or self._is_leaving
         )
         if busy != self._is_paused and self._fd >= 0 and not self._is_half_closed and not self._transport.is_closing():
             self._is_paused = busy

@@ -53,9 +53,9 @@ class Express:
 
     def sort(self, connection: Connection, fd: int, *, is_quiet: bool) -> None:
         """A connection's request went to a quiet model, or to a crowded one: look after it from now on, or not."""
+        if self.crowd is not None and not is_quiet:
+            self.crowd.add(connection)
         if is_quiet is (fd in self._connections) or fd < 0:
-            if self.crowd is not None and not is_quiet:
-                self.crowd.add(connection)
             return
         if is_quiet:
             self._connections[fd] = connection

@@ -207,8 +207,7 @@ class GeneralCall(Call):
             inference.route, request.id, head.trace_context, RECEIVED, self._received_ns, self._complete_ns
         )
         inference.submit(request_meta(request, self._trace, head.forwarded), self._on_response)
-        if not entry.is_ensemble:
-            self.connection.sort(inference.route)
+        self.connection.sort(None if entry.is_ensemble else inference.route)
 
     def _note_sequence(self, entry: ModelEntry, request: ParsedInfer) -> None:
         connection = self.connection

@@ -64,6 +64,7 @@ class PlannedUpload:
         call.slab, call.first = self._slab, self._first
         connection.add_call(call)
         plan.route.publish(self._slab, self._first, plan.rows, call, plan.priority, plan.timeout_us)
+        connection.sort(plan.route.first_model)
 
     def abandon(self) -> None:
         """The client has left: give the rows back."""

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from forebay.frontend.http.connection import Connection
     from forebay.frontend.http.server import HttpFrontend
 
-#: Reviews in a row that find a connection in the wrong place, before it is handed over: 0.15 s.
+#: Reviews in a row that find a connection in the wrong place, before it is handed over: 0.15 s; ...
 _REVIEWS = 3
+#: ... those are no longer in a row that are so many seconds apart.
+_APART_S = 0.5
 #: Connections that one review hands over: each costs a few system calls here, and the supervisor the same.
 _MOVES_MAX = 8
-#: Seconds that a connection stays at least where it was handed over to.
-_STAY_S = 1.0
+#: Seconds that a connection stays at least with the quiet frontend, and with one that it was sent back to: it is of a
+#: crowd where many come together, which may be none where few do.
+_STAY_QUIET_S, _STAY_S = 1.0, 30.0
 
 
 class Relocation:
@@ -41,6 +44,7 @@ class Relocation:
         self._is_quiet = process.start.is_quiet
         #: Connections in the wrong place, and how many reviews in a row have found them there.
         self._misplaced: dict[Connection, int] = {}
+        self._reviewed_s = 0.0
         self._arrivals: set[asyncio.Task[None]] = set()
         frontend.hand_over = process.hand_over
         frontend.express.on_review = self._review
@@ -48,23 +52,37 @@ class Relocation:
         process.take_connections(self._take)
 
     def _review(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._reviewed_s > _APART_S:
+            self._misplaced.clear()
+        self._reviewed_s = now_s
+        if not self._frontend.engine.crowded_routes or self._frontend.is_draining:
+            self._misplaced.clear()
+            return
+        if self._process.is_quiet_wanted and not self._process.is_quiet_open:
+            return
         before = self._misplaced
         self._misplaced = {connection: before.get(connection, 0) + 1 for connection in self._find_misplaced()}
         ready = [connection for connection, reviews in self._misplaced.items() if reviews >= _REVIEWS]
-        if not ready or self._frontend.is_draining:
-            return
-        if not (self._is_quiet or self._process.is_quiet_open):
+        if ready and not (self._is_quiet or self._process.is_quiet_open):
             self._process.want_quiet()
             return
-        now_s = time.monotonic()
-        for connection in [each for each in ready if each.stays_until_s <= now_s][:_MOVES_MAX]:
-            connection.leave()
+        moves = 0
+        for connection in ready:
+            if connection.stays_until_s <= now_s and connection.leave():
+                moves += 1
+                if moves == _MOVES_MAX:
+                    break
 
     def _find_misplaced(self) -> Collection[Connection]:
         express = self._frontend.express
         return express.quiet_connections if express.crowd is None else express.crowd
 
     def _take(self, sock: socket.socket) -> None:
+        if self._is_quiet and self._frontend.is_full:
+            self._process.hand_over(sock.fileno())
+            sock.close()
+            return
         arrival = asyncio.get_running_loop().create_task(self._open(sock))
         self._arrivals.add(arrival)
         arrival.add_done_callback(self._arrivals.discard)
@@ -77,6 +95,6 @@ class Relocation:
         except OSError:
             sock.close()  # The client has left meanwhile.
             return
-        connection.stays_until_s = time.monotonic() + _STAY_S
+        connection.stays_until_s = time.monotonic() + (_STAY_QUIET_S if self._is_quiet else _STAY_S)
         if self._frontend.is_draining:
             connection.close_if_idle()

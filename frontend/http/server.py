@@ -165,6 +165,11 @@ class HttpFrontend:
             self.on_full(is_full)
 
     @property
+    def is_full(self) -> bool:
+        """There are as many connections as there may be."""
+        return self._is_full
+
+    @property
     def connection_count(self) -> int:
         return len(self._connections)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -223,18 +224,59 @@ def test_stop_tells_connections_that_were_moved(tmp_path: Path) -> None:
             client.answer()
 
 
-def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    with ForebayServer(write_models(tmp_path), "--http-quiet-frontend=false") as server:
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--http-quiet-frontend=false",
+        # Each frontend keeps its own: a client that moves would find another one.
+        "--cache-config=local,size=1048576",
+    ],
+)
+def test_there_is_none_where_nobody_wants_it(tmp_path: Path, flag: str) -> None:
+    with ForebayServer(write_models(tmp_path), flag) as server:
         with WireClient(server.http_port) as client, crowd(server.http_port):
             for value in range(2000):
                 ask_together("quiet", [client], 1, value)
         assert server.pid_of("http quiet") == 0
 
 
-def test_there_is_none_with_a_response_cache(tmp_path: Path) -> None:
-    """Each frontend keeps its own: a client that moves would find another one."""
-    with ForebayServer(write_models(tmp_path), "--cache-config=local,size=1048576") as server:
-        with WireClient(server.http_port) as client, crowd(server.http_port):
-            for value in range(2000):
-                ask_together("quiet", [client], 1, value)
-        assert server.pid_of("http quiet") == 0
+def test_no_more_connections_move_than_it_may_have(tmp_path: Path) -> None:
+    with (
+        ForebayServer(write_models(tmp_path), f"--max-connections={CONNECTIONS + 4}") as server,
+        crowd(server.http_port),
+        contextlib.ExitStack() as stack,
+    ):
+        clients: list[WireClient] = []
+
+        def is_full() -> bool:
+            return served_by(server, "http quiet", clients) == CONNECTIONS + 4
+
+        def ask_all() -> bool:
+            for client in clients:  # One after the other: together they would be a crowd.
+                ask_together("quiet", [client], 1)
+            return is_full()
+
+        for _ in range(CONNECTIONS + 6):
+            clients.append(stack.enter_context(WireClient(server.http_port)))
+            ask_all()
+        server.wait_for(ask_all, "it to be full")
+        for _ in range(50):
+            assert ask_all()
+        assert served_by(server, "http 0", clients) == 2
+
+
+def test_client_that_leaves_while_its_request_runs_is_noticed(tmp_path: Path) -> None:
+    """Also when its connection is to be handed over as soon as that is answered (spec H-016)."""
+    write_models(tmp_path)
+    write_identity(tmp_path, "slow", [("TYPE_FP32", "4")], batch=8, delay_ms=3000)
+    with ForebayServer(tmp_path) as server, WireClient(server.http_port) as mover, crowd(server.http_port):
+        ask_until(lambda: served_by(server, "http quiet", [mover]) == 1, [mover], "it to be open")
+        with WireClient(server.http_port) as other, WireClient(server.http_port) as leaver:
+            other.send(request("slow", 1)[0])
+            time.sleep(0.1)
+            leaver.send(request("slow", 2)[0])
+            time.sleep(0.25)
+        server.wait_for(
+            lambda: server.counter("nv_inference_request_failure", model="slow", reason="CANCELED") >= 1,
+            "the request to be cancelled",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import fcntl
 import os
 import resource
@@ -12,19 +13,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from forebay.ipc.frontend_messages import FrontendToSupervisor
-from forebay.ipc.lifeline import Lifeline, PeerClosed
+from forebay.ipc.frontend_messages import ConnectionMoved, FrontendToSupervisor
+from forebay.ipc.lifeline import DescriptorsLost, Lifeline, PeerClosed
 from forebay.ipc.messages import Failed, Started
 
-Pair = tuple[Lifeline[Started | Failed], Lifeline[Started | Failed]]
+Said = Started | Failed | ConnectionMoved
+Pair = tuple[Lifeline[Said], Lifeline[Said]]
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     one, other = socket.socketpair()
     lifelines = (
-        Lifeline[Started | Failed](one, FrontendToSupervisor),
-        Lifeline[Started | Failed](other, FrontendToSupervisor),
+        Lifeline[Said](one, FrontendToSupervisor),
+        Lifeline[Said](other, FrontendToSupervisor),
     )
     yield lifelines
     for lifeline in lifelines:
@@ -81,8 +83,8 @@ def test_process_of_many_descriptors_can_wait_for_its_peer() -> None:
     one, other = socket.socketpair()
     high = socket.socket(fileno=fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 2000))
     one.close()
-    sender = Lifeline[Started | Failed](high, FrontendToSupervisor)
-    receiver = Lifeline[Started | Failed](other, FrontendToSupervisor)
+    sender = Lifeline[Said](high, FrontendToSupervisor)
+    receiver = Lifeline[Said](other, FrontendToSupervisor)
     sender.sock.setblocking(False)
     large = Failed(code=1, text="z" * 3_000_000)
     with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -102,3 +104,54 @@ def test_peer_that_is_gone_is_an_error_for_both_directions(pair: Pair) -> None:
         sender.send(Started())
     with pytest.raises(PeerClosed):
         sender.receive()
+
+
+@contextlib.contextmanager
+def no_room_for_descriptors() -> Iterator[None]:
+    """Let this process open nothing more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_message_whose_descriptors_find_no_room_gets_none_of_the_next(pair: Pair) -> None:
+    sender, receiver = pair
+    sender.send(Started(detail="before"))
+    sender.send(ConnectionMoved(), (0,))
+    with no_room_for_descriptors():
+        assert receiver.receive() == (Started(detail="before"), [])
+        assert receiver.receive() == (ConnectionMoved(), [])
+    read_end, write_end = os.pipe()
+    sender.send(ConnectionMoved(), (write_end,))
+    _message, (fd,) = receiver.receive()
+    assert os.fstat(fd).st_ino == os.fstat(write_end).st_ino
+    for each in (read_end, write_end, fd):
+        os.close(each)
+
+
+def test_message_that_means_nothing_without_its_descriptors_ends_the_lifeline(pair: Pair) -> None:
+    sender, receiver = pair
+    sender.send(Started(), (0,))
+    with no_room_for_descriptors(), pytest.raises(DescriptorsLost):
+        receiver.receive()
+
+
+def test_send_that_would_have_to_wait_is_not_begun(pair: Pair) -> None:
+    sender, receiver = pair
+    count = 0
+    while sender.send_nowait(ConnectionMoved(), (0,)):
+        count += 1
+    assert 0 < count < 100_000
+    for _ in range(count):
+        message, (fd,) = receiver.receive()
+        os.close(fd)
+        assert message == ConnectionMoved()
+    assert sender.send_nowait(ConnectionMoved(), (0,))
+    receiver.close()
+    with pytest.raises(PeerClosed):
+        sender.send_nowait(ConnectionMoved(), (0,))

@@ -21,6 +21,8 @@ class FakeRole:
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_up = False
         self.starts = 0
+        #: It has so much unread that a send would have to wait.
+        self.is_busy = False
         self.sent: list[tuple[Message, tuple[int, ...]]] = []
         self.greetings: Callable[[], tuple[Message, ...]] = tuple
         self.on_presence: Callable[[], None] = lambda: None
@@ -34,6 +36,9 @@ class FakeRole:
     def send(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
         self.sent.append((message, fds))
         return True
+
+    def send_nowait(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
+        return not self.is_busy and self.send(message, fds)
 
     def serve(self) -> None:
         pass
@@ -147,6 +152,17 @@ def test_connections_go_to_the_quiet_one_and_come_back_by_turns(play: Any) -> No
         s.quiet.take_sent()
         s.quiet.on_connection_moved(11)
         assert s.quiet.sent == [(ConnectionMoved(), (11,))]
+
+    play(scenario)
+
+
+def test_quiet_frontend_that_hangs_holds_nobody_up(play: Any) -> None:
+    async def scenario(s: Scene) -> None:
+        await s.open()
+        s.quiet.is_busy = True
+        s.first.on_connection_moved(7)
+        assert s.quiet.sent == []
+        assert s.first.sent == [(ConnectionMoved(), (7,))]
 
     play(scenario)
 

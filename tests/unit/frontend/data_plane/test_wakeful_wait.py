@@ -9,10 +9,29 @@ import pytest
 
 from forebay.frontend.data_plane import wakeful_wait
 from forebay.frontend.data_plane.wakeful_wait import WakefulWait
+from forebay.ipc.errors import Unavailable
 
 ASLEEP_NS = 100_000
+#: From one request to the next, where cores are kept awake.
+AWAKE_CORES_GAP_NS = 20_000
 #: A request comes so long after the answer before it, and its answer so long after it.
 QUICK_NS, LATE_NS = 50_000, 1_000_000
+
+
+class FakeLatency:
+    """A wish to the kernel."""
+
+    def __init__(self, *, is_allowed: bool = True) -> None:
+        self.is_held = False
+        self.is_allowed = is_allowed
+
+    def hold(self) -> None:
+        if not self.is_allowed:
+            raise Unavailable("may not")
+        self.is_held = True
+
+    def release(self) -> None:
+        self.is_held = False
 
 
 class Scene:
@@ -25,6 +44,8 @@ class Scene:
         self.is_awake = False
         self.looks = 0
         self._soon: list[Callable[[], None]] = []
+        self._later: list[tuple[float, Callable[[Any], None], Any]] = []
+        self.latency: Any = None
         monkeypatch.setattr(wakeful_wait.time, "monotonic_ns", lambda: self.now_ns)
         monkeypatch.setattr(wakeful_wait.time, "process_time_ns", lambda: self.cpu_ns)
         monkeypatch.setattr(wakeful_wait.os, "sched_yield", self._note_look)
@@ -34,6 +55,13 @@ class Scene:
     def call_soon(self, callback: Callable[[], None]) -> None:
         self._soon.append(callback)
 
+    def call_later(self, delay_s: float, callback: Callable[[Any], None], argument: Any) -> None:
+        self._later.append((self.now_ns / 1e9 + delay_s, callback, argument))
+
+    def keep_cores_awake(self, core_count: int, *, is_allowed: bool = True) -> None:
+        self.latency = FakeLatency(is_allowed=is_allowed)
+        self.wait.allow_awake_cores(self.latency, core_count)
+
     def _note_look(self) -> None:
         self.looks += 1
 
@@ -42,6 +70,12 @@ class Scene:
         soon, self._soon = self._soon, []
         for callback in soon:
             callback()
+        later, self._later = self._later, []
+        for due_s, callback_later, argument in later:
+            if due_s <= self.now_ns / 1e9:
+                callback_later(argument)
+            else:
+                self._later.append((due_s, callback_later, argument))
 
     def ask(self, count: int, gap_ns: int = QUICK_NS) -> None:
         """Answer, and have the next request come after so long."""
@@ -50,8 +84,9 @@ class Scene:
             looks = self.looks
             self.turn()
             self.is_awake = self.looks > looks
+            are_cores_awake = self.latency is not None and self.latency.is_held and not self.is_awake
             self.cpu_ns += self.awake_ns if self.is_awake else ASLEEP_NS
-            self.now_ns += gap_ns
+            self.now_ns += min(gap_ns, AWAKE_CORES_GAP_NS) if are_cores_awake else gap_ns
             self.turn()
             self.wait.end()
             self.turn()
@@ -141,4 +176,50 @@ def test_company_ends_the_wait_and_everything_is_tried_anew(monkeypatch: pytest.
     scene.ask(200)
     assert not scene.is_awake
     scene.ask(100)
+    assert scene.is_awake
+
+
+@pytest.mark.parametrize(("core_count", "is_chosen"), [(2, True), (4, True), (6, False)])
+def test_cores_are_kept_awake_if_that_takes_no_more_core_time(
+    monkeypatch: pytest.MonkeyPatch, core_count: int, *, is_chosen: bool
+) -> None:
+    """Requests come 2.5 times as fast: so many cores may be awake for each as cost the same as two that sleep."""
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(core_count)
+    scene.ask(512)
+    assert not scene.latency.is_held
+    scene.ask(200)
+    assert scene.latency.is_held
+    scene.ask(2000)
+    assert scene.latency.is_held is is_chosen
+    assert scene.is_awake is not is_chosen
+
+
+def test_cores_may_sleep_soon_after_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(2000)
+    assert scene.latency.is_held
+    for _ in range(3):
+        scene.now_ns += 10_100_000
+        scene.turn()
+    assert not scene.latency.is_held
+
+
+def test_cores_may_sleep_soon_after_company_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(2000)
+    for _ in range(300):
+        scene.wait.begin(scene.now_ns)
+        scene.wait.break_off()
+        scene.now_ns += 100_000
+        scene.turn()
+    assert not scene.latency.is_held
+
+
+def test_who_may_not_ask_the_kernel_after_all_looks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2, is_allowed=False)
+    scene.ask(2000)
     assert scene.is_awake

@@ -32,7 +32,9 @@ class Uploads:
         control: Any = mock.Mock()
         self.frontend = HttpFrontend(scene.engine, HttpView(), control, catalog, HeadParser(), self.regions)
         self.replies: list[bytes] = []
-        self.connection: Any = SimpleNamespace(add_call=lambda _call: None, answer=self._answer)
+        self.connection: Any = SimpleNamespace(
+            add_call=lambda _call: None, answer=self._answer, sort=lambda _route: None
+        )
 
     def _answer(self, _call: object, buffers: list[Any]) -> None:
         self.replies.append(b"".join(bytes(buffer) for buffer in buffers))

@@ -40,6 +40,7 @@ class Scene:
         engine: Any = SimpleNamespace(
             completions_fd=self.completions.fileno(),
             take_answer_now=lambda: self.answers.append(self.completions.recv(100)),
+            forget_crowds=lambda: None,
         )
         self.express = Express(engine)
         self.is_told_between_answers = engine.between_answers == self.express.step
@@ -96,3 +97,20 @@ def test_connection_whose_model_is_crowded_itself_is_not_read(scene: Scene) -> N
     scene.turn(8)
     assert quiet.read == []
     quiet.close()
+
+
+def test_review_finds_who_has_asked_the_crowded_model_since_the_last(scene: Scene) -> None:
+    """Also those that ask others in between."""
+    scene.express.crowd = set()
+    found: list[set[Any]] = []
+    scene.express.on_review = lambda: found.append(set(scene.express.crowd or ()))
+    quiet, busy = Quiet(scene.express), Quiet(scene.express)
+    connection: Any = busy
+    for is_quiet in (False, True):
+        scene.express.sort(connection, busy.server.fileno(), is_quiet=is_quiet)
+    scene.turn(8)
+    assert found == [{busy}]
+    assert scene.express.crowd == set()
+    assert set(scene.express.quiet_connections) == {quiet, busy}
+    quiet.close()
+    busy.close()

@@ -51,7 +51,7 @@ def test_parts_arrive_in_the_rows_of_their_inputs() -> None:
         assert not receive(upload, 6, 2)
         assert upload.remaining_bytes == 9
         assert receive(upload, 8, 9)
-        connection: Any = SimpleNamespace(calls=[])
+        connection: Any = SimpleNamespace(calls=[], sort=lambda _route: None)
         connection.add_call = connection.calls.append
         upload.submit(connection)
         await turn()
