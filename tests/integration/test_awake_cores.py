@@ -57,13 +57,16 @@ def test_cores_are_kept_awake_while_requests_come(repository: Path) -> None:
 @needs_device
 @pytest.mark.parametrize("flag", ["--share-cores=false", "--cpu-wakeup-latency-us=1000000"])
 def test_who_does_not_want_that_can_say_so(undelayed: Path, flag: str) -> None:
-    with ForebayServer(undelayed, flag) as server, socket.create_connection(("127.0.0.1", server.http_port)) as client:
-        with open(DEVICE, "rb") as device:
-            for _ in range(3000):
-                client.sendall(LONE_REQUEST)
-                assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
-                (latency_us,) = struct.unpack("=i", os.pread(device.fileno(), 4, 0))
-                assert latency_us != 0
+    with (
+        ForebayServer(undelayed, flag) as server,
+        socket.create_connection(("127.0.0.1", server.http_port)) as client,
+        open(DEVICE, "rb") as device,
+    ):
+        for _ in range(3000):
+            client.sendall(LONE_REQUEST)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+            (latency_us,) = struct.unpack("=i", os.pread(device.fileno(), 4, 0))
+            assert latency_us != 0
 
 
 @needs_device
