@@ -76,6 +76,8 @@ class WakefulWait:
         self._core_count = 0
         #: Cores have been needed since the last look at whether they may sleep.
         self._are_cores_needed = False
+        #: The loop will look whether they may.
+        self._is_release_due = False
         #: When the last answer was given, monotonic ns; 0: no request is expected.
         self._since_ns = 0
         #: Look until then; 0: sleep.
@@ -146,13 +148,16 @@ class WakefulWait:
             self._latency = None
             self.break_off()
             return
-        self._loop.call_later(_LULL_SECS, self._release_unless_needed, latency)
+        if not self._is_release_due:
+            self._is_release_due = True
+            self._loop.call_later(_LULL_SECS, self._release_unless_needed, latency)
 
     def _release_unless_needed(self, latency: WakeupLatency) -> None:
         if self._are_cores_needed:
             self._are_cores_needed = False
             self._loop.call_later(_LULL_SECS, self._release_unless_needed, latency)
         else:
+            self._is_release_due = False
             latency.release()
 
     # --- which way
@@ -162,6 +167,9 @@ class WakefulWait:
         self._to_try = [_Way.SLEEP, _Way.LOOK]
         if self._latency is not None:
             self._to_try.append(_Way.KEEP_CORES_AWAKE)
+            # At once: what sleep costs cannot be seen while nobody sleeps.
+            self._latency.release()
+            self._are_cores_needed = False
         self._begin_phase(self._to_try.pop(0), _TRIAL)
 
     def _begin_phase(self, way: _Way, requests: int) -> None:

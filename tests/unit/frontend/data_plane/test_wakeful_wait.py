@@ -195,6 +195,17 @@ def test_cores_are_kept_awake_if_that_takes_no_more_core_time(
     assert scene.is_awake is not is_chosen
 
 
+def test_cores_sleep_while_sleep_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(4)
+    scene.ask(3 * 256 + 16000)
+    assert scene.latency.is_held
+    scene.ask(500)
+    assert not scene.latency.is_held
+    scene.ask(3 * 256)
+    assert scene.latency.is_held
+
+
 def test_cores_may_sleep_soon_after_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
     scene.keep_cores_awake(2)
