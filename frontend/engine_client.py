@@ -140,8 +140,8 @@ class EngineClient:
         self.ensemble_uses: dict[int, int] = {}
         self._no_counters = memoryview(bytearray(PRODUCER_WORDS * 8)).cast("Q")
         #: Has a worker run on our core while requests come one at a time.
-        self.wait = WakefulWait(loop)
-        self.cores = CoreSharing(producer, self.wait)
+        self.wakeful_wait = WakefulWait(loop)
+        self.cores = CoreSharing(producer, self.wakeful_wait)
         #: Keeps cores from sleeping while requests come.
         self.awake_cores = AwakeCores(loop)
         self.rows = RowAnswers(self)

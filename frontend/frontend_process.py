@@ -124,7 +124,7 @@ class FrontendProcess:
             self.engine.cores.allow()
             core_count = os.cpu_count() or 1
             if process["cpu_wakeup_latency_us"] < 0 and core_count <= _AWAKE_CORES_MAX and may_ask():
-                self.engine.wait.allow_awake_cores(WakeupLatency(0), core_count)
+                self.engine.wakeful_wait.allow_awake_cores(WakeupLatency(0), core_count)
         if process["cpu_wakeup_latency_us"] >= 0:
             self.engine.awake_cores.allow(process["cpu_wakeup_latency_us"])
         if start.cache_bytes:

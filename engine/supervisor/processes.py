@@ -239,7 +239,8 @@ class FrontendRole(Role[FrontendToSupervisor]):
         self._arena_bytes = arena_bytes + cache_bytes
         self._cache_bytes = cache_bytes
         self._cache_counter_offset = cache_counter_offset
-        self._keeps_pages = keeps_pages(self._arena_bytes)
+        # Page-locking the quiet frontend's arena would hold up the workers that it is to reach sooner.
+        self._keeps_pages = not is_quiet and keeps_pages(self._arena_bytes)
         self._settings = settings
         self._listeners = listeners
         self._on_gone = on_gone
@@ -304,7 +305,7 @@ class FrontendRole(Role[FrontendToSupervisor]):
         if self.submits:
             self._switchboard.attach_frontend(self.number, child)
             self._regions.attach(self.number, child)
-            # Its requests are small; ensembles that some of its connections ask pass tensors through host memory.
+            # Few connections of the quiet frontend ask ensembles on GPUs; those pass tensors through host memory.
             if not self.is_quiet:
                 self._pools.attach(self.number, child)
         else:

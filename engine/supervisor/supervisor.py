@@ -299,7 +299,7 @@ class Supervisor:
                 submits=submits,
                 cache_bytes=share_bytes if submits else 0,
                 cache_counter_offset=next(cache_offsets, 0) if submits else 0,
-                keeps_pages=_never if is_quiet else functools.partial(may_be_page_locked, self.settings),
+                keeps_pages=functools.partial(may_be_page_locked, self.settings),
                 is_quiet=is_quiet,
             )
 
@@ -565,8 +565,3 @@ class Supervisor:
 def _note_failed_start(name: str, ready: asyncio.Future[None]) -> None:
     if not ready.cancelled() and (error := ready.exception()) is not None:
         log.error(f"{name} could not be started: {error}")
-
-
-def _never(_byte_size: int) -> bool:
-    """Page-locking the quiet frontend's arena would hold up the workers that it is to serve sooner."""
-    return False

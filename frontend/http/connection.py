@@ -422,7 +422,7 @@ class Connection(asyncio.BufferedProtocol):
         engine = route.engine
         engine.cores.client_fd = self._fd
         route.publish(slab, first, rows, call, plan.priority, plan.timeout_us)
-        crowded = engine.crowded_routes
+        crowded = engine.crowded_routes  # As in `sort`: most requests come here, and need no call for it.
         if crowded:
             self._frontend.express.sort(self, self._fd, is_quiet=route.first_model not in crowded)
 
