@@ -431,8 +431,8 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     """While requests come one at a time, a frontend and the worker that serves it run on one core, by turns: the one
     that the client's packets arrive on. A wake-up then costs less; and the frontend stays awake for a client that comes
     back at once, where that costs hardly more CPU time, or, on machines of up to four cores and if it may, has the
-    kernel keep all cores awake, where requests become so much faster that this costs no more. As soon as two are in
-    flight they run anywhere again. Off: the kernel places them, always."""
+    kernel keep all cores awake, where requests become so much faster that this costs no more; each then runs on a core
+    of its own. As soon as two requests are in flight they run anywhere again. Off: the kernel places them, always."""
 
     cpu_wakeup_latency_us: int = -1
     """While HTTP or gRPC requests come, the longest that an idle core of this machine may take to wake up, in

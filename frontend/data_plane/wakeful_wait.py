@@ -6,8 +6,8 @@ core's way out of its sleep, and on a virtual machine both pay for it with CPU t
 
 - The frontend looks for the request instead of sleeping, and lets whoever else wants the core have it in between.
 - Nobody's core sleeps: the kernel is asked to let idle ones look for work (:mod:`forebay.ipc.wakeup_latency`), for as
-  long as requests come at once. That spares the client's wake-up too. It concerns all cores of the machine, so it is
-  for small ones, and for servers that may ask.
+  long as requests come at once. That spares the client's wake-up too, and nobody needs to share a core any more. It
+  concerns all cores of the machine, so it is for small ones, and for servers that may ask.
 
 Whether they pay differs between machines. They are tried out, each for some hundred requests, and compared with sleep.
 
@@ -22,15 +22,18 @@ import asyncio
 import enum
 import os
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from forebay.ipc.errors import Unavailable
 from forebay.ipc.log import log
 from forebay.ipc.wakeup_latency import WakeupLatency
 
-#: How long the frontend stays awake for a request, ns.
+#: How long the frontend, or all cores, stay awake for a request, ns.
 _PATIENCE_NS = 200_000
-#: A request that came within that time counts for it, up to so many, ...
+#: One that finds cores asleep, the client's too, may take longer and would come within that time, ns.
+_PATIENCE_ASLEEP_NS = 500_000
+#: A request that came within its time counts for staying awake, up to so many, ...
 _SCORE_MAX = 64
 #: ... from so many on the frontend stays awake, ...
 _SCORE_ENOUGH = 32
@@ -40,8 +43,10 @@ _MISS_COST = 8
 _TRIAL = 256
 #: How many of them must have been waited for in that way.
 _TRIAL_AWAKE = 224
-#: Requests until the next trial: sooner where it spoke for sleep, since CPU times over so few requests vary.
+#: Requests until the next trial: sooner where it spoke for sleep, since CPU times over so few requests vary ...
 _UNTIL_TRIAL, _UNTIL_TRIAL_ASLEEP = 16384, 2048
+#: ... and else twice as many each time that it says the same, up to a limit: while cores sleep, requests are slower.
+_UNTIL_TRIAL_MAX = 1 << 18
 #: What looking may cost at most, beside sleeping: the client saves a fifth of its latency.
 _LOOK_COST_MAX = 1.25
 #: Cores are kept awake where all of them together are awake no longer for a request than so many would be at work for
@@ -49,6 +54,10 @@ _LOOK_COST_MAX = 1.25
 _CORES_AT_WORK = 2
 #: Seconds without requests until cores may sleep again.
 _LULL_SECS = 0.01
+
+
+def _ignore(_are_awake: bool) -> None:
+    pass
 
 
 class _Way(enum.Enum):
@@ -74,6 +83,8 @@ class WakefulWait:
         #: Keeps cores awake; None: it must not.
         self._latency: WakeupLatency | None = None
         self._core_count = 0
+        #: Called with whether cores are kept awake, whenever that changes.
+        self.on_change: Callable[[bool], None] = _ignore
         #: Cores have been needed since the last look at whether they may sleep.
         self._are_cores_needed = False
         #: The loop will look whether they may.
@@ -86,6 +97,9 @@ class WakefulWait:
         self._is_looking = False
         #: How reliably requests have come in time.
         self._score = 0
+        #: What the last trial spoke for, and for how many requests that counts.
+        self._verdict: _Way | None = None
+        self._until_trial = 0
         self._begin_trial()
 
     def allow_awake_cores(self, latency: WakeupLatency, core_count: int) -> None:
@@ -118,7 +132,8 @@ class WakefulWait:
         """A request has come."""
         if not self._since_ns:
             return
-        if time.monotonic_ns() - self._since_ns < _PATIENCE_NS:
+        patience_ns = _PATIENCE_NS if self._way is _Way.KEEP_CORES_AWAKE else _PATIENCE_ASLEEP_NS
+        if time.monotonic_ns() - self._since_ns < patience_ns:
             self._score = min(self._score + 1, _SCORE_MAX)
         else:
             self._score = max(self._score - _MISS_COST, 0)
@@ -128,9 +143,12 @@ class WakefulWait:
             self._next_phase()
 
     def break_off(self) -> None:
-        """The client is not alone any more, or has no core with us: what was measured says nothing."""
+        """The client is not alone any more, or is so only now: a trial that is under way says nothing."""
         self._since_ns = self._until_ns = 0
-        self._begin_trial()
+        if self._way in self._tried:
+            self._let_cores_sleep()
+        else:
+            self._begin_trial()
 
     def _look(self) -> None:
         # Whatever the event loop finds between two looks, it does.
@@ -146,8 +164,9 @@ class WakefulWait:
         except Unavailable as error:
             log.verbose(1, error.text)
             self._latency = None
-            self.break_off()
+            self._begin_trial()
             return
+        self.on_change(True)
         if not self._is_release_due:
             self._is_release_due = True
             self._loop.call_later(_LULL_SECS, self._release_unless_needed, latency)
@@ -158,7 +177,18 @@ class WakefulWait:
             self._loop.call_later(_LULL_SECS, self._release_unless_needed, latency)
         else:
             self._is_release_due = False
+            self._release(latency)
+
+    def _release(self, latency: WakeupLatency) -> None:
+        if latency.is_held:
             latency.release()
+            self.on_change(False)
+
+    def _let_cores_sleep(self) -> None:
+        """Do not wait for a lull."""
+        if self._latency is not None:
+            self._release(self._latency)
+            self._are_cores_needed = False
 
     # --- which way
 
@@ -167,9 +197,8 @@ class WakefulWait:
         self._to_try = [_Way.SLEEP, _Way.LOOK]
         if self._latency is not None:
             self._to_try.append(_Way.KEEP_CORES_AWAKE)
-            # At once: what sleep costs cannot be seen while nobody sleeps.
-            self._latency.release()
-            self._are_cores_needed = False
+        # What sleep costs cannot be seen while nobody sleeps.
+        self._let_cores_sleep()
         self._begin_phase(self._to_try.pop(0), _TRIAL)
 
     def _begin_phase(self, way: _Way, requests: int) -> None:
@@ -182,21 +211,37 @@ class WakefulWait:
 
     def _next_phase(self) -> None:
         way = self._way
-        # It is time for another trial, or the client took its time in this one.
-        if way in self._tried or (way is not _Way.SLEEP and self._awake_count < _TRIAL_AWAKE):
+        if way in self._tried:
             self._begin_trial()
             return
-        cpu_ns, elapsed_ns = time.process_time_ns() - self._cpu_ns, time.monotonic_ns() - self._began_ns
-        self._tried[way] = _Cost(cpu_ns // _TRIAL, elapsed_ns // _TRIAL)
+        if way is _Way.SLEEP or self._awake_count >= _TRIAL_AWAKE:
+            cpu_ns, elapsed_ns = time.process_time_ns() - self._cpu_ns, time.monotonic_ns() - self._began_ns
+            self._tried[way] = _Cost(cpu_ns // _TRIAL, elapsed_ns // _TRIAL)
+        elif not self._to_try:
+            # The client took its time.
+            self._begin_trial()
+            return
         if self._to_try:
             self._begin_phase(self._to_try.pop(0), _TRIAL)
         else:
-            best = self._best()
-            self._begin_phase(best, _UNTIL_TRIAL_ASLEEP if best is _Way.SLEEP else _UNTIL_TRIAL)
+            self._begin_phase(self._judge(), self._until_trial)
+
+    def _judge(self) -> _Way:
+        """Return the way to go, until the next trial."""
+        best = self._best()
+        if best is _Way.SLEEP:
+            self._until_trial = _UNTIL_TRIAL_ASLEEP
+        elif best is self._verdict:
+            self._until_trial = min(2 * self._until_trial, _UNTIL_TRIAL_MAX)
+        else:
+            self._until_trial = _UNTIL_TRIAL
+        self._verdict = best
+        return best
 
     def _best(self) -> _Way:
         tried = self._tried
         sleeping = tried[_Way.SLEEP]
+        looking = tried.get(_Way.LOOK)
         keeping = tried.get(_Way.KEEP_CORES_AWAKE)
         if (
             keeping is not None
@@ -204,4 +249,6 @@ class WakefulWait:
             and keeping.elapsed_ns * self._core_count <= sleeping.elapsed_ns * _CORES_AT_WORK
         ):
             return _Way.KEEP_CORES_AWAKE
-        return _Way.LOOK if tried[_Way.LOOK].cpu_ns <= sleeping.cpu_ns * _LOOK_COST_MAX else _Way.SLEEP
+        if looking is not None and looking.cpu_ns <= sleeping.cpu_ns * _LOOK_COST_MAX:
+            return _Way.LOOK
+        return _Way.SLEEP

@@ -42,6 +42,7 @@ class Wait:
 
     def __init__(self) -> None:
         self.begun = self.ended = 0
+        self.on_change: Callable[[bool], None] = lambda _are_awake: None
 
     def begin(self, _now_ns: int) -> None:
         self.begun += 1
@@ -301,5 +302,59 @@ def test_nothing_is_shared_that_is_not_allowed(play: Play) -> None:
         scene.ask(scene.first, 1000)
         assert scene.shared is None
         assert scene.first.places == []
+
+    play(scenario)
+
+
+def test_nobody_shares_a_core_while_all_are_awake(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        core = scene.shared
+        assert core is not None
+        scene.wait.on_change(True)
+        assert scene.shared is None
+        scene.ask(scene.first, 3000)
+        scene.ask(scene.second, 300)
+        assert scene.shared is None
+        assert scene.first.places == [core + 1, 0]
+        assert not scene.second.places
+        assert scene.wait.begun == scene.wait.ended > 3000
+
+    play(scenario)
+
+
+def test_core_is_shared_again_when_cores_may_sleep(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        scene.wait.on_change(True)
+        scene.wait.on_change(False)
+        core = scene.shared
+        assert core is not None
+        assert scene.first.places[-1] == core + 1
+
+    play(scenario)
+
+
+def test_company_ends_it_while_all_cores_are_awake(play: Play) -> None:
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        scene.wait.on_change(True)
+        scene.begin(scene.first, 2)
+        scene.wait.on_change(False)
+        assert scene.shared is None
+        assert scene.first.places[-1] == 0
+
+    play(scenario)
+
+
+def test_what_is_usual_is_not_learned_while_all_cores_are_awake(play: Play) -> None:
+    """Else requests would seem slow as soon as cores sleep again."""
+
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        usual_ns = scene.first.pace.usual_ns
+        scene.wait.on_change(True)
+        scene.ask(scene.first, 1000, QUICK_NS // 10)
+        assert scene.first.pace.usual_ns == usual_ns
 
     play(scenario)

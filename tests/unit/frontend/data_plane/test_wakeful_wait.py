@@ -16,6 +16,8 @@ ASLEEP_NS = 100_000
 AWAKE_CORES_GAP_NS = 20_000
 #: A request comes so long after the answer before it, and its answer so long after it.
 QUICK_NS, LATE_NS = 50_000, 1_000_000
+#: Too late for who looks, but not if cores had to wake up.
+SLEEPY_NS = 300_000
 
 
 class FakeLatency:
@@ -43,9 +45,11 @@ class Scene:
         self.awake_ns = awake_ns
         self.is_awake = False
         self.looks = 0
+        self.awake_gap_ns = AWAKE_CORES_GAP_NS
         self._soon: list[Callable[[], None]] = []
         self._later: list[tuple[float, Callable[[Any], None], Any]] = []
         self.latency: Any = None
+        self.changes: list[bool] = []
         monkeypatch.setattr(wakeful_wait.time, "monotonic_ns", lambda: self.now_ns)
         monkeypatch.setattr(wakeful_wait.time, "process_time_ns", lambda: self.cpu_ns)
         monkeypatch.setattr(wakeful_wait.os, "sched_yield", self._note_look)
@@ -60,6 +64,7 @@ class Scene:
 
     def keep_cores_awake(self, core_count: int, *, is_allowed: bool = True) -> None:
         self.latency = FakeLatency(is_allowed=is_allowed)
+        self.wait.on_change = self.changes.append
         self.wait.allow_awake_cores(self.latency, core_count)
 
     def _note_look(self) -> None:
@@ -86,7 +91,7 @@ class Scene:
             self.is_awake = self.looks > looks
             are_cores_awake = self.latency is not None and self.latency.is_held and not self.is_awake
             self.cpu_ns += self.awake_ns if self.is_awake else ASLEEP_NS
-            self.now_ns += min(gap_ns, AWAKE_CORES_GAP_NS) if are_cores_awake else gap_ns
+            self.now_ns += min(gap_ns, self.awake_gap_ns) if are_cores_awake else gap_ns
             self.turn()
             self.wait.end()
             self.turn()
@@ -164,9 +169,10 @@ def test_client_that_leaves_is_not_waited_for_long(monkeypatch: pytest.MonkeyPat
     assert scene.looks == looks
 
 
-def test_company_ends_the_wait_and_everything_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_company_ends_the_wait_and_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
-    scene.ask(600)
+    scene.ask(300)
+    assert scene.is_awake
     scene.wait.begin(scene.now_ns)
     scene.wait.break_off()
     looks = scene.looks
@@ -177,6 +183,69 @@ def test_company_ends_the_wait_and_everything_is_tried_anew(monkeypatch: pytest.
     assert not scene.is_awake
     scene.ask(100)
     assert scene.is_awake
+
+
+def test_what_a_trial_has_found_outlives_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(3 * 256 + 10)
+    for _ in range(3):
+        assert scene.latency.is_held
+        scene.wait.break_off()
+        assert not scene.latency.is_held
+        scene.ask(1)
+
+
+def test_trials_become_rare_while_they_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    for requests in (16384, 32768, 65536):
+        scene.ask(3 * 256 + requests - 1)
+        assert scene.latency.is_held
+        scene.ask(1)
+        assert not scene.latency.is_held
+
+
+def test_slow_wake_ups_do_not_speak_against_awake_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(3 * 256 + 1, SLEEPY_NS)
+    assert scene.latency.is_held
+
+
+def test_client_that_is_slow_even_so_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(3 * 256 + 1)
+    assert scene.latency.is_held
+    scene.awake_gap_ns = SLEEPY_NS
+    scene.ask(100, SLEEPY_NS)
+    scene.now_ns += 10**8
+    scene.turn()
+    scene.turn()
+    assert not scene.latency.is_held
+
+
+def test_client_that_cannot_be_looked_for_may_have_awake_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(256)
+    scene.ask(100, LATE_NS)
+    scene.ask(156)
+    assert not scene.latency.is_held
+    scene.ask(256)
+    assert scene.latency.is_held
+    scene.ask(10)
+    assert scene.latency.is_held
+
+
+def test_who_shares_a_core_is_told_whether_cores_are_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(3 * 256 - 1)
+    assert scene.changes == [True]
+    scene.wait.break_off()
+    assert scene.changes == [True, False]
 
 
 @pytest.mark.parametrize(("core_count", "is_chosen"), [(2, True), (4, True), (6, False)])
