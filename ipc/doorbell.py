@@ -37,30 +37,30 @@ class Bell:
     Somebody has to flush it then: who reads may have read everything else before, and sleep.
     """
 
-    __slots__ = ("_backlog", "_sock")
+    __slots__ = ("_sock", "backlog", "fileno")
 
     def __init__(self, sock: socket.socket) -> None:
         """Take ownership of ``sock``."""
         sock.setblocking(False)
         self._sock = sock
-        self._backlog: deque[bytes] = deque()
+        #: What waits, in order; the same object for life.
+        self.backlog: deque[bytes] = deque()
+        #: Returns the descriptor. The socket's own method: workers ask for it with every batch.
+        self.fileno = sock.fileno
 
     @property
     def backlog_count(self) -> int:
-        return len(self._backlog)
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
+        return len(self.backlog)
 
     def ring(self, message: bytes) -> bool:
         """Send one message; False if the receiver is gone for good."""
-        if self._backlog:
-            self._backlog.append(message)
+        if self.backlog:
+            self.backlog.append(message)
             return self.flush()
         try:
             self._sock.send(message)
         except BlockingIOError:
-            self._backlog.append(message)
+            self.backlog.append(message)
             self._lag()
         except OSError:
             return False
@@ -71,7 +71,7 @@ class Bell:
 
     def flush(self) -> bool:
         """Send what waits, as far as the kernel takes it; False if the receiver is gone for good."""
-        backlog = self._backlog
+        backlog = self.backlog
         try:
             while backlog:
                 self._sock.send(backlog[0])
@@ -124,7 +124,7 @@ class LoopBell(Bell):
 
     def _try_again(self) -> None:
         self.flush()
-        if self._backlog:
+        if self.backlog:
             self._lag()
 
 
@@ -152,23 +152,23 @@ class ClientBell(Bell):
         return not self._is_cut_off and super().ring(message) and self._is_read()
 
     def flush(self) -> bool:
-        waiting = len(self._backlog)
+        waiting = len(self.backlog)
         if self._is_cut_off or not super().flush():
             return False
-        if len(self._backlog) < waiting:
+        if len(self.backlog) < waiting:
             self._full_since_s = 0.0
         return self._is_read()
 
     def _is_read(self) -> bool:
-        if not self._backlog:
+        if not self.backlog:
             self._full_since_s = 0.0
             return True
         now_s = time.monotonic()
         self._full_since_s = self._full_since_s or now_s
-        if len(self._backlog) <= CLIENT_BACKLOG_MAX and now_s - self._full_since_s <= CLIENT_PATIENCE_S:
+        if len(self.backlog) <= CLIENT_BACKLOG_MAX and now_s - self._full_since_s <= CLIENT_PATIENCE_S:
             return True
         self._is_cut_off = True
-        self._backlog.clear()
+        self.backlog.clear()
         with contextlib.suppress(OSError):
             # Every sender has a duplicate of this one socket: the client reads what is there, then end of file.
             self._sock.shutdown(socket.SHUT_WR)

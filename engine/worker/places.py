@@ -23,18 +23,13 @@ class GuardedBell:
     A message alone needs no lock, being sent as a whole.
     """
 
-    __slots__ = ("_bell", "_lock")
+    __slots__ = ("_bell", "_lock", "backlog", "fileno")
 
     def __init__(self, bell: Bell, lock: threading.Lock) -> None:
         self._bell = bell
         self._lock = lock
-
-    @property
-    def backlog_count(self) -> int:
-        return self._bell.backlog_count
-
-    def fileno(self) -> int:
-        return self._bell.fileno()
+        self.backlog = bell.backlog
+        self.fileno = bell.fileno
 
     def ring(self, message: bytes) -> bool:
         with self._lock:
@@ -127,7 +122,10 @@ class Producers:
         return GuardedBell(self.get(producer).bell, self.lock)
 
     def has_backlog(self) -> bool:
-        return any(producer.bell.backlog_count for producer in self._by_id.values())
+        for producer in self._by_id.values():  # noqa: SIM110 - any() costs twice as much, once per batch
+            if producer.bell.backlog:
+                return True
+        return False
 
     def lagging(self) -> set[int]:
         """Return to whom something could not be sent yet."""

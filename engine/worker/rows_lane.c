@@ -132,7 +132,7 @@ static void count(volatile uint64_t *words, const struct run *run, const struct 
 /* Send a message, or have the Bell keep it behind what waits already. Returns -1 with an exception set. */
 static int ring(PyObject *bell, const void *message, size_t size)
 {
-    PyObject *waiting = PyObject_GetAttrString(bell, "backlog_count");
+    PyObject *waiting = PyObject_GetAttrString(bell, "backlog");
     if (waiting == NULL)
         return -1;
     int is_free = PyObject_Not(waiting);

@@ -102,8 +102,8 @@ class Completions:
                 finally:
                     self._reader.release()
                     self._wake_follower()
-            else:
-                self._follow(pending, deadline_ns)
+                break
+            self._follow(pending, deadline_ns)
         if pending.is_abandoned:
             # We may have been woken to read on; those that wait behind us must not sleep for ever.
             self._wake_follower()

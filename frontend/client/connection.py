@@ -259,15 +259,16 @@ class Connection:
 
     def _make_way(self, model: Opened, requests: int = 1) -> None:
         """Wait until so many more requests may be in flight, and see what has come in the meantime."""
+        in_flight = self._in_flight
         if model.ensemble is not None:
             # Nobody but the door tells that an ensemble was loaded anew.
             self._look_at_door()
             self.completions.read_nowait()
-        elif not self.in_flight and not model.grants and model.rings:
+        elif not model.grants and not in_flight.count and model.rings:
             # A grant follows the answer that earned it. Going to the scheduler without having seen it would end it.
             # Whoever has several in flight has not earned one.
             self.completions.read_nowait()
-        while self.in_flight + requests > self.in_flight_max:
+        while in_flight.count + requests > in_flight.count_max:
             self.completions.wait_any()
         self._submit_count += 1
         if not self._submit_count & _LOOK_MASK:

@@ -34,11 +34,11 @@ class RequestCounts:
 
     def ended(self, enqueue_ns: int, error: ServingError | None, *, ran: bool) -> None:
         """Count a request that was handed over at ``enqueue_ns``; ``ran``: a worker had it."""
-        elapsed_ns = max(time.monotonic_ns() - enqueue_ns, 0)
+        elapsed_ns = time.monotonic_ns() - enqueue_ns
         if error is None:
             count_answered(self._requests, 1, elapsed_ns)
         else:
-            count_failure(self._requests, error, 1, elapsed_ns, ran=ran)
+            count_failure(self._requests, error, 1, max(elapsed_ns, 0), ran=ran)
 
     def passed(self, byte_size: int) -> None:
         """Count an output that whoever asked for it got on the GPU."""

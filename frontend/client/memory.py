@@ -42,7 +42,8 @@ class Memory:
         Raises:
             ArenaFull: there are none, and no room for another slab.
         """
-        self._take_returns()
+        if self._rows_returns or self._block_returns:
+            self._take_returns()
         for slab in reversed(model.slabs):
             first = slab.loan(rows)
             if first >= 0:

@@ -128,7 +128,8 @@ def _as_response(nested: NestedResponse) -> InferenceResponse:
     if nested.error is not None:
         return InferenceResponse(error=TritonError(nested.error.text, int(nested.error.code)))
     response = InferenceResponse(nested.outputs)
-    response.parameters().update(nested.parameters)
+    if nested.parameters:
+        response.parameters().update(nested.parameters)
     return response
 
 

@@ -132,13 +132,12 @@ class InferenceRequest:
         trace: InferenceTrace | None = None,
         parameters: Mapping[str, ParameterValue] | None = None,
     ) -> None:
-        where = f"for request with id '{request_id}' and model name '{model_name}'"
         for tensor in inputs or ():
             if tensor is None:  # pyright: ignore[reportUnnecessaryComparison]  # models are not type-checked
-                raise TritonModelException(f"Input tensor {where} should not be empty.")
+                raise _empty("Input tensor", request_id, model_name)
         for name in requested_output_names or ():
             if not name:
-                raise TritonModelException(f"Requested output name {where} should not be empty.")
+                raise _empty("Requested output name", request_id, model_name)
         if not isinstance(correlation_id, int | str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TritonModelException("Correlation ID must be integer or string")
         self._request_id = request_id
@@ -356,6 +355,12 @@ class InferenceRequest:
             output_device=ANYWHERE if self._preferred_memory is None else self._preferred_memory.device_id,
             made_for=executing.get(),
         )
+
+
+def _empty(what: str, request_id: str, model_name: str) -> TritonModelException:
+    return TritonModelException(
+        f"{what} for request with id '{request_id}' and model name '{model_name}' should not be empty."
+    )
 
 
 def _input(recipient: Recipient, parcel: ParcelRequest, place: TensorPlace) -> Tensor:

@@ -69,7 +69,7 @@ class InferenceResponse:
                 raise TritonModelException("Output tensor for inference response should not be empty.")
             if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TritonModelException(f"output_tensors must hold Tensor objects, found type {type(tensor)}")
-        if not isinstance(error, TritonError | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if error is not None and not isinstance(error, TritonError):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"the error of an InferenceResponse must be a TritonError, found type {type(error)}")
         self._error = error
         self._parameters = check_parameters(parameters)

@@ -20,9 +20,8 @@ from forebay.client.options import Options
 from forebay.client.placement import BlockPlacement
 from forebay.engine.backends.python_model.device_calls import OutputsOnGpu, device_call, gpu_of_outputs
 from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest
-from forebay.engine.backends.python_model.gpus import Gpu
 from forebay.engine.backends.python_model.shm_calls import BlockCall, Link, RowsCall
-from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.engine.backends.python_model.tensor import Facts
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError, Unavailable, Unsupported, from_wire
 from forebay.ipc.frontend_messages import Command, CommandReply, ControlToFrontend
@@ -33,9 +32,6 @@ _START, _END = 1, 2
 
 #: Forms of requests that are known to fit their model; at the limit all are forgotten.
 _CHECKED_MAX = 256
-
-#: Name, datatype, shape, and bytes (0 for BYTES) of an input.
-_Facts = tuple[str, str, tuple[int, ...], int]
 
 #: Seconds that a model control call may take; a load may have to read gigabytes.
 _CONTROL_SECS_MAX = 3600.0
@@ -50,7 +46,7 @@ class ShmEngineAccess:
         self._link: Link | None = None
         self._requests = itertools.count(1)
         #: Rows of forms of requests that are known to fit their model.
-        self._checked: dict[tuple[int, tuple[_Facts, ...], tuple[str, ...]], int] = {}
+        self._checked: dict[tuple[int, tuple[Facts, ...], tuple[str, ...]], int] = {}
 
     @property
     def connection(self) -> Connection | None:
@@ -69,9 +65,10 @@ class ShmEngineAccess:
     def infer(self, request: NestedRequest) -> NestedCall:
         link = self._connect()
         connection = link.connection
+        uses_gpu = request.uses_gpu
         try:
             model = connection.open_model(request.model, _wanted_version(request))
-            if request.uses_gpu:
+            if uses_gpu:
                 connection.look_for(model)
         except ServingError:
             # Triton's words for whatever is wrong with the model (spec P-093).
@@ -85,21 +82,7 @@ class ShmEngineAccess:
             )
         rows = self._checked_rows(model, request)
         trace = None if request.trace is None else request.trace.step(model.name, model.version, request.id)
-        output_gpu = gpu_of_outputs(model, request) if request.uses_gpu else None
-        call = self._call(link, model, rows, request, trace, output_gpu)
-        return call if output_gpu is None else OutputsOnGpu(call, link, output_gpu)
-
-    @staticmethod
-    def _call(
-        link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None, output_gpu: Gpu | None
-    ) -> NestedCall:
-        if request.uses_gpu:
-            call = device_call(link, model, rows, request, _options(request, trace), output_gpu)
-            if call is not None:
-                return call
-        if _lives_in_rows(model, request):
-            return RowsCall(link, model, rows, request, trace)
-        return BlockCall(link, BlockPlacement(link.connection, model), request, _options(request, trace))
+        return (_gpu_call if uses_gpu else _host_call)(link, model, rows, request, trace)
 
     def _checked_rows(self, model: Opened, request: NestedRequest) -> int:
         """Return the rows of a request that fits its model; each form of requests is checked once.
@@ -107,7 +90,7 @@ class ShmEngineAccess:
         Raises:
             InvalidArgument: it does not; Triton's text.
         """
-        facts = tuple(_facts(tensor) for tensor in request.inputs)
+        facts = tuple([tensor.facts for tensor in request.inputs])
         key = (model.route, facts, request.outputs)
         rows = self._checked.get(key)
         if rows is None:
@@ -167,6 +150,22 @@ class ShmEngineAccess:
             context.term()
 
 
+def _gpu_call(link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None) -> NestedCall:
+    """Submit a request that has tensors in the memory of a GPU, or wants some there."""
+    output_gpu = gpu_of_outputs(model, request)
+    call = device_call(link, model, rows, request, _options(request, trace), output_gpu)
+    if call is None:
+        call = _host_call(link, model, rows, request, trace)
+    return call if output_gpu is None else OutputsOnGpu(call, link, output_gpu)
+
+
+def _host_call(link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None) -> NestedCall:
+    """Submit a request with all tensors in host memory."""
+    if _lives_in_rows(model, request):
+        return RowsCall(link, model, rows, request, trace)
+    return BlockCall(link, BlockPlacement(link.connection, model), request, _options(request, trace))
+
+
 def _options(request: NestedRequest, trace: Trace | None) -> Options:
     return Options(
         request_id=request.id,
@@ -199,11 +198,6 @@ def _check_names(request: NestedRequest) -> None:
         if tensor.name() in seen:
             raise InvalidArgument(f"{id_prefix(request.id)}input '{tensor.name()}' already exists in request")
         seen.add(tensor.name())
-
-
-def _facts(tensor: Tensor) -> _Facts:
-    datatype, array = tensor.datatype, tensor.device or tensor.data
-    return tensor.name(), datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes
 
 
 def _lives_in_rows(model: Opened, request: NestedRequest) -> bool:

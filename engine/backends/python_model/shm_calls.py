@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from forebay.client import shm
 from forebay.client.errors import EngineGone
@@ -80,9 +80,10 @@ class Call:
         self._pending = pending
 
     def wait(self) -> None:
-        # What ends the connection ends the request, too: with that error.
-        with contextlib.suppress(EngineGone):
+        try:
             self._link.connection.completions.wait(self._pending)
+        except EngineGone:
+            pass  # What ends the connection ends the request, too: with that error.
 
     def notify(self, on_news: Callable[[], None]) -> None:
         self._link.watch(self._pending, on_news)
@@ -108,7 +109,7 @@ class Call:
 class RowsCall(Call):
     """One whose tensors live in slab rows: it has one answer."""
 
-    __slots__ = ("_lease", "_outputs")
+    __slots__ = ("_outputs",)
 
     def __init__(self, link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None) -> None:
         """Copy the inputs, which fit the model, into rows and hand them over.
@@ -117,9 +118,7 @@ class RowsCall(Call):
             ServingError: there is no room, or no server any more.
         """
         connection = link.connection
-        lease = self._lease = connection.loan_rows(model, rows)
-        #: Those wanted; empty: all.
-        self._outputs = request.outputs
+        lease = connection.loan_rows(model, rows)
         inputs, _outputs = model.slab_arrays(connection.view, lease.slab)
         chosen = _chosen(model, lease)
         for tensor in request.inputs:
@@ -131,6 +130,19 @@ class RowsCall(Call):
         pending.trace = trace
         connection.submit(pending)
         super().__init__(link, pending)
+        # While the other model runs: this one would wait for it anyway.
+        self._outputs = self._tensors(model, lease, rows, request.outputs)
+
+    def _tensors(self, model: Opened, lease: RowsLease, rows: int, wanted: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return the outputs that are wanted (none: all), where the other model will write them."""
+        view, max_batch_size = self._link.connection.view, model.signature.max_batch_size
+        tensors: list[Tensor] = []
+        for spec, offset in output_places(model, lease):
+            if not wanted or spec.name in wanted:
+                shape = full_shape(spec, rows, max_batch_size)
+                array = leased_array(view, offset, spec.datatype, shape, lease)
+                tensors.append(Tensor.of_datatype(spec.name, spec.datatype, array))
+        return tuple(tensors)
 
     def take(self) -> list[NestedResponse]:
         pending = self._pending
@@ -138,15 +150,7 @@ class RowsCall(Call):
             return []
         if pending.error is not None:
             return [self._failed(pending.error)]
-        model, wanted = pending.model, self._outputs
-        view, max_batch_size = self._link.connection.view, model.signature.max_batch_size
-        tensors: list[Tensor] = []
-        for spec, offset in output_places(model, self._lease):
-            if not wanted or spec.name in wanted:
-                shape = full_shape(spec, pending.rows, max_batch_size)
-                array = leased_array(view, offset, spec.datatype, shape, self._lease)
-                tensors.append(Tensor.of_datatype(spec.name, spec.datatype, array))
-        return [NestedResponse(tuple(tensors), pending.parameters, None, True, True)]
+        return [NestedResponse(self._outputs, pending.parameters, None, True, True)]
 
 
 def _chosen(model: Opened, lease: RowsLease) -> slice | int:

@@ -15,6 +15,9 @@ from forebay.engine.devices.device_array import DeviceArray
 from forebay.ipc.errors import InvalidArgument, ServingError
 from forebay.ipc.tensor import DATATYPES, datatype_of
 
+#: See :attr:`Tensor.facts`.
+Facts = tuple[str, str, tuple[int, ...], int]
+
 
 class Tensor:
     """A tensor as a model sees it. Inputs are views of the request's memory: treat them as read-only."""
@@ -174,6 +177,12 @@ class Tensor:
         return Tensor.on_gpu(name, datatype, DeviceArray(array.ctypes.data, array.shape, array.dtype, array), gpu)
 
     # --- for the backend ---
+
+    @property
+    def facts(self) -> Facts:
+        """Name, datatype, shape and bytes, of which BYTES have 0."""
+        datatype, array = self._datatype, self._device or self.data
+        return self._name, datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes
 
     @property
     def datatype(self) -> str:

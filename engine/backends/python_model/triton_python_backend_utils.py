@@ -99,7 +99,10 @@ def get_output_tensor_by_name(inference_response: InferenceResponse, name: str) 
     error = inference_response.error()
     if error is not None:
         raise TritonModelException(error.message())
-    return next((tensor for tensor in inference_response.output_tensors() if tensor.name() == name), None)
+    for tensor in inference_response.output_tensors():
+        if tensor.name() == name:
+            return tensor
+    return None
 
 
 def empty(inference_request: InferenceRequest, shape: Sequence[int], dtype: Any) -> Array:
