@@ -39,12 +39,12 @@ def channel(server: ForebayServer) -> Iterator[grpc.Channel]:
 
 
 class Watcher:
-    """One watch, with the states that it was told in a queue."""
+    """One watch, with the states that it was told in a queue; None: it has ended."""
 
     def __init__(self, channel: grpc.Channel, service: bytes = b"", **options: Any) -> None:
         message = b"\x0a" + bytes((len(service),)) + service if service else b""
         self.call: Any = channel.unary_stream(WATCH)(message, **options)
-        self._states: queue.Queue[int] = queue.Queue()
+        self._states: queue.Queue[int | None] = queue.Queue()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -53,9 +53,9 @@ class Watcher:
             for reply in self.call:
                 self._states.put(reply[1])
         except grpc.RpcError:
-            pass
+            self._states.put(None)
 
-    def take(self) -> int:
+    def take(self) -> int | None:
         return self._states.get(timeout=PATIENCE_S)
 
     def wait_end(self) -> grpc.StatusCode:
@@ -103,4 +103,9 @@ def test_watches_end_with_their_frontend_and_begin_anew(server: ForebayServer, c
     assert watcher.take() == SERVING
     os.kill(server.pid_of("grpc"), signal.SIGKILL)
     assert watcher.wait_end() is grpc.StatusCode.UNAVAILABLE
-    assert Watcher(channel, wait_for_ready=True).take() == SERVING
+
+    def is_serving() -> bool:
+        # A call may be sent on the connection that is gone, before its channel notices: it is not waited for then.
+        return Watcher(channel, wait_for_ready=True).take() == SERVING
+
+    server.wait_for(is_serving, "the successor to serve")

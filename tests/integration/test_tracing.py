@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from forebay_server import ForebayServer, wait_until
+from forebay_server import PATIENCE_S, ForebayServer, wait_until
 from http_models import write_identity
 
 CORE_EVENTS = {
@@ -169,12 +170,26 @@ def _tell_context(base: str, headers: dict[str, str]) -> str:
         return str(json.loads(reply.read())["outputs"][0]["data"][0])
 
 
+def _items(path: Path) -> list[dict[str, Any]]:
+    """Return what is in a file that may just be being written."""
+    end_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            items: list[dict[str, Any]] = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.01)
+        else:
+            return items
+
+
 def _traces(path: Path) -> dict[int, dict[str, Any]]:
     """Return by id: the start object, the names of events, the tensors; of a file that nothing was written to: none."""
     found: dict[int, dict[str, Any]] = {}
     if not path.exists():
         return found
-    for item in json.loads(path.read_text()):
+    for item in _items(path):
         trace = found.setdefault(item["id"], {"events": [], "tensors": []})
         if "timestamps" in item:
             trace["events"] += [(stamp["name"], stamp["ns"]) for stamp in item["timestamps"]]
@@ -232,9 +247,10 @@ class TestFile:
         def ours() -> list[dict[str, Any]]:
             return [t for t in _traces(path).values() if t.get("start", {}).get("request_id") == "over grpc"]
 
-        wait_until(lambda: len(ours()) == 3, "the traces")
-        for trace in ours():
-            assert {name for name, _ns in trace["events"]} == CORE_EVENTS | GRPC_EVENTS
+        def names() -> list[set[str]]:
+            return [{name for name, _ns in trace["events"]} for trace in ours()]
+
+        wait_until(lambda: names() == [CORE_EVENTS | GRPC_EVENTS] * 3, "the traces")
 
     def test_steps_of_an_ensemble_have_traces_of_their_own(self, traced: tuple[ForebayServer, str, Path]) -> None:
         """O-008: children with a parent_id."""
