@@ -146,6 +146,8 @@ class WakefulWait:
         """The client is not alone any more, or is so only now: a trial that is under way says nothing."""
         self._since_ns = self._until_ns = 0
         if self._way in self._tried:
+            # Whoever comes next may be another client.
+            self._left = min(self._left, _UNTIL_TRIAL)
             self._let_cores_sleep()
         else:
             self._begin_trial()

@@ -206,6 +206,18 @@ def test_trials_become_rare_while_they_find_the_same(monkeypatch: pytest.MonkeyP
         assert not scene.latency.is_held
 
 
+def test_after_company_the_next_trial_is_not_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
+    scene.keep_cores_awake(2)
+    scene.ask(3 * 256 + 16384 + 3 * 256 + 10)
+    assert scene.latency.is_held
+    scene.wait.break_off()
+    scene.ask(16383)
+    assert scene.latency.is_held
+    scene.ask(1)
+    assert not scene.latency.is_held
+
+
 def test_slow_wake_ups_do_not_speak_against_awake_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(monkeypatch, awake_ns=ASLEEP_NS)
     scene.keep_cores_awake(2)
