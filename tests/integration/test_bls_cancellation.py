@@ -132,7 +132,10 @@ def server(repository: Path) -> Iterator[ForebayServer]:
 
 
 def printed(server: ForebayServer, line: str) -> None:
-    wait_until(lambda: f"{line}\n" in server.stdout, f"'{line}'")
+    try:
+        wait_until(lambda: f"{line}\n" in server.stdout, f"'{line}'")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; there is {server.stdout[-1000:]!r}") from None
 
 
 def ask_and_leave(server: ForebayServer, model: str, how: int, number: int) -> None:

@@ -458,11 +458,16 @@ def test_many_sequences_at_once_keep_their_sums(server: ForebayServer) -> None:
 
 def test_explain_tells_of_the_last_batches(server: ForebayServer, client: httpclient.InferenceServerClient) -> None:
     client.infer("dynamic", tensor(1.0))
-    status, body = server.get("/forebay/explain/dynamic")
-    assert status == 200
-    last = json.loads(body)["batches"][-1]
-    assert (last["rows"], last["segments"], last["reason"]) == (1, 1, "instance idle")
-    assert last["run_ns"] > 0
+
+    def last() -> dict[str, Any]:
+        status, body = server.get("/forebay/explain/dynamic")
+        assert status == 200
+        batch: dict[str, Any] = json.loads(body)["batches"][-1]
+        return batch
+
+    assert (last()["rows"], last()["segments"], last()["reason"]) == (1, 1, "instance idle")
+    # The client has its answer before the scheduler hears of the end.
+    server.wait_for(lambda: last()["run_ns"] > 0, "the batch to have run")
     assert server.get("/forebay/explain/nobody")[0] == 404
     command = [sys.executable, "-P", "-m", "forebay.engine.main", "explain", f"--http-port={server.http_port}"]
     printed = subprocess.run([*command, "dynamic:1"], capture_output=True, text=True, timeout=60, check=True).stdout
