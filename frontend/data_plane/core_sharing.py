@@ -14,8 +14,8 @@ While all cores are kept awake for the client (:mod:`forebay.frontend.data_plane
 interrupted, and each has a core of its own: median latency 0.6 to 0.8 of that on a shared core with all awake (same
 machine, Python models).
 
-As soon as two requests are in flight together everybody may run anywhere again, and also where requests become slower
-than is usual for their model: somebody else may need that core, and no kernel moves what is pinned.
+As soon as two requests are in flight together everybody may run anywhere again, and also where requests on a shared core
+become slower than is usual for their model: somebody else may need it, and no kernel moves what is pinned.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class CoreSharing:
         is_lone = self._is_lone
         if not is_lone or not pace.is_known:
             pace.note(elapsed_ns)
-        elif elapsed_ns > 2 * usual_ns + _GRACE_NS:
+        elif self._core >= 0 and elapsed_ns > 2 * usual_ns + _GRACE_NS:
             self._streak = max(self._streak - _SLOW_COST, 0)
             if not self._streak:
                 self._part()

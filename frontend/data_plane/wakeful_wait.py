@@ -100,6 +100,8 @@ class WakefulWait:
         #: What the last trial spoke for, and for how many requests that counts.
         self._verdict: _Way | None = None
         self._until_trial = 0
+        #: Requests until the next phase.
+        self._left = 0
         self._begin_trial()
 
     def allow_awake_cores(self, latency: WakeupLatency, core_count: int) -> None:
@@ -207,7 +209,6 @@ class WakefulWait:
         self._way = way
         #: Requests of this phase that were waited for in its way.
         self._awake_count = 0
-        #: Requests until the next phase.
         self._left = requests
         self._cpu_ns, self._began_ns = time.process_time_ns(), time.monotonic_ns()
 

@@ -347,6 +347,19 @@ def test_company_ends_it_while_all_cores_are_awake(play: Play) -> None:
     play(scenario)
 
 
+def test_requests_that_are_slow_while_all_cores_are_awake_end_nothing(play: Play) -> None:
+    """Nobody is pinned: it is not our doing."""
+
+    def scenario(scene: Scene) -> None:
+        scene.ask(scene.first, 300)
+        scene.wait.on_change(True)
+        scene.ask(scene.first, 100, SLOW_NS)
+        scene.wait.on_change(False)
+        assert scene.shared is not None
+
+    play(scenario)
+
+
 def test_what_is_usual_is_not_learned_while_all_cores_are_awake(play: Play) -> None:
     """Else requests would seem slow as soon as cores sleep again."""
 
