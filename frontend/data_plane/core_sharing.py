@@ -14,8 +14,8 @@ While all cores are kept awake for the client (:mod:`forebay.frontend.data_plane
 interrupted, and each has a core of its own: median latency 0.6 to 0.8 of that on a shared core with all awake (same
 machine, Python models).
 
-As soon as two requests are in flight together everybody may run anywhere again, and also where requests on a shared core
-become slower than is usual for their model: somebody else may need it, and no kernel moves what is pinned.
+As soon as two requests are in flight together everybody may run anywhere again, and also where requests on a shared
+core become slower than is usual for their model: somebody else may need it, and no kernel moves what is pinned.
 """
 
 from __future__ import annotations
