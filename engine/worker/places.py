@@ -122,10 +122,7 @@ class Producers:
         return GuardedBell(self.get(producer).bell, self.lock)
 
     def has_backlog(self) -> bool:
-        for producer in self._by_id.values():  # noqa: SIM110 - any() costs twice as much, once per batch
-            if producer.bell.backlog:
-                return True
-        return False
+        return any(producer.bell.backlog for producer in self._by_id.values())
 
     def lagging(self) -> set[int]:
         """Return to whom something could not be sent yet."""

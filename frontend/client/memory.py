@@ -42,8 +42,7 @@ class Memory:
         Raises:
             ArenaFull: there are none, and no room for another slab.
         """
-        if self._rows_returns or self._block_returns:
-            self._take_returns()
+        self._take_returns()
         for slab in reversed(model.slabs):
             first = slab.loan(rows)
             if first >= 0:

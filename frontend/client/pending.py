@@ -55,10 +55,7 @@ class RowsLease(Rows):
     __slots__ = ("__weakref__", "_returns")
 
     def __init__(self, returns: RowsReturns, slab: Slab[Pending], first: int, rows: int) -> None:
-        # Rows.__init__, whose call would cost as much as this: one lease per request.
-        self.slab = slab
-        self.first = first
-        self.rows = rows
+        super().__init__(slab, first, rows)
         self._returns = returns
 
     def __del__(self) -> None:

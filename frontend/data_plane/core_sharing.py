@@ -11,8 +11,9 @@ so that it stays where we join it: median latency 0.63 and CPU time 0.55; with o
 on an idle machine, where the kernel moves the client to the core that we leave free, 0.95 and 0.91.
 
 While all cores are kept awake for the client (:mod:`forebay.frontend.data_plane.wakeful_wait`) nobody has to be
-interrupted, and each has a core of its own: median latency 0.6 to 0.8 of that on a shared core with all awake (same
-machine, Python models).
+interrupted, and each has a core of its own: median latency 0.66 to 0.87 of that on a shared core with all awake (same
+machine, four Python models, medians of 8 rounds of ``bench/load``: ``--share-cores=false`` against ``true``, both with
+``--cpu-wakeup-latency-us=0``).
 
 As soon as two requests are in flight together everybody may run anywhere again, and also where requests on a shared
 core become slower than is usual for their model: somebody else may need it, and no kernel moves what is pinned.
@@ -84,7 +85,7 @@ class CoreSharing:
         """Begin with everybody running anywhere; :meth:`allow` changes that.
 
         Args:
-            wait: told whenever a request is expected while a core is shared.
+            wait: told whenever a request of a lone client is expected; tells whether cores are kept awake for it.
         """
         self._producer = producer
         self._wait = wait
@@ -96,10 +97,10 @@ class CoreSharing:
         self._last: Grant | None = None
         #: A client is alone: with us it has a core that is shared, or all of them, kept awake.
         self._is_lone = False
+        #: Since when it is, monotonic ns.
+        self._lone_ns = 0
         #: The shared core; -1: none is.
         self._core = -1
-        #: Since when it is, monotonic ns.
-        self._shared_ns = 0
         #: Workers that have been told, by instance.
         self._guests: dict[int, Grant] = {}
         self._penance_ns = _PENANCE_NS
@@ -167,7 +168,7 @@ class CoreSharing:
         """A client has turned out to be alone."""
         self._is_lone = self._share(self._client_core())
         self._wait.break_off()
-        self._shared_ns = now_ns
+        self._lone_ns = now_ns
         self._follow_left = self._follow = _FOLLOW
 
     def _cores_changed(self, are_awake: bool) -> None:
@@ -180,14 +181,14 @@ class CoreSharing:
             self._share(self._client_core())
 
     def _follow_client(self, now_ns: int) -> None:
-        if now_ns - self._shared_ns > _PROBATION_NS:
+        if now_ns - self._lone_ns > _PROBATION_NS:
             self._penance_ns = _PENANCE_NS
-        core = self._core if self._core < 0 else self._client_core()
-        if core == self._core:
-            self._follow = _FOLLOW
-        else:
+        core = self._client_core()
+        if self._core >= 0 and core != self._core:
             self._share(core)
             self._follow = min(2 * self._follow, _FOLLOW_MAX)
+        else:
+            self._follow = _FOLLOW
         self._follow_left = self._follow
 
     def _share(self, core: int) -> bool:

@@ -11,7 +11,7 @@ core's way out of its sleep, and on a virtual machine both pay for it with CPU t
 
 Whether they pay differs between machines. They are tried out, each for some hundred requests, and compared with sleep.
 
-Measured on a virtual machine with two cores, one HTTP connection and a Python model, the core shared with the worker
+Measured on a virtual machine with two cores, one HTTP connection and a Python model, a core shared where cores sleep
 (medians of rounds of ``bench/load`` against a server with and one without; no file of ``bench/`` repeats it): looking
 has 0.79 of the median latency and 0.94 of the CPU time of sleep; awake cores have half of both that looking has.
 """

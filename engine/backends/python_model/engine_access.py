@@ -46,12 +46,7 @@ class NestedRequest(NamedTuple):
     @property
     def uses_gpu(self) -> bool:
         """Whether any tensor is, or shall be, in the memory of a GPU."""
-        if self.output_device >= 0:
-            return True
-        for tensor in self.inputs:  # noqa: SIM110 - any() costs more than all of a call's other checks
-            if tensor.device is not None:
-                return True
-        return False
+        return self.output_device >= 0 or any(tensor.device is not None for tensor in self.inputs)
 
 
 class NestedResponse(NamedTuple):
