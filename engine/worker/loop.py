@@ -280,6 +280,8 @@ class Worker:
             self._wait,
             self._placement,
             self._parcels.open_tokens,
+            self._lane,
+            self._fail_rung,
         )
         self._instance = instance
         # A model that waits for others hears of signals whichever of its threads has called them.
@@ -371,13 +373,21 @@ class Worker:
         try:
             return lane.run(message, size, tells_scheduler)
         except ServingError as error:
-            assert self._rows is not None
             whole = memoryview(message)[:size]
-            times = self._rows.failed(whole, self._clock[_SINCE], error)
-            self._clock[_SINCE] = 0
+            times = self._fail_in_lane(whole, error)
             if tells_scheduler and not whole[1] & FLAG_GRANTED:
                 self._tell_done(whole, times)
             return True
+
+    def _fail_in_lane(self, message: memoryview, error: ServingError) -> bytes:
+        """Answer what the lane has run and left unanswered; returns its TIMES, packed."""
+        assert self._rows is not None
+        times = self._rows.failed(message, self._clock[_SINCE], error)
+        self._clock[_SINCE] = 0
+        return times
+
+    def _fail_rung(self, message: memoryview, error: ServingError) -> None:
+        self._fail_in_lane(message, error)
 
     def _run_ring(self, kind: int, message: memoryview) -> None:
         if self._lane is not None and self._run_in_lane(self._lane, message, len(message), tells_scheduler=False):

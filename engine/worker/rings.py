@@ -13,12 +13,17 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from forebay.engine.worker.placement import Placement
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.wait_styles import Park
+from forebay.ipc.errors import ServingError
 from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, TOKEN, Kind
 from forebay.ipc.worker_messages import InstanceSpec
+
+if TYPE_CHECKING:
+    from forebay.engine.worker.rows_lane import RowsLane
 
 #: Messages that are run when a ring closes; a client is to have one under way.
 _DRAIN_MAX = 2
@@ -28,6 +33,8 @@ _ENQUEUE_AGE_NS = 1_000_000_000
 
 #: Runs one message from a ring: its kind and the whole of it.
 Execute = Callable[[int, memoryview], None]
+#: Answers a message that the lane has run and left unanswered.
+Fail = Callable[[memoryview, ServingError], None]
 
 
 class _Ring:
@@ -56,11 +63,14 @@ class Rings:
         wait: Park,
         placement: Placement,
         open_tokens: Callable[[int], list[int]],
+        lane: RowsLane | None = None,
+        fail: Fail | None = None,
     ) -> None:
         """Watch the doorbell, which stays the caller's.
 
         Args:
             open_tokens: returns which parcels of a producer have run and are still to be answered.
+            lane: waits instead of us, and runs what it knows; needs ``fail``.
         """
         self._wait = wait
         self._placement = placement
@@ -75,6 +85,10 @@ class Rings:
         self._open: dict[int, _Ring] = {}
         self._poll = select.poll()
         self._poll.register(self._doorbell_fd, select.POLLIN)
+        self._lane = lane
+        self._fail = fail
+        if lane is not None:
+            lane.listen(self._doorbell_fd, self._rows_max, wait.spin_ns)
         #: True while any ring is open: then wait with :meth:`wait_doorbell` before reading the doorbell.
         self.is_open = False
 
@@ -104,6 +118,7 @@ class Rings:
             ring.ticket = ticket
             self._open[ring.sock.fileno()] = ring
             self._poll.register(ring.sock.fileno(), select.POLLIN)
+            self._tell_lane(ring)
             self.is_open = True
 
     def close(self, producer: int, ticket: int, buffer: bytearray) -> None:
@@ -127,6 +142,8 @@ class Rings:
 
     def wait_doorbell(self, buffer: bytearray, timeout_ms: int | None) -> bool:
         """Wait, run what arrives on open rings, return True if the doorbell can be read."""
+        if self._lane is not None:
+            return self._wait_in_lane(self._lane, buffer, timeout_ms)
         is_ready = False
         for fd, _events in self._wait.poll(self._poll, timeout_ms):
             ring = self._open.get(fd)
@@ -135,6 +152,22 @@ class Rings:
             elif fd == self._doorbell_fd:
                 is_ready = True
         return is_ready
+
+    def _wait_in_lane(self, lane: RowsLane, buffer: bytearray, timeout_ms: int | None) -> bool:
+        assert self._fail is not None
+        try:
+            fd = lane.wait(buffer, -1 if timeout_ms is None else timeout_ms)
+        except ServingError as error:
+            self._fail(memoryview(buffer)[: lane.size], error)
+            return False
+        ring = self._open.get(fd)
+        if ring is not None:
+            self._handle(ring, buffer, lane.size)
+        return fd == self._doorbell_fd
+
+    def _tell_lane(self, ring: _Ring) -> None:
+        if self._lane is not None:
+            self._lane.watch(ring.sock.fileno(), ring.producer.id, ring.ticket, ring.place)
 
     def _send_revoke(self, ring: _Ring, ticket: int) -> None:
         body = GRANT.pack(self._route, self._instance, ticket & 0xFFFFFFFF, 0)
@@ -156,6 +189,8 @@ class Rings:
         if ring.ticket:
             ring.ticket = 0
             self._poll.unregister(ring.sock.fileno())
+            if self._lane is not None:
+                self._lane.unwatch(ring.sock.fileno())
             del self._open[ring.sock.fileno()]
             self.is_open = bool(self._open)
 
@@ -167,6 +202,10 @@ class Rings:
             return False
         except OSError:
             size = 0
+        return self._handle(ring, buffer, size)
+
+    def _handle(self, ring: _Ring, buffer: bytearray, size: int) -> bool:
+        """Run the message at the start of ``buffer``; False if it is none to run. 0 bytes: the client has hung up."""
         if size < HEADER.size:
             self.detach(ring.producer.id)
             return False
@@ -188,6 +227,7 @@ class Rings:
     def _move(self, ring: _Ring, place: int) -> None:
         """Run on the client's core, or anywhere; whoever shares a core waits for us and has no use for it meanwhile."""
         ring.place = place
+        self._tell_lane(ring)
         if place:
             self._placement.join(ring.producer.id, place - 1)
         else:

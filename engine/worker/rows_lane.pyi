@@ -31,3 +31,42 @@ class RowsLane:
         Raises:
             ServingError: the model failed. Nobody was rung; RUNNING_SINCE_NS still says when the run began.
         """
+
+    # --- what clients ring themselves ---
+
+    @property
+    def size(self) -> int:
+        """Bytes of the message that :meth:`wait` has read."""
+
+    def listen(self, doorbell: int, rows_max: int, spin_ns: int, /) -> None:
+        """Have :meth:`wait` watch the doorbell.
+
+        Args:
+            rows_max: of one message.
+            spin_ns: how long to look before sleeping.
+        """
+
+    def watch(self, ring: int, producer: int, ticket: int, place: int, /) -> None:
+        """Have :meth:`wait` watch the ring of a producer too, or change what is known of it; not owned.
+
+        Args:
+            place: the core that the producer shares with the worker, plus one; 0: none.
+        """
+
+    def unwatch(self, ring: int, /) -> None:
+        """Do not watch it any more."""
+
+    def wait(self, buffer: bytearray, timeout_ms: int, /) -> int:
+        """Wait for one message, and run it if it is one for the lane.
+
+        Args:
+            buffer: what rings bring is read into it.
+            timeout_ms: -1: for ever.
+
+        Returns:
+            The doorbell, which is not read; or a ring whose message, :attr:`size` bytes at the start of ``buffer``, was
+            left to the caller, 0 bytes: it is at its end; -1: it was run, or there was none.
+
+        Raises:
+            ServingError: the model failed; the message is in ``buffer``. See :meth:`run`.
+        """

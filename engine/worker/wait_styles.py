@@ -14,6 +14,9 @@ import time
 class Park:
     """Sleeps until there is something."""
 
+    #: How long to look before sleeping.
+    spin_ns = 0
+
     def receive(self, sock: socket.socket, buffer: bytearray) -> int:
         """Return the bytes of the next message, which is at the start of ``buffer``; 0: every sender is gone."""
         return sock.recv_into(buffer)
@@ -27,10 +30,10 @@ class Spin(Park):
     """Looks for something for a while before it sleeps."""
 
     def __init__(self, spin_us: int) -> None:
-        self._spin_ns = spin_us * 1000
+        self.spin_ns = spin_us * 1000
 
     def receive(self, sock: socket.socket, buffer: bytearray) -> int:
-        end_ns = time.monotonic_ns() + self._spin_ns
+        end_ns = time.monotonic_ns() + self.spin_ns
         while True:
             try:
                 return sock.recv_into(buffer, 0, socket.MSG_DONTWAIT)
@@ -39,7 +42,7 @@ class Spin(Park):
                     return sock.recv_into(buffer)
 
     def poll(self, poll: select.poll, timeout_ms: int | None) -> list[tuple[int, int]]:
-        end_ns = time.monotonic_ns() + self._spin_ns
+        end_ns = time.monotonic_ns() + self.spin_ns
         while time.monotonic_ns() < end_ns:
             ready = poll.poll(0)
             if ready:

@@ -142,6 +142,11 @@ class Connection:
                         raise
             self.completions.wait_any()
 
+    def loan_rows_now(self, model: Opened, rows: int) -> RowsLease | None:
+        """Return free rows of the slabs that the model has; None: there are none."""
+        with self._lock:
+            return None if self._is_closed else self.memory.loan_free_rows(model, rows)
+
     def loan_block(self, byte_size: int) -> BlockLease:
         """Return a block; waits for one if requests in flight hold the arena.
 

@@ -42,16 +42,24 @@ class Memory:
         Raises:
             ArenaFull: there are none, and no room for another slab.
         """
-        self._take_returns()
-        for slab in reversed(model.slabs):
-            first = slab.loan(rows)
-            if first >= 0:
-                return RowsLease(self._rows_returns, slab, first, rows)
+        lease = self.loan_free_rows(model, rows)
+        if lease is not None:
+            return lease
         layout = model.next_layout(rows)
         slab = Slab[Pending](self._blocks.allocate(layout.byte_size), layout)
         model.slabs.append(slab)
         self._slabs[slab.base] = slab
         return RowsLease(self._rows_returns, slab, slab.loan(rows), rows)
+
+    def loan_free_rows(self, model: Opened, rows: int) -> RowsLease | None:
+        """Return free rows of the slabs that the model has; None: there are none."""
+        if self._rows_returns or self._block_returns:
+            self._take_returns()
+        for slab in reversed(model.slabs):
+            first = slab.loan(rows)
+            if first >= 0:
+                return RowsLease(self._rows_returns, slab, first, rows)
+        return None
 
     def loan_block(self, byte_size: int) -> BlockLease:
         """Return a free block.

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+import msgspec
+
 from forebay.client.connection import Connection
 from forebay.client.device_placement import DevicePlacement
 from forebay.client.device_pools import DeviceLease, DevicePools
@@ -227,9 +229,9 @@ class OutputsOnGpu:
 
     def _with_outputs_brought(self, response: NestedResponse) -> NestedResponse:
         try:
-            return response._replace(outputs=tuple(map(self._brought, response.outputs)))
+            return msgspec.structs.replace(response, outputs=tuple(map(self._brought, response.outputs)))
         except ServingError as error:
-            return response._replace(outputs=(), error=error)
+            return msgspec.structs.replace(response, outputs=(), error=error)
 
     def wait(self) -> None:
         self._call.wait()

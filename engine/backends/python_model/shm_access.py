@@ -20,8 +20,7 @@ from forebay.client.options import Options
 from forebay.client.placement import BlockPlacement
 from forebay.engine.backends.python_model.device_calls import OutputsOnGpu, device_call, gpu_of_outputs
 from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest
-from forebay.engine.backends.python_model.shm_calls import BlockCall, Link, RowsCall
-from forebay.engine.backends.python_model.tensor import Facts
+from forebay.engine.backends.python_model.shm_calls import BlockCall, Form, FormKey, Link
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError, Unavailable, Unsupported, from_wire
 from forebay.ipc.frontend_messages import Command, CommandReply, ControlToFrontend
@@ -29,9 +28,6 @@ from forebay.ipc.spans import Trace
 from forebay.ipc.validation import InputFacts, id_prefix, validate_request
 
 _START, _END = 1, 2
-
-#: Forms of requests that are known to fit their model; at the limit all are forgotten.
-_CHECKED_MAX = 256
 
 #: Seconds that a model control call may take; a load may have to read gigabytes.
 _CONTROL_SECS_MAX = 3600.0
@@ -45,8 +41,6 @@ class ShmEngineAccess:
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._requests = itertools.count(1)
-        #: Rows of forms of requests that are known to fit their model.
-        self._checked: dict[tuple[int, tuple[Facts, ...], tuple[str, ...]], int] = {}
 
     @property
     def connection(self) -> Connection | None:
@@ -63,44 +57,21 @@ class ShmEngineAccess:
     # --- inference ---
 
     def infer(self, request: NestedRequest) -> NestedCall:
-        link = self._connect()
-        connection = link.connection
+        link = self._link
+        if link is None or link.connection.is_broken:
+            link = self._connect()
         uses_gpu = request.uses_gpu
-        try:
-            model = connection.open_model(request.model, _wanted_version(request))
-            if uses_gpu:
-                connection.look_for(model)
-        except ServingError:
-            # Triton's words for whatever is wrong with the model (spec P-093).
-            raise Internal(f"Failed for execute the inference request. Model '{request.model}' is not ready.") from None
-        signature = model.signature
-        if signature.is_decoupled and not request.allows_many_responses:
-            raise Unsupported(
-                f"Model {request.model} is using the decoupled. The current BLS request call doesn't support models "
-                "using the decoupled transaction policy. Please use 'decoupled=True' argument to the 'exec' or "
-                "'async_exec' calls for decoupled models.'"
-            )
-        rows = self._checked_rows(model, request)
+        if uses_gpu:
+            _look_for(link, request)
+        key = request.model, request.version, tuple([tensor.facts for tensor in request.inputs]), request.outputs
+        form = link.forms.get(key)
+        if form is None or form.is_stale:
+            form = _checked_form(link, request, key)
+        model = form.model
+        if model.signature.is_decoupled and not request.allows_many_responses:
+            raise _decoupled(request.model)
         trace = None if request.trace is None else request.trace.step(model.name, model.version, request.id)
-        return (_gpu_call if uses_gpu else _host_call)(link, model, rows, request, trace)
-
-    def _checked_rows(self, model: Opened, request: NestedRequest) -> int:
-        """Return the rows of a request that fits its model; each form of requests is checked once.
-
-        Raises:
-            InvalidArgument: it does not; Triton's text.
-        """
-        facts = tuple([tensor.facts for tensor in request.inputs])
-        key = (model.route, facts, request.outputs)
-        rows = self._checked.get(key)
-        if rows is None:
-            _check_names(request)
-            inputs = [InputFacts(name, datatype, shape, byte_size) for name, datatype, shape, byte_size in facts]
-            rows = validate_request(model.entry, request.id, inputs, request.outputs).row_count
-            if len(self._checked) >= _CHECKED_MAX:
-                self._checked.clear()
-            self._checked[key] = rows
-        return rows
+        return _gpu_call(link, form, request, trace) if uses_gpu else _host_call(link, form, request, trace)
 
     def _connect(self) -> Link:
         link = self._link
@@ -118,7 +89,9 @@ class ShmEngineAccess:
 
     def load_model(self, name: str, config: str, files: Mapping[str, bytes]) -> None:
         encoded = {path.removeprefix("file:"): content for path, content in files.items()}
-        self._command("load", {"name": name, "config": config, "files": encoded})
+        # An empty text would be taken for a configuration of its own.
+        own_config = {"config": config} if config else {}
+        self._command("load", {"name": name, "files": encoded, **own_config})
 
     def unload_model(self, name: str, *, unload_dependents: bool) -> None:
         self._command("unload", {"name": name, "unload_dependents": unload_dependents})
@@ -150,20 +123,76 @@ class ShmEngineAccess:
             context.term()
 
 
-def _gpu_call(link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None) -> NestedCall:
+def _open(link: Link, request: NestedRequest) -> Opened:
+    """Return the model that is asked.
+
+    Raises:
+        Internal: it is not ready; Triton's words for whatever is wrong with it (spec P-093).
+    """
+    try:
+        return link.connection.open_model(request.model, _wanted_version(request))
+    except ServingError:
+        raise _not_ready(request.model) from None
+
+
+def _look_for(link: Link, request: NestedRequest) -> None:
+    """Follow the model that is asked to where it is now.
+
+    Raises:
+        Internal: it is not ready.
+    """
+    model = _open(link, request)
+    try:
+        link.connection.look_for(model)
+    except ServingError:
+        raise _not_ready(request.model) from None
+
+
+def _not_ready(model: str) -> Internal:
+    return Internal(f"Failed for execute the inference request. Model '{model}' is not ready.")
+
+
+def _decoupled(model: str) -> Unsupported:
+    return Unsupported(
+        f"Model {model} is using the decoupled. The current BLS request call doesn't support models "
+        "using the decoupled transaction policy. Please use 'decoupled=True' argument to the 'exec' or "
+        "'async_exec' calls for decoupled models.'"
+    )
+
+
+def _checked_form(link: Link, request: NestedRequest, key: FormKey) -> Form:
+    """Return the form of a request that fits its model; each form is checked once.
+
+    Raises:
+        ServingError: it does not fit, or the model is not ready; Triton's texts.
+    """
+    model = _open(link, request)
+    if model.signature.is_decoupled and not request.allows_many_responses:
+        raise _decoupled(request.model)
+    _check_names(request)
+    _model, _version, facts, outputs = key
+    inputs = [InputFacts(name, datatype, shape, byte_size) for name, datatype, shape, byte_size in facts]
+    rows = validate_request(model.entry, request.id, inputs, outputs).row_count
+    form = Form(link, model, rows, key)
+    link.keep_form(key, form)
+    return form
+
+
+def _gpu_call(link: Link, form: Form, request: NestedRequest, trace: Trace | None) -> NestedCall:
     """Submit a request that has tensors in the memory of a GPU, or wants some there."""
+    model = form.model
     output_gpu = gpu_of_outputs(model, request)
-    call = device_call(link, model, rows, request, _options(request, trace), output_gpu)
+    call = device_call(link, model, form.rows, request, _options(request, trace), output_gpu)
     if call is None:
-        call = _host_call(link, model, rows, request, trace)
+        call = _host_call(link, form, request, trace)
     return call if output_gpu is None else OutputsOnGpu(call, link, output_gpu)
 
 
-def _host_call(link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None) -> NestedCall:
+def _host_call(link: Link, form: Form, request: NestedRequest, trace: Trace | None) -> NestedCall:
     """Submit a request with all tensors in host memory."""
-    if _lives_in_rows(model, request):
-        return RowsCall(link, model, rows, request, trace)
-    return BlockCall(link, BlockPlacement(link.connection, model), request, _options(request, trace))
+    if form.takes_rows(request):
+        return form.call(request, trace)
+    return BlockCall(link, BlockPlacement(link.connection, form.model), request, _options(request, trace))
 
 
 def _options(request: NestedRequest, trace: Trace | None) -> Options:
@@ -198,19 +227,3 @@ def _check_names(request: NestedRequest) -> None:
         if tensor.name() in seen:
             raise InvalidArgument(f"{id_prefix(request.id)}input '{tensor.name()}' already exists in request")
         seen.add(tensor.name())
-
-
-def _lives_in_rows(model: Opened, request: NestedRequest) -> bool:
-    signature = model.signature
-    if len(request.inputs) < len(signature.inputs):
-        return False
-    return signature.uses_rows or (signature.allows_rows and _is_bare(model, request))
-
-
-def _is_bare(model: Opened, request: NestedRequest) -> bool:
-    """Tell whether a model that looks at requests finds nothing in this one but its tensors."""
-    return (
-        not (request.id or request.parameters or request.timeout_us or request.correlation_id or request.flags)
-        and request.trace is None
-        and len(request.outputs) in (0, len(model.signature.outputs))
-    )

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import msgspec
 
 from forebay.client import shm
 from forebay.client.errors import EngineGone
 from forebay.client.opened import Opened
 from forebay.client.options import Options
-from forebay.client.pending import BlockLease, Pending, PendingResponses, RowsLease, leased_array
+from forebay.client.pending import Array, BlockLease, Pending, PendingResponses, RowsLease, leased_array
 from forebay.client.placement import BlockPlacement
 from forebay.client.places import full_shape, output_places
 from forebay.engine.backends.python_model.engine_access import NestedRequest, NestedResponse, refusal_text
 from forebay.engine.backends.python_model.gpus import gpus
 from forebay.engine.backends.python_model.outer_requests import LOOK_PERIOD_S
-from forebay.engine.backends.python_model.tensor import Tensor
+from forebay.engine.backends.python_model.tensor import Facts, Tensor
 from forebay.ipc.errors import InvalidArgument, ServingError, from_wire
 from forebay.ipc.messages import ReplyHead
 from forebay.ipc.spans import Trace
+
+#: Forms of requests that are known to fit their model; at the limit all are forgotten.
+_FORMS_MAX = 256
+
+#: Rows that are larger are not kept ready.
+_READY_BYTES_MAX = 64 * 1024
+
+#: What makes the form of a request: model, version, inputs, wanted outputs.
+FormKey = tuple[str, int, tuple[Facts, ...], tuple[str, ...]]
 
 
 class Link:
@@ -30,6 +42,8 @@ class Link:
         self.connection = engine.connection
         self.connection.device_pools.on_over = gpus.close_memory
         self.connection.completions.look_up_every(LOOK_PERIOD_S)
+        #: What is known of requests, unless it is stale.
+        self.forms: dict[FormKey, Form] = {}
         #: Requests that event loops wait for.
         self._watched = 0
         self._is_needed = threading.Condition()
@@ -37,9 +51,20 @@ class Link:
 
     def close(self) -> None:
         """Leave the server, which may have cut us off, and end the thread. What models have of answers stays theirs."""
+        self.forms.clear()
         self.engine.close()
         with self._is_needed:
             self._is_needed.notify()
+
+    def keep_form(self, key: FormKey, form: Form) -> None:
+        """Remember that requests of this form fit their model."""
+        for known, other in tuple(self.forms.items()):
+            if other.is_stale:
+                # Rows that it keeps ready would keep their slab.
+                self.forms.pop(known, None)
+        if len(self.forms) >= _FORMS_MAX:
+            self.forms.clear()
+        self.forms[key] = form
 
     def watch(self, pending: Pending, on_news: Callable[[], None]) -> None:
         """Have ``on_news`` called when there is something to take, whether or not any thread waits."""
@@ -106,43 +131,128 @@ class Call:
         return NestedResponse((), {}, error, True, True)
 
 
+class _ReadyRows(NamedTuple):
+    """Rows that a request can be put into."""
+
+    pending: Pending
+    inputs: list[Array]
+    """Where the request's inputs go, in its order."""
+    outputs: tuple[Tensor, ...]
+    """Those that are wanted, where the other model will write them."""
+
+
+class Form:
+    """What requests of one form to one model have in common, and rows that are ready for the next of them.
+
+    A model that calls another one waits for its answer, and has time to prepare its next call then.
+    """
+
+    __slots__ = (
+        "_input_bytes",
+        "_inputs",
+        "_keeps_ready",
+        "_link",
+        "_outputs",
+        "_ready",
+        "_route",
+        "_takes_all",
+        "_takes_bare",
+        "model",
+        "rows",
+    )
+
+    def __init__(self, link: Link, model: Opened, rows: int, key: FormKey) -> None:
+        """
+        Args:
+            rows: of each request.
+            key: fits the model.
+        """
+        _name, _version, inputs, self._outputs = key
+        self._link = link
+        self.model = model
+        self.rows = rows
+        self._route = model.route
+        self._inputs = [name for name, _datatype, _shape, _byte_size in inputs]
+        self._input_bytes = sum(byte_size for _name, _datatype, _shape, byte_size in inputs)
+        signature = model.signature
+        has_all_inputs = len(inputs) >= len(signature.inputs)
+        #: Whether requests may live in slab rows: all, or those that carry nothing but tensors.
+        self._takes_all = has_all_inputs and signature.uses_rows
+        self._takes_bare = (
+            has_all_inputs and signature.allows_rows and len(self._outputs) in (0, len(signature.outputs))
+        )
+        self._keeps_ready = model.row_bytes * rows <= _READY_BYTES_MAX
+        #: One, or none; whoever takes it out has it.
+        self._ready: list[_ReadyRows] = []
+
+    @property
+    def is_stale(self) -> bool:
+        """True if the server has loaded the model anew since."""
+        return self._route != self.model.route
+
+    def takes_rows(self, request: NestedRequest) -> bool:
+        """Tell whether a request of this form may live in slab rows."""
+        if not self._takes_bare or self._takes_all:
+            return self._takes_all
+        # A model that looks at requests finds nothing in this one but its tensors.
+        return request.trace is None and not (
+            request.id or request.parameters or request.timeout_us or request.correlation_id or request.flags
+        )
+
+    def call(self, request: NestedRequest, trace: Trace | None) -> RowsCall:
+        """Copy the inputs of a request into rows and hand them over.
+
+        Raises:
+            ServingError: there is no room, or no server any more.
+        """
+        connection = self._link.connection
+        try:
+            pending, inputs, outputs = self._ready.pop()
+        except IndexError:
+            pending, inputs, outputs = self._prepare(connection.loan_rows(self.model, self.rows))
+        for tensor, rows in zip(request.inputs, inputs, strict=True):
+            rows[...] = tensor.data
+        connection.memory.copied_bytes += self._input_bytes
+        pending.timeout_us = request.timeout_us
+        pending.trace = trace
+        connection.submit(pending)
+        if self._keeps_ready and not self._ready:
+            # While the other model runs: this one would wait for it anyway.
+            lease = connection.loan_rows_now(self.model, self.rows)
+            if lease is not None:
+                self._ready.append(self._prepare(lease))
+                # Another thread may have done the same.
+                del self._ready[1:]
+        return RowsCall(self._link, pending, outputs)
+
+    def _prepare(self, lease: RowsLease) -> _ReadyRows:
+        model, rows, view = self.model, self.rows, self._link.connection.view
+        max_batch_size = model.signature.max_batch_size
+        inputs, _outputs = model.slab_arrays(view, lease.slab)
+        # A model that does not batch has one row, without a dimension.
+        chosen = slice(lease.first, lease.first + rows) if max_batch_size > 0 else (lease.first, ...)
+        outputs: list[Tensor] = []
+        for spec, offset in output_places(model, lease):
+            if not self._outputs or spec.name in self._outputs:
+                shape = full_shape(spec, rows, max_batch_size)
+                array = leased_array(view, offset, spec.datatype, shape, lease)
+                outputs.append(Tensor.of_datatype(spec.name, spec.datatype, array))
+        own = [inputs[name][chosen] for name in self._inputs]
+        return _ReadyRows(Pending(model, lease, rows), own, tuple(outputs))
+
+
 class RowsCall(Call):
     """One whose tensors live in slab rows: it has one answer."""
 
     __slots__ = ("_outputs",)
 
-    def __init__(self, link: Link, model: Opened, rows: int, request: NestedRequest, trace: Trace | None) -> None:
-        """Copy the inputs, which fit the model, into rows and hand them over.
-
-        Raises:
-            ServingError: there is no room, or no server any more.
+    def __init__(self, link: Link, pending: Pending, outputs: tuple[Tensor, ...]) -> None:
         """
-        connection = link.connection
-        lease = connection.loan_rows(model, rows)
-        inputs, _outputs = model.slab_arrays(connection.view, lease.slab)
-        chosen = _chosen(model, lease)
-        for tensor in request.inputs:
-            data = tensor.data
-            inputs[tensor.name()][chosen] = data
-            connection.memory.copied_bytes += data.nbytes
-        pending = Pending(model, lease, rows)
-        pending.timeout_us = request.timeout_us
-        pending.trace = trace
-        connection.submit(pending)
+        Args:
+            outputs: those that are wanted, where they will be.
+        """
         super().__init__(link, pending)
-        # While the other model runs: this one would wait for it anyway.
-        self._outputs = self._tensors(model, lease, rows, request.outputs)
-
-    def _tensors(self, model: Opened, lease: RowsLease, rows: int, wanted: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return the outputs that are wanted (none: all), where the other model will write them."""
-        view, max_batch_size = self._link.connection.view, model.signature.max_batch_size
-        tensors: list[Tensor] = []
-        for spec, offset in output_places(model, lease):
-            if not wanted or spec.name in wanted:
-                shape = full_shape(spec, rows, max_batch_size)
-                array = leased_array(view, offset, spec.datatype, shape, lease)
-                tensors.append(Tensor.of_datatype(spec.name, spec.datatype, array))
-        return tuple(tensors)
+        self._outputs = outputs
 
     def take(self) -> list[NestedResponse]:
         pending = self._pending
@@ -151,11 +261,6 @@ class RowsCall(Call):
         if pending.error is not None:
             return [self._failed(pending.error)]
         return [NestedResponse(self._outputs, pending.parameters, None, True, True)]
-
-
-def _chosen(model: Opened, lease: RowsLease) -> slice | int:
-    """Return which rows of a slab's arrays a request has; a model that does not batch has one, without a dimension."""
-    return slice(lease.first, lease.first + lease.rows) if model.signature.max_batch_size > 0 else lease.first
 
 
 class BlockCall(Call):
@@ -199,7 +304,7 @@ class BlockCall(Call):
             # Triton, too, gives the end by itself as a response without outputs.
             found.append(NestedResponse((), {}, None, True, True))
         elif found:
-            found[-1] = found[-1]._replace(final=True)
+            found[-1] = msgspec.structs.replace(found[-1], final=True)
         else:
             found.append(NestedResponse((), {}, None, False, True))
         return found

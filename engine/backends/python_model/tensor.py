@@ -37,19 +37,19 @@ class Tensor:
             raise TritonModelException("Tensor name cannot be an empty string.")
         if not isinstance(array, np.ndarray):
             raise TritonModelException(f"Tensor '{name}' needs a numpy array, got {type(array).__name__}")
-        typed = cast("Array", array)
+        # ascontiguousarray would make a scalar one-dimensional.
+        typed: Array = np.asarray(cast("Array", array), order="C")
         try:
             datatype = datatype_of(typed)
         except InvalidArgument:
             raise TritonModelException("NumPy dtype is not supported.") from None
-        # ascontiguousarray would make a scalar one-dimensional.
-        self._set(name, datatype, np.asarray(typed, order="C"))
+        self._set(name, datatype, typed)
 
     def _set(self, name: str, datatype: str, array: Array | None) -> None:
         self._name = name
         self._datatype = datatype
         self._array = array
-        self._shape: tuple[int, ...] = () if array is None else tuple(array.shape)
+        self._shape: tuple[int, ...] = () if array is None else array.shape
         self._raw: memoryview | None = None
         self._load: Callable[[], Array] | None = None
         self._gpu: Gpu | None = None

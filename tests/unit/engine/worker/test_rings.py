@@ -1,4 +1,4 @@
-"""Rings: what a client may hand to a worker itself, and when (docs/shm-protocol.md)."""
+"""Rings: what a client may hand to a worker itself, and when (docs/shm-protocol.md); with and without the lane."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from unittest import mock
 
 import pytest
 
+from forebay.engine.worker.lanes import open_lane
 from forebay.engine.worker.placement import Placement
 from forebay.engine.worker.places import Producer, Producers
 from forebay.engine.worker.rings import Rings
 from forebay.engine.worker.wait_styles import Park
 from forebay.ipc.arena import create_memory_file
-from forebay.ipc.doorbell import create_doorbell
+from forebay.ipc.counters import instance_words
+from forebay.ipc.doorbell import Bell, create_doorbell
 from forebay.ipc.wire import GRANT, HEADER, PARCEL, RUN, TOKEN, Kind
 from forebay.ipc.worker_messages import InstanceSpec
 
@@ -29,7 +31,15 @@ TICKET = 1 << 63 | 7
 class Scene:
     """A worker's rings with one client, number 3."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_lane: bool) -> None:
+        lane = None
+        if has_lane:
+            pytest.importorskip("forebay.engine.worker.rows_lane", reason="built without a C compiler")
+            counters = memoryview(bytearray(8 * instance_words(SPEC.max_batch_size))).cast("Q")
+            # It knows no rows, so it leaves every message to the rings.
+            lane = open_lane(
+                SPEC.instance, counters, mock.create_autospec(Bell, instance=True), tells_requests_apart=False
+            )
         self.ran: list[tuple[int, bytes]] = []
         #: Producer and token.
         self.still_open: list[tuple[int, int]] = []
@@ -44,6 +54,7 @@ class Scene:
         self.rings = Rings(
             SPEC, producers, self.doorbell, lambda kind, data: self.ran.append((kind, bytes(data))), Park(),
             self.placement, lambda producer: [token for owner, token in self.still_open if owner == producer],
+            lane, mock.Mock(side_effect=AssertionError("the lane runs nothing here")),
         )  # fmt: skip
         self.ring, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.rings.attach(producer, receiver.detach())
@@ -74,9 +85,9 @@ class Scene:
             sock.close()
 
 
-@pytest.fixture
-def scene() -> Iterator[Scene]:
-    made = Scene()
+@pytest.fixture(params=["python", "lane"])
+def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
+    made = Scene(has_lane=request.param == "lane")
     yield made
     made.close()
 
@@ -146,6 +157,33 @@ def test_a_new_scheduler_ends_all_grants(scene: Scene) -> None:
     assert scene.revoked() == TICKET
 
 
+def test_several_rings_are_told_apart(scene: Scene) -> None:
+    ring, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    bell, completions = create_doorbell()
+    other = Producer(4, create_memory_file("arena", 4096), 4096, bell.detach(), is_trusted=False)
+    scene.rings.attach(other, receiver.detach())
+    scene.rings.open(3, TICKET)
+    scene.rings.open(4, TICKET + 1)
+    run = RUN.pack(99, 1, 64, 8, 0, 1, 0, 0)
+    with ring, completions:
+        for _ in range(3):
+            ring.send(HEADER.pack(Kind.RUNS, 1, 1, 0, TICKET + 1) + run)
+            scene.send_run()
+        scene.doorbell_in.send(b"x")
+        # Nobody is read for ever while others wait.
+        assert any(scene.turn() for _ in range(3))
+        while len(scene.ran) < 6:
+            scene.turn()
+        assert sorted(RUN.unpack_from(message, HEADER.size)[0] for _, message in scene.ran) == [3, 3, 3, 4, 4, 4]
+        scene.rings.close(3, TICKET, scene.buffer)
+        ring.send(HEADER.pack(Kind.RUNS, 1, 1, 0, TICKET + 1) + run)
+        scene.doorbell.recv(1)
+        scene.turn()
+        assert len(scene.ran) == 7
+        scene.rings.detach(4)
+    other.close()
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -206,7 +244,7 @@ def test_a_client_that_hangs_up_is_forgotten(scene: Scene) -> None:
 def test_descriptors_are_given_back() -> None:
     gc.collect()  # What earlier tests left behind may be closed at any time.
     before = len(os.listdir("/proc/self/fd"))
-    Scene().close()
+    Scene(has_lane=False).close()
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
 

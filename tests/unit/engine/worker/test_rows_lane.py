@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -277,6 +281,155 @@ def test_rows_of_another_number_of_requests_are_something_else_where_that_matter
         lane.forget(PRODUCER)
         assert not lane.run(three, len(three), True)
         assert not lane.run(four, len(four), True)
+
+
+# --- what clients ring themselves ---
+
+TICKET = 1 << 63 | 5
+
+
+class Ring(NamedTuple):
+    """A rig whose lane watches a doorbell and the ring of the producer, as one that has run before."""
+
+    rig: Rig
+    client: socket.socket
+    receiver: socket.socket
+    doorbell: socket.socket
+    doorbell_receiver: socket.socket
+    buffer: bytearray
+
+    def rung(self, **changes: int) -> bytes:
+        header = {"kind": Kind.RUNS, "flags": FLAG_GRANTED, "count": 1, "place": 0, "ticket": TICKET}
+        run = {"producer": 99, "requests": 3, "base": 0, "capacity": CAPACITY, "first": 2, "rows": 4, "attempt": 0}
+        run["enqueue_sum_ns"] = 3 * time.monotonic_ns()
+        for fields in (header, run):
+            fields.update({name: value for name, value in changes.items() if name in fields})
+        return HEADER.pack(*header.values()) + RUN.pack(*run.values())
+
+    def wait(self) -> int:
+        found: int = self.rig.lane.wait(self.buffer, 0)
+        return found
+
+
+@contextmanager
+def ring(spin_ns: int = 0) -> Iterator[Ring]:
+    doorbell, doorbell_receiver = create_doorbell()
+    client, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with rig() as it, doorbell, doorbell_receiver, client, receiver:
+        it.runner.execute(memoryview(message()), 2000)
+        received(it.answers)
+        it.lane.listen(doorbell_receiver.fileno(), ROWS_MAX, spin_ns)
+        it.lane.watch(receiver.fileno(), PRODUCER, TICKET, 0)
+        yield Ring(it, client, receiver, doorbell, doorbell_receiver, bytearray(4096))
+
+
+@pytest.mark.parametrize("spin_ns", [0, 200_000])
+def test_what_is_rung_is_run_at_once_and_answered(spin_ns: int) -> None:
+    with ring(spin_ns) as it:
+        it.client.send(it.rung())
+        assert it.wait() == -1
+        assert it.rig.instance.calls == 2
+        [reply] = received(it.rig.answers)
+        assert HEADER.unpack_from(reply) == (Kind.RUNS_DONE, 0, 1, INSTANCE, TICKET)
+        # Whose rows these are is not for the client to say.
+        assert RUN.unpack_from(reply, HEADER.size + TIMES.size)[:2] == (PRODUCER, 3)
+        assert RUN.unpack_from(it.buffer, HEADER.size)[0] == PRODUCER
+        assert received(it.rig.told) == []
+        assert it.rig.counters[InstanceCounter.RUNNING_SINCE_NS] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": Kind.PARCELS},
+        {"count": 2},
+        {"ticket": TICKET + 1},
+        {"place": 1},
+        {"requests": 0},
+        {"requests": 5},
+        {"rows": ROWS_MAX + 1},
+        {"first": 3},
+        {"base": 64},
+    ],
+)
+def test_what_is_rung_otherwise_is_read_and_left_alone(changes: dict[str, int]) -> None:
+    with ring() as it:
+        sent = it.rung(**changes)
+        it.client.send(sent)
+        assert it.wait() == it.receiver.fileno()
+        assert bytes(it.buffer[: it.rig.lane.size]) == sent
+        assert it.rig.instance.calls == 1
+
+
+@pytest.mark.parametrize("enqueue_sum_ns", [0, (1 << 64) - 1])
+def test_times_that_cannot_be_are_put_right(enqueue_sum_ns: int) -> None:
+    with ring() as it:
+        before_ns = 3 * time.monotonic_ns()
+        it.client.send(it.rung(enqueue_sum_ns=enqueue_sum_ns))
+        assert it.wait() == -1
+        [reply] = received(it.rig.answers)
+        assert before_ns <= RUN.unpack_from(reply, HEADER.size + TIMES.size)[-1] <= 3 * time.monotonic_ns()
+
+
+def test_the_doorbell_is_not_read_and_has_its_turn() -> None:
+    with ring() as it:
+        it.doorbell.send(b"x")
+        doorbell = it.doorbell_receiver.fileno()
+        assert it.wait() == doorbell
+        for _ in range(4):
+            it.client.send(it.rung())
+        assert sorted([it.wait() for _ in range(4)]) == [-1, -1, doorbell, doorbell]
+        it.doorbell_receiver.recv(1)
+        assert [it.wait() for _ in range(3)] == [-1] * 3
+        assert it.rig.instance.calls == 5
+
+
+def test_the_end_of_a_ring_is_told_with_no_bytes() -> None:
+    with ring() as it:
+        it.client.close()
+        assert it.wait() == it.receiver.fileno()
+        assert it.rig.lane.size == 0
+        it.rig.lane.unwatch(it.receiver.fileno())
+        assert it.wait() == -1
+
+
+def test_a_ring_that_is_not_watched_is_not_read() -> None:
+    with ring() as it:
+        it.rig.lane.unwatch(it.receiver.fileno())
+        it.rig.lane.unwatch(it.receiver.fileno())
+        it.client.send(it.rung())
+        assert it.wait() == -1
+        assert it.rig.instance.calls == 1
+        it.rig.lane.watch(it.receiver.fileno(), PRODUCER, TICKET, 7)
+        assert it.wait() == it.receiver.fileno(), "the place is another one"
+
+
+def test_what_a_rung_model_raises_is_raised_with_its_message_at_hand() -> None:
+    with ring() as it:
+        it.rig.instance.error = BackendFailed("no")
+        it.client.send(it.rung())
+        with pytest.raises(BackendFailed, match="no") as raised:
+            it.wait()
+        whole = memoryview(it.buffer)[: it.rig.lane.size]
+        it.rig.runner.failed(whole, it.rig.counters[InstanceCounter.RUNNING_SINCE_NS], raised.value)
+        [reply] = received(it.rig.answers)
+        assert HEADER.unpack_from(reply) == (Kind.RUNS_FAILED, 0, 1, INSTANCE, TICKET)
+
+
+def test_a_signal_ends_the_wait_with_what_its_handler_raises() -> None:
+    def interrupt(*_: object) -> None:
+        raise InterruptedError("now")
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        with ring() as it:
+            timer.start()
+            with pytest.raises(InterruptedError, match="now"):
+                it.rig.lane.wait(it.buffer, -1)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_nothing_leaks() -> None:
