@@ -90,7 +90,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
-$(VENV)/.installed: pyproject.toml setup.py engine/worker/rows_lane.c | $(BIN)/python
+$(VENV)/.installed: pyproject.toml setup.py engine/worker/rows_lane.c frontend/client/glance_loop.c | $(BIN)/python
 	$(PIP) install --quiet -e .
 	$(GPU_BUILD_ON_TOP)
 	@touch $@

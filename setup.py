@@ -15,15 +15,23 @@ DATA = ["py.typed"] + [
     f"**/*.{suffix}" for suffix in ("toml", "binpb", "proto", "html", "css", "js", "svg", "json", "pyi")
 ]
 
-#: For Python 3.11 and later. Without a C compiler it is left out, and Python does its work.
-LANE = Extension(
-    f"{NAME}.engine.worker.rows_lane",
-    ["engine/worker/rows_lane.c"],
-    define_macros=[("Py_LIMITED_API", "0x030B0000")],
-    extra_compile_args=["-O2", "-std=c11", "-Wall", "-Wextra"],
-    py_limited_api=True,
-    optional=True,
-)
+#: Modules in C, and their sources.
+COMPILED = {
+    "engine.worker.rows_lane": "engine/worker/rows_lane.c",
+    "client.glance_loop": "frontend/client/glance_loop.c",
+}
+#: For Python 3.11 and later. Without a C compiler they are left out, and Python does their work.
+EXTENSIONS = [
+    Extension(
+        f"{NAME}.{module}",
+        [source],
+        define_macros=[("Py_LIMITED_API", "0x030B0000")],
+        extra_compile_args=["-O2", "-std=c11", "-Wall", "-Wextra"],
+        py_limited_api=True,
+        optional=True,
+    )
+    for module, source in COMPILED.items()
+]
 
 #: Folders of data only, by tree. Without a module in them they are namespaces, which setuptools wants to see listed.
 DATA_FOLDERS = {"client": ["c"], "conf": ["models", "models.*"]}
@@ -49,7 +57,7 @@ setup(
     # The example model repository travels inside the wheel: `forebay demo` needs no checkout.
     package_data={f"{NAME}.{tree}": DATA for tree in TREES}
     | {f"{NAME}.conf": [*DATA, "models/**/*"], f"{NAME}.client": [*DATA, "c/*.[ch]", "c/Makefile"]},
-    ext_modules=[LANE],
+    ext_modules=EXTENSIONS,
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     exclude_package_data={"": ["*.py[co]", "**/__pycache__/*"]},
 )

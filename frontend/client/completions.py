@@ -37,8 +37,34 @@ _GLANCE_LOST_NS = 200_000
 #: ... for so many answers.
 _GLANCE_LOST_PAUSE = 64
 
+
+def _python_glance(sock: socket.socket, buffer: bytearray, glance_ns: int, /) -> tuple[int, int]:
+    """Do what ``glance_loop.c`` does, where the package was built without a C compiler."""
+    receive, now_ns = sock.recv_into, time.monotonic_ns
+    size, looked_ns = -1, now_ns()
+    end_ns = looked_ns + glance_ns
+    while True:
+        try:
+            size = receive(buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:
+            end_ns = 0
+        last_ns, looked_ns = looked_ns, now_ns()
+        if size >= 0 or looked_ns >= end_ns:
+            return size, looked_ns - last_ns
+
+
+try:
+    from forebay.client.glance_loop import glance as _glance
+except ImportError:
+    _glance = _python_glance
+
 #: How often to look whether the thread that reads has made room, s.
 _OTHER_READER_S = 0.0002
+
+#: How long who never sleeps looks before it looks up: that is when it sees a deadline, ns.
+_SPIN_NS = 20_000
 
 _DEADLINE_TEXT = "the deadline passed before the answer came"
 
@@ -190,6 +216,8 @@ class Completions:
         if deadline_ns:
             self._wait_readable(deadline_ns)
         while True:
+            if self._spins and self._spin():
+                return
             try:
                 size = self._sock.recv_into(self._buffer, 0, self._receive_flags)
             except BlockingIOError:
@@ -208,28 +236,27 @@ class Completions:
         with self._lock:
             self._in_flight.take(self._buffer_view[:size])
 
+    def _spin(self) -> bool:
+        """Look for an answer until it is time to look up; True if there was one."""
+        size, _away_ns = _glance(self._sock, self._buffer, _SPIN_NS)
+        if size < 0:
+            return False
+        self._take(size)
+        return True
+
     def _glance(self) -> bool:
         """Look for an answer for a moment before going to sleep; True if there was one."""
         if self._glance_misses < 0:
             self._glance_misses += 1
             return False
-        receive, buffer, now_ns = self._sock.recv_into, self._buffer, time.monotonic_ns
-        looked_ns = now_ns()
-        end_ns = looked_ns + _GLANCE_NS
-        while True:
-            try:
-                size = receive(buffer, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                last_ns, looked_ns = looked_ns, now_ns()
-                if looked_ns < end_ns:
-                    continue
-                self._missed(looked_ns - last_ns)
-                return False
-            except OSError:
-                return False  # Whoever reads in earnest says what it is.
-            self._glance_misses = -_GLANCE_LOST_PAUSE if now_ns() - looked_ns > _GLANCE_LOST_NS else 0
-            self._take(size)
-            return True
+        size, away_ns = _glance(self._sock, self._buffer, _GLANCE_NS)
+        if size < 0:
+            # Of a broken socket, whoever reads in earnest says what it is.
+            self._missed(away_ns)
+            return False
+        self._glance_misses = -_GLANCE_LOST_PAUSE if away_ns > _GLANCE_LOST_NS else 0
+        self._take(size)
+        return True
 
     def _missed(self, away_ns: int) -> None:
         """A glance has found nothing; its last look took so long."""

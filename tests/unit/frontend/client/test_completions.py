@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forebay.client import completions as completions_module
 from forebay.client.completions import Completions
 from forebay.client.errors import DeadlineExceeded
 from forebay.client.pending import Pending
@@ -109,3 +110,80 @@ def test_what_comes_for_an_abandoned_request_does_not_change_its_answer() -> Non
     request.finish()
     with pytest.raises(Cancelled, match=r"^request was cancelled$"):
         request.raise_error()
+
+
+# --- looking without sleeping, in C and in Python ---
+
+
+def glances() -> list[Any]:
+    """Return both implementations, of which C may not have been built."""
+    found = [completions_module._python_glance]
+    if completions_module._glance is not completions_module._python_glance:
+        found.append(completions_module._glance)
+    return found
+
+
+@pytest.mark.parametrize("glance", glances())
+def test_a_glance_brings_what_is_there(glance: Any) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    buffer = bytearray(64)
+    with ours, theirs:
+        theirs.send(b"one")
+        theirs.send(b"two")
+        size, away_ns = glance(ours, buffer, 0)
+        assert (size, bytes(buffer[:3])) == (3, b"one")
+        assert 0 <= away_ns < 1_000_000_000
+        assert glance(ours, buffer, 1_000_000_000)[0] == 3
+        assert bytes(buffer[:3]) == b"two"
+
+
+@pytest.mark.parametrize("glance", glances())
+def test_a_glance_waits_as_long_as_it_is_told(glance: Any) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        began_ns = time.monotonic_ns()
+        size, away_ns = glance(ours, bytearray(64), 5_000_000)
+        elapsed_ns = time.monotonic_ns() - began_ns
+        assert size == -1
+        assert elapsed_ns >= 5_000_000
+        assert 0 <= away_ns <= elapsed_ns
+        timer = threading.Timer(0.01, theirs.send, (b"late",))
+        timer.start()
+        assert glance(ours, bytearray(64), 60_000_000_000)[0] == 4
+        timer.join()
+
+
+@pytest.mark.parametrize("glance", glances())
+def test_a_glance_at_an_end_or_at_a_broken_socket_comes_back_at_once(glance: Any) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    assert glance(ours, bytearray(64), 60_000_000_000)[0] == 0
+    ours.close()
+    unconnected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with unconnected:
+        assert glance(unconnected, bytearray(64), 60_000_000_000)[0] == -1
+    assert glance(unconnected, bytearray(64), 60_000_000_000)[0] == -1
+
+
+@pytest.mark.parametrize("glance", glances())
+def test_others_run_during_a_glance(glance: Any) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        thread = threading.Thread(target=theirs.send, args=(b"x",))
+        thread.start()
+        assert glance(ours, bytearray(64), 60_000_000_000)[0] == 1
+        thread.join()
+
+
+def test_who_never_sleeps_sees_its_deadline_and_its_answer() -> None:
+    done = pending()
+    in_flight: Any = type("InFlight", (), {"count": 1, "take": lambda self, message: done.finish()})()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    completions = Completions(ours, threading.Lock(), in_flight, spins=True)
+    with pytest.raises(DeadlineExceeded):
+        completions.wait(pending(), time.monotonic_ns() + 5_000_000)
+    theirs.send(b"x")
+    completions.wait(done)
+    assert done.is_done
+    completions.close()
+    theirs.close()
