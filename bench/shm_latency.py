@@ -6,7 +6,7 @@ One request of one row of ``alpha_model`` (version 2, queue delay 0) at a time, 
 so that a slow moment of the machine falls on all of them:
 
 - *in process*: ONNX Runtime's ``session.run`` in this process: what there is to compute, and the zero of *overhead*;
-- *shm, Python*: ``forebay.client.shm``, waiting parked (its default: it looks for an answer for up to 50 us before it
+- *shm, Python*: ``forebay.client.shm``, waiting parked (its default: it looks for an answer for up to 120 us before it
   sleeps) and spinning;
 - *shm, C*: ``frontend/client/c/latency.c``, one process per turn, its own warm-up left out;
 - *http* and *grpc, system shm*: ``tritonclient`` with registered system shared memory, on forebay and, with ``--peer``,

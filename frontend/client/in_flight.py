@@ -45,6 +45,9 @@ from forebay.ipc.wire import (
 #: Times a request is handed to another worker after its worker died.
 ATTEMPTS_MAX = 1
 
+# Plain integers: looking up a member of an enum costs as much as unpacking a header.
+_RUNS_DONE = int(Kind.RUNS_DONE)
+
 #: What is acted on when nothing is.
 NO_REPLY = bytes(TIMES_END)
 
@@ -190,7 +193,7 @@ class InFlight:
         kind, flags, count, instance, batch = HEADER.unpack_from(message)
         self._message = message
         try:
-            if kind == Kind.RUNS_DONE:
+            if kind == _RUNS_DONE:
                 self._runs_done(message, flags, count, instance)
             else:
                 self._act(kind, flags, count, instance, batch, message)

@@ -127,7 +127,10 @@ def _wait_only(model: str, call: NestedCall) -> InferenceResponse:
 def _as_response(nested: NestedResponse) -> InferenceResponse:
     if nested.error is not None:
         return InferenceResponse(error=TritonError(nested.error.text, int(nested.error.code)))
-    return InferenceResponse.of_nested(nested.outputs, nested.parameters)
+    response = InferenceResponse(nested.outputs)
+    if nested.parameters:
+        response.parameters().update(nested.parameters)
+    return response
 
 
 def _refused(model: str, error: ServingError) -> InferenceResponse:

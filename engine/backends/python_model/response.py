@@ -74,15 +74,6 @@ class InferenceResponse:
         self._error = error
         self._parameters = check_parameters(parameters)
 
-    @classmethod
-    def of_nested(cls, outputs: Sequence[Tensor], parameters: Mapping[str, ParameterValue]) -> InferenceResponse:
-        """Return what another model has answered."""
-        response = cls.__new__(cls)
-        response._output_tensors = list(outputs)
-        response._error = None
-        response._parameters = dict(parameters)
-        return response
-
     def output_tensors(self) -> list[Tensor]:
         """Return the outputs."""
         return self._output_tensors
