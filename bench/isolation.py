@@ -1,6 +1,7 @@
 """Does a saturated model slow down its neighbours?
 
-    python -m bench.isolation [--servers forebay,triton] [--busy wide,tiny] [--connections 32] [--rounds 5]
+    python -m bench.isolation [--servers forebay,triton] [--busy wide,tiny] [--clients realtime,normal]
+                              [--connections 32] [--rounds 5]
 
 A server serves ``alpha_model`` version 2, the quiet model, beside two others of one instance each. The quiet one is
 asked one request at a time, by turns alone and while many connections saturate one of the others: ``wide``, whose
@@ -8,8 +9,10 @@ instance then computes all the time, or ``tiny``, a copy of the quiet one, which
 around it, and the client, are what is saturated. A round does all of that on each server, the next round in the
 opposite order; a ratio is the median of the ratios within rounds.
 
-The aim is a p99 of at most twice that of the quiet model alone. All share the machine's cores, the client's load on the
-busy model included: a part of the ratio is the price of a core that is busy, whoever keeps it so.
+The aim is a p99 of at most twice that of the quiet model alone. All share the machine's cores, the load on the busy
+model included. Who asks the quiet model is the instrument here, and would be on another machine: the *realtime* one
+gets a core at once whenever it wants one, alone and beside. The *normal* one stands in line with everybody, and a part
+of what it sees is how long it has waited itself for a core that the load keeps busy, which no server decides.
 """
 
 from __future__ import annotations
@@ -52,12 +55,16 @@ class Pair(NamedTuple):
         return {name: result.as_json() for name, result in self._asdict().items()}
 
 
+#: By what is busy, the client and the server.
+Rounds = dict[tuple[str, str, str], list[Pair]]
+
+
 def main() -> None:
     """Measure, print and save."""
     options = _parse_options()
     rows = np.random.default_rng(0).standard_normal((1, 50)).astype(np.float32)
     requests = {name: infer_request(name, {"features": rows}, ["prediction"]) for name in (QUIET, *BUSY.values())}
-    rounds: dict[tuple[str, str], list[Pair]] = {(busy, name): [] for busy in options.busy for name in options.servers}
+    rounds: Rounds = {case: [] for case in itertools.product(options.busy, options.clients, options.servers)}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(_running(name)) for name in options.servers}
         for server in servers.values():
@@ -65,29 +72,40 @@ def main() -> None:
             np.testing.assert_array_equal(answers[QUIET], answers[BUSY["tiny"]])
         for number_of_round in range(options.rounds):
             order = options.servers if number_of_round % 2 == 0 else options.servers[::-1]
-            for busy, name in itertools.product(options.busy, order):
-                pair = measure_pair(servers[name], requests[QUIET], requests[BUSY[busy]], options)
-                rounds[busy, name].append(pair)
+            for busy, client, name in itertools.product(options.busy, options.clients, order):
+                realtime = client == "realtime"
+                pair = measure_pair(servers[name], requests[QUIET], requests[BUSY[busy]], options, realtime=realtime)
+                rounds[busy, client, name].append(pair)
                 print(
-                    f"round {number_of_round + 1}, {name}: p99 {pair.alone.p99_us} us alone, {pair.beside.p99_us} us "
-                    f"beside {busy}"
+                    f"round {number_of_round + 1}, {name}, {client} client: p99 {pair.alone.p99_us} us alone, "
+                    f"{pair.beside.p99_us} us beside {busy}"
                 )
     machine = describe_machine()
     print(f"\n{machine_line(machine)}\n{machine['command']}\n")
     print(report(rounds))
-    figures = {
-        busy: {name: [pair.as_json() for pair in rounds[busy, name]] for name in options.servers}
-        for busy in options.busy
-    }
+    figures = {", ".join(case): [pair.as_json() for pair in pairs] for case, pairs in rounds.items()}
     print(f"\nsaved: {save_results('isolation', machine, figures, options.output)}")
 
 
-def measure_pair(server: Server, quiet_request: bytes, busy_request: bytes, options: _Options) -> Pair:
-    """Measure the quiet model alone, then beside the busy one."""
+def measure_pair(
+    server: Server, quiet_request: bytes, busy_request: bytes, options: _Options, *, realtime: bool
+) -> Pair:
+    """Measure the quiet model alone, then beside the busy one.
+
+    Args:
+        realtime: with a client that never waits for a core.
+    """
     port = server.http_port
 
     def quiet() -> LoadResult:
-        return run_load(port, quiet_request, connections=1, duration_s=options.duration, warmup_s=options.warmup)
+        return run_load(
+            port,
+            quiet_request,
+            connections=1,
+            duration_s=options.duration,
+            warmup_s=options.warmup,
+            realtime=realtime,
+        )
 
     alone = quiet()
     busy: list[LoadResult] = []
@@ -112,11 +130,12 @@ def measure_pair(server: Server, quiet_request: bytes, busy_request: bytes, opti
     return Pair(alone, beside, busy[0])
 
 
-def report(rounds: dict[tuple[str, str], list[Pair]]) -> str:
-    """Return the table: medians, and the medians of the ratios, by what is busy and the server."""
+def report(rounds: Rounds) -> str:
+    """Return the table: medians, and the medians of the ratios, by what is busy, the client and the server."""
     return markdown_table(
         [
             "beside",
+            "client",
             "server",
             "p50 us alone",
             "p50 us beside",
@@ -128,13 +147,12 @@ def report(rounds: dict[tuple[str, str], list[Pair]]) -> str:
         ],
         [
             [
-                busy,
-                name,
+                *case,
                 *_columns([pair.alone.p50_us for pair in pairs], [pair.beside.p50_us for pair in pairs]),
                 *_columns([pair.alone.p99_us for pair in pairs], [pair.beside.p99_us for pair in pairs]),
                 number(statistics.median(pair.busy.rate_per_s for pair in pairs)),
             ]
-            for (busy, name), pairs in rounds.items()
+            for case, pairs in rounds.items()
         ],
     )
 
@@ -159,6 +177,7 @@ class _Options(argparse.Namespace):
 
     servers: list[str]
     busy: list[str]
+    clients: list[str]
     connections: int
     rounds: int
     duration: float
@@ -180,6 +199,7 @@ def _parse_options() -> _Options:
     parser = argparse.ArgumentParser(prog="python -m bench.isolation", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--servers", type=_names("forebay", "triton"), default=["forebay", "triton"])
     parser.add_argument("--busy", type=_names(*BUSY), default=list(BUSY))
+    parser.add_argument("--clients", type=_names("realtime", "normal"), default=["realtime", "normal"])
     parser.add_argument("--connections", type=int, default=32, help="on the busy model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duration", type=float, default=3, help="seconds of one measurement")

@@ -122,6 +122,7 @@ def run_load(
     idle_connections: int = 0,
     limits_us: Sequence[float] = (),
     host: str = "127.0.0.1",
+    realtime: bool = False,
     on_start: Callable[[], None] | None = None,
     on_end: Callable[[], None] | None = None,
 ) -> LoadResult:
@@ -135,11 +136,13 @@ def run_load(
         arrivals: the distances between due times in an open loop; ``bursty`` is Poisson at a rate that changes.
         idle_connections: further connections that make one request each before the start and then stay silent.
         limits_us: latencies for which to count the answers that are no later, sixteen at most.
+        realtime: the generator gets a core whenever it wants one, as if it were on a machine of its own. For a few
+            connections: it is to be an instrument, and no load.
         on_start: called when the warm-up is over; take the server's CPU time here.
         on_end: called when the measured time is over.
 
     Raises:
-        LoadFailed: the generator could not be built, or lost the server.
+        LoadFailed: the generator could not be built, may not be real time, or lost the server.
     """
     with _file_of(request) as path:
         command = [
@@ -151,7 +154,7 @@ def run_load(
         ]
         callbacks = {"start": on_start, "end": on_end}
         last_line = ""
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with _start(command, realtime=realtime) as process:
             assert process.stdout is not None
             assert process.stderr is not None
             for line in process.stdout:
@@ -163,6 +166,25 @@ def run_load(
     if process.returncode != 0:
         raise LoadFailed(error.strip() or f"load exited with {process.returncode}")
     return _result_of(json.loads(last_line))
+
+
+def _start(command: Sequence[str], *, realtime: bool) -> subprocess.Popen[str]:
+    """Start a process whose output is read here.
+
+    Raises:
+        LoadFailed: it may not be real time.
+    """
+    if not realtime:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A child inherits what the thread that starts it has just then.
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        raise LoadFailed("a real-time client needs root, or CAP_SYS_NICE") from None
+    try:
+        return _start(command, realtime=False)
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def run_wrk(
