@@ -48,7 +48,7 @@ from forebay.ipc.lifeline import DescriptorsLost, Lifeline, PeerClosed
 from forebay.ipc.log import log
 from forebay.ipc.messages import Failed, LogChanged, Message, Started, Stop
 from forebay.ipc.process import die_with_parent, ignore_terminal_signals, set_name
-from forebay.ipc.time_slices import ask_for_short_slices
+from forebay.ipc.time_slices import ask_for_larger_share, ask_for_short_slices
 from forebay.ipc.trace import TraceRules
 from forebay.ipc.wakeup_latency import WakeupLatency, may_ask
 from forebay.ipc.worker_messages import ModelMetrics
@@ -310,6 +310,9 @@ def run_frontend(
         if not isinstance(message, FrontendStart):
             return 0 if isinstance(message, Stop) else 1
         set_name(message.name or role)
+        if message.is_quiet:
+            # Those that it was started to keep apart from are busy all the time.
+            ask_for_larger_share()
         check(message)
         return uvloop.run(serve(message, fds))
     except PeerClosed:

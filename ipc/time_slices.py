@@ -1,12 +1,14 @@
-"""How long a process may keep a core while others want it: a wish to the kernel's fair scheduler.
+"""How soon and how long a process gets a core that others want, too: wishes to the kernel's fair scheduler.
 
 It shares out the same time to everybody; who asks for short slices gets its share in smaller pieces, and sooner when it
 wakes up. Needs Linux 6.12 and no privilege; older kernels ignore it. Source: sched_setattr(2), ``sched_runtime`` of
-fair tasks; the layout is ``struct sched_attr`` of its first version.
+fair tasks; the layout is ``struct sched_attr`` of its first version. A larger share is a matter of nice(2), for those
+who may.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -34,3 +36,17 @@ def ask_for_short_slices() -> None:
     attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, SHORT_SLICE_NS, 0, 0)
     # A kernel that knows better does as it likes.
     _libc.syscall(_SCHED_SETATTR, 0, attributes, 0)
+
+
+#: How much less nice than its siblings a process is that asks for a larger share: three times theirs.
+LARGER_SHARE_NICE = -5
+
+
+def ask_for_larger_share() -> None:
+    """Have the calling thread, and those that it starts from now on, get more of a core that others want.
+
+    For a process that is never busy for long. Without CAP_SYS_NICE, and a limit that allows it, everything stays as it
+    is.
+    """
+    with contextlib.suppress(PermissionError):
+        os.nice(LARGER_SHARE_NICE)

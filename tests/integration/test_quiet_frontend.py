@@ -18,6 +18,8 @@ from forebay_server import CONF_MODELS, ForebayServer, is_running, wait_until
 from http_models import wait_nothing_in_use, write_identity
 from http_wire import Ended, WireClient, infer
 
+from forebay.ipc.time_slices import LARGER_SHARE_NICE
+
 #: Of the crowd: requests that are sent together on each connection.
 TOGETHER = 12
 CONNECTIONS = 6
@@ -149,6 +151,14 @@ def test_connection_of_a_quiet_model_moves_and_gets_every_answer(server: Forebay
         assert client.answer().status == 200
         with pytest.raises(Ended):
             client.answer()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_it_gets_a_larger_share_of_the_cores_than_the_crowd(server: ForebayServer) -> None:
+    with WireClient(server.http_port) as client:
+        move(server, [client])
+        crowded, quiet = (os.getpriority(os.PRIO_PROCESS, server.pid_of(f"http {name}")) for name in ("0", "quiet"))
+        assert quiet == max(crowded + LARGER_SHARE_NICE, -20)
 
 
 def test_crowd_of_the_quiet_frontend_goes_back(server: ForebayServer) -> None:

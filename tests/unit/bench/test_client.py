@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +145,27 @@ def test_no_server_is_an_error_and_not_a_result() -> None:
         pass
     with pytest.raises(LoadFailed, match="connect"):
         run_load(port, REQUEST, connections=1, duration_s=0.1, warmup_s=0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_real_time_client_measures_and_leaves_us_as_we_were() -> None:
+    with running_server(lambda number: (200, b"fine")) as port:
+        seen: list[int] = []
+
+        def note() -> None:
+            children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+            seen.extend(os.sched_getscheduler(int(child)) for child in children)
+
+        result = run_load(port, REQUEST, connections=1, duration_s=0.1, warmup_s=0, realtime=True, on_start=note)
+    assert result.completed_count > 0
+    assert seen == [os.SCHED_FIFO]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_client_that_may_not_be_real_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with pytest.raises(LoadFailed, match="CAP_SYS_NICE"):
+        run_load(1, REQUEST, connections=1, duration_s=0.1, warmup_s=0, realtime=True)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from forebay.ipc.time_slices import SHORT_SLICE_NS, ask_for_short_slices
+from forebay.ipc.time_slices import LARGER_SHARE_NICE, SHORT_SLICE_NS, ask_for_larger_share, ask_for_short_slices
 
 _SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine(), 0)
 _KERNEL = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
@@ -43,3 +43,23 @@ def test_other_policy_is_kept() -> None:
 
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(ask).result() == os.SCHED_BATCH
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_larger_share_is_one_of_those_below_it_too() -> None:
+    def ask() -> tuple[int, int]:
+        ask_for_short_slices()
+        ask_for_larger_share()
+        with ThreadPoolExecutor(1) as child:
+            return os.getpriority(os.PRIO_PROCESS, 0), child.submit(os.getpriority, os.PRIO_PROCESS, 0).result()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(ask).result() == (LARGER_SHARE_NICE, LARGER_SHARE_NICE)
+
+
+def test_who_may_not_have_a_larger_share_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_increment: int) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "nice", refuse)
+    ask_for_larger_share()
