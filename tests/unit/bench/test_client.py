@@ -152,9 +152,13 @@ def test_a_real_time_client_measures_and_leaves_us_as_we_were() -> None:
     with running_server(lambda number: (200, b"fine")) as port:
         seen: list[int] = []
 
+        def children() -> set[int]:
+            return set(map(int, Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()))
+
+        before = children()
+
         def note() -> None:
-            children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
-            seen.extend(os.sched_getscheduler(int(child)) for child in children)
+            seen.extend(os.sched_getscheduler(child) for child in children() - before)
 
         result = run_load(port, REQUEST, connections=1, duration_s=0.1, warmup_s=0, realtime=True, on_start=note)
     assert result.completed_count > 0
