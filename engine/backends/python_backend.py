@@ -53,16 +53,23 @@ def import_model(spec: InstanceSpec) -> Any:
     environment.activate(spec)
     triton_python_backend_utils.install(spec.version_path)
     sys.path += [directory for directory in directories if directory not in sys.path]
-    # Lines of a model appear when they are printed, also in a pipe.
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(line_buffering=True)
+    print_whole_lines()
     try:
         module = importlib.import_module(name)
         return module.TritonPythonModel
     except BaseException as error:  # the model's own code, which may even want to exit
         raise model_failure(error, spec) from None
+
+
+def print_whole_lines() -> None:
+    """Have lines of a model appear when they are printed, also in a pipe, and in one piece, also beside other workers'.
+
+    With PYTHONUNBUFFERED, ``print`` writes a line and its end apart.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(line_buffering=True, write_through=False)
 
 
 def _module_of(spec: InstanceSpec) -> tuple[str, tuple[str, ...]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -384,3 +386,29 @@ def test_large_streamed_responses_wait_for_blocks_in_bounded_memory() -> None:
         responses = [response for response in worker.responses(token) if response.index >= 0]
         assert [int(response.outputs["OUT"][0]) for response in responses] == list(range(40))
         assert all(response.outputs["OUT"].shape == (10_000,) for response in responses)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_is_printed_at_once_and_in_one_piece(unbuffered: str) -> None:
+    """Two workers that print at the same time must not end up in each other's lines."""
+    code = """
+from forebay.engine.backends.python_backend import print_whole_lines
+print_whole_lines()
+print("first")
+print("second", "half", flush=True)
+input()
+"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.settimeout(60)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=theirs,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+        # A message is what was written with one system call; the child waits, so that nothing is written at its end.
+        lines = [ours.recv(100), ours.recv(100)]
+        child.communicate(b"\n")
+        assert child.returncode == 0
+    assert lines == [b"first\n", b"second half\n"]
