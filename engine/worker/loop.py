@@ -281,7 +281,7 @@ class Worker:
             self._placement,
             self._parcels.open_tokens,
             self._lane,
-            self._fail_rung,
+            self._fail_in_lane,
         )
         self._instance = instance
         # A model that waits for others hears of signals whichever of its threads has called them.
@@ -385,9 +385,6 @@ class Worker:
         times = self._rows.failed(message, self._clock[_SINCE], error)
         self._clock[_SINCE] = 0
         return times
-
-    def _fail_rung(self, message: memoryview, error: ServingError) -> None:
-        self._fail_in_lane(message, error)
 
     def _run_ring(self, kind: int, message: memoryview) -> None:
         if self._lane is not None and self._run_in_lane(self._lane, message, len(message), tells_scheduler=False):

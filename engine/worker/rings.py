@@ -34,7 +34,7 @@ _ENQUEUE_AGE_NS = 1_000_000_000
 #: Runs one message from a ring: its kind and the whole of it.
 Execute = Callable[[int, memoryview], None]
 #: Answers a message that the lane has run and left unanswered.
-Fail = Callable[[memoryview, ServingError], None]
+Fail = Callable[[memoryview, ServingError], object]
 
 
 class _Ring:
@@ -63,14 +63,14 @@ class Rings:
         wait: Park,
         placement: Placement,
         open_tokens: Callable[[int], list[int]],
-        lane: RowsLane | None = None,
-        fail: Fail | None = None,
+        lane: RowsLane | None,
+        fail: Fail,
     ) -> None:
         """Watch the doorbell, which stays the caller's.
 
         Args:
             open_tokens: returns which parcels of a producer have run and are still to be answered.
-            lane: waits instead of us, and runs what it knows; needs ``fail``.
+            lane: waits instead of us, and runs what it knows.
         """
         self._wait = wait
         self._placement = placement
@@ -154,7 +154,6 @@ class Rings:
         return is_ready
 
     def _wait_in_lane(self, lane: RowsLane, buffer: bytearray, timeout_ms: int | None) -> bool:
-        assert self._fail is not None
         try:
             fd = lane.wait(buffer, -1 if timeout_ms is None else timeout_ms)
         except ServingError as error:

@@ -110,7 +110,7 @@ typedef struct {
     size_t first_looked_at; /* whoever is read first is not always the same */
     uint32_t rows_max;
     uint64_t spin_ns; /* how long to look before sleeping */
-    Py_ssize_t size; /* of the message that wait() has read and left to others */
+    Py_ssize_t size; /* of the message that wait() has read */
 } Lane;
 
 static uint64_t now_ns(clockid_t clock)

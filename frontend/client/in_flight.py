@@ -45,9 +45,6 @@ from forebay.ipc.wire import (
 #: Times a request is handed to another worker after its worker died.
 ATTEMPTS_MAX = 1
 
-# Plain integers: looking up a member of an enum costs as much as unpacking a header.
-_RUNS_DONE = int(Kind.RUNS_DONE)
-
 #: What is acted on when nothing is.
 NO_REPLY = bytes(TIMES_END)
 
@@ -193,10 +190,7 @@ class InFlight:
         kind, flags, count, instance, batch = HEADER.unpack_from(message)
         self._message = message
         try:
-            if kind == _RUNS_DONE:
-                self._runs_done(message, flags, count, instance)
-            else:
-                self._act(kind, flags, count, instance, batch, message)
+            self._act(kind, flags, count, instance, batch, message)
             if self._waiting_steps:
                 self._submit_waiting_steps()
         except EngineGone as error:
@@ -205,7 +199,16 @@ class InFlight:
             raise self.broken("the engine sent a message that cannot be read") from None
 
     def _act(self, kind: int, flags: int, count: int, instance: int, batch: int, message: memoryview) -> None:
-        if kind == Kind.PARCEL_REPLY:
+        if kind == Kind.RUNS_DONE:
+            self._grants.set_idle(instance)
+            if flags & FLAG_REMARKS:
+                self._take_remarks(message, count)
+            for index in range(count):
+                _producer, _requests, base, _capacity, first, rows, _attempt, _sum_ns = RUN.unpack_from(
+                    message, TIMES_END + index * RUN.size
+                )
+                self._finish_rows(base, first, rows, None, ran=True)
+        elif kind == Kind.PARCEL_REPLY:
             self._parcel_reply(message, flags, instance)
         elif kind == Kind.RUNS_FAILED:
             self._runs_failed(message, flags, count, instance)
@@ -239,16 +242,6 @@ class InFlight:
         if self._message[0] not in _TIMED:
             return NOT_RUN
         return Times._make(TIMES.unpack_from(self._message, HEADER.size))
-
-    def _runs_done(self, message: memoryview, flags: int, count: int, instance: int) -> None:
-        self._grants.set_idle(instance)
-        if flags & FLAG_REMARKS:
-            self._take_remarks(message, count)
-        for index in range(count):
-            _producer, _requests, base, _capacity, first, rows, _attempt, _sum_ns = RUN.unpack_from(
-                message, TIMES_END + index * RUN.size
-            )
-            self._finish_rows(base, first, rows, None, ran=True)
 
     def _owners(self, base: int, first: int, rows: int) -> list[Pending]:
         """Return the requests in flight that begin in these rows."""

@@ -19,9 +19,6 @@ from forebay.client.pending import Pending, PendingParcel, Rows, RowsLease
 from forebay.ipc.client_wire import CANCEL_RUN, CANCEL_RUNG, NUMBER, SUBMIT_PARCEL, SUBMIT_RUN, SubmitKind
 from forebay.ipc.wire import FLAG_GRANTED, GROW, HEADER, PARCEL, RUN, TOKEN, Kind
 
-# A plain integer: looking up a member of an enum costs as much as packing a header.
-_RUNS = int(Kind.RUNS)
-
 #: How long the scheduler may leave the submission socket full, s.
 _SUBMIT_PATIENCE_S = 10.0
 
@@ -78,7 +75,7 @@ class Submissions:
         model, slab = pending.model, lease.slab
         pending.route = model.route
         if model.grants and (grant := model.idle_grant()) is not None:
-            message = HEADER.pack(_RUNS, FLAG_GRANTED, 1, self._choose_place(), grant.ticket) + RUN.pack(
+            message = HEADER.pack(Kind.RUNS, FLAG_GRANTED, 1, self._choose_place(), grant.ticket) + RUN.pack(
                 self._producer,
                 1,
                 slab.base,

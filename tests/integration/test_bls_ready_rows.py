@@ -66,12 +66,9 @@ def access(server: ForebayServer) -> Iterator[ShmEngineAccess]:
     made.close()
 
 
-def ask(access: ShmEngineAccess, model: str, values: Array, **changes: object) -> NestedResponse:
-    fields: dict[str, object] = {
-        "model": model, "version": -1, "id": "", "inputs": (Tensor("INPUT0", values),), "outputs": (), "parameters": {},
-        "correlation_id": 0, "flags": 0, "timeout_us": 0, "trace": None, "allows_many_responses": False,
-    }  # fmt: skip
-    call = access.infer(NestedRequest(**(fields | changes)))  # type: ignore[arg-type]
+def ask(access: ShmEngineAccess, model: str, values: Array, outputs: tuple[str, ...] = ()) -> NestedResponse:
+    inputs = (Tensor("INPUT0", values),)
+    call = access.infer(NestedRequest(model, -1, "", inputs, outputs, {}, 0, 0, 0, None, False))
     call.wait()
     (response,) = call.take()
     return response

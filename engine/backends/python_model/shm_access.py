@@ -63,13 +63,12 @@ class ShmEngineAccess:
         uses_gpu = request.uses_gpu
         if uses_gpu:
             _look_for(link, request)
-        key = request.model, request.version, tuple([tensor.facts for tensor in request.inputs]), request.outputs
+        facts = tuple([tensor.facts for tensor in request.inputs])
+        key = request.model, request.version, facts, request.outputs, request.allows_many_responses
         form = link.forms.get(key)
         if form is None or form.is_stale:
             form = _checked_form(link, request, key)
         model = form.model
-        if model.signature.is_decoupled and not request.allows_many_responses:
-            raise _decoupled(request.model)
         trace = None if request.trace is None else request.trace.step(model.name, model.version, request.id)
         return _gpu_call(link, form, request, trace) if uses_gpu else _host_call(link, form, request, trace)
 
@@ -152,14 +151,6 @@ def _not_ready(model: str) -> Internal:
     return Internal(f"Failed for execute the inference request. Model '{model}' is not ready.")
 
 
-def _decoupled(model: str) -> Unsupported:
-    return Unsupported(
-        f"Model {model} is using the decoupled. The current BLS request call doesn't support models "
-        "using the decoupled transaction policy. Please use 'decoupled=True' argument to the 'exec' or "
-        "'async_exec' calls for decoupled models.'"
-    )
-
-
 def _checked_form(link: Link, request: NestedRequest, key: FormKey) -> Form:
     """Return the form of a request that fits its model; each form is checked once.
 
@@ -167,10 +158,14 @@ def _checked_form(link: Link, request: NestedRequest, key: FormKey) -> Form:
         ServingError: it does not fit, or the model is not ready; Triton's texts.
     """
     model = _open(link, request)
-    if model.signature.is_decoupled and not request.allows_many_responses:
-        raise _decoupled(request.model)
+    _model, _version, facts, outputs, allows_many_responses = key
+    if model.signature.is_decoupled and not allows_many_responses:
+        raise Unsupported(
+            f"Model {request.model} is using the decoupled. The current BLS request call doesn't support models "
+            "using the decoupled transaction policy. Please use 'decoupled=True' argument to the 'exec' or "
+            "'async_exec' calls for decoupled models.'"
+        )
     _check_names(request)
-    _model, _version, facts, outputs = key
     inputs = [InputFacts(name, datatype, shape, byte_size) for name, datatype, shape, byte_size in facts]
     rows = validate_request(model.entry, request.id, inputs, outputs).row_count
     form = Form(link, model, rows, key)

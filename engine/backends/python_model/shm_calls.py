@@ -1,4 +1,4 @@
-"""Nested requests (BLS) in flight, over a worker's own connection as a shared-memory client."""
+"""Nested requests (BLS) in flight, and what those of one form share, over a worker's own connection as a client."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _FORMS_MAX = 256
 #: Rows that are larger are not kept ready.
 _READY_BYTES_MAX = 64 * 1024
 
-#: What makes the form of a request: model, version, inputs, wanted outputs.
-FormKey = tuple[str, int, tuple[Facts, ...], tuple[str, ...]]
+#: What makes the form of a request: model, version, inputs, wanted outputs, whether it takes many responses.
+FormKey = tuple[str, int, tuple[Facts, ...], tuple[str, ...], bool]
 
 
 class Link:
@@ -167,7 +167,7 @@ class Form:
             rows: of each request.
             key: fits the model.
         """
-        _name, _version, inputs, self._outputs = key
+        _name, _version, inputs, self._outputs, _allows_many_responses = key
         self._link = link
         self.model = model
         self.rows = rows
