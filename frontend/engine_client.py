@@ -315,11 +315,12 @@ class EngineClient:
         if requests >= _CROWD and route.route not in self.couriers:
             self.crowded_routes.add(route)
             self._crowded_lately.add(route)
-        elif requests * 4 <= _CROWD:
-            self.crowded_routes.discard(route)
 
     def forget_crowds(self) -> None:
-        """Call none crowded of which that cannot be said since the last time: its clients may all have left at once."""
+        """Call none crowded of which that cannot be said since the last time.
+
+        A single small turn says nothing: in a saturated server every third is one.
+        """
         self.crowded_routes &= self._crowded_lately
         self._crowded_lately.clear()
 

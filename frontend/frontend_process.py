@@ -29,6 +29,7 @@ from forebay.ipc.counters import CACHE_WORDS, CountersFile
 from forebay.ipc.errors import Code, ServingError
 from forebay.ipc.frontend_messages import (
     ConnectionMoved,
+    Crowded,
     DoorbellDown,
     DoorbellUp,
     FrontendStart,
@@ -221,6 +222,10 @@ class FrontendProcess:
         if not self.is_quiet_wanted:
             self.is_quiet_wanted = True
             self._tell(QuietWanted())
+
+    def tell_crowds(self, routes: tuple[int, ...]) -> None:
+        """Say that these are crowded just now, so that others get their share of the cores."""
+        self._tell(Crowded(routes=routes))
 
     def _take_trace_rules(self, rules: TraceRules) -> None:
         self._tracer.take_rules(rules)

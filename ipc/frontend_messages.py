@@ -131,6 +131,12 @@ class ConnectionMoved(Message, frozen=True, tag=56):
     may_lose_descriptors: ClassVar[bool] = True
 
 
+class Crowded(Message, frozen=True, tag=57):
+    """Frontend -> supervisor: it has crowds of these models. Said anew every quarter of a second while it has any."""
+
+    routes: tuple[int, ...]
+
+
 SupervisorToFrontend = (
     FrontendStart
     | DoorbellUp
@@ -146,7 +152,9 @@ SupervisorToFrontend = (
     | ConnectionMoved
     | Stop
 )
-FrontendToSupervisor = Started | Failed | RegionsSeen | RegionUnused | PoolEmpty | QuietWanted | ConnectionMoved
+FrontendToSupervisor = (
+    Started | Failed | RegionsSeen | RegionUnused | PoolEmpty | QuietWanted | ConnectionMoved | Crowded
+)
 
 
 # --- the control socket (ZeroMQ) --------------------------------------------------------------------------------------

@@ -138,6 +138,19 @@ class Instance:
         """Its worker's process id, 0 without one."""
         return self._worker.pid if self._worker is not None else 0
 
+    @property
+    def route(self) -> int:
+        return self.spec.route
+
+    @property
+    def _model_priority(self) -> str:
+        return str(self.spec.optimization.get("priority", ""))
+
+    def take_share(self, *, is_larger: bool) -> None:
+        """Have its worker run with the share of its model's priority, or with a larger one, where that is allowed."""
+        if self.worker is not None:
+            self.worker.follow_model(self._model_priority, is_favoured=is_larger)
+
     def suits(self, spec: InstanceSpec) -> bool:
         """Whether this is the instance that a specification of the same version asks for."""
         ours = self.spec
@@ -185,7 +198,7 @@ class Instance:
                 f"{self.title}: loaded in {loaded.load_ns / 1e9:.3f} s, warmed up in {loaded.warmup_ns / 1e9:.3f} s"
             )
         worker.end_quiet()
-        worker.follow_model(str(spec.optimization.get("priority", "")))
+        worker.follow_model(self._model_priority)
         self.memory_bytes = loaded.memory_bytes
         self.wants_parcels = loaded.wants_parcels
         self.has_ready_check = loaded.has_ready_check
@@ -199,6 +212,7 @@ class Instance:
             )
         self._is_serving = True
         plant.watchdog.add(self)
+        plant.core_shares.add(self)
         self._since_s = time.monotonic()
         self.reason = ""
         self._events.changed()
@@ -236,6 +250,7 @@ class Instance:
             keep_counters: the block belongs to the caller from now on.
         """
         self._plant.watchdog.discard(self)
+        self._plant.core_shares.discard(self)
         if not keep_counters:
             self._plant.counters.free(self.counter_offset, self._words)
         if not self.is_bound_by_policy:

@@ -11,6 +11,7 @@ from weakref import WeakSet
 from forebay.engine.repository.normalise import Gpu
 from forebay.engine.settings import Settings
 from forebay.engine.supervisor.core_pool import CorePool
+from forebay.engine.supervisor.core_shares import CoreShares
 from forebay.engine.supervisor.host_policies import HostPolicies
 from forebay.engine.supervisor.switchboard import Switchboard
 from forebay.engine.supervisor.watchdog import Watchdog
@@ -43,6 +44,7 @@ class Plant:
     gpus: tuple[Gpu, ...] = ()
     host_policies: HostPolicies = field(default_factory=lambda: HostPolicies(()))
     watchdog: Watchdog = field(default_factory=Watchdog)
+    core_shares: CoreShares = field(default_factory=CoreShares)
     #: Passes on the metrics that models define themselves.
     on_model_metrics: Callable[[ModelMetrics], None] = field(default=_ignore)
     #: Lets a process in that warms up an ensemble (``ClientDoor.side_door``).

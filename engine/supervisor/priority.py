@@ -13,6 +13,8 @@ import os
 import threading
 from collections.abc import Iterator
 
+from forebay.ipc.time_slices import LARGER_SHARE_NICE
+
 #: How long a worker loads on what others leave, s; then with its share, so that an update gets done on a full machine.
 QUIET_LOAD_S = 5.0
 
@@ -64,10 +66,14 @@ def let_others_first(pid: int) -> None:
     _set_nice(pid, _LAST_NICE)
 
 
-def follow_model(pid: int, model_priority: str) -> None:
-    """Give a process the priority of its model: ``MAX``, ``MIN`` or ``DEFAULT``; MAX needs CAP_SYS_NICE."""
-    if (nice := _MODEL_NICE.get(model_priority)) is not None:
-        _set_nice(pid, os.getpriority(os.PRIO_PROCESS, 0) + nice)
+def follow_model(pid: int, model_priority: str, *, is_favoured: bool = False) -> None:
+    """Give a process the priority of its model: ``MAX``, ``MIN`` or ``DEFAULT``; to raise it needs CAP_SYS_NICE.
+
+    Args:
+        is_favoured: and more of a core that others want.
+    """
+    nice = os.getpriority(os.PRIO_PROCESS, 0) + _MODEL_NICE.get(model_priority, 0)
+    _set_nice(pid, nice + LARGER_SHARE_NICE if is_favoured else nice)
 
 
 def _set_nice(pid: int, nice: int) -> None:

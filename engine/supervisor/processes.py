@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Generic, TypeVar
 
 from forebay.engine.supervisor.backoff import Backoff
@@ -22,6 +22,7 @@ from forebay.ipc.doorbell import create_doorbell
 from forebay.ipc.errors import Unavailable
 from forebay.ipc.frontend_messages import (
     ConnectionMoved,
+    Crowded,
     FrontendStart,
     FrontendToSupervisor,
     PoolEmpty,
@@ -249,6 +250,8 @@ class FrontendRole(Role[FrontendToSupervisor]):
         self._is_serving = False
         #: Called when it wants a quiet frontend.
         self.on_quiet_wanted: Callable[[], None] = _do_nothing
+        #: Called with the routes of which it has crowds.
+        self.on_crowded: Callable[[Collection[int]], None] = _ignore_crowds
         #: Called with each client's socket that another frontend shall serve; the caller closes it afterwards.
         self.on_connection_moved: Callable[[int], None] = _drop
         #: Called when a run of it has come up, and when it is gone.
@@ -320,6 +323,8 @@ class FrontendRole(Role[FrontendToSupervisor]):
             self._pools.note_empty(self.number, message.number)
         elif isinstance(message, QuietWanted):
             self.on_quiet_wanted()
+        elif isinstance(message, Crowded):
+            self.on_crowded(message.routes)
         elif isinstance(message, ConnectionMoved):
             for fd in fds:
                 self.on_connection_moved(fd)
@@ -335,6 +340,10 @@ class FrontendRole(Role[FrontendToSupervisor]):
 
 def _do_nothing() -> None:
     """Nobody wants to know."""
+
+
+def _ignore_crowds(_routes: Collection[int]) -> None:
+    """Nobody's share of the cores depends on it."""
 
 
 def _drop(_fd: int) -> None:

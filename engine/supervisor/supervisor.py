@@ -174,6 +174,8 @@ class Supervisor:
             cache_counter_offsets=self._cache_counter_offsets,
             on_model_metrics=self._pass_on_metrics,
         )
+        for frontend in self._frontends:
+            frontend.on_crowded = plant.core_shares.note_crowds
         self._couriers = Couriers(plant)
         self._regions.use_devices(self._couriers, (gpu.device_id for gpu in plant.gpus))
         if plant.gpus:

@@ -231,10 +231,7 @@ class RouteClient:
         grant = self._idle_grant()
         if grant is None:
             return False
-        engine = self.engine
-        if engine.crowded_routes:
-            engine.crowded_routes.discard(self)
-        grant.ring_one(Run(engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns()))
+        grant.ring_one(Run(self.engine.producer, 1, slab.base, slab.capacity, first, rows, 0, time.monotonic_ns()))
         return True
 
     def input_slice(self, slab: OwnedSlab, first: int, rows: int, index: int) -> memoryview:

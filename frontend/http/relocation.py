@@ -31,6 +31,8 @@ _REVIEWS = 3
 _APART_S = 0.5
 #: Connections that one review hands over: each costs a few system calls here, and the supervisor the same.
 _MOVES_MAX = 8
+#: Seconds between two times that the supervisor is told of the crowds.
+_TELL_S = 0.25
 #: Seconds that a connection stays at least with the quiet frontend, and with one that it was sent back to: it is of a
 #: crowd where many come together, which may be none where few do.
 _STAY_QUIET_S, _STAY_S = 1.0, 30.0
@@ -47,6 +49,8 @@ class Relocation:
         #: Connections in the wrong place, and how many reviews in a row have found them there.
         self._misplaced: dict[Connection, int] = {}
         self._reviewed_s = 0.0
+        #: When to tell the supervisor of the crowds again.
+        self._telling_s = 0.0
         self._arrivals: set[asyncio.Task[None]] = set()
         frontend.hand_over = process.hand_over
         frontend.express.on_review = self._review
@@ -61,6 +65,7 @@ class Relocation:
         if not self._frontend.engine.crowded_routes or self._frontend.is_draining:
             self._misplaced.clear()
             return
+        self._tell_crowds(now_s)
         if self._process.is_quiet_wanted and not self._process.is_quiet_open:
             return
         before = self._misplaced
@@ -75,6 +80,11 @@ class Relocation:
                 moves += 1
                 if moves == _MOVES_MAX:
                     break
+
+    def _tell_crowds(self, now_s: float) -> None:
+        if now_s >= self._telling_s:
+            self._telling_s = now_s + _TELL_S
+            self._process.tell_crowds(tuple(crowded.route for crowded in self._frontend.engine.crowded_routes))
 
     def _find_misplaced(self) -> Collection[Connection]:
         express = self._frontend.express

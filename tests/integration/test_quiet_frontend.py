@@ -161,6 +161,22 @@ def test_it_gets_a_larger_share_of_the_cores_than_the_crowd(server: ForebayServe
         assert quiet == max(crowded + LARGER_SHARE_NICE, -20)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_workers_of_quiet_models_get_a_larger_share_as_long_as_there_is_a_crowd(server: ForebayServer) -> None:
+    def nice(model: str) -> int:
+        return os.getpriority(os.PRIO_PROCESS, server.pid_of(f"worker {model}"))
+
+    usual = nice("quiet")
+    favoured = max(usual + LARGER_SHARE_NICE, -20)
+    with crowd(server.http_port):
+        wait_until(lambda: nice("quiet") == favoured, "the larger share")
+        assert nice("crowded") == usual
+        os.kill(pid := server.pid_of("worker quiet"), signal.SIGKILL)
+        wait_until(lambda: server.pid_of("worker quiet") not in (0, pid), "the successor")
+        wait_until(lambda: nice("quiet") == favoured, "the successor's larger share")
+    wait_until(lambda: nice("quiet") == usual, "the end of the larger share")
+
+
 def test_crowd_of_the_quiet_frontend_goes_back(server: ForebayServer) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(WireClient(server.http_port)) for _ in range(CONNECTIONS)]

@@ -248,14 +248,19 @@ def test_lost_parcel_is_tried_again_unless_its_client_has_part_of_the_answer() -
 # --- crowds
 
 
-def test_model_is_crowded_while_many_of_its_requests_arrive_together() -> None:
+def test_model_is_crowded_as_long_as_many_of_its_requests_arrive_together_now_and_then() -> None:
     async def scenario(s: Surroundings) -> None:
-        for _ in range(8):
+        for _ in range(3):
+            for _ in range(8):
+                s.publish()
+            await turn()
             s.publish()
-        await turn()
-        assert s.engine.crowded_routes == {s.route}
+            await turn()
+            s.engine.forget_crowds()
+            assert s.engine.crowded_routes == {s.route}
         s.publish()
         await turn()
+        s.engine.forget_crowds()
         assert not s.engine.crowded_routes
 
     play(scenario)

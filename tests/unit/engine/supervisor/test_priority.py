@@ -103,6 +103,18 @@ def test_a_process_that_ends_lets_others_first(child: subprocess.Popen[str]) -> 
     assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)} == {19}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize(("model_priority", "nice"), [("", 0), ("MAX", -5), ("MIN", 14)])
+def test_who_is_favoured_gets_more_than_its_model_and_gives_it_back(
+    child: subprocess.Popen[str], model_priority: str, nice: int
+) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0) + nice
+    priority.follow_model(child.pid, model_priority, is_favoured=True)
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)} == {usual - 5}
+    priority.follow_model(child.pid, model_priority)
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)} == {usual}
+
+
 def test_a_process_that_is_gone_is_no_error() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()

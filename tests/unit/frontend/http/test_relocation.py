@@ -14,6 +14,7 @@ from forebay.frontend.http import relocation
 from forebay.frontend.http.relocation import Relocation
 
 STEP_S = 0.05
+CROWDED = SimpleNamespace(route=7)
 
 
 class FakeConnection:
@@ -36,12 +37,14 @@ class Scene:
         self.now_s = 100.0
         monkeypatch.setattr(relocation.time, "monotonic", lambda: self.now_s)
         self.sent: list[int] = []
+        self.told: list[tuple[int, ...]] = []
         self.take: Callable[[socket.socket], None] = lambda _sock: None
         self.process: Any = SimpleNamespace(
             start=SimpleNamespace(is_quiet=is_quiet),
             is_quiet_open=True,
             is_quiet_wanted=False,
             want_quiet=self._want,
+            tell_crowds=self.told.append,
             hand_over=lambda fd: self.sent.append(fd) or True,
             take_connections=lambda take: setattr(self, "take", take),
         )
@@ -49,7 +52,7 @@ class Scene:
         self.opened: list[Any] = []
         self.frontend: Any = SimpleNamespace(
             express=self.express,
-            engine=SimpleNamespace(crowded_routes={1}),
+            engine=SimpleNamespace(crowded_routes=[CROWDED]),
             is_draining=False,
             is_full=False,
             connection=self._connection,
@@ -93,9 +96,9 @@ def test_reviews_that_are_far_apart_or_find_no_crowd_are_not_in_a_row(scene: Sce
     scene.review(2)
     scene.now_s += 10
     scene.review(2)
-    scene.frontend.engine.crowded_routes = set()
+    scene.frontend.engine.crowded_routes = []
     scene.review()
-    scene.frontend.engine.crowded_routes = {1}
+    scene.frontend.engine.crowded_routes = [CROWDED]
     scene.review(2)
     assert connection.times_left == 0
     scene.review()
@@ -168,3 +171,12 @@ def test_full_quiet_frontend_sends_back_what_comes(monkeypatch: pytest.MonkeyPat
         assert scene.sent == [fd]
         assert sock.fileno() == -1
     assert scene.opened == []
+
+
+def test_supervisor_is_told_of_crowds_now_and_then_as_long_as_there_are_any(scene: Scene) -> None:
+    scene.review(20)
+    assert len(scene.told) == 4
+    assert set(scene.told) == {(7,)}
+    scene.frontend.engine.crowded_routes = []
+    scene.review(20)
+    assert len(scene.told) == 4
