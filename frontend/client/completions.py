@@ -127,7 +127,8 @@ class Completions:
                         self._read(deadline_ns)
                 finally:
                     self._reader.release()
-                    self._wake_follower()
+                    if self._followers:
+                        self._wake_follower()
                 break
             self._follow(pending, deadline_ns)
         if pending.is_abandoned:

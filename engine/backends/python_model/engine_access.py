@@ -45,11 +45,6 @@ class NestedRequest(msgspec.Struct, frozen=True):
     made_for: Sequence[OuterRequest] = ()
     """The requests of the execution that makes it."""
 
-    @property
-    def uses_gpu(self) -> bool:
-        """Whether any tensor is, or shall be, in the memory of a GPU."""
-        return self.output_device >= 0 or any(tensor.device is not None for tensor in self.inputs)
-
 
 class NestedResponse(msgspec.Struct, frozen=True):
     """One response to it."""

@@ -150,7 +150,7 @@ class InferenceRequest:
         self._timeout = timeout
         self._preferred_memory = preferred_memory
         self._trace = trace or _NO_TRACE
-        self._parameters: Mapping[str, ParameterValue] = check_parameters(parameters)
+        self._parameters: Mapping[str, ParameterValue] = {} if parameters is None else check_parameters(parameters)
         self._release_flags = RELEASE_ALL
         self._recipient: Recipient | None = None
         self._source: ParcelRequest | RowRequest | None = None

@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 COMPLETE_FINAL = 1
 
 
-def check_parameters(parameters: Mapping[str, ParameterValue] | None) -> dict[str, ParameterValue]:
+def check_parameters(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
     """Return a copy of request or response parameters.
 
     Raises:
         TritonModelException: it is no mapping, a key is not a string or a value not bool, int or str (spec P-041), or
             one of them cannot be sent: a number of more than 64 bits, a text that UTF-8 does not have.
     """
-    if parameters is None:
-        return {}
     if not isinstance(parameters, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # models are not type-checked
         raise TritonModelException(f"Expect parameters to have type dict, found type {type(parameters)}")
     checked: dict[str, ParameterValue] = {}
@@ -72,7 +70,7 @@ class InferenceResponse:
         if error is not None and not isinstance(error, TritonError):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"the error of an InferenceResponse must be a TritonError, found type {type(error)}")
         self._error = error
-        self._parameters = check_parameters(parameters)
+        self._parameters = {} if parameters is None else check_parameters(parameters)
 
     def output_tensors(self) -> list[Tensor]:
         """Return the outputs."""

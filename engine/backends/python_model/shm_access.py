@@ -20,7 +20,7 @@ from forebay.client.options import Options
 from forebay.client.placement import BlockPlacement
 from forebay.engine.backends.python_model.device_calls import OutputsOnGpu, device_call, gpu_of_outputs
 from forebay.engine.backends.python_model.engine_access import NestedCall, NestedRequest
-from forebay.engine.backends.python_model.shm_calls import BlockCall, Form, FormKey, Link
+from forebay.engine.backends.python_model.shm_calls import BlockCall, Form, FormKey, Link, uses_gpu
 from forebay.ipc.channel import TypedCodec, control_address
 from forebay.ipc.errors import Internal, InvalidArgument, NotFound, ServingError, Unavailable, Unsupported, from_wire
 from forebay.ipc.frontend_messages import Command, CommandReply, ControlToFrontend
@@ -60,17 +60,22 @@ class ShmEngineAccess:
         link = self._link
         if link is None or link.connection.is_broken:
             link = self._connect()
-        uses_gpu = request.uses_gpu
-        if uses_gpu:
-            _look_for(link, request)
-        facts = tuple([tensor.facts for tensor in request.inputs])
-        key = request.model, request.version, facts, request.outputs, request.allows_many_responses
+        key = (
+            request.model,
+            request.version,
+            tuple([tensor.facts for tensor in request.inputs]),
+            request.outputs,
+            request.allows_many_responses,
+            request.output_device,
+        )
         form = link.forms.get(key)
+        if form is not None and form.uses_gpu:
+            _look_for(link, request)
         if form is None or form.is_stale:
             form = _checked_form(link, request, key)
         model = form.model
         trace = None if request.trace is None else request.trace.step(model.name, model.version, request.id)
-        return _gpu_call(link, form, request, trace) if uses_gpu else _host_call(link, form, request, trace)
+        return _gpu_call(link, form, request, trace) if form.uses_gpu else _host_call(link, form, request, trace)
 
     def _connect(self) -> Link:
         link = self._link
@@ -157,8 +162,10 @@ def _checked_form(link: Link, request: NestedRequest, key: FormKey) -> Form:
     Raises:
         ServingError: it does not fit, or the model is not ready; Triton's texts.
     """
+    if uses_gpu(key):
+        _look_for(link, request)
     model = _open(link, request)
-    _model, _version, facts, outputs, allows_many_responses = key
+    _model, _version, facts, outputs, allows_many_responses, _output_device = key
     if model.signature.is_decoupled and not allows_many_responses:
         raise Unsupported(
             f"Model {request.model} is using the decoupled. The current BLS request call doesn't support models "
@@ -166,7 +173,7 @@ def _checked_form(link: Link, request: NestedRequest, key: FormKey) -> Form:
             "'async_exec' calls for decoupled models.'"
         )
     _check_names(request)
-    inputs = [InputFacts(name, datatype, shape, byte_size) for name, datatype, shape, byte_size in facts]
+    inputs = [InputFacts(name, datatype, shape, byte_size) for name, datatype, shape, byte_size, _is_on_gpu in facts]
     rows = validate_request(model.entry, request.id, inputs, outputs).row_count
     form = Form(link, model, rows, key)
     link.keep_form(key, form)

@@ -30,8 +30,15 @@ _FORMS_MAX = 256
 #: Rows that are larger are not kept ready.
 _READY_BYTES_MAX = 64 * 1024
 
-#: What makes the form of a request: model, version, inputs, wanted outputs, whether it takes many responses.
-FormKey = tuple[str, int, tuple[Facts, ...], tuple[str, ...], bool]
+#: What makes the form of a request: model, version, inputs, wanted outputs, whether it takes many responses, and the
+#: GPU that outputs are wanted on (``ANYWHERE`` and the like: negative).
+FormKey = tuple[str, int, tuple[Facts, ...], tuple[str, ...], bool, int]
+
+
+def uses_gpu(key: FormKey) -> bool:
+    """Tell whether any tensor of such a request is, or shall be, in the memory of a GPU."""
+    _name, _version, inputs, _outputs, _allows_many_responses, output_device = key
+    return output_device >= 0 or any(is_on_gpu for *_facts, is_on_gpu in inputs)
 
 
 class Link:
@@ -159,6 +166,7 @@ class Form:
         "_takes_bare",
         "model",
         "rows",
+        "uses_gpu",
     )
 
     def __init__(self, link: Link, model: Opened, rows: int, key: FormKey) -> None:
@@ -167,13 +175,15 @@ class Form:
             rows: of each request.
             key: fits the model.
         """
-        _name, _version, inputs, self._outputs, _allows_many_responses = key
+        _name, _version, inputs, self._outputs, _allows_many_responses, _output_device = key
         self._link = link
         self.model = model
         self.rows = rows
+        #: Whether any tensor is, or shall be, in the memory of a GPU.
+        self.uses_gpu = uses_gpu(key)
         self._route = model.route
-        self._inputs = [name for name, _datatype, _shape, _byte_size in inputs]
-        self._input_bytes = sum(byte_size for _name, _datatype, _shape, byte_size in inputs)
+        self._inputs = [name for name, _datatype, _shape, _byte_size, _is_on_gpu in inputs]
+        self._input_bytes = sum(byte_size for _name, _datatype, _shape, byte_size, _is_on_gpu in inputs)
         signature = model.signature
         has_all_inputs = len(inputs) >= len(signature.inputs)
         #: Whether requests may live in slab rows: all, or those that carry nothing but tensors.

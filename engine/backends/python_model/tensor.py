@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from forebay.ipc.errors import InvalidArgument, ServingError
 from forebay.ipc.tensor import DATATYPES, datatype_of
 
 #: See :attr:`Tensor.facts`.
-Facts = tuple[str, str, tuple[int, ...], int]
+Facts = tuple[str, str, tuple[int, ...], int, bool]
 
 
 class Tensor:
@@ -38,7 +38,7 @@ class Tensor:
         if not isinstance(array, np.ndarray):
             raise TritonModelException(f"Tensor '{name}' needs a numpy array, got {type(array).__name__}")
         # ascontiguousarray would make a scalar one-dimensional.
-        typed: Array = np.asarray(cast("Array", array), order="C")
+        typed: Array = np.asarray(array, order="C")  # pyright: ignore[reportUnknownArgumentType]  # any dtype
         try:
             datatype = datatype_of(typed)
         except InvalidArgument:
@@ -180,9 +180,10 @@ class Tensor:
 
     @property
     def facts(self) -> Facts:
-        """Name, datatype, shape and bytes, of which BYTES have 0."""
-        datatype, array = self._datatype, self._device or self.data
-        return self._name, datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes
+        """Name, datatype, shape, bytes, of which BYTES have 0, and whether it is in the memory of a GPU."""
+        datatype, device = self._datatype, self._device
+        array = device or self.data
+        return self._name, datatype, array.shape, 0 if datatype == "BYTES" else array.nbytes, device is not None
 
     @property
     def datatype(self) -> str:
