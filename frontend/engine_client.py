@@ -109,7 +109,7 @@ class EngineClient:
         self._blocks.allocate(64)
         self._tokens = itertools.count(1)
         self._dirty: list[RouteClient] = []
-        #: Those of which many requests arrived together the last time.
+        #: Those of which many requests have arrived together, until that is forgotten.
         self.crowded_routes: set[RouteClient] = set()
         #: Those of which that was so since :meth:`forget_crowds`.
         self._crowded_lately: set[RouteClient] = set()

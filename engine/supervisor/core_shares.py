@@ -15,6 +15,8 @@ import asyncio
 from collections.abc import Collection
 from typing import Protocol
 
+from forebay.engine.supervisor import priority
+
 #: A model is called crowded for so long after a frontend has said so, s; they say it more often.
 _CROWD_LASTS_S = 1.0
 
@@ -27,8 +29,10 @@ class Sharer(Protocol):
         """The number under which requests find its model."""
         ...
 
-    def take_share(self, *, is_larger: bool) -> None:
-        """Have its worker run with the share of its model's priority, or with a larger one, where that is allowed."""
+    @property
+    def pid(self) -> int:
+        """Its worker's process, which others may share; 0: there is none."""
+        ...
 
 
 class CoreShares:
@@ -36,22 +40,20 @@ class CoreShares:
 
     def __init__(self) -> None:
         self._sharers: set[Sharer] = set()
-        #: Those with a larger share.
-        self._favoured: set[Sharer] = set()
+        #: Processes with a larger share, and by thread what nice values they had.
+        self._enlarged: dict[int, dict[int, int]] = {}
         #: By route, the loop's time until which it is called crowded.
         self._crowded: dict[int, float] = {}
         self._review: asyncio.TimerHandle | None = None
 
     def add(self, sharer: Sharer) -> None:
-        """It has a worker, or a new one, with the usual share."""
+        """It has a worker, or a new one."""
         self._sharers.add(sharer)
-        self._favoured.discard(sharer)
         self._share_out()
 
     def discard(self, sharer: Sharer) -> None:
         """It has no worker any more."""
         self._sharers.discard(sharer)
-        self._favoured.discard(sharer)
 
     def note_crowds(self, routes: Collection[int]) -> None:
         """A frontend says that these are crowded just now."""
@@ -69,9 +71,13 @@ class CoreShares:
         self._review = loop.call_later(_CROWD_LASTS_S, self._forget_crowds) if self._crowded else None
 
     def _share_out(self) -> None:
-        favoured = {sharer for sharer in self._sharers if self._crowded and sharer.route not in self._crowded}
-        for sharer in favoured - self._favoured:
-            sharer.take_share(is_larger=True)
-        for sharer in self._favoured - favoured:
-            sharer.take_share(is_larger=False)
-        self._favoured = favoured
+        if not self._crowded and not self._enlarged:
+            return
+        ours = {sharer.pid for sharer in self._sharers}
+        quiet = {sharer.pid for sharer in self._sharers if self._crowded and sharer.route not in self._crowded} - {0}
+        for pid in self._enlarged.keys() - quiet:
+            before = self._enlarged.pop(pid)
+            if pid in ours:
+                priority.restore_share(pid, before)
+        for pid in quiet - self._enlarged.keys():
+            self._enlarged[pid] = priority.enlarge_share(pid)

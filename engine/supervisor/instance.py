@@ -142,15 +142,6 @@ class Instance:
     def route(self) -> int:
         return self.spec.route
 
-    @property
-    def _model_priority(self) -> str:
-        return str(self.spec.optimization.get("priority", ""))
-
-    def take_share(self, *, is_larger: bool) -> None:
-        """Have its worker run with the share of its model's priority, or with a larger one, where that is allowed."""
-        if self.worker is not None:
-            self.worker.follow_model(self._model_priority, is_favoured=is_larger)
-
     def suits(self, spec: InstanceSpec) -> bool:
         """Whether this is the instance that a specification of the same version asks for."""
         ours = self.spec
@@ -198,7 +189,7 @@ class Instance:
                 f"{self.title}: loaded in {loaded.load_ns / 1e9:.3f} s, warmed up in {loaded.warmup_ns / 1e9:.3f} s"
             )
         worker.end_quiet()
-        worker.follow_model(self._model_priority)
+        worker.follow_model(str(spec.optimization.get("priority", "")))
         self.memory_bytes = loaded.memory_bytes
         self.wants_parcels = loaded.wants_parcels
         self.has_ready_check = loaded.has_ready_check

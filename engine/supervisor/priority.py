@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from forebay.ipc.time_slices import LARGER_SHARE_NICE
 
@@ -66,14 +66,33 @@ def let_others_first(pid: int) -> None:
     _set_nice(pid, _LAST_NICE)
 
 
-def follow_model(pid: int, model_priority: str, *, is_favoured: bool = False) -> None:
-    """Give a process the priority of its model: ``MAX``, ``MIN`` or ``DEFAULT``; to raise it needs CAP_SYS_NICE.
+def follow_model(pid: int, model_priority: str) -> None:
+    """Give a process the priority of its model: ``MAX``, ``MIN`` or ``DEFAULT``; MAX needs CAP_SYS_NICE."""
+    if (nice := _MODEL_NICE.get(model_priority)) is not None:
+        _set_nice(pid, os.getpriority(os.PRIO_PROCESS, 0) + nice)
 
-    Args:
-        is_favoured: and more of a core that others want.
+
+def enlarge_share(pid: int) -> dict[int, int]:
+    """Give a process more of cores that others want, where that is allowed (CAP_SYS_NICE).
+
+    Returns:
+        By thread, its nice value until now.
     """
-    nice = os.getpriority(os.PRIO_PROCESS, 0) + _MODEL_NICE.get(model_priority, 0)
-    _set_nice(pid, nice + LARGER_SHARE_NICE if is_favoured else nice)
+    before: dict[int, int] = {}
+    for thread in _threads(pid):
+        # Not allowed, or one that has just ended.
+        with contextlib.suppress(OSError):
+            before[thread] = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, before[thread] + LARGER_SHARE_NICE)
+    return before
+
+
+def restore_share(pid: int, before: Mapping[int, int]) -> None:
+    """Undo :func:`enlarge_share`, which returned ``before``; threads started since get what the first one had."""
+    for thread in _threads(pid):
+        if (nice := before.get(thread, before.get(pid))) is not None:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def _set_nice(pid: int, nice: int) -> None:

@@ -143,10 +143,10 @@ class WorkerHandle:
             priority.restore(self.pid)
         self.loads_quietly = False
 
-    def follow_model(self, model_priority: str, *, is_favoured: bool = False) -> None:
-        """Run at the priority that its model is configured with; ``is_favoured``: and get more of contested cores."""
+    def follow_model(self, model_priority: str) -> None:
+        """Run at the priority that its model is configured with."""
         if self.pid and not self.ended.is_set():
-            priority.follow_model(self.pid, model_priority, is_favoured=is_favoured)
+            priority.follow_model(self.pid, model_priority)
 
     def let_others_first(self) -> None:
         """It is about to be stopped, with all others of its process: that need not be soon."""

@@ -104,15 +104,31 @@ def test_a_process_that_ends_lets_others_first(child: subprocess.Popen[str]) -> 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-@pytest.mark.parametrize(("model_priority", "nice"), [("", 0), ("MAX", -5), ("MIN", 14)])
-def test_who_is_favoured_gets_more_than_its_model_and_gives_it_back(
-    child: subprocess.Popen[str], model_priority: str, nice: int
+def test_a_larger_share_is_given_back_by_every_thread(child: subprocess.Popen[str]) -> None:
+    first, second = threads(child)
+    os.setpriority(os.PRIO_PROCESS, first, 1)
+    os.setpriority(os.PRIO_PROCESS, second, 7)
+    before = priority.enlarge_share(child.pid)
+    start_thread(child)
+    assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)] == [-4, 2, -4]
+    priority.restore_share(child.pid, before)
+    assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)] == [1, 7, 1]
+
+
+def test_a_larger_share_that_is_not_allowed_changes_nothing(
+    child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = os.getpriority(os.PRIO_PROCESS, 0) + nice
-    priority.follow_model(child.pid, model_priority, is_favoured=True)
-    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)} == {usual - 5}
-    priority.follow_model(child.pid, model_priority)
-    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)} == {usual}
+    set_priority = os.setpriority
+
+    def set_unless_raised(which: int, who: int, nice: int) -> None:
+        if nice < os.getpriority(which, who):
+            raise PermissionError
+        set_priority(which, who, nice)
+
+    monkeypatch.setattr(os, "setpriority", set_unless_raised)
+    usual = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)]
+    priority.restore_share(child.pid, priority.enlarge_share(child.pid))
+    assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads(child)] == usual
 
 
 def test_a_process_that_is_gone_is_no_error() -> None:
@@ -120,3 +136,4 @@ def test_a_process_that_is_gone_is_no_error() -> None:
         process.wait()
     priority.restore(process.pid)
     priority.let_others_first(process.pid)
+    priority.restore_share(process.pid, priority.enlarge_share(process.pid))
