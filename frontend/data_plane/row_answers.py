@@ -48,7 +48,8 @@ class RowAnswers:
         """Take in a RUNS_DONE message."""
         self._answered_batches[instance] = batch
         now_ns = time.monotonic_ns()
-        slabs = self._engine.slabs
+        slabs, cores = self._engine.slabs, self._engine.cores
+        cores.answering = instance
         remarks = _read_remarks(message, count) if has_remarks else _NO_REMARKS
         pace: Pace | None = None
         elapsed_ns = 0
@@ -72,8 +73,9 @@ class RowAnswers:
                     route.details.answered(requests, elapsed_ns, enqueue_ns, self._engine.reply_times())
             route.write_counters()
         self._engine.grants.runs_ended(instance)
+        cores.answering = 0
         if pace is not None:
-            self._engine.cores.ended(pace, elapsed_ns, now_ns)
+            cores.ended(pace, elapsed_ns, now_ns)
 
     def _answer_rows(self, slab: OwnedSlab, first: int, rows: int) -> None:
         """Call everybody who waits for one of these rows."""

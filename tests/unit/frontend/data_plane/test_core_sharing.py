@@ -114,6 +114,25 @@ def test_second_worker_joins_when_it_is_asked_by_turns_with_the_first(play: Play
     play(scenario)
 
 
+def test_worker_that_is_asked_while_the_one_before_it_is_answered_joins(play: Play) -> None:
+    """As the next step of an ensemble is."""
+
+    def scenario(scene: Scene) -> None:
+        for _ in range(300):
+            scene.begin(scene.first)
+            scene.first.is_idle = False
+            scene.cores.answering = scene.first.instance
+            scene.begin(scene.second)
+            scene.first.is_idle = True
+            scene.cores.answering = 0
+            scene.cores.ended(scene.first.pace, QUICK_NS, scene.now_ns)
+            scene.cores.ended(scene.second.pace, QUICK_NS, scene.now_ns)
+        assert scene.shared is not None
+        assert scene.second.places == scene.first.places == [scene.shared + 1]
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("crowd", ["a batch of two", "another worker runs", "the scheduler is asked"])
 def test_all_run_anywhere_again_as_soon_as_two_requests_are_in_flight(play: Play, crowd: str) -> None:
     def scenario(scene: Scene) -> None:
