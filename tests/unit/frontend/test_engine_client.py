@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -304,6 +306,25 @@ def test_granted_worker_is_rung_at_once_with_a_number_of_its_own_kind() -> None:
         await s.tell_runs(Kind.RUNS_DONE, (0, 1), batch=GRANTED_BATCH | 1)
         assert owner.end == "done"
         assert [type(message) for message in s.take_sent()] == [GrantReturned]
+
+    play(scenario)
+
+
+def test_next_step_of_an_ensemble_that_begins_while_the_one_before_is_answered_is_no_company(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(s: Surroundings) -> None:
+        crowds: list[str] = []
+        monkeypatch.setattr(s.engine.cores, "crowded", lambda: crowds.append("crowded"))
+        next_worker: Any = SimpleNamespace(instance=INSTANCE + 1, is_idle=True)
+        await s.grant()
+        owner, _slab, first = s.publish()
+        monkeypatch.setattr(owner, "rows_done", lambda *_: s.engine.cores.begun(next_worker, 1))
+        await s.tell_runs(Kind.RUNS_DONE, (first, 1))
+        assert crowds == []
+        s.publish()
+        s.engine.cores.begun(next_worker, 1)
+        assert crowds == ["crowded"]
 
     play(scenario)
 
