@@ -30,8 +30,8 @@ class Sharer(Protocol):
         ...
 
     @property
-    def pid(self) -> int:
-        """Its worker's process, which others may share; 0: there is none."""
+    def serving_pid(self) -> int:
+        """Its worker's process, which others may share; 0: there is none, or it does not serve."""
         ...
 
 
@@ -73,8 +73,10 @@ class CoreShares:
     def _share_out(self) -> None:
         if not self._crowded and not self._enlarged:
             return
-        ours = {sharer.pid for sharer in self._sharers}
-        quiet = {sharer.pid for sharer in self._sharers if self._crowded and sharer.route not in self._crowded} - {0}
+        ours = {sharer.serving_pid for sharer in self._sharers}
+        quiet = {
+            sharer.serving_pid for sharer in self._sharers if self._crowded and sharer.route not in self._crowded
+        } - {0}
         for pid in self._enlarged.keys() - quiet:
             before = self._enlarged.pop(pid)
             if pid in ours:

@@ -139,6 +139,11 @@ class Instance:
         return self._worker.pid if self._worker is not None else 0
 
     @property
+    def serving_pid(self) -> int:
+        """Its worker's process id while it takes requests, else 0."""
+        return 0 if self.worker is None else self.worker.pid
+
+    @property
     def route(self) -> int:
         return self.spec.route
 

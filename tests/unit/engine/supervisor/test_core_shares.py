@@ -20,7 +20,7 @@ BEFORE = {20: 0, 21: 3}
 @dataclass(eq=False)
 class FakeInstance:
     route: int
-    pid: int
+    serving_pid: int
 
 
 class Scene:
@@ -57,8 +57,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Scene], Corouti
 
 def test_quiet_ones_are_favoured_until_nobody_speaks_of_a_crowd(play: Any) -> None:
     async def scenario(s: Scene) -> None:
-        s.shares.add(FakeInstance(route=1, pid=10))
-        s.shares.add(FakeInstance(route=2, pid=20))
+        s.shares.add(FakeInstance(route=1, serving_pid=10))
+        s.shares.add(FakeInstance(route=2, serving_pid=20))
         s.shares.note_crowds([1])
         s.shares.note_crowds([1])
         assert s.given == [20]
@@ -72,7 +72,7 @@ def test_quiet_ones_are_favoured_until_nobody_speaks_of_a_crowd(play: Any) -> No
 
 def test_crowds_that_are_spoken_of_again_last(play: Any) -> None:
     async def scenario(s: Scene) -> None:
-        s.shares.add(FakeInstance(route=2, pid=20))
+        s.shares.add(FakeInstance(route=2, serving_pid=20))
         end_s = asyncio.get_running_loop().time() + 5 * LASTS_S
         while asyncio.get_running_loop().time() < end_s:
             s.shares.note_crowds([1])
@@ -84,7 +84,7 @@ def test_crowds_that_are_spoken_of_again_last(play: Any) -> None:
 
 def test_who_becomes_crowded_is_favoured_no_more(play: Any) -> None:
     async def scenario(s: Scene) -> None:
-        s.shares.add(FakeInstance(route=2, pid=20))
+        s.shares.add(FakeInstance(route=2, serving_pid=20))
         s.shares.note_crowds([1])
         s.shares.note_crowds([1, 2])
         assert s.given == [20, -20]
@@ -94,7 +94,7 @@ def test_who_becomes_crowded_is_favoured_no_more(play: Any) -> None:
 
 def test_instances_of_one_process_have_one_share(play: Any) -> None:
     async def scenario(s: Scene) -> None:
-        first, second = FakeInstance(route=2, pid=20), FakeInstance(route=2, pid=20)
+        first, second = FakeInstance(route=2, serving_pid=20), FakeInstance(route=2, serving_pid=20)
         s.shares.add(first)
         s.shares.add(second)
         s.shares.note_crowds([1])
@@ -107,13 +107,13 @@ def test_instances_of_one_process_have_one_share(play: Any) -> None:
 
 def test_new_worker_beside_a_crowd_is_favoured_too_and_a_dead_one_left_alone(play: Any) -> None:
     async def scenario(s: Scene) -> None:
-        restarted, gone = FakeInstance(route=2, pid=10), FakeInstance(route=3, pid=30)
+        restarted, gone = FakeInstance(route=2, serving_pid=10), FakeInstance(route=3, serving_pid=30)
         s.shares.add(restarted)
         s.shares.note_crowds([1])
         s.shares.add(gone)
-        restarted.pid = 0
+        restarted.serving_pid = 0
         s.shares.note_crowds([1])
-        restarted.pid = 20
+        restarted.serving_pid = 20
         s.shares.add(restarted)
         s.shares.discard(gone)
         assert s.given == [10, 30, 20]
