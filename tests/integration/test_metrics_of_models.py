@@ -109,8 +109,11 @@ def test_summaries_and_our_histograms(server: ForebayServer) -> None:
     body = {"inputs": [{"name": "INPUT0", "datatype": "FP32", "shape": [2, 2], "data": [1, 2, 3, 4]}]}
     for _ in range(5):
         _post(server, "/v2/models/fixed/infer", body)
-    page = metrics_page(server)
     labels = 'model="fixed",version="1"'
+    # A worker answers before it counts.
+    counted = f"forebay_compute_duration_seconds_count{{{labels}}}"
+    wait_until(lambda: _sample(metrics_page(server), counted) == 5, "the worker to have counted")
+    page = metrics_page(server)
     for stage in ("request", "queue", "compute_input", "compute_infer", "compute_output"):
         name = f"nv_inference_{stage}_summary_us"
         assert _sample(page, f"{name}_count{{{labels}}}") == 5
