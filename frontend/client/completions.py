@@ -127,8 +127,7 @@ class Completions:
                         self._read(deadline_ns)
                 finally:
                     self._reader.release()
-                    if self._followers:
-                        self._wake_follower()
+                    self._wake_follower()
                 break
             self._follow(pending, deadline_ns)
         if pending.is_abandoned:
