@@ -316,6 +316,11 @@ class EngineClient:
             self.crowded_routes.add(route)
             self._crowded_lately.add(route)
 
+    def forget_crowd(self, route: RouteClient) -> None:
+        """The model version is no longer routed to."""
+        self.crowded_routes.discard(route)
+        self._crowded_lately.discard(route)
+
     def forget_crowds(self) -> None:
         """Call none crowded of which that cannot be said since the last time.
 

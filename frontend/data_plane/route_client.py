@@ -348,7 +348,7 @@ class RouteClient:
     def retire(self) -> None:
         """The model version is no longer routed to; give back slabs as they empty."""
         self.is_retired = True
-        self.engine.crowded_routes.discard(self)
+        self.engine.forget_crowd(self)
         self._slab_set.retire()
 
     def write_counters(self) -> None:

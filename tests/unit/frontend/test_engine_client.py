@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -274,6 +276,25 @@ def test_requests_outside_slab_rows_are_a_crowd_too() -> None:
             s.submit(token)
         await turn()
         assert s.engine.crowded_routes == {s.route}
+
+    play(scenario)
+
+
+def test_crowd_of_a_model_that_is_unloaded_keeps_nothing_of_it() -> None:
+    """Not even where nobody reviews crowds, as in a gRPC frontend."""
+
+    async def scenario(s: Surroundings) -> None:
+        for token in range(8):
+            s.submit(token)
+        await turn()
+        assert s.engine.crowded_routes == {s.route}
+        for token in range(8):
+            await s.reply(token)
+        s.engine.update_catalog(Catalog(generation=2, models=()))
+        route = weakref.ref(s.route)
+        del s.route
+        gc.collect()
+        assert route() is None
 
     play(scenario)
 
