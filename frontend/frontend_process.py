@@ -224,8 +224,12 @@ class FrontendProcess:
             self._tell(QuietWanted())
 
     def tell_crowds(self, routes: tuple[int, ...]) -> None:
-        """Say that these are crowded just now, so that others get their share of the cores."""
-        self._tell(Crowded(routes=routes))
+        """Say that these are crowded just now, so that others get their share of the cores.
+
+        It is said again soon: a supervisor that does not read keeps nobody waiting.
+        """
+        with contextlib.suppress(PeerClosed):
+            self._lifeline.send_nowait(Crowded(routes=routes))
 
     def _take_trace_rules(self, rules: TraceRules) -> None:
         self._tracer.take_rules(rules)

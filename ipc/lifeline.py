@@ -72,8 +72,8 @@ class Lifeline(Generic[Received]):
         except OSError as error:
             raise PeerClosed(f"peer is gone: {error}") from None
 
-    def send_nowait(self, message: Message, fds: tuple[int, ...]) -> bool:
-        """Send one message with descriptors unless the peer has so much unread that this would have to wait.
+    def send_nowait(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
+        """Send one message, with descriptors if there are any, unless the peer has so much unread that this would have to wait.
 
         Returns:
             whether it is sent; the caller keeps ownership of ``fds`` in any case.
@@ -84,8 +84,8 @@ class Lifeline(Generic[Received]):
         data = self._packed(message, fds)
         try:
             # socket.send_fds takes flags, and ignores them.
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-            sent = self.sock.sendmsg([data], [rights], socket.MSG_DONTWAIT)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            sent = self.sock.sendmsg([data], rights, socket.MSG_DONTWAIT)
             self._send_rest(data[sent:])
         except OSError as error:
             if error.errno in _BUSY:

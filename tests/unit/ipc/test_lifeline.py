@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from forebay.ipc.frontend_messages import ConnectionMoved, FrontendToSupervisor
+from forebay.ipc.frontend_messages import ConnectionMoved, FrontendToSupervisor, QuietWanted
 from forebay.ipc.lifeline import DescriptorsLost, Lifeline, PeerClosed
 from forebay.ipc.messages import Failed, Started
 
-Said = Started | Failed | ConnectionMoved
+Said = Started | Failed | ConnectionMoved | QuietWanted
 Pair = tuple[Lifeline[Said], Lifeline[Said]]
 
 
@@ -139,6 +139,15 @@ def test_message_that_means_nothing_without_its_descriptors_ends_the_lifeline(pa
     sender.send(Started(), (0,))
     with no_room_for_descriptors(), pytest.raises(DescriptorsLost):
         receiver.receive()
+
+
+def test_message_without_descriptors_is_not_waited_for_either(pair: Pair) -> None:
+    sender, receiver = pair
+    count = 0
+    while sender.send_nowait(QuietWanted()):
+        count += 1
+    assert 0 < count < 100_000
+    assert [receiver.receive() for _ in range(count)] == [(QuietWanted(), [])] * count
 
 
 def test_send_that_would_have_to_wait_is_not_begun(pair: Pair) -> None:
