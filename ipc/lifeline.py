@@ -73,7 +73,7 @@ class Lifeline(Generic[Received]):
             raise PeerClosed(f"peer is gone: {error}") from None
 
     def send_nowait(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
-        """Send one message, with descriptors if there are any, unless the peer has so much unread that this would have to wait.
+        """Send one message, and descriptors, unless the peer has so much unread that this would have to wait.
 
         Returns:
             whether it is sent; the caller keeps ownership of ``fds`` in any case.
